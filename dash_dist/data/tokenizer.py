@@ -1,0 +1,182 @@
+"""From text to token ids and back.
+
+Knows one document at a time. Does not know where documents come from or how they are packed; the
+end-of-document token is named here and put after each document by the packer.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+# Texts that are an end-of-document token in every published vocabulary that has them.
+_KNOWN_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+
+
+class Tokenizer(Protocol):
+    """What the data stream asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids: every id is in [0, vocab_size)."""
+
+    @property
+    def end_of_document(self) -> int:
+        """Id of the token that ends a document."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers exactly if they cut every text alike."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of one document, 1-d, any integer dtype, without special tokens added."""
+
+    def decode(self, tokens: Any) -> str:
+        """Text of a sequence of token ids; end-of-document tokens are left out."""
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8 text, and one end-of-document token (id 256)."""
+
+    vocab_size = 257
+    end_of_document = 256
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> np.ndarray:
+        """uint8 ids, one per byte; a view of the encoded text, not a copy."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+    def decode(self, tokens: Any) -> str:
+        """Bytes that are not UTF-8, such as a character cut at the end of a window, become U+FFFD."""
+        ids = np.asarray(tokens)
+        return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class _FastTokenizer:
+    """A tokenizer of the `tokenizers` library. Texts of special tokens inside a document become those
+    tokens, as the tokenizer's own file says."""
+
+    def __init__(self, tokenizer: Any, end_of_document: int):
+        self._tokenizer = tokenizer
+        # One past the highest id: added tokens may leave holes.
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_of_document = end_of_document
+        self.fingerprint = _digest(tokenizer.to_str(), end_of_document)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, tokens: Any) -> str:
+        return self._tokenizer.decode(_ids_without(tokens, self.end_of_document), skip_special_tokens=False)
+
+
+class _SlowTokenizer:
+    """A tokenizer of `transformers` written in Python, without a `tokenizers` backend."""
+
+    def __init__(self, tokenizer: Any, end_of_document: int):
+        self._tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.end_of_document = end_of_document
+        self.fingerprint = _digest(
+            type(tokenizer).__name__ + json.dumps(vocabulary, sort_keys=True), end_of_document
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        # verbose=False: a document longer than the model's context is normal here, not worth a warning.
+        ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return np.asarray(ids, dtype=np.int32)
+
+    def decode(self, tokens: Any) -> str:
+        return self._tokenizer.decode(_ids_without(tokens, self.end_of_document))
+
+
+def load_tokenizer(spec: str, *, end_of_document: str | None = None) -> Tokenizer:
+    """The tokenizer that `DataConfig.tokenizer` names; nothing is downloaded.
+
+    spec: "bytes", a tokenizer.json of the `tokenizers` library, or a folder that
+    `transformers.AutoTokenizer` loads. end_of_document: text of the token that ends a document. None takes
+    the eos_token of the tokenizer's own files, else the one well-known end-of-text token in its vocabulary.
+
+    Raises FileNotFoundError for a path that is not there, ValueError for files that are no tokenizer and
+    for a tokenizer without an end-of-document token.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _load_folder(path, end_of_document)
+    if path.is_file():
+        return _load_file(path, end_of_document)
+    raise FileNotFoundError(
+        f"tokenizer {spec!r}: no such file or folder (looked at {path.absolute()}): give 'bytes', a "
+        "tokenizer.json, "
+        "or a folder saved by transformers"
+    )
+
+
+def _load_file(path: Path, end_of_document: str | None) -> Tokenizer:
+    from tokenizers import Tokenizer as FastTokenizer
+
+    try:
+        tokenizer = FastTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for every kind of bad file
+        raise ValueError(
+            f"tokenizer {path}: not a tokenizer.json of the tokenizers library: {error}"
+        ) from error
+    # Padding and truncation settings belong to a model's batches; here they would change documents silently.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    settings = path.with_name("tokenizer_config.json")
+    named = end_of_document
+    if named is None and settings.is_file():
+        eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+        named = eos.get("content") if isinstance(eos, dict) else eos
+    return _FastTokenizer(tokenizer, _end_id(str(path), named, tokenizer.get_vocab(with_added_tokens=True)))
+
+
+def _load_folder(path: Path, end_of_document: str | None) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"tokenizer folder {path}: transformers cannot load it: {error}") from error
+    named = end_of_document if end_of_document is not None else tokenizer.eos_token
+    end_id = _end_id(str(path), named, tokenizer.get_vocab())
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        return _FastTokenizer(backend, end_id)
+    return _SlowTokenizer(tokenizer, end_id)
+
+
+def _end_id(source: str, named: str | None, vocabulary: dict[str, int]) -> int:
+    if named is not None:
+        if named not in vocabulary:
+            raise ValueError(
+                f"tokenizer {source}: end-of-document token {named!r} is not one of its {len(vocabulary)} "
+                "tokens: "
+                "set data.end_of_document to the text of a token it has"
+            )
+        return vocabulary[named]
+    known = [token for token in _KNOWN_END_OF_DOCUMENT if token in vocabulary]
+    if len(known) == 1:
+        return vocabulary[known[0]]
+    found = f"has several that could be it, {', '.join(known)}" if known else "has none"
+    raise ValueError(
+        f"tokenizer {source}: no end-of-document token is named in its files and its vocabulary {found}: "
+        "set data.end_of_document to the text of the token that ends a document"
+    )
+
+
+def _ids_without(tokens: Any, end_of_document: int) -> list[int]:
+    ids = np.asarray(tokens)
+    return ids[ids != end_of_document].tolist()
+
+
+def _digest(description: str, end_of_document: int) -> str:
+    return hashlib.sha256(f"{end_of_document}:{description}".encode()).hexdigest()[:16]

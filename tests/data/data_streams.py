@@ -1,0 +1,44 @@
+"""Streams over small corpora, and the windows of their steps put together again."""
+
+from typing import Any
+
+import torch
+
+from dash_dist.data import Batch, ByteTokenizer, DataConfig, DataStream, build_data_stream
+
+# From one byte to many windows of the lengths the tests use.
+LENGTHS = (1, 70, 3, 15, 16, 17, 200, 2, 31, 64, 5)
+TEXTS = [f"{i:x}" * length for i, length in enumerate(LENGTHS)]
+
+
+def build(
+    config: DataConfig,
+    *,
+    length: int = 16,
+    batch: int = 4,
+    rank: int = 0,
+    size: int = 1,
+    micro: int = 1,
+    tokenizer: Any = None,
+) -> DataStream:
+    return build_data_stream(
+        config,
+        tokenizer=tokenizer or ByteTokenizer(),
+        sequence_length=length,
+        global_batch_size=batch,
+        dp_rank=rank,
+        dp_size=size,
+        micro_batch_size=micro,
+    )
+
+
+def join(micro_batches: list[Batch]) -> torch.Tensor:
+    """The windows of a step, int64 [rows, T + 1]."""
+    tokens = torch.cat([batch.tokens for batch in micro_batches])
+    labels = torch.cat([batch.labels for batch in micro_batches])
+    assert torch.equal(tokens[:, 1:], labels[:, :-1])
+    return torch.cat([tokens, labels[:, -1:]], dim=1)
+
+
+def steps(stream: DataStream, count: int) -> list[torch.Tensor]:
+    return [join(stream.next_step()) for _ in range(count)]
