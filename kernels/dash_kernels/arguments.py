@@ -1,0 +1,80 @@
+"""Checks of the arguments of `dash_attention`: every refusal names what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dash_kernels.spec import AttentionSpec
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MIN_CHUNK, MAX_CHUNK, CHUNK_STEP = 16, 128, 16
+
+
+def check_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    summary_query: torch.Tensor,
+    *,
+    chunk_size: int,
+    alpha: float,
+    routing_scale: float,
+    prior_sigma: float | None,
+    softmax_scale: float | None,
+) -> AttentionSpec:
+    """Raises ValueError for anything the function is not defined for; returns the constants of the call."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _require(tensor.dim() == 4, f"{name} has shape {tuple(tensor.shape)}: give [batch, tokens, heads, head_dim]")
+    batch, seq_len, query_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    _require(min(q.shape) > 0 and kv_heads > 0, f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: no dimension may be 0")
+    _require(k.shape == v.shape, f"k has shape {tuple(k.shape)} but v {tuple(v.shape)}: they must be equal")
+    _require(
+        k.shape == (batch, seq_len, kv_heads, head_dim),
+        f"q has shape {tuple(q.shape)} but k {tuple(k.shape)}: batch, tokens and head_dim must be equal",
+    )
+    _require(
+        query_heads % kv_heads == 0,
+        f"{query_heads} query heads are not a multiple of {kv_heads} KV heads: change the number of heads in q or k",
+    )
+    _require(
+        tuple(summary_query.shape) == (kv_heads, head_dim),
+        f"summary_query has shape {tuple(summary_query.shape)}: give [KV heads, head_dim] = {(kv_heads, head_dim)}",
+    )
+    _require(
+        q.dtype in FLOAT_DTYPES, f"q has dtype {q.dtype}: give one of {', '.join(str(dtype) for dtype in FLOAT_DTYPES)}"
+    )
+    _require(q.dtype == k.dtype == v.dtype, f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: they must be equal")
+    _require(summary_query.dtype in FLOAT_DTYPES, f"summary_query has dtype {summary_query.dtype}: give a float dtype")
+    devices = {tensor.device for tensor in (q, k, v, summary_query)}
+    _require(len(devices) == 1, f"tensors are on {sorted(map(str, devices))}: put all four on one device")
+    _require(
+        isinstance(chunk_size, int) and MIN_CHUNK <= chunk_size <= MAX_CHUNK and chunk_size % CHUNK_STEP == 0,
+        f"chunk_size is {chunk_size!r}: give a multiple of {CHUNK_STEP} from {MIN_CHUNK} to {MAX_CHUNK}",
+    )
+    _require(1 < alpha <= 2, f"alpha is {alpha!r}: give a number in (1, 2]; 1.5 is the default and the fast path")
+    _require(
+        math.isfinite(routing_scale) and routing_scale > 0, f"routing_scale is {routing_scale!r}: give a positive number"
+    )
+    _require(
+        prior_sigma is None or (math.isfinite(prior_sigma) and prior_sigma > 0),
+        f"prior_sigma is {prior_sigma!r}: give None or a positive number",
+    )
+    _require(
+        softmax_scale is None or (math.isfinite(softmax_scale) and softmax_scale > 0),
+        f"softmax_scale is {softmax_scale!r}: give None for 1 / sqrt(head_dim), or a positive number",
+    )
+    return AttentionSpec(
+        chunk_size=chunk_size,
+        alpha=float(alpha),
+        routing_scale=float(routing_scale),
+        prior_sigma=None if prior_sigma is None else float(prior_sigma),
+        scale=1 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale),
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,140 @@
+"""DashAttention of tensors on one device: the stages composed into one differentiable call. Knows nothing of ranks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+
+from dash_kernels.arguments import check_arguments
+from dash_kernels.backend import Backend, select_backend
+from dash_kernels.spec import AttentionSpec, ChunkIds, Routing, RoutingStatistics, routing_statistics
+
+
+@overload
+def dash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    summary_query: torch.Tensor,
+    *,
+    chunk_size: int = ...,
+    alpha: float = ...,
+    routing_scale: float = ...,
+    prior_sigma: float | None = ...,
+    softmax_scale: float | None = ...,
+    backend: str = ...,
+    return_routing: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def dash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    summary_query: torch.Tensor,
+    *,
+    chunk_size: int = ...,
+    alpha: float = ...,
+    routing_scale: float = ...,
+    prior_sigma: float | None = ...,
+    softmax_scale: float | None = ...,
+    backend: str = ...,
+    return_routing: Literal[True],
+) -> tuple[torch.Tensor, RoutingStatistics]: ...
+
+
+def dash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    summary_query: torch.Tensor,
+    *,
+    chunk_size: int = 64,
+    alpha: float = 1.5,
+    routing_scale: float = 1.0,
+    prior_sigma: float | None = None,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    return_routing: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, RoutingStatistics]:
+    """Causal DashAttention (arXiv 2605.18753), differentiable in q, k, v and summary_query.
+
+    Every query attends to its own chunk and to the earlier chunks that alpha-entmax over the chunks' summaries gives a
+    probability; the mean probability over the query heads of a KV head biases the softmax over the selected tokens.
+
+    Args:
+        q: [B, T, Hq, D], after rotary embedding; float16, bfloat16, float32 or float64.
+        k, v: [B, T, Hkv, D], Hq a multiple of Hkv. T need not be a multiple of chunk_size.
+        summary_query: [Hkv, D], any float dtype; zeros make a summary the mean of its keys.
+        chunk_size: tokens that are routed as one, a multiple of 16 from 16 to 128.
+        alpha: in (1, 2]; 1.5 is the fast path, 2 is sparsemax.
+        routing_scale: factor of the routing logits; larger is sparser.
+        prior_sigma: None for the bias log P; a positive number for (log P - mean log P) / prior_sigma.
+        softmax_scale: takes the place of 1 / sqrt(D) in all three stages.
+        backend: "triton", "eager", or "auto" (Triton on a GPU, eager elsewhere).
+        return_routing: also return the `RoutingStatistics` of the call.
+
+    Returns:
+        [B, T, Hq, D] in q's dtype; with return_routing the pair (output, RoutingStatistics).
+
+    Raises:
+        ValueError: a shape, dtype, device, or setting that is not allowed; the message names it.
+    """
+    spec = check_arguments(
+        q,
+        k,
+        v,
+        summary_query,
+        chunk_size=chunk_size,
+        alpha=alpha,
+        routing_scale=routing_scale,
+        prior_sigma=prior_sigma,
+        softmax_scale=softmax_scale,
+    )
+    chunks = ChunkIds.whole_sequence(q.shape[1], chunk_size)
+    out, selected = _DashAttention.apply(q, k, v, summary_query, chunks, spec, select_backend(backend, q, spec))
+    if not return_routing:
+        return out
+    routing = Routing(out.new_empty(0), out.new_empty(0), selected)
+    return out, routing_statistics(routing, chunks, chunk_size)
+
+
+class _DashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        summary_query: torch.Tensor,
+        chunks: ChunkIds,
+        spec: AttentionSpec,
+        backend: Backend,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        summaries = backend.summarize(k, summary_query, spec)
+        routing = backend.route(q, chunks, summaries, spec)
+        out, lse = backend.attend(q, chunks, k, v, chunks, summaries, routing, spec)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, summary_query, summaries, routing.tau, routing.log_mean, routing.selected, out, lse)
+        ctx.call = chunks, spec, backend
+        ctx.mark_non_differentiable(routing.selected)
+        return out, routing.selected
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, summary_query, summaries, tau, log_mean, selected, out, lse = ctx.saved_tensors
+        chunks, spec, backend = ctx.call
+        routing = Routing(tau, log_mean, selected)
+        accumulate = summaries.dtype
+        delta = (grad.to(accumulate) * out.to(accumulate)).sum(-1)
+        dq, dk, dv, dsummaries = (torch.zeros_like(x, dtype=accumulate) for x in (q, k, v, summaries))
+        weighted_sum = torch.zeros_like(tau)
+        backend.attend_backward(
+            grad, q, chunks, k, v, chunks, summaries, routing, lse, delta, spec, dq, dk, dv, dsummaries, weighted_sum
+        )
+        backend.route_backward(q, chunks, summaries, routing, weighted_sum, spec, dq, dsummaries)
+        dsummary_query = backend.summarize_backward(dsummaries, k, summary_query, spec, dk)
+        grads = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
+        return *grads, None, None, None

@@ -1,0 +1,120 @@
+"""Which implementation of the stages computes a call.
+
+Both backends offer the same six functions (documented in `eager.py`), and every caller, on one device or many, composes
+only these.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from typing import Protocol
+
+import torch
+
+from dash_kernels import eager
+from dash_kernels.spec import AttentionSpec, ChunkIds, Routing
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "triton", "eager")
+MAX_TRITON_HEAD_DIM = 256
+
+
+class Backend(Protocol):
+    """The stages; see `dash_kernels.eager` for shapes and dtypes."""
+
+    def summarize(self, k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor: ...
+
+    def summarize_backward(
+        self, grad: torch.Tensor, k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec, dk: torch.Tensor
+    ) -> torch.Tensor: ...
+
+    def route(
+        self, q: torch.Tensor, query_chunks: ChunkIds, summaries: torch.Tensor, spec: AttentionSpec
+    ) -> Routing: ...
+
+    def route_backward(
+        self,
+        q: torch.Tensor,
+        query_chunks: ChunkIds,
+        summaries: torch.Tensor,
+        routing: Routing,
+        weighted_sum: torch.Tensor,
+        spec: AttentionSpec,
+        dq: torch.Tensor,
+        dsummaries: torch.Tensor,
+    ) -> None: ...
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        query_chunks: ChunkIds,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_chunks: ChunkIds,
+        summaries: torch.Tensor,
+        routing: Routing,
+        spec: AttentionSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def attend_backward(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        query_chunks: ChunkIds,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_chunks: ChunkIds,
+        summaries: torch.Tensor,
+        routing: Routing,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        spec: AttentionSpec,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        dsummaries: torch.Tensor,
+        weighted_sum: torch.Tensor,
+    ) -> None: ...
+
+
+def select_backend(name: str, q: torch.Tensor, spec: AttentionSpec) -> Backend:
+    """The backend for a call; "auto" takes Triton on a GPU where it can and says once where it cannot.
+
+    Raises ValueError for an unknown name, and for "triton" where Triton cannot compute the call.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}: give one of {', '.join(BACKENDS)}")
+    if name == "eager" or (name == "auto" and not q.is_cuda):
+        return eager
+    obstacle = _triton_obstacle(q, spec)
+    if obstacle is None:
+        from dash_kernels import triton_backend
+
+        return triton_backend
+    if name == "triton":
+        raise ValueError(f"backend 'triton' cannot take this call: {obstacle}; use backend='eager' or 'auto'")
+    _log_fallback(obstacle)
+    return eager
+
+
+def _triton_obstacle(q: torch.Tensor, spec: AttentionSpec) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors are on {q.device}, which needs TRITON_INTERPRET=1 set before Triton is imported"
+    if q.dtype == torch.float64:
+        return "float64 is computed by the eager backend"
+    if spec.alpha != 1.5:
+        return f"alpha is {spec.alpha}, the kernels take 1.5"
+    if q.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"head_dim is {q.shape[-1]}, the kernels take up to {MAX_TRITON_HEAD_DIM}"
+    return None
+
+
+@functools.cache
+def _log_fallback(obstacle: str) -> None:
+    logger.warning("DashAttention runs on the slower eager backend: %s", obstacle)

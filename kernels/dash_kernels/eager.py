@@ -1,0 +1,289 @@
+"""The stages in vectorised PyTorch, one chunk of queries at a time: memory linear in T on any device and float dtype.
+
+A loop step holds the scores of one chunk of queries against the chunks that any of them selected, so work follows the
+density and no buffer grows with T x T. Every backward pass is the hand-written one of the definition. Runs in float32
+(float64 for float64 inputs) whatever the inputs' dtype. Knows nothing of ranks: K and V may be any part of the sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dash_kernels.entmax import entmax_threshold
+from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, ChunkIds, Routing, accumulation_dtype
+
+
+def summarize(k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """Stage 1: k [B, T, Hkv, D] -> summaries [B, n, Hkv, D] of its complete chunks, in the accumulation dtype."""
+    chunks, weights = _summary_weights(k, summary_query, spec)
+    return torch.einsum("bnch,bnchd->bnhd", weights, chunks)
+
+
+def summarize_backward(
+    grad: torch.Tensor, k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec, dk: torch.Tensor
+) -> torch.Tensor:
+    """Adds the gradient through the summaries to dk [B, T, Hkv, D]; returns that of summary_query [Hkv, D]."""
+    chunks, weights = _summary_weights(k, summary_query, spec)
+    along = torch.einsum("bnhd,bnchd->bnch", grad, chunks)
+    dlogits = weights * (along - (weights * along).sum(2, keepdim=True)) * spec.scale
+    dchunks = weights.unsqueeze(-1) * grad.unsqueeze(2) + dlogits.unsqueeze(-1) * summary_query.to(grad)
+    dk[:, : dchunks.shape[1] * spec.chunk_size] += dchunks.flatten(1, 2)
+    return torch.einsum("bnch,bnchd->hd", dlogits, chunks)
+
+
+def _summary_weights(k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    complete = k.shape[1] // spec.chunk_size
+    chunks = k[:, : complete * spec.chunk_size].to(accumulation_dtype(k.dtype)).unflatten(1, (complete, spec.chunk_size))
+    weights = torch.softmax(torch.einsum("bnchd,hd->bnch", chunks, summary_query.to(chunks)) * spec.scale, dim=2)
+    return chunks, weights
+
+
+def route(q: torch.Tensor, query_chunks: ChunkIds, summaries: torch.Tensor, spec: AttentionSpec) -> Routing:
+    """Stage 2: thresholds of q [B, T, Hq, D] against the summaries [B, n, Hkv, D] of the whole sequence."""
+    batch, seq_len, query_heads, _ = q.shape
+    kv_heads = summaries.shape[2]
+    tau = summaries.new_zeros(batch, seq_len, query_heads)
+    log_mean = summaries.new_zeros(batch, seq_len, kv_heads)
+    selected = torch.ones(batch, seq_len, kv_heads, dtype=torch.int32, device=q.device)
+    for block in _query_blocks(q, query_chunks, kv_heads, spec):
+        if block.chunk == 0:
+            continue
+        x = _routing_scores(block.q, summaries[:, : block.chunk], spec)
+        threshold = entmax_threshold(x, spec.alpha)
+        prior = _probabilities(x, threshold, spec).mean(2)  # [B, Hkv, C, j]
+        routed = prior > 0
+        count = routed.sum(-1)
+        tau[:, block.tokens] = _to_tokens(threshold)
+        selected[:, block.tokens] = (count + 1).to(torch.int32).transpose(1, 2)
+        if spec.prior_sigma is not None:
+            mean = torch.where(routed, prior, 1.0).log().sum(-1) / count.clamp(min=1)
+            log_mean[:, block.tokens] = mean.transpose(1, 2)
+    return Routing(tau, log_mean, selected)
+
+
+def route_backward(
+    q: torch.Tensor,
+    query_chunks: ChunkIds,
+    summaries: torch.Tensor,
+    routing: Routing,
+    weighted_sum: torch.Tensor,
+    spec: AttentionSpec,
+    dq: torch.Tensor,
+    dsummaries: torch.Tensor,
+) -> None:
+    """The part of stage 2's gradient that needs a whole row, added to dq and dsummaries in place.
+
+    With u = p^(2 - alpha) and dz = u (dp - sum(u dp) / sum(u)), `attend_backward` has added the first term and left
+    sum(u dp) [B, T, Hq] in weighted_sum; the second term needs no key and no value.
+    """
+    for block in _query_blocks(q, query_chunks, summaries.shape[2], spec):
+        if block.chunk == 0:
+            continue
+        past = summaries[:, : block.chunk]
+        x = _routing_scores(block.q, past, spec)
+        u = _slopes(_probabilities(x, block.rows(routing.tau), spec), spec)
+        ratio = block.rows(weighted_sum) / u.sum(-1)
+        dz = -ratio.unsqueeze(-1) * u * spec.routing_logit_scale
+        dq[:, block.tokens] += _to_tokens(torch.einsum("bhgtj,bjhd->bhgtd", dz, past))
+        dsummaries[:, : block.chunk] += torch.einsum("bhgtj,bhgtd->bjhd", dz, block.q)
+
+
+def attend(
+    q: torch.Tensor,
+    query_chunks: ChunkIds,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_chunks: ChunkIds,
+    summaries: torch.Tensor,
+    routing: Routing,
+    spec: AttentionSpec,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stage 3 over the part of the sequence that k and v [B, S, Hkv, D] hold.
+
+    Returns the output [B, T, Hq, D], normalised over this part, and its log-sum-exp [B, T, Hq] (-inf where a query
+    selected nothing of it), both in the accumulation dtype; parts merge by log-sum-exp.
+    """
+    dtype = summaries.dtype
+    keys, values = _chunked(k, spec).to(dtype), _chunked(v, spec).to(dtype)
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
+    for block in _query_blocks(q, query_chunks, k.shape[2], spec):
+        walk = _walk(block, key_chunks, summaries, routing, spec)
+        if walk is None:
+            continue
+        scores = _biased_scores(block, walk, keys, spec)
+        block_lse = torch.logsumexp(scores, dim=-1)
+        finite = torch.where(block_lse == -math.inf, 0.0, block_lse)
+        weights = torch.exp(scores - finite.unsqueeze(-1))
+        out[:, block.tokens] = _to_tokens(torch.einsum("bhgts,bhsd->bhgtd", weights, _gather(values, walk)))
+        lse[:, block.tokens] = _to_tokens(block_lse)
+    return out, lse
+
+
+def attend_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    query_chunks: ChunkIds,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_chunks: ChunkIds,
+    summaries: torch.Tensor,
+    routing: Routing,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    spec: AttentionSpec,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dsummaries: torch.Tensor,
+    weighted_sum: torch.Tensor,
+) -> None:
+    """Gradients of stage 3 over one part of the sequence, added in place; all accumulators in the accumulation dtype.
+
+    grad [B, T, Hq, D] is that of the merged output, lse and delta = sum(grad * out) [B, T, Hq] are of the whole row.
+    Adds to dq like q, dk and dv like k, dsummaries [B, n, Hkv, D] and weighted_sum [B, T, Hq] (see route_backward).
+    """
+    dtype = summaries.dtype
+    kv_heads, size = k.shape[2], k.shape[1]
+    keys, values = _chunked(k, spec).to(dtype), _chunked(v, spec).to(dtype)
+    dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+    for block, block_grad in zip(
+        _query_blocks(q, query_chunks, kv_heads, spec), _query_blocks(grad, query_chunks, kv_heads, spec), strict=True
+    ):
+        walk = _walk(block, key_chunks, summaries, routing, spec)
+        if walk is None:
+            continue
+        block_keys, block_values = _gather(keys, walk), _gather(values, walk)
+        # lse is that of the whole row, never -inf: a token always attends to itself
+        weights = torch.exp(_biased_scores(block, walk, keys, spec) - block.rows(lse).unsqueeze(-1))
+        dweights = torch.einsum("bhgtd,bhsd->bhgts", block_grad.q, block_values)
+        dscores = weights * (dweights - block.rows(delta).unsqueeze(-1))
+        _scatter_add(dvalues, walk, torch.einsum("bhgts,bhgtd->bhsd", weights, block_grad.q))
+        _scatter_add(dkeys, walk, torch.einsum("bhgts,bhgtd->bhsd", dscores, block.q) * spec.scale)
+        dq_block = torch.einsum("bhgts,bhsd->bhgtd", dscores, block_keys) * spec.scale
+        if walk.ids:
+            dbias = dscores.unflatten(-1, (-1, spec.chunk_size)).sum((2, -1))[..., : len(walk.ids)]  # [B, Hkv, C, j]
+            group = block.q.shape[2]
+            dp = dbias * (spec.prior_exponent / group) / walk.prior.clamp(min=PRIOR_FLOOR)
+            udp = walk.slopes * dp.unsqueeze(2)  # [B, Hkv, G, C, j]
+            weighted_sum[:, block.tokens] += _to_tokens(udp.sum(-1))
+            udp = udp * spec.routing_logit_scale
+            past = summaries[:, walk.ids]
+            dq_block += torch.einsum("bhgtj,bjhd->bhgtd", udp, past)
+            dsummaries[:, walk.ids] += torch.einsum("bhgtj,bhgtd->bjhd", udp, block.q)
+        dq[:, block.tokens] += _to_tokens(dq_block)
+    dk += dkeys.flatten(1, 2)[:, :size]
+    dv += dvalues.flatten(1, 2)[:, :size]
+
+
+@dataclass(frozen=True)
+class _QueryBlock:
+    """One chunk of queries: where its tokens are in the tensor, its place in the sequence, q [B, Hkv, G, C, D]."""
+
+    tokens: slice
+    chunk: int
+    q: torch.Tensor
+
+    def rows(self, per_token: torch.Tensor) -> torch.Tensor:
+        """This block's part of a [B, T, Hq] tensor as [B, Hkv, G, C]."""
+        return per_token[:, self.tokens].unflatten(2, self.q.shape[1:3]).permute(0, 2, 3, 1)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What one block of queries attends to in one part of the sequence: u earlier chunks, then perhaps its own."""
+
+    slots: list[int]  # places in the part of the u earlier chunks, then of the own chunk if the part holds it
+    ids: list[int]  # chunk ids of the u earlier chunks
+    prior: torch.Tensor  # [B, Hkv, C, u]
+    slopes: torch.Tensor  # [B, Hkv, G, C, u]
+    bias: torch.Tensor  # [B, Hkv, C, u], -inf where a token did not select the chunk
+    own: bool
+
+
+def _query_blocks(q: torch.Tensor, query_chunks: ChunkIds, kv_heads: int, spec: AttentionSpec) -> list[_QueryBlock]:
+    accumulate = accumulation_dtype(q.dtype)
+    blocks = []
+    for index, chunk in enumerate(query_chunks.ids):
+        tokens = slice(index * spec.chunk_size, (index + 1) * spec.chunk_size)
+        rows = q[:, tokens].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        blocks.append(_QueryBlock(tokens, chunk, rows.to(accumulate)))
+    return blocks
+
+
+def _walk(
+    block: _QueryBlock, key_chunks: ChunkIds, summaries: torch.Tensor, routing: Routing, spec: AttentionSpec
+) -> _Walk | None:
+    """The chunks of this part that any query of the block selected; None when there are none."""
+    earlier = [(slot, chunk) for slot, chunk in enumerate(key_chunks.ids) if chunk < block.chunk]
+    own = [slot for slot, chunk in enumerate(key_chunks.ids) if chunk == block.chunk]
+    ids = [chunk for _, chunk in earlier]
+    p = _probabilities(_routing_scores(block.q, summaries[:, ids], spec), block.rows(routing.tau), spec)
+    prior = p.mean(2)
+    union = (prior > 0).flatten(0, 2).any(0).nonzero().flatten()
+    if not own and union.numel() == 0:
+        return None
+    prior = prior[..., union]
+    log_mean = routing.log_mean[:, block.tokens].transpose(1, 2).unsqueeze(-1)
+    routed = prior > 0
+    bias = (torch.where(routed, prior, 1.0).log() - log_mean) * spec.prior_exponent
+    return _Walk(
+        slots=[earlier[i][0] for i in union.tolist()] + own,
+        ids=[earlier[i][1] for i in union.tolist()],
+        prior=prior,
+        slopes=_slopes(p[..., union], spec),
+        bias=torch.where(routed, bias, -math.inf),
+        own=bool(own),
+    )
+
+
+def _biased_scores(block: _QueryBlock, walk: _Walk, keys: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """Scores [B, Hkv, G, C, slots x C] of a block of queries; -inf where a key is not selected or in the future."""
+    scores = torch.einsum("bhgtd,bhsd->bhgts", block.q * spec.scale, _gather(keys, walk))
+    length = block.q.shape[3]
+    by_chunk = scores.unflatten(-1, (-1, spec.chunk_size))
+    earlier = len(walk.ids)
+    by_chunk[..., :earlier, :] += walk.bias.unsqueeze(2).unsqueeze(-1)
+    if walk.own:
+        future = torch.ones(length, spec.chunk_size, dtype=torch.bool, device=scores.device).triu(1)
+        by_chunk[..., earlier, :].masked_fill_(future, -math.inf)
+    return scores
+
+
+def _routing_scores(q: torch.Tensor, summaries: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """x = (alpha - 1) z [B, Hkv, G, C, j] of a block of queries against summaries [B, j, Hkv, D]."""
+    factor = (spec.alpha - 1) * spec.routing_logit_scale
+    return torch.einsum("bhgtd,bjhd->bhgtj", q * factor, summaries)
+
+
+def _probabilities(x: torch.Tensor, tau: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    return (x - tau.unsqueeze(-1)).clamp(min=0).pow(1 / (spec.alpha - 1))
+
+
+def _slopes(p: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """u = p^(2 - alpha), zero outside the support (also for alpha = 2, where 0^0 would be 1)."""
+    return torch.where(p > 0, p.pow(2 - spec.alpha), 0.0)
+
+
+def _chunked(x: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """[B, S, Hkv, D] -> [B, chunks, C, Hkv, D]; the padding of an incomplete last chunk lies in every query's future."""
+    padding = -x.shape[1] % spec.chunk_size
+    return F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, spec.chunk_size))
+
+
+def _gather(chunks: torch.Tensor, walk: _Walk) -> torch.Tensor:
+    """The walked chunks as keys [B, Hkv, slots x C, D]."""
+    return chunks[:, walk.slots].flatten(1, 2).transpose(1, 2)
+
+
+def _scatter_add(chunks: torch.Tensor, walk: _Walk, gradient: torch.Tensor) -> None:
+    chunks[:, walk.slots] += gradient.transpose(1, 2).unflatten(1, (len(walk.slots), -1))
+
+
+def _to_tokens(rows: torch.Tensor) -> torch.Tensor:
+    """[B, Hkv, G, C, ...] -> [B, C, Hq, ...]."""
+    return rows.movedim(3, 1).flatten(2, 3)

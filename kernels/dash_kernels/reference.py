@@ -1,0 +1,143 @@
+"""The function itself, in plain PyTorch, written to be read: every stage is one line of the definition.
+
+Knows nothing of memory or speed: it builds the T x T scores. Gradients come from autograd, so that the hand-written
+backward passes of the backends are checked against something that shares no derivation with them. The two exceptions
+are marked: the stop-gradient on the mean of log P, and the floor in the derivative of log P.
+
+Method: DashAttention, arXiv 2605.18753. alpha-entmax: Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models",
+ACL 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from dash_kernels.spec import PRIOR_FLOOR, ChunkIds, Routing, RoutingStatistics, accumulation_dtype, routing_statistics
+
+
+def reference_dash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    summary_query: torch.Tensor,
+    *,
+    chunk_size: int = 64,
+    alpha: float = 1.5,
+    routing_scale: float = 1.0,
+    prior_sigma: float | None = None,
+    softmax_scale: float | None = None,
+) -> tuple[torch.Tensor, RoutingStatistics]:
+    """DashAttention of q [B, T, Hq, D], k and v [B, T, Hkv, D], summary_query [Hkv, D] -> [B, T, Hq, D].
+
+    Matrix products run in the inputs' dtype, reductions in float32 (float64 for float64 inputs): with float64 inputs
+    this is the reference, with bfloat16 inputs the usual eager implementation whose rounding a kernel is compared to.
+    """
+    batch, seq_len, query_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    group = query_heads // kv_heads
+    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    accumulate = accumulation_dtype(q.dtype)
+    complete = seq_len // chunk_size
+    chunk_of = torch.arange(seq_len, device=q.device) // chunk_size
+
+    queries = q.view(batch, seq_len, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, T, D]
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)  # [B, Hkv, T, D]
+
+    # Stage 1: summaries of the complete chunks
+    chunks = keys[:, :, : complete * chunk_size].reshape(batch, kv_heads, complete, chunk_size, head_dim)
+    weights = torch.softmax(torch.einsum("bhncd,hd->bhnc", chunks, summary_query).to(accumulate) * scale, dim=-1)
+    summaries = torch.einsum("bhnc,bhncd->bhnd", weights.to(q.dtype), chunks)
+
+    # Stage 2: routing over the earlier chunks
+    z = torch.einsum("bhgtd,bhnd->bhgtn", queries, summaries).to(accumulate) * (routing_scale * scale)
+    earlier = torch.arange(complete, device=q.device) < chunk_of[:, None]  # [T, n]
+    prior = entmax(z, earlier, alpha).mean(dim=2)  # [B, Hkv, T, n]
+    routed = prior > 0
+
+    # Stage 3: softmax over the selected chunks with the prior as bias
+    log_prior: torch.Tensor = _FlooredLog.apply(torch.where(routed, prior, 1.0))
+    if prior_sigma is not None:
+        mean = (log_prior * routed).sum(-1, keepdim=True) / routed.sum(-1, keepdim=True).clamp(min=1)
+        log_prior = (log_prior - mean.detach()) / prior_sigma
+    bias = torch.full((batch, kv_heads, seq_len, math.ceil(seq_len / chunk_size)), -math.inf).to(z)
+    bias[..., :complete] = torch.where(routed, log_prior, -math.inf)
+    bias = bias.scatter(-1, chunk_of[:, None].expand(batch, kv_heads, seq_len, 1), 0.0)
+    token_bias = bias[..., chunk_of]  # [B, Hkv, T, T]
+    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=q.device).tril()
+    scores = torch.einsum("bhgtd,bhsd->bhgts", queries, keys).to(accumulate) * scale
+    scores = scores + token_bias.masked_fill(~causal, -math.inf).unsqueeze(2)
+    out = torch.einsum("bhgts,bhsd->bhgtd", torch.softmax(scores, dim=-1).to(q.dtype), values)
+    out = out.permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+    selected = (routed.sum(-1) + 1).transpose(1, 2).to(torch.int32)
+    ids = ChunkIds.whole_sequence(seq_len, chunk_size)
+    return out, routing_statistics(Routing(z.new_empty(0), z.new_empty(0), selected), ids, chunk_size)
+
+
+def entmax(z: torch.Tensor, allowed: torch.Tensor, alpha: float) -> torch.Tensor:
+    """alpha-entmax over the last dim among the allowed entries; rows with none allowed are all zero.
+
+    Exact by sorting for alpha 1.5 and 2, by bisection to the dtype's precision for any other alpha in (1, 2].
+    """
+    if z.shape[-1] == 0:
+        return z
+    some = allowed.any(-1, keepdim=True)
+    x = (alpha - 1) * torch.where(allowed, z, -math.inf)
+    x = torch.where(some, x, 0.0)  # rows without an allowed entry: any finite value, masked at the end
+    x = x - x.detach().amax(-1, keepdim=True)  # p is unchanged by a shift of x
+    exponent = 1 / (alpha - 1)
+    tau = _threshold_by_sorting(x, alpha) if alpha in (1.5, 2.0) else _threshold_by_bisection(x, exponent)
+    return torch.where(allowed, (x - tau).clamp(min=0).pow(exponent), 0.0)
+
+
+def _threshold_by_sorting(x: torch.Tensor, alpha: float) -> torch.Tensor:
+    """tau [..., 1] from the closed form on every prefix of the sorted row; the right prefix is the longest valid one."""
+    descending = x.sort(dim=-1, descending=True).values
+    finite = descending.isfinite()
+    values = torch.where(finite, descending, 0.0)
+    size = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
+    total = values.cumsum(-1)
+    if alpha == 2.0:
+        candidates = (total - 1) / size
+    else:
+        mean = total / size
+        spread = values.square().cumsum(-1) - size * mean.square()
+        room = (1 - spread) / size
+        # A prefix too spread out to sum to one is no support; sqrt(0) would poison its (unused) gradient with NaN.
+        candidates = mean - torch.where(room > 0, room, 1.0).sqrt()
+        finite = finite & (room > 0)
+    support = (finite & (candidates < descending)).sum(-1, keepdim=True).clamp(min=1)
+    return candidates.gather(-1, support - 1)
+
+
+def _threshold_by_bisection(x: torch.Tensor, exponent: float) -> torch.Tensor:
+    """tau [..., 1] for rows whose maximum is 0: bisection, then one Newton step that autograd differentiates.
+
+    At the root, the derivative of the Newton step is the implicit derivative of the root.
+    """
+    with torch.no_grad():
+        low, high = torch.full_like(x[..., :1], -1.0), torch.zeros_like(x[..., :1])
+        for _ in range(80):
+            middle = (low + high) / 2
+            too_low = (x - middle).clamp(min=0).pow(exponent).sum(-1, keepdim=True) >= 1
+            low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+        slope = -exponent * (x - low).clamp(min=0).pow(exponent - 1).sum(-1, keepdim=True)
+    excess = (x - low).clamp(min=0).pow(exponent).sum(-1, keepdim=True) - 1
+    return low - excess / slope
+
+
+class _FlooredLog(torch.autograd.Function):
+    """log whose derivative is 1 / max(x, PRIOR_FLOOR); see PRIOR_FLOOR."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.log()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return grad / x.clamp(min=PRIOR_FLOOR)

@@ -1,0 +1,108 @@
+"""What every stage needs to know about the function: its constants, the chunks a tensor holds, the routing it found.
+
+Knows the definitions; does not know how a backend computes them, nor that ranks exist.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+# dP = dB / P is computed as dB / max(P, PRIOR_FLOOR), in the reference as in every backend. For prior_sigma=None the
+# floor never matters (dB is proportional to P); for prior_sigma > 2 the quotient grows without bound at the edge of the
+# support, where float32 cannot tell P from zero: x - tau is known to about 1e-6, so P below 1e-12 is rounding noise.
+PRIOR_FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The constants of one call. `scale` is softmax_scale, 1 / sqrt(head_dim) unless the caller chose another."""
+
+    chunk_size: int
+    alpha: float
+    routing_scale: float
+    prior_sigma: float | None
+    scale: float
+
+    @property
+    def routing_logit_scale(self) -> float:
+        """Factor of q . s in the routing logits z."""
+        return self.routing_scale * self.scale
+
+    @property
+    def prior_exponent(self) -> float:
+        """Factor of log P in the bias: 1 / prior_sigma, or 1 when the prior is taken as it is."""
+        return 1.0 if self.prior_sigma is None else 1.0 / self.prior_sigma
+
+
+class ChunkIds:
+    """Which chunks of the sequence a tensor's tokens are, in the tensor's order.
+
+    Token t of the tensor lies in chunk `ids[t // chunk_size]`, at offset t % chunk_size. Only the last chunk of the
+    whole sequence may be incomplete, and then only as the last of a tensor.
+    """
+
+    def __init__(self, ids: Sequence[int]):
+        self.ids = tuple(ids)
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The ids as an int32 tensor on a device; uploaded once."""
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor(self.ids, dtype=torch.int32, device=device)
+        return self._on_device[device]
+
+    @classmethod
+    def whole_sequence(cls, seq_len: int, chunk_size: int) -> ChunkIds:
+        return cls(range(math.ceil(seq_len / chunk_size)))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What stage 2 leaves behind for a tensor of queries [B, T, Hq, D]: enough to recompute every P_ij.
+
+    tau:       [B, T, Hq] threshold in the space of x = (alpha - 1) z; p = max(0, x - tau)^(1 / (alpha - 1)).
+    log_mean:  [B, T, Hkv] mean of log P over the routed chunks, zeros unless prior_sigma is set.
+    selected:  [B, T, Hkv] int32, number of selected chunks, the own chunk included.
+    """
+
+    tau: torch.Tensor
+    log_mean: torch.Tensor
+    selected: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """How sparse a call was.
+
+    selected_per_token:  [B, T, Hkv] int32, selected chunks of every token, the own chunk included.
+    available_per_token: [T] int32, chunks a token could select: the earlier ones and its own.
+    """
+
+    selected_per_token: torch.Tensor
+    available_per_token: torch.Tensor
+    density: torch.Tensor = field(init=False)  # 0-d: selected / available, summed over all tokens and heads
+
+    def __post_init__(self) -> None:
+        batch, _, heads = self.selected_per_token.shape
+        available = self.available_per_token.sum(dtype=torch.float64) * (batch * heads)
+        density = self.selected_per_token.sum(dtype=torch.float64) / available
+        object.__setattr__(self, "density", density)
+
+
+def routing_statistics(routing: Routing, query_chunks: ChunkIds, chunk_size: int) -> RoutingStatistics:
+    """Statistics of the queries that `query_chunks` places in the sequence."""
+    seq_len = routing.selected.shape[1]
+    available = query_chunks.on(routing.selected.device) + 1
+    return RoutingStatistics(routing.selected, available.repeat_interleave(chunk_size)[:seq_len])
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of reductions and partial results: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
