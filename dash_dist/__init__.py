@@ -1,0 +1,18 @@
+"""dash-dist: language models on very long sequences with context-parallel DashAttention."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dash_dist.context_parallel import DashAttention, dash_attention, join_sequence, shard_positions, split_sequence
+
+__all__ = ["DashAttention", "dash_attention", "join_sequence", "shard_positions", "split_sequence"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch only when an attention is asked for: the command line answers at once."""
+    if name in __all__:
+        return getattr(importlib.import_module("dash_dist.context_parallel"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,7 @@
+"""Context parallelism: a sequence split over the ranks of a group, and DashAttention over it."""
+
+from dash_dist.context_parallel.attention import dash_attention
+from dash_dist.context_parallel.layout import join_sequence, shard_positions, split_sequence
+from dash_dist.context_parallel.module import DashAttention
+
+__all__ = ["DashAttention", "dash_attention", "join_sequence", "shard_positions", "split_sequence"]

@@ -26,10 +26,16 @@ def check_arguments(
 ) -> AttentionSpec:
     """Raises ValueError for anything the function is not defined for; returns the constants of the call."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _require(tensor.dim() == 4, f"{name} has shape {tuple(tensor.shape)}: give [batch, tokens, heads, head_dim]")
+        _require(
+            tensor.dim() == 4,
+            f"{name} has shape {tuple(tensor.shape)}: give [batch, tokens, heads, head_dim]",
+        )
     batch, seq_len, query_heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    _require(min(q.shape) > 0 and kv_heads > 0, f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: no dimension may be 0")
+    _require(
+        min(q.shape) > 0 and kv_heads > 0,
+        f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: no dimension may be 0",
+    )
     _require(k.shape == v.shape, f"k has shape {tuple(k.shape)} but v {tuple(v.shape)}: they must be equal")
     _require(
         k.shape == (batch, seq_len, kv_heads, head_dim),
@@ -44,10 +50,17 @@ def check_arguments(
         f"summary_query has shape {tuple(summary_query.shape)}: give [KV heads, head_dim] = {(kv_heads, head_dim)}",
     )
     _require(
-        q.dtype in FLOAT_DTYPES, f"q has dtype {q.dtype}: give one of {', '.join(str(dtype) for dtype in FLOAT_DTYPES)}"
+        q.dtype in FLOAT_DTYPES,
+        f"q has dtype {q.dtype}: give one of {', '.join(str(dtype) for dtype in FLOAT_DTYPES)}",
     )
-    _require(q.dtype == k.dtype == v.dtype, f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: they must be equal")
-    _require(summary_query.dtype in FLOAT_DTYPES, f"summary_query has dtype {summary_query.dtype}: give a float dtype")
+    _require(
+        q.dtype == k.dtype == v.dtype,
+        f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: they must be equal",
+    )
+    _require(
+        summary_query.dtype in FLOAT_DTYPES,
+        f"summary_query has dtype {summary_query.dtype}: give a float dtype",
+    )
     devices = {tensor.device for tensor in (q, k, v, summary_query)}
     _require(len(devices) == 1, f"tensors are on {sorted(map(str, devices))}: put all four on one device")
     _require(
@@ -56,7 +69,8 @@ def check_arguments(
     )
     _require(1 < alpha <= 2, f"alpha is {alpha!r}: give a number in (1, 2]; 1.5 is the default and the fast path")
     _require(
-        math.isfinite(routing_scale) and routing_scale > 0, f"routing_scale is {routing_scale!r}: give a positive number"
+        math.isfinite(routing_scale) and routing_scale > 0,
+        f"routing_scale is {routing_scale!r}: give a positive number",
     )
     _require(
         prior_sigma is None or (math.isfinite(prior_sigma) and prior_sigma > 0),

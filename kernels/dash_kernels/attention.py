@@ -117,7 +117,9 @@ class _DashAttention(torch.autograd.Function):
         routing = backend.route(q, chunks, summaries, spec)
         out, lse = backend.attend(q, chunks, k, v, chunks, summaries, routing, spec)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, summary_query, summaries, routing.tau, routing.log_mean, routing.selected, out, lse)
+        ctx.save_for_backward(
+            q, k, v, summary_query, summaries, routing.tau, routing.log_mean, routing.selected, out, lse
+        )
         ctx.call = chunks, spec, backend
         ctx.mark_non_differentiable(routing.selected)
         return out, routing.selected
@@ -132,7 +134,22 @@ class _DashAttention(torch.autograd.Function):
         dq, dk, dv, dsummaries = (torch.zeros_like(x, dtype=accumulate) for x in (q, k, v, summaries))
         weighted_sum = torch.zeros_like(tau)
         backend.attend_backward(
-            grad, q, chunks, k, v, chunks, summaries, routing, lse, delta, spec, dq, dk, dv, dsummaries, weighted_sum
+            grad,
+            q,
+            chunks,
+            k,
+            v,
+            chunks,
+            summaries,
+            routing,
+            lse,
+            delta,
+            spec,
+            dq,
+            dk,
+            dv,
+            dsummaries,
+            weighted_sum,
         )
         backend.route_backward(q, chunks, summaries, routing, weighted_sum, spec, dq, dsummaries)
         dsummary_query = backend.summarize_backward(dsummaries, k, summary_query, spec, dk)

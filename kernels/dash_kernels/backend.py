@@ -29,7 +29,12 @@ class Backend(Protocol):
     def summarize(self, k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor: ...
 
     def summarize_backward(
-        self, grad: torch.Tensor, k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec, dk: torch.Tensor
+        self,
+        grad: torch.Tensor,
+        k: torch.Tensor,
+        summary_query: torch.Tensor,
+        spec: AttentionSpec,
+        dk: torch.Tensor,
     ) -> torch.Tensor: ...
 
     def route(

@@ -2,7 +2,7 @@
 
 A loop step holds the scores of one chunk of queries against the chunks that any of them selected, so work follows the
 density and no buffer grows with T x T. Every backward pass is the hand-written one of the definition. Runs in float32
-(float64 for float64 inputs) whatever the inputs' dtype. Knows nothing of ranks: K and V may be any part of the sequence.
+(float64 for float64 inputs) whatever the inputs' dtype. Knows nothing of ranks: K and V may be any part of a sequence.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ def summarize_backward(
     return torch.einsum("bnch,bnchd->hd", dlogits, chunks)
 
 
-def _summary_weights(k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _summary_weights(
+    k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
     complete = k.shape[1] // spec.chunk_size
-    chunks = k[:, : complete * spec.chunk_size].to(accumulation_dtype(k.dtype)).unflatten(1, (complete, spec.chunk_size))
+    chunks = (
+        k[:, : complete * spec.chunk_size].to(accumulation_dtype(k.dtype)).unflatten(1, (complete, spec.chunk_size))
+    )
     weights = torch.softmax(torch.einsum("bnchd,hd->bnch", chunks, summary_query.to(chunks)) * spec.scale, dim=2)
     return chunks, weights
 
@@ -152,7 +156,9 @@ def attend_backward(
     keys, values = _chunked(k, spec).to(dtype), _chunked(v, spec).to(dtype)
     dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
     for block, block_grad in zip(
-        _query_blocks(q, query_chunks, kv_heads, spec), _query_blocks(grad, query_chunks, kv_heads, spec), strict=True
+        _query_blocks(q, query_chunks, kv_heads, spec),
+        _query_blocks(grad, query_chunks, kv_heads, spec),
+        strict=True,
     ):
         walk = _walk(block, key_chunks, summaries, routing, spec)
         if walk is None:
@@ -270,7 +276,7 @@ def _slopes(p: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
 
 
 def _chunked(x: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-    """[B, S, Hkv, D] -> [B, chunks, C, Hkv, D]; the padding of an incomplete last chunk lies in every query's future."""
+    """[B, S, Hkv, D] -> [B, chunks, C, Hkv, D]; the padding of an incomplete chunk lies in every query's future."""
     padding = -x.shape[1] % spec.chunk_size
     return F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, spec.chunk_size))
 

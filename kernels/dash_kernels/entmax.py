@@ -1,6 +1,6 @@
 """The threshold of alpha-entmax by a few sweeps over the scores, without sorting: the algorithm of the fast backends.
 
-One sweep at t gives A0 = sum (x - t)+^e, A1 = sum (x - t)+^(e-1) and k = #{x > t} with e = 1 / (alpha - 1). The sum A0 - 1
+One sweep at t gives A0 = sum (x - t)+^e, A1 = sum (x - t)+^(e-1) and k = #{x > t}, e = 1 / (alpha - 1). A0 - 1
 is convex and decreasing in t, so a bracket and Newton's method always converge. For alpha = 1.5 the closed form on the
 support found at t is tried first; if the sweep at its result counts the same k, the support is the right one and the
 threshold is exact.
@@ -50,7 +50,9 @@ def entmax_threshold(x: torch.Tensor, alpha: float) -> torch.Tensor:
     return t + top
 
 
-def _step(excess: torch.Tensor, slope: torch.Tensor, count: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _step(
+    excess: torch.Tensor, slope: torch.Tensor, count: torch.Tensor, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The step from t, and where it is the exact solution on the support found at t."""
     newton = excess * (alpha - 1) / slope
     if alpha == 2.0:  # piecewise linear: Newton's step solves the current piece

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 
-from dash_kernels.spec import PRIOR_FLOOR, ChunkIds, Routing, RoutingStatistics, accumulation_dtype, routing_statistics
+from dash_kernels.spec import (
+    PRIOR_FLOOR,
+    ChunkIds,
+    Routing,
+    RoutingStatistics,
+    accumulation_dtype,
+    routing_statistics,
+)
 
 
 def reference_dash_attention(
@@ -94,7 +101,7 @@ def entmax(z: torch.Tensor, allowed: torch.Tensor, alpha: float) -> torch.Tensor
 
 
 def _threshold_by_sorting(x: torch.Tensor, alpha: float) -> torch.Tensor:
-    """tau [..., 1] from the closed form on every prefix of the sorted row; the right prefix is the longest valid one."""
+    """tau [..., 1] from the closed form on every prefix of the sorted row; the longest valid prefix is right."""
     descending = x.sort(dim=-1, descending=True).values
     finite = descending.isfinite()
     values = torch.where(finite, descending, 0.0)

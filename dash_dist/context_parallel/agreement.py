@@ -1,0 +1,41 @@
+"""Ranks of a group agree on a call before any tensor moves: a mistake at one rank is an error at all of them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Checked = TypeVar("Checked")
+
+_agreed: weakref.WeakKeyDictionary[dist.ProcessGroup, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def check_together(
+    check: Callable[[], Checked], call: tuple[Any, ...], group: dist.ProcessGroup, *, once: bool
+) -> Checked:
+    """Runs check() on every rank and compares `call` (shapes and settings) over the group.
+
+    Raises ValueError at every rank when check() raised one anywhere or when the calls differ. `once` skips the exchange
+    for calls already agreed on: on a GPU it costs a synchronisation with the host.
+    """
+    error, result = None, None
+    try:
+        result = check()
+    except ValueError as caught:
+        error = caught
+    seen = _agreed.setdefault(group, set())
+    if not (once and error is None and call in seen):
+        answers: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(answers, (call, None if error is None else str(error)), group=group)
+        refused = [f"rank {rank}: {message}" for rank, (_, message) in enumerate(answers) if message is not None]
+        if refused:
+            raise ValueError(f"context-parallel attention refused at {'; '.join(refused)}") from error
+        if any(other != call for other, _ in answers):
+            given = "; ".join(f"rank {rank}: {other}" for rank, (other, _) in enumerate(answers))
+            raise ValueError(f"the ranks of a context-parallel group must call with equal shapes and settings: {given}")
+        seen.add(call)
+    assert result is not None  # an error was raised above
+    return result

@@ -1,0 +1,118 @@
+"""Layouts: which chunks of the sequence each rank's shard holds, and moving a sequence in and out of shards.
+
+Knows ranks and chunk ids; does not know attention. In the zigzag layout the sequence is cut into 2 x size pieces and
+rank r holds pieces r and 2 x size - 1 - r, so that early (cheap) and late (expensive) queries are paired; in the
+contiguous layout rank r holds piece r of size pieces.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dash_kernels.spec import ChunkIds
+
+LAYOUTS = ("zigzag", "contiguous")
+
+
+def check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}: give one of {', '.join(LAYOUTS)}")
+
+
+def pieces_of(rank: int, size: int, layout: str) -> tuple[list[int], int]:
+    """The pieces a rank holds, in shard order, and into how many pieces the sequence is cut."""
+    check_layout(layout)
+    if layout == "contiguous" or size == 1:
+        return [rank], size
+    return [rank, 2 * size - 1 - rank], 2 * size
+
+
+@functools.lru_cache(maxsize=256)
+def shard_chunks(chunks_per_rank: int, rank: int, size: int, layout: str) -> ChunkIds:
+    """Ids of the chunks that a rank holds, in shard order. Raises ValueError where a piece is not whole chunks."""
+    pieces, _ = pieces_of(rank, size, layout)
+    if chunks_per_rank % len(pieces):
+        raise ValueError(
+            f"a shard of {chunks_per_rank} chunks cannot be cut into {len(pieces)} pieces of whole chunks for layout "
+            f"{layout!r}: make the sequence a multiple of {len(pieces) * size} chunks or use layout 'contiguous'"
+        )
+    length = chunks_per_rank // len(pieces)
+    return ChunkIds([piece * length + offset for piece in pieces for offset in range(length)])
+
+
+def shard_positions(seq_len: int, rank: int, size: int, layout: str = "zigzag") -> torch.Tensor:
+    """Positions in the sequence of a shard's tokens, int64 [seq_len / size], in shard order.
+
+    Raises ValueError when seq_len is not a multiple of the number of pieces.
+    """
+    pieces, count = pieces_of(rank, size, layout)
+    if seq_len % count:
+        raise ValueError(
+            f"sequence length {seq_len} is not a multiple of {count}, the pieces of layout {layout!r} at "
+            f"context-parallel size {size}: pad to {-(-seq_len // count) * count}"
+        )
+    length = seq_len // count
+    return torch.cat([torch.arange(piece * length, (piece + 1) * length) for piece in pieces])
+
+
+def split_sequence(
+    x: torch.Tensor, group: dist.ProcessGroup | None, *, layout: str = "zigzag", dim: int = 1
+) -> torch.Tensor:
+    """This rank's shard of x, which every rank of the group holds whole; x itself when group is None.
+
+    The gradient of x is gathered: every rank gets all of it, as for a loss that is the sum of the ranks' losses.
+    """
+    check_layout(layout)
+    return x if group is None else _Split.apply(x, group, layout, dim)
+
+
+def join_sequence(
+    x: torch.Tensor, group: dist.ProcessGroup | None, *, layout: str = "zigzag", dim: int = 1
+) -> torch.Tensor:
+    """The whole sequence on every rank, from each rank's shard of equal shape; x itself when group is None.
+
+    The gradient of x is this rank's part of its own gradient of the result: the inverse of `split_sequence`, for a loss
+    that every rank computes alike from the whole sequence and that counts once.
+    """
+    check_layout(layout)
+    return x if group is None else _Join.apply(x, group, layout, dim)
+
+
+def _split(x: torch.Tensor, group: dist.ProcessGroup, layout: str, dim: int) -> torch.Tensor:
+    positions = shard_positions(x.shape[dim], dist.get_rank(group), dist.get_world_size(group), layout)
+    return x.index_select(dim, positions.to(x.device))
+
+
+def _join(x: torch.Tensor, group: dist.ProcessGroup, layout: str, dim: int) -> torch.Tensor:
+    size = dist.get_world_size(group)
+    shards = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(shards, x.contiguous(), group=group)
+    length = x.shape[dim] * size
+    positions = torch.cat([shard_positions(length, rank, size, layout) for rank in range(size)])
+    return torch.cat(shards, dim).index_select(dim, positions.argsort().to(x.device))
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, layout: str, dim: int) -> torch.Tensor:
+        ctx.call = group, layout, dim
+        return _split(x, group, layout, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _join(grad, *ctx.call), None, None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, layout: str, dim: int) -> torch.Tensor:
+        ctx.call = group, layout, dim
+        return _join(x, group, layout, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _split(grad, *ctx.call), None, None, None
