@@ -60,9 +60,7 @@ class DataConfig(BaseModel):
         if self.source == "files" and not self.paths:
             raise ValueError("data.source=files needs data.paths: give files, globs or folders")
         if self.source != "files" and self.paths:
-            raise ValueError(
-                f"data.paths is read only with data.source=files, not {self.source}: set it or drop paths"
-            )
+            raise ValueError(f"data.paths is read only with data.source=files, not {self.source}: set it or drop paths")
         if self.source != "files" and self.format != "auto":
             raise ValueError(f"data.format={self.format} is read only with data.source=files: drop it")
         if self.source == "hub" and self.name is None:

@@ -82,18 +82,12 @@ class FileCorpus:
         self._column = config.text_column
         self._seed = config.shuffle_seed
         sizes = [size_of_readable_file(path) for path in paths]
-        self.fingerprint = files_fingerprint(
-            paths, sizes, [file_format, config.text_column, config.shuffle_seed]
-        )
-        # An empty text file is a document that is skipped and counted; an empty file of many documents
-        # holds none.
-        self._paths = (
-            paths if file_format == "text" else [p for p, size in zip(paths, sizes, strict=True) if size]
-        )
+        self.fingerprint = files_fingerprint(paths, sizes, [file_format, config.text_column, config.shuffle_seed])
+        # A text file is a document even when empty, skipped and counted; JSON Lines without a byte hold none.
+        holds_documents = [size > 0 or file_format != "jsonl" for size in sizes]
+        self._paths = [path for path, holds in zip(paths, holds_documents, strict=True) if holds]
         self._row_groups = (
-            {path: _row_groups_of(path, self._column) for path in self._paths}
-            if file_format == "parquet"
-            else {}
+            {path: _row_groups_of(path, self._column) for path in self._paths} if file_format == "parquet" else {}
         )
         self._stream: tuple[int, IterableDataset] | None = None
 
@@ -107,8 +101,7 @@ class FileCorpus:
         paths = self._paths
         if self._seed is not None:
             paths = [paths[i] for i in np.random.default_rng([self._seed, epoch]).permutation(len(paths))]
-        # Each list is cut into shards by `datasets`, and a position is a shard and a number of documents in
-        # it.
+        # `datasets` cuts each list into shards; a position is a shard and a number of documents in it.
         if self._format == "text":
             return IterableDataset.from_generator(_list_texts, gen_kwargs={"paths": paths})
         if self._format == "jsonl":
@@ -157,18 +150,18 @@ class HubCorpus:
         self._name = config.name
         self.description = f"data.name={config.name} (subset {config.subset}, split {config.split})"
         builder = load_dataset_builder(config.name, config.subset, revision=config.revision)
-        splits = builder.info.splits
-        if splits and config.split not in splits:
-            raise ValueError(f"{self.description}: no such split, it has {sorted(splits)}: set data.split")
-        self._stream: IterableDataset = builder.as_streaming_dataset(split=config.split)
-        columns = self._stream.column_names
+        try:
+            stream = builder.as_streaming_dataset(split=config.split)
+        except ValueError as error:
+            raise ValueError(f"{self.description}: {error}: set data.split") from error
+        columns = stream.column_names
         if columns is not None:
             if self._column not in columns:
                 raise ValueError(
-                    f"{self.description} has no column {self._column!r}, it has {columns}: set "
-                    "data.text_column"
+                    f"{self.description} has no column {self._column!r}, it has {columns}: set data.text_column"
                 )
-            self._stream = self._stream.select_columns([self._column])
+            stream = stream.select_columns([self._column])
+        self._stream: IterableDataset = stream
         # builder.hash is the commit for a dataset of the hub.
         identity = [config.name, config.subset, config.split, self._column, builder.hash]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
@@ -179,8 +172,7 @@ class HubCorpus:
     def read(self, reference: dict[str, Any]) -> str:
         if self._column not in reference:
             raise ValueError(
-                f"{self.description} has no column {self._column!r}, it has {sorted(reference)}: set "
-                "data.text_column"
+                f"{self.description} has no column {self._column!r}, it has {sorted(reference)}: set data.text_column"
             )
         return _text_or_error(reference[self._column], self._column, self.description)
 
@@ -219,9 +211,7 @@ def _list_parquet_rows(row_groups: list[tuple[str, int]], column: str) -> Iterat
                         yield {"path": path, "row_group": group, "number": number, "text": text.as_py()}
                         number += 1
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{path}: cannot read row group {group}: {error}; repair or remove the file"
-            ) from error
+            raise ValueError(f"{path}: cannot read row group {group}: {error}; repair or remove the file") from error
 
 
 def _decode(data: bytes) -> str:
@@ -236,8 +226,7 @@ def _text_or_error(value: object, column: str, name: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(
-            f"{name}: column {column!r} holds {type(value).__name__}, not text: set data.text_column to a "
-            "text column"
+            f"{name}: column {column!r} holds {type(value).__name__}, not text: set data.text_column to a text column"
         )
     # JSON can spell half of a surrogate pair ("\ud800"), which is a str but no text.
     try:
@@ -252,14 +241,10 @@ def _row_groups_of(path: str, column: str) -> int:
         with pq.ParquetFile(path) as file:
             schema, row_groups = file.schema_arrow, file.num_row_groups
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: not a readable Parquet file: {error}; repair or remove the file"
-        ) from error
+        raise ValueError(f"{path}: not a readable Parquet file: {error}; repair or remove the file") from error
     if column not in schema.names:
         raise ValueError(f"{path} has no column {column!r}, it has {schema.names}: set data.text_column")
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise ValueError(
-            f"{path}: column {column!r} holds {kind}, not text: set data.text_column to a text column"
-        )
+        raise ValueError(f"{path}: column {column!r} holds {kind}, not text: set data.text_column to a text column")
     return row_groups

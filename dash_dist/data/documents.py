@@ -90,9 +90,7 @@ class RowDocuments:
     def _start(self, *, epoch: int, stream_state: dict[str, Any] | None) -> None:
         self._epoch = epoch
         # A fresh split each time: a dataset that was resumed once would begin every later epoch there.
-        self._dataset = split_dataset_by_node(
-            self._corpus.stream(epoch), rank=self._row, world_size=self._rows
-        )
+        self._dataset = split_dataset_by_node(self._corpus.stream(epoch), rank=self._row, world_size=self._rows)
         if stream_state is not None:
             self._dataset.load_state_dict(copy.deepcopy(stream_state))
         self._references: Iterator[dict[str, Any]] = iter(self._dataset)
@@ -107,11 +105,7 @@ class RowDocuments:
         self._empty_epochs = 0 if self._found else self._empty_epochs + 1
         if self._empty_epochs == (_EMPTY_EPOCHS if self._corpus.order_changes else 1):
             skipped = self._skipped - self._skipped_before
-            shares = (
-                f"all {skipped.total()} of its documents skipped: {dict(skipped)}"
-                if skipped
-                else "there is none"
-            )
+            shares = f"all {skipped.total()} of its documents skipped: {dict(skipped)}" if skipped else "there is none"
             raise ValueError(
                 f"row {self._row} of the global batch finds no document with text in "
                 f"{self._corpus.description} "

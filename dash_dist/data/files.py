@@ -28,8 +28,7 @@ def standard_library_files() -> list[str]:
     )
     if not paths:
         raise FileNotFoundError(
-            f"no .py files below {root}: this Python has no library sources; set data.source=files and "
-            "data.paths"
+            f"no .py files below {root}: this Python has no library sources; set data.source=files and data.paths"
         )
     return paths
 

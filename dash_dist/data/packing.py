@@ -19,9 +19,7 @@ class DocumentPacker:
     next_document: returns the next document's token ids, 1-d, any integer dtype, never empty.
     """
 
-    def __init__(
-        self, next_document: Callable[[], np.ndarray], *, sequence_length: int, end_of_document: int
-    ):
+    def __init__(self, next_document: Callable[[], np.ndarray], *, sequence_length: int, end_of_document: int):
         self._next_document = next_document
         self._length = sequence_length
         self._end_of_document = end_of_document

@@ -153,9 +153,7 @@ def build_data_stream(
             undecodable=config.undecodable,
             reported=reported,
         )
-        rows[row] = _Row(
-            documents, sequence_length=sequence_length, end_of_document=tokenizer.end_of_document
-        )
+        rows[row] = _Row(documents, sequence_length=sequence_length, end_of_document=tokenizer.end_of_document)
     identity = {
         "corpus": corpus.fingerprint,
         "tokenizer": tokenizer.fingerprint,
@@ -189,9 +187,7 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"two states disagree about row {index}: they are not of the same step")
     missing = sorted(set(range(merged["global_batch_size"])) - {int(index) for index in rows})
     if missing:
-        raise ValueError(
-            f"rows {missing} of the global batch are in none of the {len(states)} states: give all ranks'"
-        )
+        raise ValueError(f"rows {missing} of the global batch are in none of the {len(states)} states: give all ranks'")
     merged["rows"] = dict(sorted(rows.items(), key=lambda item: int(item[0])))
     return merged
 

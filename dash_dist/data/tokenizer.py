@@ -80,9 +80,7 @@ class _SlowTokenizer:
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = end_of_document
-        self.fingerprint = _digest(
-            type(tokenizer).__name__ + json.dumps(vocabulary, sort_keys=True), end_of_document
-        )
+        self.fingerprint = _digest(type(tokenizer).__name__ + json.dumps(vocabulary, sort_keys=True), end_of_document)
 
     def encode(self, text: str) -> np.ndarray:
         # verbose=False: a document longer than the model's context is normal here, not worth a warning.
@@ -123,9 +121,7 @@ def _load_file(path: Path, end_of_document: str | None) -> Tokenizer:
     try:
         tokenizer = FastTokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for every kind of bad file
-        raise ValueError(
-            f"tokenizer {path}: not a tokenizer.json of the tokenizers library: {error}"
-        ) from error
+        raise ValueError(f"tokenizer {path}: not a tokenizer.json of the tokenizers library: {error}") from error
     # Padding and truncation settings belong to a model's batches; here they would change documents silently.
     tokenizer.no_padding()
     tokenizer.no_truncation()

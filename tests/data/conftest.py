@@ -3,15 +3,15 @@ folder."""
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 # Before the first import of datasets, which reads these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_CACHE = tempfile.TemporaryDirectory(prefix="dash-dist-datasets-")  # removed when the tests end
-os.environ.setdefault("HF_DATASETS_CACHE", _CACHE.name)
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dash-dist-datasets-")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +19,12 @@ import pytest
 from data_streams import TEXTS
 
 from dash_dist.data import DataConfig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
 
 
 @pytest.fixture

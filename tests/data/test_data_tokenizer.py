@@ -35,9 +35,7 @@ def tokenizer_file(tmp_path):
 
 @pytest.fixture
 def tokenizer_folder(tmp_path):
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=trained("<pad>", "<stop>"), eos_token="<stop>", pad_token="<pad>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=trained("<pad>", "<stop>"), eos_token="<stop>", pad_token="<pad>")
     fast.save_pretrained(tmp_path / "folder")
     return tmp_path / "folder"
 
@@ -80,9 +78,7 @@ def test_end_of_document_by_name_and_from_tokenizer_config(tokenizer_file):
         load_tokenizer(str(tokenizer_file), end_of_document="<none>")
 
 
-@pytest.mark.parametrize(
-    ("special", "found"), [((), "has none"), (("</s>", "<eos>"), "has several .* </s>, <eos>")]
-)
+@pytest.mark.parametrize(("special", "found"), [((), "has none"), (("</s>", "<eos>"), "has several .* </s>, <eos>")])
 def test_no_end_of_document_token(tmp_path, special, found):
     trained(*special).save(str(tmp_path / "t.json"))
     with pytest.raises(ValueError, match=f"{found}: set data.end_of_document"):
