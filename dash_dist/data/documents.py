@@ -105,13 +105,11 @@ class RowDocuments:
         self._empty_epochs = 0 if self._found else self._empty_epochs + 1
         if self._empty_epochs == (_EMPTY_EPOCHS if self._corpus.order_changes else 1):
             skipped = self._skipped - self._skipped_before
-            shares = f"all {skipped.total()} of its documents skipped: {dict(skipped)}" if skipped else "there is none"
+            why = f"all {skipped.total()} skipped: {dict(skipped)}" if skipped else "there is none"
             raise ValueError(
                 f"row {self._row} of the global batch finds no document with text in "
-                f"{self._corpus.description} "
-                f"({shares}). Each of the {self._rows} rows reads documents of its own: give more "
-                "documents, or lower "
-                "global_batch_size"
+                f"{self._corpus.description} (of its documents, {why}). Each of the {self._rows} rows reads "
+                "documents of its own: give more documents, or lower global_batch_size"
             )
         self._start(epoch=self._epoch + 1, stream_state=None)
 

@@ -128,7 +128,7 @@ def test_fewer_documents_than_rows_fails_on_every_rank(tmp_path):
 def test_a_corpus_without_text_is_an_error_not_a_loop(tmp_path, shuffle_seed):
     (tmp_path / "a.txt").write_bytes(b"")
     (tmp_path / "b.txt").write_bytes(BAD)
-    with pytest.raises(ValueError, match=r"documents skipped: \{'empty': 1, 'undecodable': 1\}"):
+    with pytest.raises(ValueError, match=r"of its documents, all 2 skipped: \{'empty': 1, 'undecodable': 1\}"):
         build(files(tmp_path, shuffle_seed=shuffle_seed), batch=1)
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(ValueError, match="there is none"):
