@@ -1,0 +1,154 @@
+"""The configuration of one run: its sections, and what their combination must satisfy.
+
+Knows every setting and which combinations cannot work, whatever machine the run will be on; does not know
+where the settings come from (`config_file` does).
+"""
+
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from dash_dist.data.config import DataConfig
+from dash_dist.megatron.config import (
+    AttentionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    check_combination,
+)
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(Section):
+    """Name, place and start of the run.
+
+    Attributes:
+        name: folder of the run below `directory`.
+        directory: where runs are kept; with several nodes on a filesystem that all of them share.
+        seed: seeds the initial weights.
+        resume: "auto" goes on from the run's latest checkpoint, if it has any; "never" refuses to start if it
+            has one; a path names the checkpoint folder (`.../checkpoints/step_*`) that a new run begins from.
+    """
+
+    name: str
+    directory: Path = Path("runs")
+    seed: Annotated[int, Field(ge=0)] = 1234
+    resume: str = "auto"
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError("becomes a folder: use letters, digits, '_', '-' and '.' only")
+        return name
+
+    @field_validator("resume")
+    @classmethod
+    def _resume_is_known(cls, resume: str) -> str:
+        if resume not in ("auto", "never") and not Path(resume).is_dir():
+            raise ValueError("neither auto, never nor a folder that exists: name a checkpoint's step_* folder")
+        return resume
+
+    @property
+    def path(self) -> Path:
+        """The folder of the run."""
+        return self.directory / self.name
+
+
+class TrainingSection(Section):
+    """The loop.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        sequence_length: tokens of a sequence (T), before it is split over context-parallel ranks.
+        global_batch_size: sequences per optimizer step, over all data-parallel ranks.
+        micro_batch_size: sequences per forward pass of one data-parallel rank; the rest is accumulated.
+        max_skipped_steps: a step whose loss or gradient norm is not finite changes no weight; more of them
+            than this in a row end the run.
+        distributed_timeout_seconds: a rank that waits this long for another one ends the run.
+    """
+
+    steps: Positive
+    sequence_length: Annotated[int, Field(gt=1)]
+    global_batch_size: Positive = 1
+    micro_batch_size: Positive = 1
+    max_skipped_steps: Positive = 10
+    distributed_timeout_seconds: Positive = 1800
+
+    @property
+    def distributed_timeout(self) -> timedelta:
+        return timedelta(seconds=self.distributed_timeout_seconds)
+
+
+class CheckpointSection(Section):
+    """A checkpoint every `interval` steps and at the end; the latest `keep` stay."""
+
+    interval: Positive = 500
+    keep: Positive = 2
+
+
+class LoggingSection(Section):
+    """Metrics and the progress line every `interval` steps; the routing of each layer every
+    `routing_interval` steps.
+    """
+
+    interval: Positive = 10
+    routing_interval: Positive = 50
+
+
+class RunConfig(Section):
+    """Everything a run is determined by. Raises pydantic.ValidationError; `load_config` turns that into a
+    readable error.
+    """
+
+    run: RunSection
+    model: ModelConfig
+    attention: AttentionConfig = Field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    optimizer: OptimizerConfig
+    training: TrainingSection
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    logging: LoggingSection = Field(default_factory=LoggingSection)
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "RunConfig":
+        warmup, steps = self.optimizer.warmup_steps, self.training.steps
+        if warmup >= steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {warmup} is not below training.steps = {steps}: "
+                f"lower it, to 0 if need be, or train longer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "RunConfig":
+        self.check_world_size(self.parallel.tensor * self.parallel.context * self.parallel.pipeline)
+        return self
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse, with ValueError, a number of processes that this configuration cannot run on."""
+        check_combination(
+            self.model,
+            self.attention,
+            self.parallel,
+            world_size=world_size,
+            sequence_length=self.training.sequence_length,
+        )
+        dp_size = self.parallel.data_parallel_size(world_size)
+        unit = dp_size * self.training.micro_batch_size
+        batch = self.training.global_batch_size
+        if batch % unit:
+            raise ValueError(
+                f"training.global_batch_size = {batch} is not a multiple of data-parallel size x "
+                f"training.micro_batch_size = {dp_size} x {self.training.micro_batch_size}: "
+                f"set it to {-(-batch // unit) * unit}"
+            )

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Starts a run with torchrun, one process per GPU, or NPROC processes on a machine without GPUs.
+#
+#   launch/torchrun.sh CONFIG [key=value ...]
+#   NPROC=2 launch/torchrun.sh configs/demo.yaml training.steps=20
+#
+# Several nodes: run it on every node with the same NNODES and RENDEZVOUS (host:port of one of them).
+#
+#   NNODES=4 RENDEZVOUS=node0:29400 launch/torchrun.sh configs/llama_1b_128k.yaml
+#
+# Environment: NPROC (processes on this node), NNODES (1), RENDEZVOUS (a free local port), OMP_NUM_THREADS (cores / NPROC).
+set -euo pipefail
+
+if [[ $# -lt 1 || $1 == -* ]]; then
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2
+    exit 2
+fi
+
+nproc_per_node=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
+[[ $nproc_per_node -gt 0 ]] || nproc_per_node=1
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
+
+where=(--standalone)
+if [[ -n ${RENDEZVOUS:-} ]]; then
+    where=(--nnodes "${NNODES:-1}" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id dash-dist)
+elif [[ ${NNODES:-1} != 1 ]]; then
+    echo "NNODES=$NNODES needs RENDEZVOUS=host:port, the same on every node" >&2
+    exit 2
+fi
+
+exec torchrun "${where[@]}" --nproc-per-node "$nproc_per_node" -m dash_dist.cli train "$@"
