@@ -1,0 +1,118 @@
+"""DashAttention as the core attention of Megatron-core's SelfAttention.
+
+Knows Megatron's tensor order, tensor parallelism and checkpoint sharding. Does not know how K and V travel:
+that is `dash_dist.DashAttention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from dash_dist.context_parallel import DashAttention
+from dash_dist.megatron.config import AttentionConfig
+
+
+class DashCoreAttention(MegatronModule):
+    """Causal DashAttention over one tensor-parallel rank's heads and one context-parallel rank's shard.
+
+    `summary_query` [num_kv_heads / tp, head_dim] is sharded over tensor parallelism together with the KV
+    heads. Over context and data parallelism it is replicated, so Megatron's gradient reduction over DP x CP
+    treats it as it treats every other weight.
+
+    Args:
+        attention: the run's DashAttention settings.
+        pg_collection: its `tp` and `cp` groups are used.
+        config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale: what SelfAttention
+            passes to every core attention. The mask is always causal, and the exchange is `attention`'s, so
+            the types are not read.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        *,
+        attention: AttentionConfig,
+        pg_collection: ProcessGroupCollection,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.attention = DashAttention(
+            config.num_query_groups // self.tp_group.size(),
+            config.kv_channels,
+            chunk_size=attention.chunk_size,
+            alpha=attention.alpha,
+            routing_scale=attention.routing_scale,
+            prior_sigma=attention.prior_sigma,
+            softmax_scale=softmax_scale,
+            backend=attention.backend,
+            layout=attention.layout,
+            exchange=attention.exchange,
+            cp_group=pg_collection.cp if pg_collection.cp.size() > 1 else None,
+        )
+        set_tensor_model_parallel_attributes(self.attention.summary_query, is_parallel=True, dim=0, stride=1)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Attend within each sequence, causally.
+
+        Args:
+            query: [s, b, num_attention_heads / tp, head_dim], s tokens of this rank's shard, after rotary
+                embedding.
+            key, value: [s, b, num_kv_heads / tp, head_dim].
+            attention_mask, attention_bias, packed_seq_params: must be None.
+            attn_mask_type: not read, the mask is causal.
+
+        Returns:
+            [s, b, num_attention_heads / tp x head_dim]
+
+        Raises:
+            ValueError: a mask, a bias or packed sequences were given.
+        """
+        given = {
+            "attention_mask": attention_mask,
+            "attention_bias": attention_bias,
+            "packed_seq_params": packed_seq_params,
+        }
+        for name, argument in given.items():
+            if argument is not None:
+                raise ValueError(f"{name} was given, and DashAttention is causal over the whole sequence: pass None")
+        output = self.attention(*(tensor.transpose(0, 1) for tensor in (query, key, value)))  # [b, s, heads, dim]
+        return output.transpose(0, 1).flatten(start_dim=2).contiguous()
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """`summary_query` for Megatron's distributed checkpoint, cut along the KV heads."""
+        return make_sharded_tensors_for_checkpoint(
+            self.attention.state_dict(keep_vars=True),
+            f"{prefix}attention.",
+            {"summary_query": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )

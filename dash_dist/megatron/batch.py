@@ -1,0 +1,138 @@
+"""One step's micro-batches: checked to be the same wherever they must be, and cut to this rank's shard.
+
+Knows which ranks must agree. Does not know where batches come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from dash_dist.context_parallel import shard_positions
+from dash_dist.megatron.parallel import ParallelDims
+
+
+class MicroBatch(Protocol):
+    """Whole sequences of one data-parallel rank, [micro_batch_size, T] each.
+
+    Attributes:
+        tokens: int64.
+        labels: int64, already shifted: labels[:, t] follows tokens[:, t].
+        loss_mask: bool, or 0 and 1; whether labels[:, t] counts in the loss.
+    """
+
+    @property
+    def tokens(self) -> torch.Tensor: ...
+    @property
+    def labels(self) -> torch.Tensor: ...
+    @property
+    def loss_mask(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One micro-batch's part of one context-parallel rank, [micro_batch_size, T / cp], on the rank's
+    device.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+
+
+def split_micro_batches(
+    micro_batches: Sequence[MicroBatch], dims: ParallelDims, *, layout: str, sequence_length: int
+) -> list[Shard]:
+    """This rank's shards, in `shard_positions` order."""
+    positions = shard_positions(sequence_length, dims.cp_rank, dims.cp_size, layout).cpu()
+    return [
+        Shard(
+            tokens=batch.tokens[:, positions].to(dims.device, torch.int64),
+            labels=batch.labels[:, positions].to(dims.device, torch.int64),
+            loss_mask=batch.loss_mask[:, positions].to(dims.device, torch.bool),
+        )
+        for batch in micro_batches
+    ]
+
+
+def count_loss_tokens(
+    micro_batches: Sequence[MicroBatch], dims: ParallelDims, *, sequence_length: int, vocab_size: int
+) -> int:
+    """Check one step's micro-batches against each other over all ranks. A collective: all ranks call it.
+
+    Returns:
+        Tokens of the global batch that count in its loss.
+
+    Raises:
+        ValueError: at every rank: some rank's micro-batches are malformed, their number or size differs
+            between ranks, ranks of one data-parallel index hold different data, or no token counts in the
+            loss.
+    """
+    problem = _find_problem(micro_batches, sequence_length, vocab_size)
+    row = torch.zeros(6, dtype=torch.int64)
+    row[0], row[1] = problem is not None, dims.dp_rank
+    if problem is None:
+        row[2], row[3] = len(micro_batches), micro_batches[0].tokens.shape[0]
+        row[4] = sum(int(batch.loss_mask.sum()) for batch in micro_batches)
+        row[5] = _fingerprint(micro_batches)
+    row = row.to(dims.device)
+    rows = [torch.empty_like(row) for _ in range(dims.world_size)]
+    dist.all_gather(rows, row)
+    table = torch.stack(rows).cpu()
+
+    if problem is not None:
+        raise ValueError(problem)
+    malformed = table[:, 0].nonzero().flatten().tolist()
+    if malformed:
+        raise ValueError(f"ranks {malformed} were given malformed micro-batches: their own errors say how")
+    if (table[:, 2:4] != table[0, 2:4]).any():
+        given = {rank: f"{n} of {size} sequences" for rank, (n, size) in enumerate(table[:, 2:4].tolist())}
+        raise ValueError(f"ranks were given different micro-batches: {given}: give every rank the same number and size")
+    tokens = 0
+    for dp_rank in range(dims.dp_size):
+        same = table[table[:, 1] == dp_rank]
+        if (same[:, 5] != same[0, 5]).any():
+            ranks = (table[:, 1] == dp_rank).nonzero().flatten().tolist()
+            raise ValueError(
+                f"ranks {ranks} share data-parallel index {dp_rank} and were given different sequences: "
+                "read the data by ParallelDims.dp_rank, not by the rank"
+            )
+        tokens += int(same[0, 4])
+    if tokens == 0:
+        raise ValueError("loss_mask is 0 for every token of the global batch: there is nothing to learn from it")
+    return tokens
+
+
+def _find_problem(micro_batches: Sequence[MicroBatch], sequence_length: int, vocab_size: int) -> str | None:
+    if not micro_batches:
+        return "no micro-batch was given: a step needs at least one"
+    shape = (micro_batches[0].tokens.shape[0], sequence_length)
+    for index, batch in enumerate(micro_batches):
+        for name in ("tokens", "labels", "loss_mask"):
+            tensor: torch.Tensor = getattr(batch, name)
+            if tuple(tensor.shape) != shape:
+                return f"micro-batch {index}: {name} is {list(tensor.shape)}, expected {list(shape)}"
+        mask = batch.loss_mask
+        if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+            return f"micro-batch {index}: loss_mask has values other than 0 and 1: a token counts or not"
+        for name, ids in (("tokens", batch.tokens), ("labels", batch.labels[mask.bool()])):
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+                return (
+                    f"micro-batch {index}: {name} range from {int(ids.min())} to {int(ids.max())}, and the "
+                    f"vocabulary has {vocab_size} tokens: use the model's own tokenizer"
+                )
+    return None
+
+
+def _fingerprint(micro_batches: Sequence[MicroBatch]) -> int:
+    """A 64-bit sum that differs, in all likelihood, where any token, label or mask differs or moves."""
+    total = 0
+    for batch in micro_batches:
+        weights = torch.arange(1, 2 * batch.tokens.numel(), 2).view_as(batch.tokens)
+        for tensor in (batch.tokens, batch.labels, batch.loss_mask):
+            total = total * 1_000_003 + int((tensor.cpu().long() * weights).sum())
+    return total % 2**63

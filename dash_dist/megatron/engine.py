@@ -1,0 +1,259 @@
+"""A model that trains: one call per step, whatever the parallel layout.
+
+Knows the model, its optimizer, the pipeline schedule and the loss. Does not know where batches come from,
+when to save, nor what a run logs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from dash_dist.megatron.batch import MicroBatch, Shard, count_loss_tokens, split_micro_batches
+from dash_dist.megatron.checkpoint import RunState, load_checkpoint, save_checkpoint
+from dash_dist.megatron.config import (
+    AttentionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    check_combination,
+)
+from dash_dist.megatron.flops import flops_per_token
+from dash_dist.megatron.model import DashGPTModel, build_model, transformer_config
+from dash_dist.megatron.optimizer import Optimizer, wrap_model
+from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.megatron.routing import LayerRouting, gather_routing, set_recording
+
+__all__ = ["Engine", "MicroBatch", "StepResult"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step, the same at every rank.
+
+    Attributes:
+        loss: mean cross entropy over the `tokens` of the global batch, in nats.
+        grad_norm: global norm of that mean's gradient, before clipping.
+        learning_rate: of this step.
+        tokens: tokens of the global batch that count in the loss, each counted once.
+        skipped: the loss or the gradient norm was not finite, and weights and optimizer state were left as
+            they were.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    skipped: bool
+
+
+class Engine:
+    """The model of one run with its optimizer. All methods but the flops are collectives: every rank calls
+    them.
+
+    Weights are bfloat16 on GPUs, with float32 gradients and optimizer state, and float32 on the CPU.
+
+    Args:
+        model, attention, parallel, optimizer: the run's configuration.
+        dims: initialised with `parallel`.
+        vocab_size: tokens of the tokenizer.
+        sequence_length: tokens of a whole sequence.
+        total_steps: of the run; the learning rate ends its cosine there.
+        seed: of the initial weights, which do not depend on the layout.
+
+    Raises:
+        ValueError: the configuration is impossible (see `check_combination`).
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        attention: AttentionConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        *,
+        dims: ParallelDims,
+        vocab_size: int,
+        sequence_length: int,
+        total_steps: int,
+        seed: int = 0,
+    ) -> None:
+        check_combination(model, attention, parallel, world_size=dims.world_size, sequence_length=sequence_length)
+        self.dims = dims
+        self.step = 0
+        """Steps done, skipped ones counted."""
+        self._model_config = model
+        self._attention = attention
+        self._vocab_size = vocab_size
+        self._sequence_length = sequence_length
+        self._identity = {
+            **model.model_dump(),
+            "vocab_size": vocab_size,
+            "distributed_optimizer": parallel.distributed_optimizer,
+        }
+        dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32
+        self._config = transformer_config(model, parallel, dtype=dtype, device=dims.device)
+        self._config.finalize_model_grads_func = finalize_model_grads
+        self.model: DashGPTModel = build_model(
+            self._config,
+            model,
+            attention,
+            dims,
+            vocab_size=vocab_size,
+            sequence_length=sequence_length,
+            seed=seed,
+        )
+        self._wrapped = wrap_model(self._config, parallel, self.model)
+        self._optimizer = Optimizer(optimizer, parallel, self._wrapped, total_steps=total_steps, dtype=dtype)
+        self._forward_backward = get_forward_backward_func()
+        self._record_routing = False
+
+    @property
+    def record_routing(self) -> bool:
+        """Keep each layer's routing of the last micro-batch, for `routing_statistics`. Set it alike at every
+        rank.
+        """
+        return self._record_routing
+
+    @record_routing.setter
+    def record_routing(self, record: bool) -> None:
+        self._record_routing = record
+        set_recording(self.model, record)
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """Train on one global batch.
+
+        Args:
+            micro_batches: this data-parallel rank's; ranks of one data-parallel index pass the same ones.
+                Whole sequences, [micro_batch_size, sequence_length]: they are cut to this rank's shard here.
+
+        Returns:
+            The step's numbers. A step whose loss or gradient norm is not finite changes no weight and no
+            optimizer state at any rank, says `skipped`, and counts as a step of the learning rate's schedule:
+            whether to go on is the caller's decision.
+
+        Raises:
+            ValueError: at every rank: see `count_loss_tokens`.
+        """
+        tokens = count_loss_tokens(
+            micro_batches, self.dims, sequence_length=self._sequence_length, vocab_size=self._vocab_size
+        )
+        loss = self._accumulate_gradients(micro_batches) / tokens
+        grad_norm = self._optimizer.prepare()
+        finite = torch.tensor(
+            [math.isfinite(loss) and math.isfinite(grad_norm)], dtype=torch.int32, device=self.dims.device
+        )
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        self._optimizer.set_step(self.step + 1)
+        result = StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=self._optimizer.learning_rate,
+            tokens=tokens,
+            skipped=not finite.item(),
+        )
+        if not result.skipped:
+            self._optimizer.update(grad_norm)
+        self.step += 1
+        return result
+
+    def routing_statistics(self) -> list[LayerRouting]:
+        """Every layer's routing in the last micro-batch of the last step, at every rank.
+
+        Raises:
+            RuntimeError: at every rank: `record_routing` was not set before that step.
+        """
+        num_chunks = math.ceil(self._sequence_length / self._attention.chunk_size)
+        return gather_routing(self.model, self.dims, num_chunks=num_chunks)
+
+    def flops_per_step(self, sequences: int, density: float = 1.0) -> float:
+        """Floating-point operations that a step on `sequences` sequences is worth, over all ranks.
+
+        See `flops_per_token`; 1.0 as the density counts attention as if it were full.
+        """
+        per_token = flops_per_token(
+            self._model_config,
+            self._attention,
+            vocab_size=self._vocab_size,
+            sequence_length=self._sequence_length,
+            density=density,
+        )
+        return sequences * self._sequence_length * per_token
+
+    def save(self, directory: Path, extra_state: Any = None) -> None:
+        """Write model, optimizer, step and `extra_state`; returns when the checkpoint is complete.
+
+        Args:
+            directory: new or empty, on storage that all ranks share.
+            extra_state: plain Python values and tensors. Rank 0's is kept: gather first what differs between
+                ranks.
+
+        Raises:
+            OSError: at every rank: the directory cannot be created, or is not empty.
+        """
+        run = RunState(step=self.step, identity=self._identity, extra_state=extra_state)
+        save_checkpoint(Path(directory), self.model, self._optimizer, self.dims, run)
+
+    def load(self, directory: Path) -> Any:
+        """Go on from a checkpoint, written at this layout or another.
+
+        The model's shape and `distributed_optimizer` must be those of the checkpoint. The learning rate
+        follows this run's configuration from the checkpoint's step on.
+
+        Returns:
+            The `extra_state` it was saved with.
+
+        Raises:
+            FileNotFoundError: there is no complete checkpoint in the directory.
+            ValueError: it is of another model; names what differs.
+        """
+        run = load_checkpoint(Path(directory), self.model, self._optimizer, self.dims, self._identity)
+        self.step = run.step
+        return run.extra_state
+
+    def _accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Leave the gradient of the mean loss in the buffers, and return the summed loss of the global
+        batch.
+        """
+        shards = split_micro_batches(
+            micro_batches, self.dims, layout=self._attention.layout, sequence_length=self._sequence_length
+        )
+        self._wrapped.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        losses = self._forward_backward(
+            forward_step_func=_forward_step,
+            data_iterator=iter(shards),
+            model=[self._wrapped],
+            num_microbatches=len(shards),
+            seq_length=self._sequence_length,
+            micro_batch_size=shards[0].tokens.shape[0],
+        )
+        # Every tensor-parallel rank of the last stage holds the same losses: one of them reports.
+        total = torch.zeros(1, dtype=torch.float64, device=self.dims.device)
+        if self.dims.is_last_stage and self.dims.tp_rank == 0:
+            total += torch.stack(losses).double().sum()
+        dist.all_reduce(total)
+        return float(total)
+
+
+def _forward_step(shards: Iterator[Shard], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    shard = next(shards)
+    output = model(shard.tokens, None, None, labels=shard.labels)
+    return output, functools.partial(_summed_loss, shard.loss_mask)
+
+
+def _summed_loss(
+    loss_mask: torch.Tensor, token_losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # where, not a product: the loss of a masked token may be anything.
+    loss = torch.where(loss_mask, token_losses, 0.0).sum()
+    return loss, loss_mask.sum(dtype=torch.int32), loss.detach()

@@ -1,0 +1,162 @@
+"""The decoder: Megatron-core's GPTModel with DashAttention as its core attention.
+
+Knows layers, positions and the loss per token. Does not know optimizers or batches.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.checkpoint import checkpoint
+
+from dash_dist.megatron.attention import DashCoreAttention
+from dash_dist.megatron.config import AttentionConfig, ModelConfig, ParallelConfig, padded_vocab_size
+from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.megatron.rotary import ShardRotaryEmbedding
+from dash_dist.megatron.weights import initialise_weights
+
+LOGITS_PER_PIECE = 2**26
+"""Logits of one rank that exist at a time: 256 MiB in float32."""
+
+
+class DashGPTModel(GPTModel):
+    """One pipeline stage of the decoder.
+
+    With labels, the last stage returns the cross entropy of every token, [b, s] float32, without ever holding
+    the
+    logits of the whole shard: where they would be more than `LOGITS_PER_PIECE`, output layer and loss are
+        computed
+    in pieces along the sequence and computed again in the backward pass.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        weight = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+
+        def token_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            logits, _ = self.output_layer(hidden, weight=weight)  # [piece, b, vocab / tp]
+            return self.compute_language_model_loss(targets, logits)  # [b, piece]
+
+        tokens, batch, _ = hidden_states.shape
+        piece = max(1, LOGITS_PER_PIECE // (batch * self.output_layer.output_size_per_partition))
+        if piece >= tokens:
+            return token_losses(hidden_states, labels)
+        return torch.cat(
+            [
+                # Nothing random happens in a piece, and Megatron's random states are not torch's to save.
+                checkpoint(token_losses, hidden, targets, use_reentrant=False, preserve_rng_state=False)
+                for hidden, targets in zip(hidden_states.split(piece), labels.split(piece, dim=1), strict=True)
+            ],
+            dim=1,
+        )
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, device: torch.device
+) -> TransformerConfig:
+    """Megatron-core's configuration of the same model.
+
+    Args:
+        dtype: of the weights and activations, float32 or bfloat16.
+        device: of the run.
+    """
+    recompute: dict[str, Any] = {}
+    if parallel.recompute == "full":
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+
+    def leave(_weight: torch.Tensor) -> None:
+        """Weights are drawn by `initialise_weights` once the model stands."""
+
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.resolved_head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=leave,
+        output_layer_init_method=leave,
+        use_cpu_initialization=device.type == "cpu",
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        calculate_per_token_loss=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        deallocate_pipeline_outputs=True,
+        cuda_graph_scope=[],
+        **recompute,
+    )
+
+
+def build_model(
+    config: TransformerConfig,
+    model: ModelConfig,
+    attention: AttentionConfig,
+    dims: ParallelDims,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    seed: int,
+) -> DashGPTModel:
+    """This rank's pipeline stage, initialised, on its device.
+
+    Args:
+        config: from `transformer_config`.
+        vocab_size: tokens of the tokenizer; the embedding has `padded_vocab_size` rows.
+        sequence_length: tokens of a whole sequence.
+        seed: of the initial weights, which depend on nothing else.
+    """
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.self_attention.submodules.core_attention = functools.partial(
+        DashCoreAttention, attention=attention
+    )
+    layers = model.num_layers // dims.pp_size
+    # The norm after the last layer is named here: Megatron's default is Apex's, where it is installed, which
+    # has no RMSNorm.
+    block = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=WrappedTorchNorm)
+    stage = DashGPTModel(
+        config,
+        block,
+        vocab_size=padded_vocab_size(vocab_size),
+        max_sequence_length=sequence_length,
+        pre_process=dims.is_first_stage,
+        post_process=dims.is_last_stage,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+    )
+    stage.rotary_pos_emb = ShardRotaryEmbedding(
+        model.resolved_head_dim,
+        rotary_base=model.rotary_base,
+        layout=attention.layout,
+        cp_rank=dims.cp_rank,
+        cp_size=dims.cp_size,
+        device=dims.device,
+    )
+    stage = stage.to(dims.device)
+    initialise_weights(stage, init_std=model.init_std, seed=seed)
+    return stage

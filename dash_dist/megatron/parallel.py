@@ -1,0 +1,156 @@
+"""The one owner of ranks and process groups.
+
+Knows the process group and Megatron-core's parallel state. Does not know models or batches.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from dash_dist.megatron.config import ParallelConfig
+from dash_dist.megatron.cpu import run_megatron_on_cpu
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Sizes, ranks and groups of tensor (tp), context (cp), pipeline (pp) and data (dp) parallelism.
+
+    Made by `ParallelDims.initialise`; one per process at a time, since Megatron-core keeps its groups
+    globally. Neighbouring ranks differ in tp first, then cp, dp and pp.
+    """
+
+    device: torch.device
+    world_size: int
+    rank: int
+    tp_size: int
+    tp_rank: int
+    cp_size: int
+    cp_rank: int
+    pp_size: int
+    pp_rank: int
+    dp_size: int
+    dp_rank: int
+    owns_process_group: bool
+
+    @classmethod
+    def initialise(cls, parallel: ParallelConfig, *, timeout: timedelta) -> ParallelDims:
+        """Join the run's process group, build Megatron-core's groups in it, and choose this process's device.
+
+        An initialised `torch.distributed` is used as it is. Otherwise the environment's RANK, WORLD_SIZE,
+        MASTER_ADDR and MASTER_PORT start one, and without RANK the process is a world of its own. The backend
+        is nccl with CUDA and gloo without; the CUDA device is LOCAL_RANK's, or else the current one.
+
+        Args:
+            timeout: after which a collective that some rank never joins fails.
+
+        Raises:
+            ValueError: the world size is not a multiple of tensor x pipeline x context.
+            RuntimeError: the groups of an earlier `ParallelDims` were not closed.
+        """
+        if parallel_state.model_parallel_is_initialized():
+            raise RuntimeError("Megatron-core's groups exist already in this process: close() the earlier ParallelDims")
+        run_megatron_on_cpu()
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+            torch.cuda.set_device(device)
+        owns_process_group = not dist.is_initialized()
+        if owns_process_group:
+            _join_process_group("nccl" if device.type == "cuda" else "gloo", timeout)
+        try:
+            dp_size = parallel.data_parallel_size(dist.get_world_size())
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor,
+                pipeline_model_parallel_size=parallel.pipeline,
+                context_parallel_size=parallel.context,
+                distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
+            )
+        except ValueError:
+            if owns_process_group:
+                dist.destroy_process_group()
+            raise
+        # Megatron-core forks its random states in places; nothing here draws from them (no dropout, weights
+        # are drawn per parameter), so any seed will do.
+        model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+        return cls(
+            device=device,
+            world_size=dist.get_world_size(),
+            rank=dist.get_rank(),
+            tp_size=parallel.tensor,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            cp_size=parallel.context,
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            pp_size=parallel.pipeline,
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            dp_size=dp_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            owns_process_group=owns_process_group,
+        )
+
+    @property
+    def backend(self) -> str:
+        """The process group's backend: nccl or gloo."""
+        return str(dist.get_backend())
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the shards of one sequence."""
+        return parallel_state.get_context_parallel_group()
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the slices of one layer."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        """The stages of one pipeline."""
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same weights and the same shard of different sequences."""
+        return parallel_state.get_data_parallel_group()
+
+    @property
+    def dp_cp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same weights: gradients are summed over them."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def describe(self) -> str:
+        """The layout in one line, for logs."""
+        return (
+            f"{self.world_size} x {self.device.type} over {self.backend}: "
+            f"tp {self.tp_size} x cp {self.cp_size} x pp {self.pp_size} x dp {self.dp_size}"
+        )
+
+    def close(self) -> None:
+        """Leave Megatron-core's groups, and the process group if `initialise` started it."""
+        parallel_state.destroy_model_parallel()
+        if self.owns_process_group:
+            dist.destroy_process_group()
+
+
+def _join_process_group(backend: str, timeout: timedelta) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -1,0 +1,64 @@
+"""Rotary positions of the tokens that one context-parallel rank holds.
+
+Knows the layout of the sequence over the ranks. Does not know attention.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from dash_dist.context_parallel import shard_positions
+
+
+class ShardRotaryEmbedding(RotaryEmbedding):
+    """Megatron-core's rotary embedding at the positions of this rank's shard, whatever the layout.
+
+    Angles are computed in float64 and reduced to one turn before they are rounded to float32: at a million
+        tokens
+    the float32 product of position and frequency is off by up to 0.03 radians.
+
+    Args:
+        head_dim: channels of one head, all of them rotated.
+        rotary_base: the slowest pair turns once in 2 pi x rotary_base ** (1 - 2 / head_dim) tokens.
+        layout: "zigzag" or "contiguous", as for `shard_positions`.
+        cp_rank, cp_size: this rank's place in the context-parallel group.
+        device: where the angles are kept.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        rotary_base: float,
+        layout: str,
+        cp_rank: int,
+        cp_size: int,
+        device: torch.device,
+    ) -> None:
+        torch.nn.Module.__init__(self)
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+        self.inv_freq = rotary_base**-exponents  # [head_dim / 2], radians per token
+        self.layout = layout
+        self.cp_rank = cp_rank
+        self.cp_size = cp_size
+        self._angles: tuple[int, torch.Tensor] | None = None
+
+    def forward(self, max_seq_len: int, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        """Angles of this rank's tokens, in shard order.
+
+        Args:
+            max_seq_len: tokens of the whole sequence. GPTModel passes more, about packed sequences, not read
+                here.
+
+        Returns:
+            [max_seq_len / cp, 1, 1, head_dim] float32, radians in [0, 2 pi)
+        """
+        if self._angles is None or self._angles[0] != max_seq_len:
+            positions = shard_positions(max_seq_len, self.cp_rank, self.cp_size, self.layout)
+            angles = torch.outer(positions.to(self.inv_freq), self.inv_freq).remainder_(2 * math.pi).float()
+            self._angles = (max_seq_len, torch.cat((angles, angles), dim=-1)[:, None, None, :])
+        return self._angles[1]

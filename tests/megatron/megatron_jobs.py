@@ -1,0 +1,191 @@
+"""What the ranks of the layout tests do. Each job runs several layouts one after another in the same processes.
+
+The test process itself does not import this: it would load Megatron-core.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron_cases import (
+    CHUNK_SIZE,
+    MODEL,
+    ROUTING_SCALE,
+    SEQUENCE_LENGTH,
+    STEPS_AFTER_LOAD,
+    STEPS_BEFORE_SAVE,
+    VOCAB_SIZE,
+    Batch,
+    Case,
+    Measured,
+    global_batch,
+)
+
+from dash_dist.context_parallel import shard_positions
+from dash_dist.megatron import AttentionConfig, Engine, OptimizerConfig, ParallelConfig, ParallelDims
+from dash_dist.megatron import model as model_module
+from dash_dist.megatron.weights import global_name
+
+
+def micro_batches(step: int, dims: ParallelDims, size: int) -> list[Batch]:
+    batch = global_batch(step)
+    mine = [tensor[dims.dp_rank :: dims.dp_size] for tensor in (batch.tokens, batch.labels, batch.loss_mask)]
+    return [Batch(*pieces) for pieces in zip(*(tensor.split(size) for tensor in mine), strict=True)]
+
+
+@contextmanager
+def engine_of(case: Case) -> Iterator[Engine]:
+    parallel = ParallelConfig(
+        tensor=case.tensor,
+        context=case.context,
+        pipeline=case.pipeline,
+        distributed_optimizer=case.distributed_optimizer,
+        recompute=case.recompute,
+    )
+    dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
+    logits_per_piece = model_module.LOGITS_PER_PIECE
+    model_module.LOGITS_PER_PIECE = case.logits_per_piece or logits_per_piece
+    try:
+        yield Engine(
+            MODEL.model_copy(update={"tie_embeddings": case.tie_embeddings}),
+            AttentionConfig(
+                chunk_size=CHUNK_SIZE, routing_scale=ROUTING_SCALE, layout=case.layout, exchange=case.exchange
+            ),
+            parallel,
+            OptimizerConfig(lr=1e-2, warmup_steps=2, grad_clip=case.grad_clip),
+            dims=dims,
+            vocab_size=VOCAB_SIZE,
+            sequence_length=SEQUENCE_LENGTH,
+            total_steps=10,
+        )
+    finally:
+        model_module.LOGITS_PER_PIECE = logits_per_piece
+        dims.close()
+
+
+def ranks_of(dims: ParallelDims) -> dict[str, int]:
+    return {"tp": dims.tp_rank, "cp": dims.cp_rank, "pp": dims.pp_rank, "dp": dims.dp_rank}
+
+
+def train(engine: Engine, case: Case, steps: int) -> list[float]:
+    return [
+        engine.train_step(micro_batches(engine.step, engine.dims, case.micro_batch_size)).loss for _ in range(steps)
+    ]
+
+
+def measure_step(case: Case) -> Measured:
+    """Gradients of the first step and the weights after it."""
+    with engine_of(case) as engine:
+        measured = Measured(ranks_of(engine.dims))
+        engine.record_routing = True
+        result = engine.train_step(micro_batches(0, engine.dims, case.micro_batch_size))
+        measured.losses, measured.tokens, measured.grad_norm = [result.loss], result.tokens, result.grad_norm
+        for routing in engine.routing_statistics():
+            measured.density.append(routing.density)
+            measured.selected.append(routing.selected.tolist())
+        for name, parameter in engine.model.named_parameters():
+            dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            name = global_name(engine.model, name)
+            measured.gradients[name] = parameter.main_grad.clone(), dim
+            measured.weights[name] = parameter.detach().clone(), dim
+        return measured
+
+
+def measure_steps(cases: dict[str, Case]) -> dict[str, Measured]:
+    return {name: measure_step(case) for name, case in cases.items()}
+
+
+def train_and_save(cases: dict[str, Case], folder: Path) -> dict[str, list[float]]:
+    """Losses of an uninterrupted run, with a checkpoint in `folder`/name on the way."""
+    losses = {}
+    for name, case in cases.items():
+        with engine_of(case) as engine:
+            losses[name] = train(engine, case, STEPS_BEFORE_SAVE)
+            engine.save(folder / name, {"position": [engine.step]})
+            losses[name] += train(engine, case, STEPS_AFTER_LOAD)
+    return losses
+
+
+def load_and_train(loads: list[tuple[str, Case]], folder: Path) -> list[tuple[Any, int, list[float]]]:
+    """Per load: the extra state, the step, and the losses that follow, each in a new engine."""
+    results = []
+    for saved, case in loads:
+        with engine_of(case) as engine:
+            extra_state = engine.load(folder / saved)
+            results.append((extra_state, engine.step, train(engine, case, STEPS_AFTER_LOAD)))
+    return results
+
+
+def logits_of_last_rank(case: Case) -> tuple[dict[str, int], torch.Tensor]:
+    """How much this rank's logits [b, s, vocab] move when the first token of the sequence changes."""
+    with engine_of(case) as engine:
+        tokens = global_batch(0).tokens
+        changed = tokens.clone()
+        changed[:, 0] = (changed[:, 0] + 1) % VOCAB_SIZE
+        dims = engine.dims
+        positions = shard_positions(SEQUENCE_LENGTH, dims.cp_rank, dims.cp_size, case.layout)
+        with torch.no_grad():
+            before, after = (engine.model(t[:, positions], None, None) for t in (tokens, changed))
+        return ranks_of(engine.dims), (after - before).abs().amax(dim=(0, 2))
+
+
+def errors_and_skips(folder: Path) -> dict[str, Any]:
+    """What each rank sees when one rank is given something wrong."""
+    seen: dict[str, Any] = {}
+
+    def catch(name: str, call: Any, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:
+            seen[name] = f"{type(error).__name__}: {error}"
+
+    case = Case(context=2, grad_clip=1.0, distributed_optimizer=True)
+    with engine_of(case) as engine:
+        rank = engine.dims.rank
+        good = micro_batches(0, engine.dims, 1)
+        short = [Batch(*(tensor[:, :-8] for tensor in vars(batch).values())) for batch in good]
+        catch("short at rank 1", engine.train_step, short if rank == 1 else good)
+        catch("one less at rank 1", engine.train_step, good[1:] if rank == 1 else good)
+        catch("other data at rank 1", engine.train_step, micro_batches(rank, engine.dims, 1))
+        blank = [Batch(batch.tokens, batch.labels, torch.zeros_like(batch.loss_mask)) for batch in good]
+        catch("no loss token", engine.train_step, blank)
+        foreign = [Batch(batch.tokens + VOCAB_SIZE, batch.labels, batch.loss_mask) for batch in good]
+        catch("foreign tokens", engine.train_step, foreign)
+        catch("no routing", engine.routing_statistics)
+        catch("no checkpoint", engine.load, folder / "nothing")
+        (folder / "taken").mkdir(exist_ok=True)
+        (folder / "taken" / f"rank{rank}").touch()
+        catch("taken directory", engine.save, folder / "taken")
+        catch("second dims", lambda: engine_of(case).__enter__())
+        seen["step after errors"] = engine.step
+
+        engine.train_step(good)
+        before = [parameter.detach().clone() for parameter in engine.model.parameters()]
+        engine.model.output_layer.weight.data[0, 0] = float("inf")
+        before[-1][0, 0] = float("inf")
+        result = engine.train_step(good)
+        seen["skipped"] = result.skipped
+        after = list(engine.model.parameters())
+        seen["unchanged"] = all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+        engine.model.output_layer.weight.data[0, 0] = 0.0
+        seen["next"] = engine.train_step(good).skipped
+
+        engine.save(folder / "saved")
+    with engine_of(Case(context=2, distributed_optimizer=False, tie_embeddings=True)) as engine:
+        catch("other model", engine.load, folder / "saved")
+    catch("world size", lambda: engine_of(Case(tensor=2, context=2)).__enter__())
+    return seen
+
+
+def undecayed_weights() -> set[str]:
+    with engine_of(Case()) as engine:
+        names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
+        return {
+            names[id(parameter)]
+            for group in engine._optimizer.megatron.param_groups
+            for parameter in group["params"]
+            if group["weight_decay"] == 0.0
+        }

@@ -1,0 +1,202 @@
+"""The same model and batch give the same step, and the same run, at every parallel layout."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from megatron_cases import (
+    CHUNK_SIZE,
+    SEQUENCE_LENGTH,
+    SEQUENCES,
+    STEPS_AFTER_LOAD,
+    STEPS_BEFORE_SAVE,
+    Case,
+    Measured,
+    global_batch,
+)
+from megatron_ranks import run_ranks
+
+REFERENCE = Case(micro_batch_size=SEQUENCES)
+TIED = dataclasses.replace(REFERENCE, tie_embeddings=True)
+ALONE = {
+    "reference": REFERENCE,
+    "tied": TIED,
+    "four micro-batches": Case(),
+    "recompute": Case(recompute="full"),
+    "logits in pieces": Case(micro_batch_size=2, logits_per_piece=2 * 64 * 24),
+}
+ON_TWO = {
+    "cp 2": Case(context=2, micro_batch_size=2),
+    "cp 2, contiguous, allgather": Case(context=2, layout="contiguous", exchange="allgather"),
+    "cp 2, recompute": Case(context=2, recompute="full"),
+    "tp 2": Case(tensor=2),
+    "tp 2, logits in pieces": Case(tensor=2, micro_batch_size=2, logits_per_piece=2 * 32 * 24),
+    "pp 2": Case(pipeline=2),
+    "pp 2, tied": Case(pipeline=2, tie_embeddings=True),
+    "dp 2": Case(),
+}
+ON_FOUR = {
+    "tp 2, cp 2": Case(tensor=2, context=2, micro_batch_size=2),
+    "cp 2, pp 2": Case(context=2, pipeline=2),
+}
+SAVED = Case(micro_batch_size=2, distributed_optimizer=True, grad_clip=0.5)
+SAVED_ON_TWO = {
+    "cp 2": dataclasses.replace(SAVED, context=2),
+    "pp 2": dataclasses.replace(SAVED, pipeline=2),
+    "dp 2": SAVED,
+    "dp 2, plain optimizer": dataclasses.replace(SAVED, distributed_optimizer=False),
+}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, list[Measured]]:
+    """Case name -> what each rank measured."""
+    by_case: dict[str, list[Measured]] = {}
+    for world_size, cases in ((1, ALONE), (2, ON_TWO), (4, ON_FOUR)):
+        by_rank = run_ranks("measure_steps", world_size, cases)
+        by_case |= {name: [rank[name] for rank in by_rank] for name in cases}
+    return by_case
+
+
+def joined(ranks: list[Measured], what: str) -> dict[str, torch.Tensor]:
+    """Every weight of the model in full, after checking that ranks which hold the same part agree."""
+    full: dict[str, torch.Tensor] = {}
+    names = {name for rank in ranks for name in getattr(rank, what)}
+    for name in names:
+        parts: dict[int, torch.Tensor] = {}
+        for rank in ranks:
+            if name in getattr(rank, what):
+                tensor, dim = getattr(rank, what)[name]
+                first = parts.setdefault(rank.ranks["tp"], tensor)
+                torch.testing.assert_close(tensor, first, rtol=0, atol=0)
+        slices = [parts[index] for index in sorted(parts)]
+        if dim is None:
+            for tensor in slices:
+                torch.testing.assert_close(tensor, slices[0], rtol=0, atol=0)
+            full[name] = slices[0]
+        elif name.endswith("linear_fc1.weight"):  # each slice: its rows of the gate above its rows of the up
+            halves = [tensor.chunk(2) for tensor in slices]
+            full[name] = torch.cat([half for pair in zip(*halves, strict=True) for half in pair])
+        else:
+            full[name] = torch.cat(slices, dim)
+    return full
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
+    """Every tensor within `relative` of the expected one's norm."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (actual[name] - tensor).norm() / tensor.norm()
+        assert error < relative, f"{name}: relative error {error:.1e}"
+
+
+LAYOUTS = [*list(ALONE)[2:], *ON_TWO, *ON_FOUR]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_step_equals_one_process(measured: dict[str, list[Measured]], name: str) -> None:
+    reference = measured["tied" if "tied" in name else "reference"]
+    ranks = measured[name]
+    for rank in ranks:
+        assert rank.losses == pytest.approx(reference[0].losses, rel=1e-6)
+        assert rank.tokens == int(global_batch(0).loss_mask.sum())
+        assert rank.grad_norm == pytest.approx(reference[0].grad_norm, rel=1e-5)
+    assert_same(joined(ranks, "gradients"), joined(reference, "gradients"), relative=1e-5)
+    assert_same(joined(ranks, "weights"), joined(reference, "weights"), relative=1e-5)
+
+
+def test_every_weight_has_a_gradient(measured: dict[str, list[Measured]]) -> None:
+    gradients = joined(measured["reference"], "gradients")
+    assert sum("summary_query" in name for name in gradients) == 2
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 1e-6, name
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_routing_statistics_cover_all_ranks(measured: dict[str, list[Measured]], name: str) -> None:
+    # A rank's statistics are of its last micro-batch: what they hold in all depends on its size.
+    reference = measured["reference"][0]
+    for rank in measured[name]:
+        assert len(rank.density) == 2
+        assert all(0.1 < density < 1.0 for density in rank.density)
+        dp_size = 1 + max(rank.ranks["dp"] for rank in measured[name])
+        sequences = (ALONE | ON_TWO | ON_FOUR)[name].micro_batch_size * dp_size
+        for selected in rank.selected:
+            assert len(selected) == SEQUENCE_LENGTH // CHUNK_SIZE + 1
+            assert sum(selected) == sequences * SEQUENCE_LENGTH * 2  # KV heads
+            assert selected[0] == 0
+    assert reference.density[0] == pytest.approx(
+        sum(k * n for k, n in enumerate(reference.selected[0]))
+        / (SEQUENCES * 2 * sum(1 + t // CHUNK_SIZE for t in range(SEQUENCE_LENGTH)))
+    )
+
+
+@pytest.mark.parametrize(
+    "case", [Case(context=2, micro_batch_size=4), Case(context=2, micro_batch_size=4, layout="contiguous")]
+)
+def test_first_token_reaches_the_last_rank(case: Case) -> None:
+    moved = {ranks["cp"]: logits for ranks, logits in run_ranks("logits_of_last_rank", 2, case)}
+    assert moved[1].max() > 1e-3
+
+
+def test_checkpoints_continue_at_another_layout(tmp_path: Path) -> None:
+    (alone,) = run_ranks("train_and_save", 1, {"alone": SAVED}, tmp_path)
+    expected = alone["alone"]
+    assert len(set(expected)) == STEPS_BEFORE_SAVE + STEPS_AFTER_LOAD
+    for losses in run_ranks("train_and_save", 2, SAVED_ON_TWO, tmp_path):
+        for name in SAVED_ON_TWO:
+            assert losses[name] == pytest.approx(expected, rel=1e-5), name
+
+    plain = dataclasses.replace(SAVED, distributed_optimizer=False)
+    loads_alone = [("dp 2", SAVED), ("pp 2", SAVED), ("dp 2, plain optimizer", plain), ("alone", SAVED)]
+    loads_on_two = [
+        ("cp 2", dataclasses.replace(SAVED, tensor=2)),
+        ("alone", dataclasses.replace(SAVED, pipeline=2)),
+        ("pp 2", dataclasses.replace(SAVED, context=2)),
+        ("dp 2, plain optimizer", dataclasses.replace(plain, tensor=2)),
+    ]
+    for world_size, loads in ((1, loads_alone), (2, loads_on_two)):
+        for rank in run_ranks("load_and_train", world_size, loads, tmp_path):
+            for (name, _), (extra_state, step, losses) in zip(loads, rank, strict=True):
+                assert extra_state == {"position": [STEPS_BEFORE_SAVE]}
+                assert step == STEPS_BEFORE_SAVE
+                assert losses == pytest.approx(expected[STEPS_BEFORE_SAVE:], rel=1e-5), name
+
+
+def test_errors_reach_every_rank_and_bad_steps_change_nothing(tmp_path: Path) -> None:
+    zero, one = run_ranks("errors_and_skips", 2, tmp_path)
+    assert "tokens is [1, 120], expected [1, 128]" in one["short at rank 1"]
+    assert "ranks [1] were given malformed micro-batches" in zero["short at rank 1"]
+    for seen in (zero, one):
+        assert "{0: '4 of 1 sequences', 1: '3 of 1 sequences'}" in seen["one less at rank 1"]
+        assert "ranks [0, 1] share data-parallel index 0" in seen["other data at rank 1"]
+        assert "loss_mask is 0 for every token" in seen["no loss token"]
+        assert "the vocabulary has 50 tokens" in seen["foreign tokens"]
+        assert "set record_routing = True" in seen["no routing"]
+        assert "is not a checkpoint" in seen["no checkpoint"]
+        assert "taken is not empty" in seen["taken directory"]
+        assert "close() the earlier ParallelDims" in seen["second dims"]
+        assert "tie_embeddings is False in the checkpoint and True in this run" in seen["other model"]
+        assert "distributed_optimizer is True in the checkpoint" in seen["other model"]
+        assert "world size 2 is not a multiple of tensor x pipeline x context" in seen["world size"]
+        assert seen["step after errors"] == 0
+        assert seen["skipped"]
+        assert seen["unchanged"]
+        assert not seen["next"]
+
+
+def test_norms_and_summary_queries_are_not_decayed() -> None:
+    (names,) = run_ranks("undecayed_weights", 1)
+    assert names == {
+        "decoder.final_layernorm.weight",
+        *(
+            f"decoder.layers.{layer}.{name}"
+            for layer in (0, 1)
+            for name in (
+                "input_layernorm.weight",
+                "pre_mlp_layernorm.weight",
+                "self_attention.core_attention.attention.summary_query",
+            )
+        ),
+    }
