@@ -1,0 +1,95 @@
+"""The distributed call against the one-process result, on 2 and 4 ranks (NCCL where there are as many GPUs)."""
+
+import pytest
+import torch
+from ranks import backend_for, run_ranks
+
+from dash_dist import dash_attention, join_sequence, shard_positions, split_sequence
+from dash_dist.context_parallel.layout import shard_chunks
+
+SIZES = [2, pytest.param(4, marks=pytest.mark.skipif(0 < torch.cuda.device_count() < 4, reason="needs 4 GPUs"))]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("job", ["parity", "parity_of_the_smallest_shards"])
+def test_every_layout_and_exchange_equals_one_process(job: str, size: int) -> None:
+    for differences in run_ranks(f"attention_jobs:{job}", size):
+        for case, by_name in differences.items():
+            density = by_name.pop("density")
+            assert max(by_name.values()) < 1e-10, (case, by_name)
+            assert density < 0.95 or job != "parity", "too dense to test a selection"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_first_token_reaches_the_last_rank(size: int) -> None:
+    for changed in run_ranks("attention_jobs:first_token_reaches_the_last_rank", size):
+        assert all(changed.values()), changed
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_split_join_and_their_gradients(size: int) -> None:
+    for result in run_ranks("attention_jobs:split_and_join", size):
+        assert all(result.values()), result
+
+
+def test_a_mistake_at_one_rank_is_an_error_at_all() -> None:
+    expected = {
+        "not a multiple": "sequence length 96 is not a multiple of 2 x cp x chunk_size = 64: pad to 128",
+        "one rank's alpha": "rank 1: alpha is 3.0: give a number in (1, 2]",
+        "different lengths": "must call with equal shapes and settings",
+        "different layouts": "must call with equal shapes and settings",
+        "unknown layout": "layout is 'spiral': give one of zigzag, contiguous",
+        "unknown exchange": "exchange is 'pigeon': give one of ring, allgather",
+        "good afterwards": "no error",
+    }
+    for messages in run_ranks("attention_jobs:errors_at_every_rank", 2):
+        for case, message in expected.items():
+            assert message in messages[case], (case, messages[case])
+
+
+def test_module_owns_the_summary_query() -> None:
+    for difference, size in run_ranks("attention_jobs:module_trains", 2):
+        assert difference < 1e-10 < size
+
+
+@pytest.mark.skipif(backend_for(2) == "gloo", reason="needs 2 GPUs")
+def test_bfloat16_kernels_under_nccl() -> None:
+    for differences in run_ranks("attention_jobs:triton_parity", 2):
+        print(differences)
+        assert differences["selected"] == 0
+        assert differences.pop("density") < 0.95
+        assert max(differences.values()) < 0.1
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_shards_partition_the_sequence_in_whole_chunks(layout: str) -> None:
+    for size in (1, 2, 3, 8):
+        chunks = [shard_chunks(6, rank, size, layout).ids for rank in range(size)]
+        assert sorted(sum(chunks, ())) == list(range(6 * size))
+        positions = [shard_positions(6 * size * 16, rank, size, layout) for rank in range(size)]
+        for ids, own in zip(chunks, positions, strict=True):
+            assert (own.view(6, 16)[:, 0] == torch.tensor(ids) * 16).all()
+
+
+def test_zigzag_pairs_the_first_piece_with_the_last() -> None:
+    assert shard_chunks(4, 0, 2, "zigzag").ids == (0, 1, 6, 7)
+    assert shard_chunks(4, 1, 2, "zigzag").ids == (2, 3, 4, 5)
+
+
+def test_without_a_group_the_call_is_the_one_device_call() -> None:
+    x = torch.randn(1, 40, 2, 16)
+    assert split_sequence(x, None) is x
+    assert join_sequence(x, None) is x
+    c = torch.zeros(2, 16)
+    out, routing = dash_attention(x, x, x, c, chunk_size=16, return_routing=True)
+    assert out.shape == x.shape
+    assert routing.selected_per_token.shape == (1, 40, 2)
+    with pytest.raises(ValueError, match="layout is 'spiral'"):
+        dash_attention(x, x, x, c, chunk_size=16, layout="spiral")
+
+
+def test_lengths_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sequence length 100 is not a multiple of 8.*pad to 104"):
+        shard_positions(100, 0, 4, "zigzag")
+    with pytest.raises(ValueError, match="3 chunks cannot be cut into 2 pieces"):
+        shard_chunks(3, 0, 2, "zigzag")

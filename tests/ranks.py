@@ -1,0 +1,88 @@
+"""Processes for tests of several ranks: started together, ended together, results by rank."""
+
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import pickle
+import socket
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Forked from a server that has imported the slow libraries, a process is there in a second instead of ten.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["dash_dist.context_parallel", "dash_dist.megatron.engine"])
+
+
+def backend_for(world_size: int) -> str:
+    """nccl where every rank can have a GPU of its own."""
+    return "nccl" if torch.cuda.device_count() >= world_size else "gloo"
+
+
+def run_ranks(job: str, world_size: int, *arguments: Any, time_limit: float = 240.0) -> list[Any]:
+    """Calls "module:function"(*arguments) in `world_size` processes of one group; one alone is left without a group.
+
+    Returns what each rank returned. The first failure, or the time limit in seconds, ends them all.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+    processes = [
+        CONTEXT.Process(target=_rank, args=(pipes[rank][1], job, rank, world_size, port, arguments))
+        for rank in range(world_size)
+    ]
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + time_limit
+    try:
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()
+        while len(results) < world_size:
+            waiting: dict[Any, int] = {pipes[rank][0]: rank for rank in range(world_size) if rank not in results}
+            ready = multiprocessing.connection.wait(list(waiting), timeout=deadline - time.monotonic())
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(waiting.values())} took more than {time_limit:.0f} s")
+            for receiver in ready:
+                rank = waiting[receiver]
+                try:
+                    error, results[rank] = pickle.loads(pipes[rank][0].recv_bytes())
+                except EOFError:
+                    raise RuntimeError(f"rank {rank} died") from None
+                if error is not None:
+                    raise RuntimeError(f"rank {rank} failed:\n{error}")
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill() if len(results) < world_size else process.join(20)
+                process.join(20)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank(sender: Connection, job: str, rank: int, world_size: int, port: int, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    module, function = job.split(":")
+    try:
+        if world_size > 1:
+            backend = backend_for(world_size)
+            if backend == "nccl":
+                torch.cuda.set_device(rank)
+            dist.init_process_group(
+                backend,
+                init_method=f"tcp://127.0.0.1:{port}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=120),
+            )
+        message: tuple[str | None, Any] = None, getattr(importlib.import_module(module), function)(*arguments)
+        if world_size > 1:
+            dist.destroy_process_group()
+    except BaseException:
+        message = traceback.format_exc(), None
+    sender.send_bytes(pickle.dumps(message))
+    sender.close()
