@@ -35,9 +35,7 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True)
 class Shard:
-    """One micro-batch's part of one context-parallel rank, [micro_batch_size, T / cp], on the rank's
-    device.
-    """
+    """One micro-batch's part of one context-parallel rank, [micro_batch_size, T / cp], on the rank's device."""
 
     tokens: torch.Tensor
     labels: torch.Tensor

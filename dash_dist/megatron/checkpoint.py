@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -40,8 +39,7 @@ class RunState:
 def save_checkpoint(
     directory: Path, model: DashGPTModel, optimizer: Optimizer, dims: ParallelDims, run: RunState
 ) -> None:
-    """Write a checkpoint. A collective: all ranks call it. `metadata.json` is written last, when all else is
-    there.
+    """Write a checkpoint. A collective: all ranks call it. `metadata.json` is written last, when all else is there.
 
     Args:
         directory: on storage that all ranks share; created, and must be empty.
@@ -50,7 +48,7 @@ def save_checkpoint(
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
     """
-    _create_directory(directory, dims)
+    _raise_at_every_rank(_create_directory(directory) if dims.rank == 0 else None, dims)
     state = _sharded_state(model, optimizer, dims, is_loading=False)
     if state["optimizer"].get("param_state") is None:
         # The distributed optimizer's state is gathered on one rank; the others' empty entry would look to
@@ -73,26 +71,15 @@ def load_checkpoint(
     The checkpoint may come from another tensor-, context-, pipeline- and data-parallel size.
 
     Raises:
-        FileNotFoundError: there is no complete checkpoint in the directory.
-        ValueError: the checkpoint's identity is not `identity`; names what differs.
+        FileNotFoundError: at every rank: there is no complete checkpoint in the directory.
+        ValueError: at every rank: the checkpoint's identity is not `identity`; names what differs.
     """
-    if not (directory / "metadata.json").is_file():
-        raise FileNotFoundError(
-            f"{directory} has no metadata.json: it is not a checkpoint, or was not written to its end"
-        )
-    saved = dist_checkpointing.load_common_state_dict(str(directory))[_RUN]
-    differing = [
-        f"{key} is {saved['identity'].get(key)!r} in the checkpoint and {identity.get(key)!r} in this run"
-        for key in sorted(identity.keys() | saved["identity"].keys())
-        if saved["identity"].get(key) != identity.get(key)
-    ]
-    if differing:
-        raise ValueError(f"{directory} does not fit this run: {'; '.join(differing)}")
+    _raise_at_every_rank(_find_misfit(directory, identity) if dims.rank == 0 else None, dims)
     state = dist_checkpointing.load(_sharded_state(model, optimizer, dims, is_loading=True), str(directory))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     dist.barrier()
-    return RunState(**saved)
+    return RunState(**state[_RUN])
 
 
 def _sharded_state(
@@ -113,15 +100,31 @@ def _sharded_state(
     }
 
 
-def _create_directory(directory: Path, dims: ParallelDims) -> None:
-    problem: list[str | None] = [None]
-    if dims.rank == 0:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if any(directory.iterdir()):
-                problem = [f"{directory} is not empty: save to a new directory"]
-        except OSError as error:
-            problem = [f"cannot create the checkpoint directory {directory}: {error}"]
-    dist.broadcast_object_list(problem, src=0, device=torch.device(dims.device))
+def _create_directory(directory: Path) -> OSError | None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            return OSError(f"{directory} is not empty: save to a new directory")
+    except OSError as error:
+        return OSError(f"cannot create the checkpoint directory {directory}: {error}")
+    return None
+
+
+def _find_misfit(directory: Path, identity: dict[str, Any]) -> FileNotFoundError | ValueError | None:
+    if not (directory / "metadata.json").is_file():
+        return FileNotFoundError(f"{directory} has no metadata.json: it is not a checkpoint, or not written to its end")
+    saved = dist_checkpointing.load_common_state_dict(str(directory))[_RUN]["identity"]
+    differing = [
+        f"{key} is {saved.get(key)!r} in the checkpoint and {identity.get(key)!r} in this run"
+        for key in sorted(identity.keys() | saved.keys())
+        if saved.get(key) != identity.get(key)
+    ]
+    return ValueError(f"{directory} does not fit this run: {'; '.join(differing)}") if differing else None
+
+
+def _raise_at_every_rank(problem_of_rank_0: Exception | None, dims: ParallelDims) -> None:
+    """Storage may look different to other ranks for a while: rank 0 decides for all."""
+    problem = [problem_of_rank_0]
+    dist.broadcast_object_list(problem, src=0, device=dims.device)
     if problem[0] is not None:
-        raise OSError(problem[0])
+        raise problem[0]

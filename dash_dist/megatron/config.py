@@ -15,9 +15,7 @@ class _Config(BaseModel):
 
 
 class ModelConfig(_Config):
-    """A Llama-style decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases, no
-    dropout.
-    """
+    """A Llama-style decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases, no dropout."""
 
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)

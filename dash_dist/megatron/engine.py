@@ -57,8 +57,7 @@ class StepResult:
 
 
 class Engine:
-    """The model of one run with its optimizer. All methods but the flops are collectives: every rank calls
-    them.
+    """The model of one run with its optimizer. All methods but the flops are collectives: every rank calls them.
 
     Weights are bfloat16 on GPUs, with float32 gradients and optimizer state, and float32 on the CPU.
 
@@ -96,7 +95,8 @@ class Engine:
         self._vocab_size = vocab_size
         self._sequence_length = sequence_length
         self._identity = {
-            **model.model_dump(),
+            **model.model_dump(exclude={"rotary_base", "norm_epsilon", "init_std"}),
+            "head_dim": model.resolved_head_dim,
             "vocab_size": vocab_size,
             "distributed_optimizer": parallel.distributed_optimizer,
         }
@@ -119,9 +119,7 @@ class Engine:
 
     @property
     def record_routing(self) -> bool:
-        """Keep each layer's routing of the last micro-batch, for `routing_statistics`. Set it alike at every
-        rank.
-        """
+        """Keep each layer's routing of the last micro-batch, for `routing_statistics`. Set it alike at every rank."""
         return self._record_routing
 
     @record_routing.setter
@@ -221,9 +219,7 @@ class Engine:
         return run.extra_state
 
     def _accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Leave the gradient of the mean loss in the buffers, and return the summed loss of the global
-        batch.
-        """
+        """Leave the gradient of the mean loss in the buffers, and return the summed loss of the global batch."""
         shards = split_micro_batches(
             micro_batches, self.dims, layout=self._attention.layout, sequence_length=self._sequence_length
         )

@@ -16,8 +16,7 @@ def flops_per_token(
     sequence_length: int,
     density: float = 1.0,
 ) -> float:
-    """Forward and backward operations per token; a multiply-add counts as two, the backward as twice the
-    forward.
+    """Forward and backward operations per token; a multiply-add counts as two, the backward as twice the forward.
 
     Per token: 6 per weight of every matrix (recomputed activations, norms and the embedding look-up count
         nothing),

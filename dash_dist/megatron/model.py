@@ -30,11 +30,9 @@ LOGITS_PER_PIECE = 2**26
 class DashGPTModel(GPTModel):
     """One pipeline stage of the decoder.
 
-    With labels, the last stage returns the cross entropy of every token, [b, s] float32, without ever holding
-    the
-    logits of the whole shard: where they would be more than `LOGITS_PER_PIECE`, output layer and loss are
-        computed
-    in pieces along the sequence and computed again in the backward pass.
+    With labels, the last stage returns the cross entropy of every token, [b, s] float32, without ever holding the
+    logits of the whole shard: where they would be more than `LOGITS_PER_PIECE`, output layer and loss are computed in
+    pieces along the sequence, and computed again in the backward pass.
     """
 
     def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:

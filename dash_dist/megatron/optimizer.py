@@ -28,9 +28,7 @@ _SET_BY_RUN = ("max_lr", "min_lr", "betas", "eps")
 
 
 def wrap_model(config: TransformerConfig, parallel: ParallelConfig, model: MegatronModule) -> DistributedDataParallel:
-    """The model with its gradients in float32 buffers that are summed over DP x CP when a step's backward is
-    done.
-    """
+    """The model with its gradients in float32 buffers that are summed over DP x CP when a step's backward is done."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.distributed_optimizer
     )

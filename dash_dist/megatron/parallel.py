@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,8 @@ class ParallelDims:
 
         An initialised `torch.distributed` is used as it is. Otherwise the environment's RANK, WORLD_SIZE,
         MASTER_ADDR and MASTER_PORT start one, and without RANK the process is a world of its own. The backend
-        is nccl with CUDA and gloo without; the CUDA device is LOCAL_RANK's, or else the current one.
+        is nccl with CUDA and gloo without; the CUDA device is the only one visible, or LOCAL_RANK's, or else the
+        current one.
 
         Args:
             timeout: after which a collective that some rank never joins fails.
@@ -58,13 +60,10 @@ class ParallelDims:
         if parallel_state.model_parallel_is_initialized():
             raise RuntimeError("Megatron-core's groups exist already in this process: close() the earlier ParallelDims")
         run_megatron_on_cpu()
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
-            torch.cuda.set_device(device)
+        device = _choose_device()
         owns_process_group = not dist.is_initialized()
         if owns_process_group:
-            _join_process_group("nccl" if device.type == "cuda" else "gloo", timeout)
+            _join_process_group(device, timeout)
         try:
             dp_size = parallel.data_parallel_size(dist.get_world_size())
             parallel_state.initialize_model_parallel(
@@ -149,8 +148,19 @@ class ParallelDims:
             dist.destroy_process_group()
 
 
-def _join_process_group(backend: str, timeout: timedelta) -> None:
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+def _choose_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join_process_group(device: torch.device, timeout: timedelta) -> None:
+    options: dict[str, Any] = {"backend": "gloo", "timeout": timeout}
+    if device.type == "cuda":
+        options |= {"backend": "nccl", "device_id": device}
+    if "RANK" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)

@@ -17,13 +17,12 @@ from dash_dist.context_parallel import shard_positions
 class ShardRotaryEmbedding(RotaryEmbedding):
     """Megatron-core's rotary embedding at the positions of this rank's shard, whatever the layout.
 
-    Angles are computed in float64 and reduced to one turn before they are rounded to float32: at a million
-        tokens
-    the float32 product of position and frequency is off by up to 0.03 radians.
+    Angles are computed in float64 and reduced to one turn before they are rounded to float32: at a million tokens the
+    float32 product of position and frequency is off by up to 0.03 radians.
 
     Args:
         head_dim: channels of one head, all of them rotated.
-        rotary_base: the slowest pair turns once in 2 pi x rotary_base ** (1 - 2 / head_dim) tokens.
+        rotary_base: the slowest pair of channels turns once in 2 pi x rotary_base ** (1 - 2 / head_dim) tokens.
         layout: "zigzag" or "contiguous", as for `shard_positions`.
         cp_rank, cp_size: this rank's place in the context-parallel group.
         device: where the angles are kept.
@@ -51,8 +50,7 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         """Angles of this rank's tokens, in shard order.
 
         Args:
-            max_seq_len: tokens of the whole sequence. GPTModel passes more, about packed sequences, not read
-                here.
+            max_seq_len: tokens of the whole sequence. GPTModel passes more, about packed sequences, not read here.
 
         Returns:
             [max_seq_len / cp, 1, 1, head_dim] float32, radians in [0, 2 pi)

@@ -38,8 +38,7 @@ def set_recording(model: DashGPTModel, record: bool) -> None:
 
 
 def gather_routing(model: DashGPTModel, dims: ParallelDims, *, num_chunks: int) -> list[LayerRouting]:
-    """Every layer's routing, summed over tensor, context and data parallelism. A collective: all ranks call
-    it.
+    """Every layer's routing, summed over tensor, context and data parallelism. A collective: all ranks call it.
 
     Args:
         num_chunks: chunks of a whole sequence, an unfinished last one counted.

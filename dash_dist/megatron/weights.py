@@ -23,7 +23,7 @@ def initialise_weights(model: GPTModel, *, init_std: float, seed: int) -> None:
     weights (ones) and `summary_query` (zeros) stay as their modules made them.
 
     Args:
-        model: one pipeline stage, float32, before it is wrapped.
+        model: one pipeline stage, before it is wrapped.
         init_std: standard deviation of the other weights.
         seed: of the run.
     """
@@ -47,8 +47,7 @@ def initialise_weights(model: GPTModel, *, init_std: float, seed: int) -> None:
 def global_name(model: GPTModel, local_name: str) -> str:
     """A parameter's name in the whole model, from its name in this pipeline stage.
 
-    Layers count from the first stage's first; the last stage's copy of tied embeddings has the embedding's
-    name.
+    Layers count from the first stage's first; the last stage's copy of tied embeddings has the embedding's name.
     """
     if local_name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
