@@ -99,4 +99,4 @@ def test_statistics_count_the_own_chunk_on_both_sides() -> None:
     assert routing.available_per_token.tolist() == [1] * 16 + [2] * 16 + [3] * 8
     assert (routing.selected_per_token[:, :32].cpu() == routing.available_per_token[:32, None].cpu()).all()
     expected = routing.selected_per_token.sum() / (routing.available_per_token.sum() * 2)
-    assert routing.density == pytest.approx(expected.item())
+    assert routing.density.item() == pytest.approx(expected.item())

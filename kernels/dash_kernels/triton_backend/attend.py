@@ -43,7 +43,7 @@ def attend(
     attend_fwd_kernel[tile.grid(len(query_chunks), batch, kv_heads, spec.chunk_size)](
         q.contiguous(), query_chunks.on(q.device), k.contiguous(), v.contiguous(), key_chunks.on(q.device), summaries,
         routing.tau, routing.log_mean, out, lse, seq_len, k.shape[1], n, len(key_chunks), *kernel_scales(spec),
-        num_warps=tile.num_warps, **tile.constants,
+        **tile.constants, **tile.launch,
     )  # fmt: skip
     return out, lse
 
@@ -80,7 +80,7 @@ def attend_fwd_kernel(
             summary_mask = (column < D) & (key_chunk < n)
             summary_at = summary_offset(key_chunk, batch_head, n, HK, D) + column
             summary = tl.load(summary_ptr + summary_at, mask=summary_mask, other=0.0)
-            _, prior = route_one_chunk(q32, summary, tau, factor, G, GP, BT)
+            _u, prior = route_one_chunk(q32, summary, tau, factor, G, GP, BT)
             if is_own | (tl.max(prior, axis=0) > 0):
                 offsets, mask = chunk_offsets(slot, batch_head, S, HK, C, BC, D, BD)
                 k = tl.load(k_ptr + offsets, mask=mask, other=0.0)

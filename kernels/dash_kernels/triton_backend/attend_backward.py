@@ -51,10 +51,21 @@ def attend_backward(
     scales = (*kernel_scales(spec), spec.scale, spec.routing_logit_scale, PRIOR_FLOOR)
     attend_bwd_dq_kernel[tile.grid(len(query_chunks), batch, kv_heads, spec.chunk_size)](
         *inputs, dq, weighted_sum, seq_len, k.shape[1], n, len(key_chunks), *scales,
-        num_warps=tile.num_warps, **tile.constants,
+        **tile.constants, **tile.launch,
     )  # fmt: skip
     attend_bwd_dkdv_kernel[(len(key_chunks), batch * kv_heads)](
-        *inputs, dk, dv, dsummaries, seq_len, k.shape[1], n, len(query_chunks), *scales, num_warps=8, **tile.constants
+        *inputs,
+        dk,
+        dv,
+        dsummaries,
+        seq_len,
+        k.shape[1],
+        n,
+        len(query_chunks),
+        *scales,
+        num_warps=8,
+        num_stages=tile.num_stages,
+        **tile.constants,
     )
 
 

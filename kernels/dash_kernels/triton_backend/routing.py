@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from dash_kernels.spec import AttentionSpec, ChunkIds, Routing
-from dash_kernels.triton_backend.tiles import CHUNK_BLOCK, TileShape, load_rows, summary_offset, tile_rows
+from dash_kernels.triton_backend.tiles import TileShape, load_rows, summary_offset, tile_rows
 
 MAX_SWEEPS = tl.constexpr(16)
 NEAR_ROOT = tl.constexpr(0.3)  # nearer than this in sum(p), the closed form is accurate enough to be a proof
@@ -25,8 +25,7 @@ def route(q: torch.Tensor, query_chunks: ChunkIds, summaries: torch.Tensor, spec
     tile = TileShape.of(q, kv_heads, spec)
     route_fwd_kernel[tile.grid(len(query_chunks), batch, kv_heads, spec.chunk_size)](
         q.contiguous(), query_chunks.on(q.device), summaries, tau, log_mean, selected, seq_len, n,
-        spec.routing_logit_scale * (spec.alpha - 1), HAS_SIGMA=spec.prior_sigma is not None, BN=CHUNK_BLOCK,
-        num_warps=tile.num_warps, **_constants(tile),
+        spec.routing_logit_scale * (spec.alpha - 1), HAS_SIGMA=spec.prior_sigma is not None, **_options(tile),
     )  # fmt: skip
     return Routing(tau, log_mean, selected)
 
@@ -48,20 +47,21 @@ def route_backward(
     tile = TileShape.of(q, kv_heads, spec)
     ids = query_chunks.on(q.device)
     ratio = torch.empty_like(weighted_sum)
-    call = {"BN": CHUNK_BLOCK, "num_warps": tile.num_warps, **_constants(tile)}
+    options = _options(tile)
     factor = spec.routing_logit_scale * (spec.alpha - 1)
     q = q.contiguous()
     route_bwd_dq_kernel[tile.grid(len(query_chunks), batch, kv_heads, spec.chunk_size)](
-        q, ids, summaries, routing.tau, weighted_sum, ratio, dq, seq_len, n, factor, spec.routing_logit_scale, **call
+        q, ids, summaries, routing.tau, weighted_sum, ratio, dq, seq_len, n, factor, spec.routing_logit_scale, **options
     )
-    route_bwd_dsummary_kernel[(triton.cdiv(n, CHUNK_BLOCK), batch * kv_heads)](
+    route_bwd_dsummary_kernel[(triton.cdiv(n, tile.chunk_block), batch * kv_heads)](
         q, ids, summaries, routing.tau, ratio, dsummaries, seq_len, n, len(query_chunks), factor,
-        spec.routing_logit_scale, **call,
+        spec.routing_logit_scale, **options,
     )  # fmt: skip
 
 
-def _constants(tile: TileShape) -> dict[str, object]:
-    return {name: value for name, value in tile.constants.items() if name not in ("BC", "PRECISION")}
+def _options(tile: TileShape) -> dict[str, object]:
+    constants = {name: value for name, value in tile.constants.items() if name not in ("BC", "PRECISION")}
+    return {"BN": tile.chunk_block, **constants, **tile.launch}
 
 
 @triton.jit
@@ -87,13 +87,13 @@ def route_fwd_kernel(
 ):  # fmt: skip
     tile, batch_head = tl.program_id(0), tl.program_id(1)
     M: tl.constexpr = BT * GP
-    _, row_offset, real = tile_rows(tile, batch_head, T, HQ, HK, G, GP, BT)
+    _token, row_offset, real = tile_rows(tile, batch_head, T, HQ, HK, G, GP, BT)
     chunk = tl.load(ids_ptr + tile * BT // C)  # also the number of earlier chunks
     q32 = load_rows(q_ptr, row_offset, real, D, BD).to(tl.float32)
 
     top = tl.full([M], -float("inf"), tl.float32)
     for start in range(0, chunk, BN):
-        x, _ = _scores(q32, summary_ptr, start, chunk, batch_head, n, factor, HK, D, BD, BN)
+        x, _summaries = _scores(q32, summary_ptr, start, chunk, batch_head, n, factor, HK, D, BD, BN)
         top = tl.maximum(top, tl.max(x, axis=1))
 
     # The threshold of x - top lies in [-1, -chunk^(-1/2)]; see dash_kernels.entmax for the iteration.
@@ -109,7 +109,7 @@ def route_fwd_kernel(
         slope = tl.zeros([M], tl.float32)
         count = tl.zeros([M], tl.float32)
         for start in range(0, chunk, BN):
-            x, _ = _scores(q32, summary_ptr, start, chunk, batch_head, n, factor, HK, D, BD, BN)
+            x, _summaries = _scores(q32, summary_ptr, start, chunk, batch_head, n, factor, HK, D, BD, BN)
             above = tl.maximum(x - (top + t)[:, None], 0.0)
             total += tl.sum(above * above, axis=1)
             slope += tl.sum(above, axis=1)
@@ -134,7 +134,7 @@ def route_fwd_kernel(
     routed = tl.zeros([BT], tl.int32)
     log_sum = tl.zeros([BT], tl.float32)
     for start in range(0, chunk, BN):
-        x, _ = _scores(q32, summary_ptr, start, chunk, batch_head, n, factor, HK, D, BD, BN)
+        x, _summaries = _scores(q32, summary_ptr, start, chunk, batch_head, n, factor, HK, D, BD, BN)
         u = tl.where(real[:, None], tl.maximum(x - tau[:, None], 0.0), 0.0)
         prior = tl.sum(tl.reshape(u * u, [BT, GP, BN]), axis=1) / G  # [BT, BN]
         routed += tl.sum((prior > 0).to(tl.int32), axis=1)
@@ -155,7 +155,7 @@ def route_bwd_dq_kernel(
     """ratio = sum(u dp) / sum(u) of every row, and its part of dq."""
     tile, batch_head = tl.program_id(0), tl.program_id(1)
     M: tl.constexpr = BT * GP
-    _, row_offset, real = tile_rows(tile, batch_head, T, HQ, HK, G, GP, BT)
+    _token, row_offset, real = tile_rows(tile, batch_head, T, HQ, HK, G, GP, BT)
     chunk = tl.load(ids_ptr + tile * BT // C)
     q32 = load_rows(q_ptr, row_offset, real, D, BD).to(tl.float32)
     tau = tl.load(tau_ptr + row_offset, mask=real, other=0.0)
@@ -191,12 +191,12 @@ def route_bwd_dsummary_kernel(
         if chunk > start:
             for step in range(0, C // BT):
                 tile = query_chunk * (C // BT) + step
-                _, row_offset, real = tile_rows(tile, batch_head, T, HQ, HK, G, GP, BT)
+                _token, row_offset, real = tile_rows(tile, batch_head, T, HQ, HK, G, GP, BT)
                 q32 = load_rows(q_ptr, row_offset, real, D, BD).to(tl.float32)
                 tau = tl.load(tau_ptr + row_offset, mask=real, other=0.0)
                 ratio = tl.load(ratio_ptr + row_offset, mask=real, other=0.0)
                 end = tl.minimum(chunk, n)
-                x, _ = _scores(q32, summary_ptr, start, end, batch_head, n, factor, HK, D, BD, BN)
+                x, _summaries = _scores(q32, summary_ptr, start, end, batch_head, n, factor, HK, D, BD, BN)
                 u = tl.maximum(x - tau[:, None], 0.0) * ratio[:, None]
                 grad += tl.dot(tl.trans(u), q32, input_precision="tf32x3")
     chunk = start + tl.arange(0, BN)

@@ -16,8 +16,8 @@ import triton.language as tl
 
 from dash_kernels.spec import AttentionSpec
 
-TILE_ROWS = 64
-CHUNK_BLOCK = 32  # summaries per step of a routing sweep
+TILE_ROWS, TILE_ROWS_WIDE = 64, 32  # wide: head dims above 128, where shared memory is what limits a tile
+CHUNK_BLOCK, CHUNK_BLOCK_WIDE = 32, 16  # summaries per step of a routing sweep; tl.dot takes no fewer than 16
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,22 @@ class TileShape:
 
     constants: dict[str, object]
     tokens: int
+    chunk_block: int
     num_warps: int
+    num_stages: int
 
     @classmethod
     def of(cls, q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> TileShape:
         query_heads, head_dim = q.shape[2:]
         group = query_heads // kv_heads
         padded_group = triton.next_power_of_2(group)
+        padded_dim = max(triton.next_power_of_2(head_dim), 16)
+        wide = padded_dim > 128
+        rows = TILE_ROWS_WIDE if wide else TILE_ROWS
         # At least 16 rows for tl.dot; a power of two that divides the chunk, so that no tile crosses a chunk's border.
         tokens = max(16 // padded_group, 1)
-        while tokens * 2 * padded_group <= TILE_ROWS and spec.chunk_size % (tokens * 2) == 0:
+        while tokens * 2 * padded_group <= rows and spec.chunk_size % (tokens * 2) == 0:
             tokens *= 2
-        padded_dim = max(triton.next_power_of_2(head_dim), 16)
         constants = {
             "HQ": query_heads,
             "HK": kv_heads,
@@ -51,7 +55,18 @@ class TileShape:
             # float32 inputs are multiplied in full float32; "ieee" is ignored for float16 and bfloat16 operands
             "PRECISION": "ieee",
         }
-        return cls(constants, tokens, num_warps=8 if padded_dim > 128 else 4)
+        return cls(
+            constants,
+            tokens,
+            chunk_block=CHUNK_BLOCK_WIDE if wide else CHUNK_BLOCK,
+            num_warps=8 if wide else 4,
+            num_stages=1 if wide else 3,
+        )
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of a launch whose programs work on one tile each."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def grid(self, query_chunks: int, batch: int, kv_heads: int, chunk_size: int) -> tuple[int, int]:
         """One program per tile and (batch, KV head); tiles without a token of the tensor do nothing."""
