@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, ChunkIds, Routing
-from dash_kernels.triton_backend.attend import LOG2_E, kernel_scales, load_log2_mean
+from dash_kernels.triton_backend.forward import LOG2_E, kernel_scales, load_log2_mean
 from dash_kernels.triton_backend.tiles import (
     TileShape,
     biased_scores,
