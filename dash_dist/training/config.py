@@ -43,6 +43,11 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0)] = 1234
     resume: str = "auto"
 
+    @field_validator("directory", mode="before")
+    @classmethod
+    def _directory_is_a_path(cls, directory: object) -> object:
+        return Path(directory) if isinstance(directory, str) else directory
+
     @field_validator("name")
     @classmethod
     def _name_is_a_folder_name(cls, name: str) -> str:

@@ -34,9 +34,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(settings, override)
     try:
-        # Through JSON, pydantic's strict mode refuses "4" for 4 and true for 1, and still takes a string for
-        # a path.
-        return RunConfig.model_validate_json(json.dumps(settings, default=str), strict=True)
+        # strict: "4" is not 4, and true is not 1.
+        return RunConfig.model_validate(settings, strict=True)
     except ValidationError as error:
         problems = [_explain(one) for one in error.errors()]
         raise ConfigError("\n".join([f"the configuration {path} is refused:", *problems])) from None
@@ -48,7 +47,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that 1e-3 is a number and a key given twice is an error."""
+    """YAML's safe loader, except that 1e-3 is a number, a list a tuple, and a key given twice an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
@@ -59,6 +58,7 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
+_Loader.add_constructor("tag:yaml.org,2002:seq", lambda loader, node: tuple(loader.construct_sequence(node, deep=True)))
 # PyYAML follows YAML 1.1, where an exponent needs a point and a sign; people write 1e-3 and 3e8.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Submits a run to a Ray cluster as a job: launch/ray_train.py, with this repository as the job's working directory.
+#
+#   RAY_ADDRESS=http://head:8265 cluster/ray_job.sh CONFIG [key=value ...] [--num-workers N]
+#   cluster/ray_job.sh --dry-run CONFIG ...        prints the command instead
+#
+# dash-dist must be installed on the cluster's nodes, and run.directory must lie on storage that all of them share: the job's
+# own working directory is a copy that is thrown away.
+#
+# Authentication is by token, as Ray does it: RAY_AUTH_TOKEN, or a file at RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token
+# (`ray get-auth-token --generate` makes one; the cluster's head must have been started with the same).
+set -euo pipefail
+
+dry_run=
+if [[ ${1:-} == --dry-run ]]; then
+    dry_run=yes
+    shift
+fi
+if [[ $# -lt 1 || $1 == -* ]]; then
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2
+    exit 2
+fi
+if [[ -z ${RAY_ADDRESS:-} ]]; then
+    echo "RAY_ADDRESS is not set: give the cluster's dashboard, such as RAY_ADDRESS=http://head:8265" >&2
+    exit 2
+fi
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+# The working directory is uploaded: what is not needed to run stays here.
+command=(
+    ray job submit --working-dir .
+    --runtime-env-json '{"excludes": [".git", ".venv", "runs", "tests", "docs"], "env_vars": {"RAY_AUTH_MODE": "token"}}'
+    -- python launch/ray_train.py "$@"
+)
+if [[ -n $dry_run ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+else
+    exec "${command[@]}"
+fi

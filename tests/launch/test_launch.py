@@ -1,0 +1,150 @@
+"""Every launcher ends in the same training: the same losses, whoever started the processes."""
+
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from training_runs import losses, run_command, write_config
+
+from dash_dist.training import ConfigError, load_config
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+# The launchers are found beside the interpreter, whether or not its environment is activated.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def overrides(name: str) -> list[str]:
+    return [f"run.name={name}", f"training.steps={STEPS}", "checkpoint.interval=4"]
+
+
+@pytest.fixture(scope="module")
+def ray_train():
+    spec = importlib.util.spec_from_file_location("ray_train", ROOT / "launch" / "ray_train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of the tiny model, `torchrun`, by torchrun.sh on two processes."""
+    folder = tmp_path_factory.mktemp("launch")
+    config = str(write_config(folder))
+    command = [str(ROOT / "launch" / "torchrun.sh"), config, *overrides("torchrun")]
+    done = run_command(command, {"PATH": PATH, "NPROC": "2"})
+    assert done.returncode == 0, done.stdout
+    assert f"finished, step {STEPS}" in done.stdout
+    return folder
+
+
+def test_deepspeed_gives_the_losses_of_torchrun(folder):
+    command = [str(ROOT / "launch" / "deepspeed.sh"), str(folder / "tiny.yaml"), *overrides("deepspeed")]
+    done = run_command(command, {"PATH": PATH, "NPROC": "2", "MASTER_PORT": str(free_port())})
+    assert done.returncode == 0, done.stdout
+    assert f"finished, step {STEPS}" in done.stdout
+    assert losses(folder / "runs" / "deepspeed") == losses(folder / "runs" / "torchrun")
+
+
+def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
+    """One worker is killed after step 6: all start again from the checkpoint of step 4, and nothing else changes."""
+    script = [sys.executable, str(ROOT / "launch" / "ray_train.py")]
+    command = [*script, str(folder / "tiny.yaml"), *overrides("ray"), "run.resume=never", "--num-workers=2"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    processes = psutil.Process(driver.pid)
+    lines, killed = [], False
+    try:
+        for line in driver.stdout:
+            lines.append(line)
+            if line.startswith(f"step 6/{STEPS}") and not killed:
+                killed = True
+                workers = [p for p in processes.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+                assert len(workers) == 2
+                workers[1].kill()
+        status = driver.wait(timeout=30)
+    finally:
+        started = [processes, *processes.children(recursive=True)] if driver.poll() is None else []
+        for process in started:
+            process.send_signal(signal.SIGKILL)
+        driver.communicate()
+    output = "".join(lines)
+    assert status == 0, output
+    assert re.search(r"^resumed from .*step_00000004 at step 4$", output, re.MULTILINE), output
+    assert f"finished, step {STEPS}" in output
+    assert losses(folder / "runs" / "ray") == losses(folder / "runs" / "torchrun")
+
+
+def test_the_demo_learns(tmp_path):
+    """A short form of `make demo`: 10 of its steps."""
+    short = ["training.steps=10", "optimizer.warmup_steps=4", "logging.interval=1", f"run.directory={tmp_path}"]
+    command = [str(ROOT / "launch" / "torchrun.sh"), str(ROOT / "configs" / "demo.yaml"), *short]
+    done = run_command(command, {"PATH": PATH, "NPROC": "2", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout
+    curve = losses(tmp_path / "demo")
+    assert 5.0 < curve[1] < 6.5  # ln(256) = 5.55
+    assert max(curve[9], curve[10]) < 4.2
+
+
+def test_ray_refuses_a_bad_setting_before_ray_is_started(tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "ray_train.py"), str(write_config(tmp_path)), "training.stepz=1"]
+    done = run_command(command, {}, seconds=60)
+    assert done.returncode == 2
+    assert done.stdout.startswith("error: ")
+    assert "did you mean training.steps?" in done.stdout
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (2, 2), (3, 2), (4, 4), (8, 4)])
+def test_the_default_number_of_workers_is_what_the_run_can_use(ray_train, tmp_path, gpus, workers):
+    """Two context-parallel ranks, and two sequences a step for at most two data-parallel replicas."""
+    assert ray_train.default_num_workers(load_config(write_config(tmp_path)), gpus) == workers
+
+
+def test_too_few_gpus_for_one_replica_are_refused(ray_train, tmp_path):
+    with pytest.raises(ConfigError, match=r"1 GPUs.* = 2: lower one"):
+        ray_train.default_num_workers(load_config(write_config(tmp_path)), 1)
+
+
+@pytest.mark.parametrize("script", ["launch/torchrun.sh", "launch/deepspeed.sh", "cluster/ray_job.sh"])
+def test_a_script_without_a_configuration_shows_its_usage(script):
+    done = run_command([str(ROOT / script)], {}, seconds=20)
+    assert done.returncode == 2
+    assert f"{script} " in done.stdout
+    assert "CONFIG [key=value ...]" in done.stdout
+
+
+def test_torchrun_on_several_nodes_needs_a_rendezvous():
+    done = run_command([str(ROOT / "launch" / "torchrun.sh"), "x.yaml"], {"NNODES": "2"}, seconds=20)
+    assert done.returncode == 2
+    assert "needs RENDEZVOUS=host:port" in done.stdout
+
+
+def test_a_ray_job_passes_the_arguments_on():
+    script = str(ROOT / "cluster" / "ray_job.sh")
+    arguments = ["configs/demo.yaml", "run.name=a b", "--num-workers", "4"]
+    done = run_command([script, "--dry-run", *arguments], {"RAY_ADDRESS": "http://head:8265"}, seconds=20)
+    words = shlex.split(done.stdout)
+    assert words[:3] == ["ray", "job", "submit"]
+    assert words[words.index("--") + 1 :] == ["python", "launch/ray_train.py", *arguments]
+
+
+def test_a_ray_job_needs_an_address():
+    done = run_command([str(ROOT / "cluster" / "ray_job.sh"), "x.yaml"], {"RAY_ADDRESS": ""}, seconds=20)
+    assert done.returncode == 2
+    assert "RAY_ADDRESS is not set" in done.stdout
