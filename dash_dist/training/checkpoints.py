@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.errors import CheckpointError
 
@@ -89,7 +91,7 @@ class CheckpointManager:
                     _remove(partial)
                     partial.mkdir(parents=True)
             with self._control.together(failure, CheckpointError):
-                engine.save(partial / _ENGINE)
+                _save_engine(engine, partial / _ENGINE)
             files = self._checksums(partial)
             gathered = self._control.gather(list(data_states))
             with self._control.together(failure, CheckpointError):
@@ -178,6 +180,16 @@ class CheckpointManager:
                     f"{folder / name} is damaged: size and CRC-32 are {found}, written were {files[name]}; "
                     f"resume from another checkpoint with run.resume=PATH"
                 )
+
+
+def _save_engine(engine: Saveable, directory: Path) -> None:
+    try:
+        engine.save(directory)
+    except CheckpointException as error:  # of torch's distributed checkpoint; not an Exception
+        reasons = {rank: str(failure[0]) for rank, failure in error.failures.items()}
+        raise CheckpointError(
+            f"the ranks could not write: {reasons}" if reasons else "a rank could not write"
+        ) from error
 
 
 def step_folder(step: int) -> str:

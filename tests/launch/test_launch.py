@@ -57,7 +57,7 @@ def test_deepspeed_gives_the_losses_of_torchrun(folder):
     done = run_command(command, {"PATH": PATH, "NPROC": "2", "MASTER_PORT": str(free_port())})
     assert done.returncode == 0, done.stdout
     assert f"finished, step {STEPS}" in done.stdout
-    assert losses(folder / "runs" / "deepspeed") == losses(folder / "runs" / "torchrun")
+    assert losses(folder / "runs" / "deepspeed") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-5)
 
 
 def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
@@ -88,7 +88,7 @@ def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
     assert status == 0, output
     assert re.search(r"^resumed from .*step_00000004 at step 4$", output, re.MULTILINE), output
     assert f"finished, step {STEPS}" in output
-    assert losses(folder / "runs" / "ray") == losses(folder / "runs" / "torchrun")
+    assert losses(folder / "runs" / "ray") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-5)
 
 
 def test_the_demo_learns(tmp_path):

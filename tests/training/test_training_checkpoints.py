@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dash_dist.training.checkpoints import CheckpointManager, RunState, choose_checkpoint
 from dash_dist.training.control import ControlGroup
@@ -122,6 +123,19 @@ def test_a_full_disk_is_a_clear_error_and_keeps_earlier_checkpoints(manager):
         save(manager, 20, FileEngine(disk_full=True))
     assert names(manager) == ["step_00000010"]
     assert manager.resume_from("auto") == whole
+
+
+def test_a_failure_inside_the_distributed_checkpoint_is_a_clear_error(manager, monkeypatch):
+    """torch reports what the ranks' writers failed on in an exception that is not an Exception."""
+    engine = FileEngine()
+
+    def fail(directory):
+        raise CheckpointException("write", {1: (RuntimeError("[Errno 28] No space left on device"), None)})
+
+    monkeypatch.setattr(engine, "save", fail)
+    with pytest.raises(CheckpointError, match=r"could not write: \{1: '\[Errno 28\] No space left on device'\}"):
+        save(manager, 20, engine)
+    assert names(manager) == []
 
 
 def test_an_unwritable_place_is_a_clear_error(manager):
