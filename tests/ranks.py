@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import multiprocessing.connection
+import os
 import pickle
 import socket
 import time
@@ -24,17 +25,20 @@ def backend_for(world_size: int) -> str:
     return "nccl" if torch.cuda.device_count() >= world_size else "gloo"
 
 
-def run_ranks(job: str, world_size: int, *arguments: Any, time_limit: float = 240.0) -> list[Any]:
+def run_ranks(
+    job: str, world_size: int, *arguments: Any, time_limit: float = 240.0, cpu_only: bool = False
+) -> list[Any]:
     """Calls "module:function"(*arguments) in `world_size` processes of one group; one alone is left without a group.
 
-    Returns what each rank returned. The first failure, or the time limit in seconds, ends them all.
+    Returns what each rank returned. The first failure, or the time limit in seconds, ends them all. `cpu_only` hides
+    GPUs from the ranks.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
-        CONTEXT.Process(target=_rank, args=(pipes[rank][1], job, rank, world_size, port, arguments))
+        CONTEXT.Process(target=_rank, args=(pipes[rank][1], job, rank, world_size, port, cpu_only, arguments))
         for rank in range(world_size)
     ]
     results: dict[int, Any] = {}
@@ -64,8 +68,18 @@ def run_ranks(job: str, world_size: int, *arguments: Any, time_limit: float = 24
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank(sender: Connection, job: str, rank: int, world_size: int, port: int, arguments: tuple[Any, ...]) -> None:
+def _rank(
+    sender: Connection,
+    job: str,
+    rank: int,
+    world_size: int,
+    port: int,
+    cpu_only: bool,
+    arguments: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
+    if cpu_only:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read at the first call of CUDA, which no rank has made yet
     module, function = job.split(":")
     try:
         if world_size > 1:

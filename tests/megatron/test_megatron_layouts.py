@@ -15,7 +15,7 @@ from megatron_cases import (
     Measured,
     global_batch,
 )
-from megatron_ranks import run_ranks
+from ranks import run_ranks
 
 REFERENCE = Case(micro_batch_size=SEQUENCES)
 TIED = dataclasses.replace(REFERENCE, tie_embeddings=True)
@@ -54,7 +54,7 @@ def measured() -> dict[str, list[Measured]]:
     """Case name -> what each rank measured."""
     by_case: dict[str, list[Measured]] = {}
     for world_size, cases in ((1, ALONE), (2, ON_TWO), (4, ON_FOUR)):
-        by_rank = run_ranks("measure_steps", world_size, cases)
+        by_rank = run_ranks("megatron_jobs:measure_steps", world_size, cases, cpu_only=True)
         by_case |= {name: [rank[name] for rank in by_rank] for name in cases}
     return by_case
 
@@ -136,15 +136,17 @@ def test_routing_statistics_cover_all_ranks(measured: dict[str, list[Measured]],
     "case", [Case(context=2, micro_batch_size=4), Case(context=2, micro_batch_size=4, layout="contiguous")]
 )
 def test_first_token_reaches_the_last_rank(case: Case) -> None:
-    moved = {ranks["cp"]: logits for ranks, logits in run_ranks("logits_of_last_rank", 2, case)}
+    moved = {
+        ranks["cp"]: logits for ranks, logits in run_ranks("megatron_jobs:logits_of_last_rank", 2, case, cpu_only=True)
+    }
     assert moved[1].max() > 1e-3
 
 
 def test_checkpoints_continue_at_another_layout(tmp_path: Path) -> None:
-    (alone,) = run_ranks("train_and_save", 1, {"alone": SAVED}, tmp_path)
+    (alone,) = run_ranks("megatron_jobs:train_and_save", 1, {"alone": SAVED}, tmp_path, cpu_only=True)
     expected = alone["alone"]
     assert len(set(expected)) == STEPS_BEFORE_SAVE + STEPS_AFTER_LOAD
-    for losses in run_ranks("train_and_save", 2, SAVED_ON_TWO, tmp_path):
+    for losses in run_ranks("megatron_jobs:train_and_save", 2, SAVED_ON_TWO, tmp_path, cpu_only=True):
         for name in SAVED_ON_TWO:
             assert losses[name] == pytest.approx(expected, rel=1e-5), name
 
@@ -157,7 +159,7 @@ def test_checkpoints_continue_at_another_layout(tmp_path: Path) -> None:
         ("dp 2, plain optimizer", dataclasses.replace(plain, tensor=2)),
     ]
     for world_size, loads in ((1, loads_alone), (2, loads_on_two)):
-        for rank in run_ranks("load_and_train", world_size, loads, tmp_path):
+        for rank in run_ranks("megatron_jobs:load_and_train", world_size, loads, tmp_path, cpu_only=True):
             for (name, _), (extra_state, step, losses) in zip(loads, rank, strict=True):
                 assert extra_state == {"position": [STEPS_BEFORE_SAVE]}
                 assert step == STEPS_BEFORE_SAVE
@@ -165,7 +167,7 @@ def test_checkpoints_continue_at_another_layout(tmp_path: Path) -> None:
 
 
 def test_errors_reach_every_rank_and_bad_steps_change_nothing(tmp_path: Path) -> None:
-    zero, one = run_ranks("errors_and_skips", 2, tmp_path)
+    zero, one = run_ranks("megatron_jobs:errors_and_skips", 2, tmp_path, cpu_only=True)
     assert "tokens is [1, 120], expected [1, 128]" in one["short at rank 1"]
     assert "ranks [1] were given malformed micro-batches" in zero["short at rank 1"]
     for seen in (zero, one):
@@ -187,7 +189,7 @@ def test_errors_reach_every_rank_and_bad_steps_change_nothing(tmp_path: Path) ->
 
 
 def test_norms_and_summary_queries_are_not_decayed() -> None:
-    (names,) = run_ranks("undecayed_weights", 1)
+    (names,) = run_ranks("megatron_jobs:undecayed_weights", 1, cpu_only=True)
     assert names == {
         "decoder.final_layernorm.weight",
         *(
