@@ -18,9 +18,7 @@ app = typer.Typer(
     help="Train language models on very long sequences with context-parallel DashAttention.",
 )
 
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/demo.yaml.")
-]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/demo.yaml.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

@@ -58,7 +58,11 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-_Loader.add_constructor("tag:yaml.org,2002:seq", lambda loader, node: tuple(loader.construct_sequence(node, deep=True)))
+def _construct_tuple(loader: _Loader, node: yaml.SequenceNode) -> tuple[Any, ...]:
+    return tuple(loader.construct_sequence(node, deep=True))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:seq", _construct_tuple)
 # PyYAML follows YAML 1.1, where an exponent needs a point and a sign; people write 1e-3 and 3e8.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")

@@ -76,6 +76,7 @@ class ControlGroup:
 def _reason(error: Exception) -> str:
     if isinstance(error, RunError | ValueError):  # written to be read on their own
         return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, OSError):
+        text = error.strerror or str(error)
+        return f"{text}: {error.filename}" if error.filename else text
     return f"{type(error).__name__}: {error}"

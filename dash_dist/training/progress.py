@@ -121,6 +121,8 @@ class ConsoleProgress:
 
     def finish(self, summary: RunSummary) -> None:
         self.close()
+        state = "finished" if summary.completed else "stopped on request; the same command goes on from here"
+        self._print(f"{state}, step {summary.steps}")
         self._console.print(_summary_table(summary))
 
     def close(self) -> None:
@@ -187,8 +189,7 @@ def _numbers(report: StepReport) -> str:
 
 
 def _summary_table(summary: RunSummary) -> Table:
-    state = "finished" if summary.completed else "stopped on request; run the same command again to go on"
-    table = Table(title=f"{state}, step {summary.steps}", title_justify="left", show_header=False, box=None)
+    table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, loss in (("first loss", summary.first_loss), ("last loss", summary.last_loss)):

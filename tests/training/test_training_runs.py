@@ -159,7 +159,7 @@ def test_other_data_does_not_resume(folder):
 
 
 def test_missing_data_is_a_clear_error(folder):
-    with pytest.raises(ConfigError, match=r"the run cannot start: .*no_such_folder"):
+    with pytest.raises(ConfigError, match=r"the run cannot start: data\.paths: 'no_such_folder'"):
         alone(folder, "no_data", "data.source=files", "data.paths=no_such_folder")
 
 
