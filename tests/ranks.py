@@ -1,5 +1,6 @@
 """Processes for tests of several ranks: started together, ended together, results by rank."""
 
+import functools
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -15,9 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Forked from a server that has imported the slow libraries, a process is there in a second instead of ten.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dash_dist.context_parallel", "dash_dist.megatron.engine"])
+
+@functools.cache
+def _context() -> Any:
+    """How processes start. Forked from a server that has imported the slow libraries, one is there in a second instead
+    of ten; with CUDA, which those libraries initialise and which does not survive a fork, each starts on its own.
+    """
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dash_dist.context_parallel", "dash_dist.megatron.engine"])
+    return context
 
 
 def backend_for(world_size: int) -> str:
@@ -36,9 +45,10 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+    context = _context()
+    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
-        CONTEXT.Process(target=_rank, args=(pipes[rank][1], job, rank, world_size, port, cpu_only, arguments))
+        context.Process(target=_rank, args=(pipes[rank][1], job, rank, world_size, port, cpu_only, arguments))
         for rank in range(world_size)
     ]
     results: dict[int, Any] = {}

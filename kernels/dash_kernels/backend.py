@@ -97,9 +97,9 @@ def select_backend(name: str, q: torch.Tensor, spec: AttentionSpec) -> Backend:
         return eager
     obstacle = _triton_obstacle(q, spec)
     if obstacle is None:
-        from dash_kernels import triton_backend
+        import dash_kernels.triton_backend
 
-        return triton_backend
+        return dash_kernels.triton_backend
     if name == "triton":
         raise ValueError(f"backend 'triton' cannot take this call: {obstacle}; use backend='eager' or 'auto'")
     _log_fallback(obstacle)

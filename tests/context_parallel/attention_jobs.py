@@ -33,7 +33,9 @@ def same_inputs(chunks: int, dtype: torch.dtype = torch.float64, heads: tuple[in
 def differences_from_one_process(
     inputs: list[torch.Tensor], layout: str, exchange: str, **settings: Any
 ) -> dict[str, float]:
-    """Largest absolute difference of the output and of every gradient, over all ranks' shards together."""
+    """Largest difference of the output and of every gradient, over all ranks' shards together, relative to the largest
+    element.
+    """
     group = dist.group.WORLD
     *leaves, grad = inputs
     whole = [x.clone().requires_grad_() for x in leaves]
@@ -50,7 +52,8 @@ def differences_from_one_process(
     joined = [join_sequence(x, group, layout=layout) for x in (own, *gradients)] + [dsummary_query]
     names = ("output", "q", "k", "v", "summary_query")
     result = {
-        name: (got - wanted).abs().max().item() for name, got, wanted in zip(names, joined, expected, strict=True)
+        name: ((got - wanted).abs().max() / wanted.abs().max()).item()
+        for name, got, wanted in zip(names, joined, expected, strict=True)
     }
     selected = join_sequence(own_routing.selected_per_token, group, layout=layout)
     result["selected"] = (selected - routing.selected_per_token).abs().max().item()
@@ -78,7 +81,7 @@ def parity_of_the_smallest_shards() -> dict[tuple[Any, ...], dict[str, float]]:
 
 
 def triton_parity() -> dict[str, float]:
-    """bfloat16 kernels under NCCL against one GPU: differences relative to the largest element."""
+    """bfloat16 kernels under NCCL against one GPU."""
     inputs = same_inputs(64, torch.bfloat16)
     return differences_from_one_process(inputs, "zigzag", "ring", backend="triton", **SETTINGS)
 

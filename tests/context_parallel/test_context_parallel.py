@@ -58,7 +58,7 @@ def test_bfloat16_kernels_under_nccl() -> None:
         print(differences)
         assert differences["selected"] == 0
         assert differences.pop("density") < 0.95
-        assert max(differences.values()) < 0.1
+        assert max(differences.values()) < 2**-6  # a few roundings of bfloat16
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
