@@ -19,7 +19,8 @@ def check_together(
     """Runs check() on every rank and compares `call` (shapes and settings) over the group.
 
     Raises ValueError at every rank when check() raised one anywhere or when the calls differ. `once` skips the exchange
-    for calls already agreed on: on a GPU it costs a synchronisation with the host.
+    for calls already agreed on, since on a GPU it costs a synchronisation with the host. The ranks must then meet new
+    calls together: if one does alone, the others go on without it, up to the group's timeout.
     """
     error, result = None, None
     try:

@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from dash_dist.context_parallel import allgather, ring
 from dash_dist.context_parallel.agreement import check_together
@@ -19,6 +20,7 @@ from dash_dist.context_parallel.shard import Shard
 from dash_kernels import RoutingStatistics
 from dash_kernels import dash_attention as dash_attention_one_device
 from dash_kernels.arguments import check_arguments
+from dash_kernels.attention import without_autocast
 from dash_kernels.backend import Backend, select_backend
 from dash_kernels.spec import AttentionSpec, ChunkIds, Routing, routing_statistics
 
@@ -96,7 +98,9 @@ def dash_attention(
     With return_routing, the statistics are those of this rank's tokens.
 
     Raises:
-        ValueError: at every rank of the group, when an argument is not allowed at any of them or when they differ.
+        ValueError: at every rank of the group, when an argument is not allowed at any of them or when they differ. On
+            GPUs, calls are compared the first time a rank meets their shapes and settings; a rank that later calls
+            differently from the others fails alone, and they by the group's timeout.
     """
     settings: dict[str, Any] = {
         "chunk_size": chunk_size,
@@ -149,6 +153,7 @@ def _chunks_per_rank(shard_len: int, chunk_size: int, size: int, layout: str) ->
 
 class _ContextParallelAttention(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         q: torch.Tensor,
@@ -176,13 +181,16 @@ class _ContextParallelAttention(torch.autograd.Function):
         return out, routing.selected
 
     @staticmethod
+    @without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, summary_query, summaries, tau, log_mean, selected, out, lse = ctx.saved_tensors
         shard, spec, stages, exchange = ctx.call
         routing = Routing(tau, log_mean, selected)
         accumulate = summaries.dtype
         delta = (grad.to(accumulate) * out.to(accumulate)).sum(-1)
-        dq, dsummaries = torch.zeros_like(q, dtype=accumulate), torch.zeros_like(summaries)
+        # Not zeros_like: accumulators are contiguous, as the backends address them, also where q is not.
+        dq, dsummaries = (torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in (q, summaries))
         weighted_sum = torch.zeros_like(tau)
 
         def compute(chunks: ChunkIds, part_k: torch.Tensor, part_v: torch.Tensor) -> torch.Tensor:

@@ -67,17 +67,17 @@ def check_arguments(
         isinstance(chunk_size, int) and MIN_CHUNK <= chunk_size <= MAX_CHUNK and chunk_size % CHUNK_STEP == 0,
         f"chunk_size is {chunk_size!r}: give a multiple of {CHUNK_STEP} from {MIN_CHUNK} to {MAX_CHUNK}",
     )
-    _require(1 < alpha <= 2, f"alpha is {alpha!r}: give a number in (1, 2]; 1.5 is the default and the fast path")
     _require(
-        math.isfinite(routing_scale) and routing_scale > 0,
-        f"routing_scale is {routing_scale!r}: give a positive number",
+        _is_positive(alpha) and 1 < alpha <= 2,
+        f"alpha is {alpha!r}: give a number in (1, 2]; 1.5 is the default and the fast path",
     )
+    _require(_is_positive(routing_scale), f"routing_scale is {routing_scale!r}: give a positive number")
     _require(
-        prior_sigma is None or (math.isfinite(prior_sigma) and prior_sigma > 0),
+        prior_sigma is None or _is_positive(prior_sigma),
         f"prior_sigma is {prior_sigma!r}: give None or a positive number",
     )
     _require(
-        softmax_scale is None or (math.isfinite(softmax_scale) and softmax_scale > 0),
+        softmax_scale is None or _is_positive(softmax_scale),
         f"softmax_scale is {softmax_scale!r}: give None for 1 / sqrt(head_dim), or a positive number",
     )
     return AttentionSpec(
@@ -87,6 +87,10 @@ def check_arguments(
         prior_sigma=None if prior_sigma is None else float(prior_sigma),
         scale=1 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale),
     )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
 
 
 def _require(condition: bool, message: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from dash_kernels.arguments import check_arguments
 from dash_kernels.backend import Backend, select_backend
@@ -101,8 +104,20 @@ def dash_attention(
     return out, routing_statistics(routing, chunks, chunk_size)
 
 
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward or backward of an autograd function, run in the dtypes it chooses itself."""
+
+    @functools.wraps(function)
+    def call(ctx: Any, first: torch.Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(ctx, first, *rest)
+
+    return call
+
+
 class _DashAttention(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         q: torch.Tensor,
@@ -125,13 +140,16 @@ class _DashAttention(torch.autograd.Function):
         return out, routing.selected
 
     @staticmethod
+    @without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, summary_query, summaries, tau, log_mean, selected, out, lse = ctx.saved_tensors
         chunks, spec, backend = ctx.call
         routing = Routing(tau, log_mean, selected)
         accumulate = summaries.dtype
         delta = (grad.to(accumulate) * out.to(accumulate)).sum(-1)
-        dq, dk, dv, dsummaries = (torch.zeros_like(x, dtype=accumulate) for x in (q, k, v, summaries))
+        # Not zeros_like: accumulators are contiguous, as the backends address them, also where q, k, v are not.
+        dq, dk, dv, dsummaries = (torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in (q, k, v, summaries))
         weighted_sum = torch.zeros_like(tau)
         backend.attend_backward(
             grad,

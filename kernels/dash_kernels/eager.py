@@ -90,7 +90,8 @@ def route_backward(
         past = summaries[:, : block.chunk]
         x = _routing_scores(block.q, past, spec)
         u = _slopes(_probabilities(x, block.rows(routing.tau), spec), spec)
-        ratio = block.rows(weighted_sum) / u.sum(-1)
+        total = u.sum(-1)
+        ratio = block.rows(weighted_sum) / torch.where(total > 0, total, 1.0)  # 0 only where x exceeds its precision
         dz = -ratio.unsqueeze(-1) * u * spec.routing_logit_scale
         dq[:, block.tokens] += _to_tokens(torch.einsum("bhgtj,bjhd->bhgtd", dz, past))
         dsummaries[:, : block.chunk] += torch.einsum("bhgtj,bhgtd->bjhd", dz, block.q)

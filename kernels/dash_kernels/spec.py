@@ -5,9 +5,10 @@ Knows the definitions; does not know how a backend computes them, nor that ranks
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -87,13 +88,13 @@ class RoutingStatistics:
 
     selected_per_token: torch.Tensor
     available_per_token: torch.Tensor
-    density: torch.Tensor = field(init=False)  # 0-d: selected / available, summed over all tokens and heads
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def density(self) -> torch.Tensor:
+        """Selected / available chunks, each summed over all tokens and KV heads; 0-d, float64."""
         batch, _, heads = self.selected_per_token.shape
         available = self.available_per_token.sum(dtype=torch.float64) * (batch * heads)
-        density = self.selected_per_token.sum(dtype=torch.float64) / available
-        object.__setattr__(self, "density", density)
+        return self.selected_per_token.sum(dtype=torch.float64) / available
 
 
 def routing_statistics(routing: Routing, query_chunks: ChunkIds, chunk_size: int) -> RoutingStatistics:

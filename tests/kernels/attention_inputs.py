@@ -41,7 +41,7 @@ def random_inputs(
 
 
 def output_and_gradients(function: Callable[..., Any], inputs: Inputs, **settings: Any) -> dict[str, torch.Tensor]:
-    leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.summary_query)]
+    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.summary_query)]
     result = function(*leaves, **settings)
     out = result[0] if isinstance(result, tuple) else result
     return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, inputs.grad)), strict=True))

@@ -19,6 +19,7 @@ GOOD = {"chunk_size": 16}
         ({"chunk_size": 256}, r"chunk_size is 256"),
         ({"chunk_size": 16.0}, r"chunk_size is 16.0"),
         ({"alpha": 1.0}, r"alpha is 1.0: give a number in \(1, 2\]"),
+        ({"alpha": "1.5"}, r"alpha is '1.5'"),
         ({"alpha": 2.5}, r"alpha is 2.5"),
         ({"alpha": float("nan")}, r"alpha is nan"),
         ({"routing_scale": -1.0}, r"routing_scale is -1.0: give a positive number"),

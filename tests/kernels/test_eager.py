@@ -42,6 +42,15 @@ def test_statistics_softmax_scale_and_non_contiguous_inputs() -> None:
     assert routing.density == wanted.density < 1
 
 
+def test_autocast_changes_nothing() -> None:
+    inputs = random_inputs(100, dtype=torch.float32)
+    expected = output_and_gradients(dash_attention, inputs, chunk_size=16, backend="eager")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        actual = output_and_gradients(dash_attention, inputs, chunk_size=16, backend="eager")
+    for name, wanted in expected.items():
+        assert torch.equal(actual[name], wanted), name
+
+
 def test_released_models_prior_leaves_only_the_selection() -> None:
     inputs = random_inputs(150)
     call = {"chunk_size": 16, "prior_sigma": 1e6, "routing_scale": 4.0}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_inputs import (
     DEVICE,
+    Inputs,
     assert_close,
     output_and_gradients,
     random_inputs,
@@ -37,6 +38,16 @@ def test_float32_equals_the_float64_reference(
     call = {"chunk_size": chunk_size, "prior_sigma": prior_sigma, "routing_scale": 2.0}
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
     assert_close(output_and_gradients(dash_attention, inputs, backend="triton", **call), expected, 2e-5)
+
+
+def test_transposed_inputs_and_padded_heads_with_a_steep_prior() -> None:
+    """Batches of 2 as Megatron-core holds them, [T, B, H, D]; three heads per KV head leave a row of a tile unused."""
+    inputs = random_inputs(40, batch=2, kv_heads=1, group=3, dtype=torch.float32)
+    call = {"chunk_size": 16, "prior_sigma": 0.05, "routing_scale": 2.0}
+    expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() == 4 else x for x in vars(inputs).values()]
+    assert not turned[0].is_contiguous()
+    assert_close(output_and_gradients(dash_attention, Inputs(*turned), backend="triton", **call), expected, 2e-4)
 
 
 def test_float16_and_statistics() -> None:

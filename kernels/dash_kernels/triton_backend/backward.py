@@ -86,7 +86,7 @@ def attend_bwd_dq_kernel(
     q32 = q.to(tl.float32)
     grad = load_rows(grad_ptr, row_offset, real, D, BD)
     tau = tl.load(tau_ptr + row_offset, mask=real, other=0.0)
-    lse2 = tl.load(lse2_ptr + row_offset, mask=real, other=0.0)
+    lse2 = tl.load(lse2_ptr + row_offset, mask=real, other=float("inf"))  # padding rows weigh nothing
     delta = tl.load(delta_ptr + row_offset, mask=real, other=0.0)
     log2_mean = load_log2_mean(log_mean_ptr, tile, batch_head, T, HK, BT)
 
@@ -157,7 +157,7 @@ def attend_bwd_dkdv_kernel(
                 u, prior = route_one_chunk(q32, summary, tau, factor, G, GP, BT)
                 if is_own | (tl.max(prior, axis=0) > 0):
                     grad = load_rows(grad_ptr, row_offset, real, D, BD)
-                    lse2 = tl.load(lse2_ptr + row_offset, mask=real, other=0.0)
+                    lse2 = tl.load(lse2_ptr + row_offset, mask=real, other=float("inf"))  # padding rows weigh nothing
                     delta = tl.load(delta_ptr + row_offset, mask=real, other=0.0)
                     log2_mean = load_log2_mean(log_mean_ptr, tile, batch_head, T, HK, BT)
                     scores = biased_scores(

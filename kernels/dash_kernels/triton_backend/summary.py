@@ -27,7 +27,7 @@ def summarize_backward(
     batch, seq_len, kv_heads, _ = k.shape
     complete = seq_len // spec.chunk_size
     # One partial gradient of summary_query per chunk, summed in a fixed order: no atomics.
-    parts = torch.empty_like(grad)
+    parts = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
     if complete:
         summary_bwd_kernel[(complete, batch * kv_heads)](
             k.contiguous(), summary_query.contiguous(), grad.contiguous(), dk, parts, seq_len, complete, spec.scale,
