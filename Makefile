@@ -12,7 +12,7 @@ LINTED := dash_dist kernels launch tests tools
 
 # One GPU cannot hold the demo's two context-parallel ranks (NCCL refuses two ranks on a device).
 GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
-DEMO_OVERRIDES = $(if $(filter 1,$(GPUS)),parallel.cp=1)
+DEMO_OVERRIDES = $(if $(filter 1,$(GPUS)),parallel.context=1)
 
 .PHONY: demo test lint
 .DELETE_ON_ERROR:

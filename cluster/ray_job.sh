@@ -28,9 +28,10 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 # The working directory is uploaded: what is not needed to run stays here.
+excludes='".git", ".venv", "runs", "build", "tests", "docs", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"'
 command=(
     ray job submit --working-dir .
-    --runtime-env-json '{"excludes": [".git", ".venv", "runs", "tests", "docs"], "env_vars": {"RAY_AUTH_MODE": "token"}}'
+    --runtime-env-json "{\"excludes\": [$excludes], \"env_vars\": {\"RAY_AUTH_MODE\": \"$RAY_AUTH_MODE\"}}"
     -- python launch/ray_train.py "$@"
 )
 if [[ -n $dry_run ]]; then

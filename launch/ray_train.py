@@ -16,8 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-# Ray reads these when it is imported. With tokens, only this user can hand work to the Ray that is started
-# here.
+# Ray reads these when it is imported. With tokens, only this user can hand work to the Ray that is started here.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -61,9 +60,7 @@ def ray_train(
 
 
 def launch(config: RunConfig, *, num_workers: int | None, max_failures: int) -> None:
-    """Run `config` on Ray workers and show its progress here. Raises RunError, or Ray's
-    TrainingFailedError.
-    """
+    """Run `config` on Ray workers and show its progress here. Raises RunError, or Ray's TrainingFailedError."""
     import ray
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -76,6 +73,8 @@ def launch(config: RunConfig, *, num_workers: int | None, max_failures: int) -> 
         cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
         num_workers = num_workers or default_num_workers(config, gpus)
         _check_world_size(config, num_workers)
+        if not os.environ.get("RAY_ADDRESS"):
+            check_local_gpus(num_workers, gpus)
         device = "GPU" if gpus else "CPU"
         console.note(f"Ray: {num_workers} {device} workers; the cluster has {cpus} CPUs and {gpus} GPUs")
         # Restarted workers must go on where the first ones got to, whatever the first were told.
@@ -102,8 +101,7 @@ def launch(config: RunConfig, *, num_workers: int | None, max_failures: int) -> 
 
 
 def default_num_workers(config: RunConfig, gpus: int) -> int:
-    """Workers for a cluster of `gpus` GPUs: the most that the run can use, or its model-parallel ranks on
-    CPUs.
+    """Workers for a cluster of `gpus` GPUs: the most that the run can use, or its model-parallel ranks on CPUs.
 
     Raises ConfigError if there are GPUs, but too few for one replica of the model.
     """
@@ -120,6 +118,15 @@ def default_num_workers(config: RunConfig, gpus: int) -> int:
         f"the cluster has {gpus} GPUs, and parallel.tensor x parallel.context x parallel.pipeline = {ranks}: "
         f"lower one of the three, for example parallel.context=1"
     )
+
+
+def check_local_gpus(num_workers: int, gpus: int) -> None:
+    """Refuse, with ConfigError, more workers than this machine has GPUs: Ray would wait for a node that never comes."""
+    if num_workers > gpus > 0:
+        raise ConfigError(
+            f"--num-workers {num_workers}: each worker takes a GPU and this machine has {gpus}: start at most {gpus}, "
+            f"or set RAY_ADDRESS to a cluster that has more"
+        )
 
 
 class Mailbox:
@@ -186,8 +193,7 @@ def train_worker(job: dict[str, Any]) -> None:
             stop_requested=lambda: is_main and ray.get(mailbox.stop_requested.remote()),
         )
     except RunError as error:
-        # Every rank raises it, and trying again would not help: the driver reports it, and Ray sees the end
-        # of the run.
+        # Every rank raises it, and trying again would not help: the driver reports it, and Ray sees the end of the run.
         if is_main:
             ray.get(mailbox.tell.remote("error", error))
 

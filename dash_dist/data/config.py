@@ -33,8 +33,7 @@ class DataConfig(BaseModel):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    """Commit, tag or branch of the hub dataset. Pin it for runs that must resume after the dataset is
-    updated."""
+    """Commit, tag or branch of the hub dataset. Pin it for runs that must resume after the dataset is updated."""
 
     tokenizer: str = "bytes"
     """bytes, a tokenizer.json, or a folder that `transformers.AutoTokenizer` loads."""
@@ -78,20 +77,17 @@ class DataConfig(BaseModel):
             ]
             if given:
                 raise ValueError(
-                    f"data.{given[0]}={getattr(self, given[0])} is read only with data.source=hub, not "
-                    f"{self.source}: "
+                    f"data.{given[0]}={getattr(self, given[0])} is read only with data.source=hub, not {self.source}: "
                     "set it or drop the option"
                 )
         if self.text_column != "text" and (self.source == "stdlib" or self.format == "text"):
             raise ValueError(
-                f"data.text_column={self.text_column}: text files have no columns; drop it, or set "
-                "data.format to "
+                f"data.text_column={self.text_column}: text files have no columns; drop it, or set data.format to "
                 "jsonl or parquet"
             )
         if self.tokenizer == "bytes" and self.end_of_document is not None:
             raise ValueError(
-                f"data.end_of_document={self.end_of_document!r}: the bytes tokenizer has its own "
-                "end-of-document "
+                f"data.end_of_document={self.end_of_document!r}: the bytes tokenizer has its own end-of-document "
                 "token: drop the option or name another data.tokenizer"
             )
         return self

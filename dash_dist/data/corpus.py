@@ -121,7 +121,7 @@ class FileCorpus:
     def _read_line(self, line: str, name: str) -> str:
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} is not JSON: {error}; repair or remove the line") from error
         if not isinstance(row, dict) or self._column not in row:
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
@@ -183,8 +183,7 @@ class HubCorpus:
         return self._name
 
 
-# The readers are module-level functions: `datasets` names its streams by a hash of the function and its
-# arguments.
+# The readers are module-level functions: `datasets` names its streams by a hash of the function and its arguments.
 
 
 def _list_texts(paths: list[str]) -> Iterator[dict[str, Any]]:

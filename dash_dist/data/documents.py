@@ -18,8 +18,7 @@ from dash_dist.data.corpus import Corpus, UndecodableDocument
 
 logger = logging.getLogger(__name__)
 
-# Where each epoch has its own order, one order may leave a row without text; this many in a row is no
-# accident.
+# Where each epoch has its own order, one order may leave a row without text; this many in a row is no accident.
 _EMPTY_EPOCHS = 10
 
 

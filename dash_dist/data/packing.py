@@ -11,10 +11,9 @@ import numpy as np
 class DocumentPacker:
     """Windows of sequence_length + 1 tokens over documents that follow each other, each ended by one token.
 
-    Successive windows share one token (the last of one is the first of the next), so that with inputs
-    w[:-1] and labels w[1:] every token but the very first is predicted exactly once. The work is linear in
-    the tokens: a window is filled by slices of the document's array, which is held once and never copied as
-    a whole.
+    Successive windows share one token (the last of one is the first of the next), so that with inputs w[:-1] and
+    labels w[1:] every token but the very first is predicted exactly once. The work is linear in the tokens: a window is
+    filled by slices of the document's array, which is held once and never copied as a whole.
 
     next_document: returns the next document's token ids, 1-d, any integer dtype, never empty.
     """
@@ -63,10 +62,8 @@ class DocumentPacker:
                 self._document = self._next_document()
                 if self._offset > len(self._document):
                     raise ValueError(
-                        f"resumed at token {self._offset} of a document that now has {len(self._document)} "
-                        "tokens: the "
-                        "corpus or the tokenizer has changed since the checkpoint; restore it or start the "
-                        "data afresh"
+                        f"resumed at token {self._offset} of a document that now has {len(self._document)} tokens: "
+                        "the corpus or the tokenizer has changed since the checkpoint; restore it or start a new run"
                     )
             taken = min(len(self._document) - self._offset, len(window) - filled)
             window[filled : filled + taken] = self._document[self._offset : self._offset + taken]

@@ -32,8 +32,7 @@ class Batch:
     labels: torch.Tensor
     """int64 [micro_batch_size, T]: the token after each token."""
     loss_mask: torch.Tensor
-    """float32 [micro_batch_size, T]: 1 where the label counts, which is everywhere: windows are always
-    full."""
+    """float32 [micro_batch_size, T]: 1 where the label counts, which is everywhere: windows are always full."""
 
 
 class _Row:
@@ -101,17 +100,14 @@ class DataStream:
         for key in _IDENTITY:
             if state.get(key) != self._identity[key]:
                 raise ValueError(
-                    f"the checkpoint's position in the data was saved with {key} {state.get(key)}, this run "
-                    "has "
-                    f"{self._identity[key]}: restore what it was saved with, or start a new run from the "
-                    "weights alone"
+                    f"the checkpoint's position in the data was saved with {key} {state.get(key)}, this run has "
+                    f"{self._identity[key]}: restore what it was saved with, or start a new run from scratch"
                 )
         saved = {int(index): row_state for index, row_state in state["rows"].items()}
         missing = sorted(set(self._rows) - set(saved))
         if missing:
             raise ValueError(
-                f"the state has no position for rows {missing} of the global batch, only for "
-                f"{sorted(saved)}: "
+                f"the state has no position for rows {missing} of the global batch, only for {sorted(saved)}: "
                 "merge the states of all data-parallel ranks with merge_states before saving"
             )
         for index, row in self._rows.items():
@@ -128,15 +124,14 @@ def build_data_stream(
     dp_size: int,
     micro_batch_size: int,
 ) -> DataStream:
-    """The data of rank `dp_rank` of `dp_size`: rows dp_rank x G / dp_size up to the next rank's of each
-    global batch of G = global_batch_size sequences of sequence_length tokens, in micro-batches.
+    """The data of rank `dp_rank` of `dp_size`: rows dp_rank x G / dp_size up to the next rank's of each global batch of
+    G = global_batch_size sequences of sequence_length tokens, in micro-batches.
 
     Every rank looks up the first document of every row, not only of its own, so that a corpus that is too
     small or damaged at its beginning fails on all ranks alike.
 
-    Raises ValueError for sizes that do not divide, for fewer documents than rows, for a corpus without text
-    and for damaged files; FileNotFoundError or PermissionError for files that are missing or may not be
-    read.
+    Raises ValueError for sizes that do not divide, for fewer documents than rows, for a corpus without text and for
+    damaged files; FileNotFoundError or PermissionError for files that are missing or may not be read.
     """
     _check_sizes(sequence_length, global_batch_size, dp_rank, dp_size, micro_batch_size)
     corpus = open_corpus(config)
@@ -178,8 +173,7 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for key in _IDENTITY:
             if state[key] != merged[key]:
                 raise ValueError(
-                    f"ranks disagree about {key}: {merged[key]} and {state[key]}; every rank must be given "
-                    "the same "
+                    f"ranks disagree about {key}: {merged[key]} and {state[key]}; every rank must be given the same "
                     "data config and see the same files"
                 )
         for index, row_state in state["rows"].items():

@@ -55,8 +55,8 @@ class ByteTokenizer:
 
 
 class _FastTokenizer:
-    """A tokenizer of the `tokenizers` library. Texts of special tokens inside a document become those
-    tokens, as the tokenizer's own file says."""
+    """A tokenizer of the `tokenizers` library. Texts of special tokens inside a document become those tokens, as the
+    tokenizer's own file says."""
 
     def __init__(self, tokenizer: Any, end_of_document: int):
         self._tokenizer = tokenizer
@@ -109,8 +109,7 @@ def load_tokenizer(spec: str, *, end_of_document: str | None = None) -> Tokenize
     if path.is_file():
         return _load_file(path, end_of_document)
     raise FileNotFoundError(
-        f"tokenizer {spec!r}: no such file or folder (looked at {path.absolute()}): give 'bytes', a "
-        "tokenizer.json, "
+        f"tokenizer {spec!r}: no such file or folder (looked at {path.absolute()}): give 'bytes', a tokenizer.json, "
         "or a folder saved by transformers"
     )
 
@@ -154,8 +153,7 @@ def _end_id(source: str, named: str | None, vocabulary: dict[str, int]) -> int:
     if named is not None:
         if named not in vocabulary:
             raise ValueError(
-                f"tokenizer {source}: end-of-document token {named!r} is not one of its {len(vocabulary)} "
-                "tokens: "
+                f"tokenizer {source}: end-of-document token {named!r} is not one of its {len(vocabulary)} tokens: "
                 "set data.end_of_document to the text of a token it has"
             )
         return vocabulary[named]

@@ -34,8 +34,8 @@ class MicroBatch(Protocol):
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One micro-batch's part of one context-parallel rank, [micro_batch_size, T / cp], on the rank's device."""
+class ShardBatch:
+    """One context-parallel rank's part of one micro-batch, [micro_batch_size, T / cp], on the rank's device."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -44,11 +44,11 @@ class Shard:
 
 def split_micro_batches(
     micro_batches: Sequence[MicroBatch], dims: ParallelDims, *, layout: str, sequence_length: int
-) -> list[Shard]:
+) -> list[ShardBatch]:
     """This rank's shards, in `shard_positions` order."""
     positions = shard_positions(sequence_length, dims.cp_rank, dims.cp_size, layout).cpu()
     return [
-        Shard(
+        ShardBatch(
             tokens=batch.tokens[:, positions].to(dims.device, torch.int64),
             labels=batch.labels[:, positions].to(dims.device, torch.int64),
             loss_mask=batch.loss_mask[:, positions].to(dims.device, torch.bool),
@@ -66,9 +66,8 @@ def count_loss_tokens(
         Tokens of the global batch that count in its loss.
 
     Raises:
-        ValueError: at every rank: some rank's micro-batches are malformed, their number or size differs
-            between ranks, ranks of one data-parallel index hold different data, or no token counts in the
-            loss.
+        ValueError: at every rank: some rank's micro-batches are malformed, their number or size differs between
+            ranks, ranks of one data-parallel index hold different data, or no token counts in the loss.
     """
     problem = _find_problem(micro_batches, sequence_length, vocab_size)
     row = torch.zeros(6, dtype=torch.int64)

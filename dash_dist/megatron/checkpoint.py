@@ -6,7 +6,7 @@ Knows one checkpoint directory. Does not know which of a run's checkpoints to ke
 from __future__ import annotations
 
 import queue
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,22 @@ _RUN = "run"
 
 
 @dataclass(frozen=True)
-class RunState:
+class EngineState:
     """What a checkpoint holds beside tensors.
 
     Attributes:
         step: steps done.
         identity: settings that must be the same for the weights and the optimizer's state to fit.
-        extra_state: the caller's.
+        function: settings of the function that the weights were trained in; others fit them too.
     """
 
     step: int
     identity: dict[str, Any]
-    extra_state: Any
+    function: dict[str, Any]
 
 
 def save_checkpoint(
-    directory: Path, model: DashGPTModel, optimizer: Optimizer, dims: ParallelDims, run: RunState
+    directory: Path, model: DashGPTModel, optimizer: Optimizer, dims: ParallelDims, run: EngineState
 ) -> None:
     """Write a checkpoint. A collective: all ranks call it. `metadata.json` is written last, when all else is there.
 
@@ -54,7 +54,7 @@ def save_checkpoint(
         # The distributed optimizer's state is gathered on one rank; the others' empty entry would look to
         # Megatron like a difference between the ranks.
         state["optimizer"].pop("param_state", None)
-    state[_RUN] = {"step": run.step, "identity": run.identity, "extra_state": run.extra_state}
+    state[_RUN] = asdict(run)
     if filesystem_async._results_queue is None:
         # By default the writer reports through a queue in a process of its own, for saves that go on in the
         # background. These do not, and that process would outlive a killed rank.
@@ -65,7 +65,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     directory: Path, model: DashGPTModel, optimizer: Optimizer, dims: ParallelDims, identity: dict[str, Any]
-) -> RunState:
+) -> EngineState:
     """Load weights and optimizer state in place. A collective: all ranks call it.
 
     The checkpoint may come from another tensor-, context-, pipeline- and data-parallel size.
@@ -79,7 +79,7 @@ def load_checkpoint(
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     dist.barrier()
-    return RunState(**state[_RUN])
+    return EngineState(**state[_RUN])
 
 
 def _sharded_state(

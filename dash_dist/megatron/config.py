@@ -137,6 +137,16 @@ def check_combination(
         ValueError: says the value and what to change.
     """
     parallel.data_parallel_size(world_size)
+    if attention.backend == "triton" and attention.alpha != 1.5:
+        raise ValueError(
+            f"attention.backend=triton computes attention.alpha 1.5 only, not {attention.alpha}: "
+            "set attention.backend to auto or eager, or attention.alpha to 1.5"
+        )
+    if attention.backend == "triton" and model.resolved_head_dim > MAX_TRITON_HEAD_DIM:
+        raise ValueError(
+            f"attention.backend=triton takes a head_dim of up to {MAX_TRITON_HEAD_DIM}, not "
+            f"{model.resolved_head_dim}: set attention.backend to auto or eager, or lower model.head_dim"
+        )
     if model.num_kv_heads % parallel.tensor:
         raise ValueError(
             f"num_kv_heads {model.num_kv_heads} is not a multiple of parallel.tensor {parallel.tensor}: set "
@@ -167,9 +177,12 @@ def check_combination(
         )
 
 
+MAX_TRITON_HEAD_DIM = 256
+"""That of `dash_kernels.backend`, which cannot be imported here without torch."""
+
 VOCAB_MULTIPLE = 64
-"""The embedding has this multiple of rows whatever the tensor-parallel size, so that checkpoints and losses
-do not depend on it."""
+"""The embedding has this multiple of rows whatever the tensor-parallel size, so that checkpoints and losses do not
+depend on it."""
 
 
 def padded_vocab_size(vocab_size: int) -> int:

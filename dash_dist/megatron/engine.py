@@ -18,8 +18,8 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from dash_dist.megatron.batch import MicroBatch, Shard, count_loss_tokens, split_micro_batches
-from dash_dist.megatron.checkpoint import RunState, load_checkpoint, save_checkpoint
+from dash_dist.megatron.batch import MicroBatch, ShardBatch, count_loss_tokens, split_micro_batches
+from dash_dist.megatron.checkpoint import EngineState, load_checkpoint, save_checkpoint
 from dash_dist.megatron.config import (
     AttentionConfig,
     ModelConfig,
@@ -45,8 +45,7 @@ class StepResult:
         grad_norm: global norm of that mean's gradient, before clipping.
         learning_rate: of this step.
         tokens: tokens of the global batch that count in the loss, each counted once.
-        skipped: the loss or the gradient norm was not finite, and weights and optimizer state were left as
-            they were.
+        skipped: the loss or the gradient norm was not finite, and weights and optimizer state were left as they were.
     """
 
     loss: float
@@ -70,7 +69,7 @@ class Engine:
         seed: of the initial weights, which do not depend on the layout.
 
     Raises:
-        ValueError: the configuration is impossible (see `check_combination`).
+        ValueError: the configuration is impossible (see `check_combination`), or not on this rank's device.
     """
 
     def __init__(
@@ -87,6 +86,11 @@ class Engine:
         seed: int = 0,
     ) -> None:
         check_combination(model, attention, parallel, world_size=dims.world_size, sequence_length=sequence_length)
+        if attention.backend == "triton" and dims.device.type != "cuda":
+            raise ValueError(
+                f"attention.backend=triton needs a CUDA GPU, and rank {dims.rank} is on {dims.device}: "
+                "set attention.backend to auto or eager"
+            )
         self.dims = dims
         self.step = 0
         """Steps done, skipped ones counted."""
@@ -99,6 +103,13 @@ class Engine:
             "head_dim": model.resolved_head_dim,
             "vocab_size": vocab_size,
             "distributed_optimizer": parallel.distributed_optimizer,
+        }
+        self._function = {
+            **{f"model.{name}": getattr(model, name) for name in ("rotary_base", "norm_epsilon")},
+            **{
+                f"attention.{name}": getattr(attention, name)
+                for name in ("chunk_size", "alpha", "routing_scale", "prior_sigma")
+            },
         }
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32
         self._config = transformer_config(model, parallel, dtype=dtype, device=dims.device)
@@ -135,9 +146,9 @@ class Engine:
                 Whole sequences, [micro_batch_size, sequence_length]: they are cut to this rank's shard here.
 
         Returns:
-            The step's numbers. A step whose loss or gradient norm is not finite changes no weight and no
-            optimizer state at any rank, says `skipped`, and counts as a step of the learning rate's schedule:
-            whether to go on is the caller's decision.
+            The step's numbers. A step whose loss or gradient norm is not finite changes no weight and no optimizer
+            state at any rank, says `skipped`, and counts as a step of the learning rate's schedule: whether to go on
+            is the caller's decision.
 
         Raises:
             ValueError: at every rank: see `count_loss_tokens`.
@@ -187,28 +198,26 @@ class Engine:
         )
         return sequences * self._sequence_length * per_token
 
-    def save(self, directory: Path, extra_state: Any = None) -> None:
-        """Write model, optimizer, step and `extra_state`; returns when the checkpoint is complete.
+    def save(self, directory: Path) -> None:
+        """Write model, optimizer and step; returns when the checkpoint is complete.
 
         Args:
             directory: new or empty, on storage that all ranks share.
-            extra_state: plain Python values and tensors. Rank 0's is kept: gather first what differs between
-                ranks.
 
         Raises:
             OSError: at every rank: the directory cannot be created, or is not empty.
         """
-        run = RunState(step=self.step, identity=self._identity, extra_state=extra_state)
+        run = EngineState(step=self.step, identity=self._identity, function=self._function)
         save_checkpoint(Path(directory), self.model, self._optimizer, self.dims, run)
 
-    def load(self, directory: Path) -> Any:
+    def load(self, directory: Path) -> list[str]:
         """Go on from a checkpoint, written at this layout or another.
 
-        The model's shape and `distributed_optimizer` must be those of the checkpoint. The learning rate
-        follows this run's configuration from the checkpoint's step on.
+        The model's shape and `distributed_optimizer` must be those of the checkpoint. The learning rate follows this
+        run's configuration from the checkpoint's step on.
 
         Returns:
-            The `extra_state` it was saved with.
+            In words, each setting by which the weights now compute another function than the one they were trained in.
 
         Raises:
             FileNotFoundError: there is no complete checkpoint in the directory.
@@ -216,7 +225,11 @@ class Engine:
         """
         run = load_checkpoint(Path(directory), self.model, self._optimizer, self.dims, self._identity)
         self.step = run.step
-        return run.extra_state
+        return [
+            f"{name} was {run.function[name]} and is {value}"
+            for name, value in self._function.items()
+            if value != run.function[name]
+        ]
 
     def _accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Leave the gradient of the mean loss in the buffers, and return the summed loss of the global batch."""
@@ -241,7 +254,7 @@ class Engine:
         return float(total)
 
 
-def _forward_step(shards: Iterator[Shard], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward_step(shards: Iterator[ShardBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     shard = next(shards)
     output = model(shard.tokens, None, None, labels=shard.labels)
     return output, functools.partial(_summed_loss, shard.loss_mask)

@@ -18,12 +18,11 @@ def flops_per_token(
 ) -> float:
     """Forward and backward operations per token; a multiply-add counts as two, the backward as twice the forward.
 
-    Per token: 6 per weight of every matrix (recomputed activations, norms and the embedding look-up count
-        nothing),
+    Per token: 6 per weight of every matrix (recomputed activations, norms and the embedding look-up count nothing),
     plus per layer, with H = num_attention_heads x head_dim and T = sequence_length:
 
-    - attention 12 H x (density x (T - chunk_size) / 2 + chunk_size / 2): scores and weighted values over half
-      of the earlier tokens on average, of which `density` are in selected chunks, and half of the own chunk;
+    - attention 12 H x (density x (T - chunk_size) / 2 + chunk_size / 2): scores and weighted values over half of the
+      earlier tokens on average, of which `density` are in selected chunks, and half of the own chunk;
     - routing 6 H x T / (2 chunk_size): the query against the summaries of the earlier chunks.
 
     Args:

@@ -110,26 +110,6 @@ class ParallelDims:
         return self.pp_rank == self.pp_size - 1
 
     @property
-    def cp_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the shards of one sequence."""
-        return parallel_state.get_context_parallel_group()
-
-    @property
-    def tp_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the slices of one layer."""
-        return parallel_state.get_tensor_model_parallel_group()
-
-    @property
-    def pp_group(self) -> dist.ProcessGroup:
-        """The stages of one pipeline."""
-        return parallel_state.get_pipeline_model_parallel_group()
-
-    @property
-    def dp_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same weights and the same shard of different sequences."""
-        return parallel_state.get_data_parallel_group()
-
-    @property
     def dp_cp_group(self) -> dist.ProcessGroup:
         """The ranks that hold the same weights: gradients are summed over them."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -69,8 +69,7 @@ def tensor_parallel_slice(
 ) -> torch.Tensor:
     """One rank's slice of a full weight.
 
-    SwiGLU's first weight holds the gate's rows above the up projection's, and every rank holds a slice of
-    both.
+    SwiGLU's first weight holds the gate's rows above the up projection's, and every rank holds a slice of both.
     """
     halves = full.chunk(2) if name.endswith("linear_fc1.weight") else (full,)
     dim = tensor_parallel_dim(parameter)

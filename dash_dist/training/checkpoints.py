@@ -1,7 +1,7 @@
 """The checkpoints of one run: which folders are complete, how one is written, kept, found and read back.
 
-Knows folders, the order of writing, and how the ranks agree; does not know what the engine or the data stream
-put inside.
+Knows folders, the order of writing, and how the ranks agree; does not know what the engine or the data stream put
+inside.
 
     <run directory>/checkpoints/
         step_00000010/                  visible only when complete
@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,11 +36,14 @@ _ENGINE = "engine"
 
 
 class Saveable(Protocol):
-    """The part of an engine that a checkpoint needs; both calls are made at every rank."""
+    """The part of an engine that a checkpoint needs; both calls are made at every rank.
+
+    `load` says, in words, what differs from the run that saved although it may.
+    """
 
     def save(self, directory: Path) -> None: ...
 
-    def load(self, directory: Path) -> object: ...
+    def load(self, directory: Path) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,7 @@ class RunState:
 
 
 class CheckpointManager:
-    """Writes, keeps and finds the checkpoints below `run_directory`. Every method that touches files is
-    called at every rank.
+    """Writes, keeps and finds the checkpoints below `run_directory`. Every method is called at every rank.
 
     Args:
         run_directory: folder of the run, on a filesystem that all ranks share.
@@ -77,9 +79,9 @@ class CheckpointManager:
     ) -> Path:
         """Write one checkpoint and drop those beyond `keep`; returns its folder.
 
-        `data_states` holds this rank's data stream states (none on a rank that reads no data of its own);
-        `merge` turns those of all ranks into one. Raises CheckpointError at every rank if any rank fails to
-        write; earlier checkpoints are untouched then.
+        `data_states` holds this rank's data stream states (none on a rank that reads no data of its own); `merge`
+        turns those of all ranks into one. Raises CheckpointError at every rank if any rank fails to write; earlier
+        checkpoints are untouched then.
         """
         final = self.directory / step_folder(state.step)
         partial = self.directory / f".{final.name}.partial"
@@ -90,8 +92,8 @@ class CheckpointManager:
                 if on_main:
                     _remove(partial)
                     partial.mkdir(parents=True)
-            with self._control.together(failure, CheckpointError):
-                _save_engine(engine, partial / _ENGINE)
+            with self._control.together(failure, CheckpointError), _distributed_checkpoint("write"):
+                engine.save(partial / _ENGINE)
             files = self._checksums(partial)
             gathered = self._control.gather(list(data_states))
             with self._control.together(failure, CheckpointError):
@@ -114,9 +116,10 @@ class CheckpointManager:
                 self._drop_old()
         return final
 
-    def load(self, folder: Path, engine: Saveable) -> tuple[RunState, Any]:
-        """Verify `folder`, load it into `engine`, and return the run's state and the merged data stream
-        state.
+    def load(self, folder: Path, engine: Saveable) -> tuple[RunState, Any, list[str]]:
+        """Verify `folder` and load it into `engine`.
+
+        Returns the run's state, the merged data stream state, and what `engine.load` says.
 
         Raises CheckpointError at every rank if a file is missing, of another size, or of another checksum.
         """
@@ -124,9 +127,10 @@ class CheckpointManager:
             metadata = _read_metadata(folder)
             self._verify(folder, metadata["files"])
             data_state = json.loads((folder / _DATA_STATE).read_text())
-        with self._control.together(f"cannot load checkpoint {folder}", CheckpointError):
-            engine.load(folder / _ENGINE)
-        return RunState(**metadata["state"]), data_state
+        failure = f"cannot load checkpoint {folder}"
+        with self._control.together(failure, CheckpointError), _distributed_checkpoint("read"):
+            changes = engine.load(folder / _ENGINE)
+        return RunState(**metadata["state"]), data_state, changes
 
     def clean(self) -> None:
         """Remove what a killed run left half written."""
@@ -137,12 +141,11 @@ class CheckpointManager:
                         shutil.rmtree(folder)
 
     def resume_from(self, resume: str) -> Path | None:
-        """The checkpoint this run starts from under `run.resume`, None for a start from scratch; the same at
-        every rank.
+        """The checkpoint this run starts from under `run.resume`, None for a start from scratch.
 
-        "auto" takes the run's latest complete checkpoint. "never" refuses a run folder that holds any. A path
-        begins a new run from that checkpoint; a run begun that way goes on from its own latest checkpoint, so
-        that the same command can be repeated after a failure.
+        "auto" takes the run's latest complete checkpoint. "never" refuses a run folder that holds any. A path begins a
+        new run from that checkpoint; a run begun that way goes on from its own latest checkpoint, so that the same
+        command can be repeated after a failure.
         """
         chosen: Path | None = None
         with self._control.together("cannot resume", CheckpointError):
@@ -158,9 +161,7 @@ class CheckpointManager:
             shutil.rmtree(doomed)
 
     def _checksums(self, folder: Path) -> dict[str, list[int]]:
-        """Size and CRC-32 of every file below `folder`; the ranks share the reading. Also flushes the files
-        to disk.
-        """
+        """Flush every file below `folder` to disk and take its size and CRC-32; the ranks share the reading."""
         names: list[str] = []
         if self._control.is_main:
             names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -178,17 +179,19 @@ class CheckpointManager:
             if found != files[name]:
                 raise CheckpointError(
                     f"{folder / name} is damaged: size and CRC-32 are {found}, written were {files[name]}; "
-                    f"resume from another checkpoint with run.resume=PATH"
+                    f"resume from another checkpoint with run.resume=PATH and another run.name"
                 )
 
 
-def _save_engine(engine: Saveable, directory: Path) -> None:
+@contextlib.contextmanager
+def _distributed_checkpoint(verb: str) -> Iterator[None]:
+    """What torch's distributed checkpoint raises, at every rank, is not an Exception: make it one."""
     try:
-        engine.save(directory)
-    except CheckpointException as error:  # of torch's distributed checkpoint; not an Exception
+        yield
+    except CheckpointException as error:
         reasons = {rank: str(failure[0]) for rank, failure in error.failures.items()}
         raise CheckpointError(
-            f"the ranks could not write: {reasons}" if reasons else "a rank could not write"
+            f"the ranks could not {verb}: {reasons}" if reasons else f"a rank could not {verb}"
         ) from error
 
 

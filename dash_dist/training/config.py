@@ -101,17 +101,16 @@ class CheckpointSection(Section):
 
 
 class LoggingSection(Section):
-    """Metrics and the progress line every `interval` steps; the routing of each layer every
-    `routing_interval` steps.
-    """
+    """Metrics and the progress line every `interval` steps; each layer's routing every `routing_interval` steps."""
 
     interval: Positive = 10
     routing_interval: Positive = 50
 
 
 class RunConfig(Section):
-    """Everything a run is determined by. Raises pydantic.ValidationError; `load_config` turns that into a
-    readable error.
+    """Everything a run is determined by.
+
+    Raises pydantic.ValidationError, which `load_config` turns into a readable error.
     """
 
     run: RunSection

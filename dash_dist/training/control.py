@@ -1,5 +1,4 @@
-"""How the ranks of a run agree: flags and small Python objects over a gloo group, apart from the tensors of
-training.
+"""How the ranks of a run agree: flags and small Python objects, over a gloo group of their own.
 
 Knows torch.distributed; does not know what is agreed on, nor the model's parallelism.
 """
@@ -54,11 +53,10 @@ class ControlGroup:
 
     @contextlib.contextmanager
     def together(self, what: str, error_type: type[RunError]) -> Iterator[None]:
-        """Run the body at every rank; if it raises at any, raise `error_type` with the first rank's reason at
-        all of them.
+        """Run the body at every rank; if it raises at any, raise `error_type` with the first one's reason at all.
 
-        Without this a rank that fails alone leaves the others waiting in their next collective. The body may
-        be a collective only if that collective itself fails at every rank.
+        Without this a rank that fails alone leaves the others waiting in their next collective. The body may be a
+        collective only if that collective itself fails at every rank.
         """
         failure: str | None = None
         cause: Exception | None = None

@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dash_dist.megatron import LayerRouting
 
-# Dense bf16 peak in FLOP/s as published by NVIDIA for the SXM form (L40S: PCIe), by a part of the device's
-# name; the first match counts.
+# Dense bf16 peak in FLOP/s as published by NVIDIA for the SXM form (L40S: PCIe), by a part of the device's name; the
+# first match counts.
 _PEAK_BF16_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 _GIB = 1 << 30
@@ -28,9 +28,9 @@ class StepMetrics:
     Attributes:
         loss: mean over the tokens of the global batch, in nats.
         tokens: of all global batches so far, this one included, each counted once.
-        tokens_per_second_per_gpu: tokens of the global batch / step_seconds / ranks (processes, where there
-            is no GPU).
+        tokens_per_second_per_gpu: tokens of the global batch / step_seconds / ranks (processes, where there is no GPU).
         mfu: model FLOPs utilisation, a share of the bf16 peak; None where that peak is unknown.
+        skipped_documents: empty and undecodable ones passed over since the start of the run, at all ranks.
         memory: name -> GiB, the largest of all ranks.
     """
 
@@ -42,6 +42,7 @@ class StepMetrics:
     step_seconds: float
     tokens_per_second_per_gpu: float
     mfu: float | None
+    skipped_documents: int
     memory: Mapping[str, float]
 
 
@@ -49,12 +50,12 @@ class MetricsWriter:
     """Writes the curves into `directory`.
 
     Args:
-        start_step: steps done before; what a killed run logged beyond them is purged, so that the curves go
-            on from there.
+        start_step: steps done before; what a killed run logged beyond them is purged, so that the curves go on from
+            there.
     """
 
     def __init__(self, directory: Path, *, start_step: int) -> None:
-        self._writer = SummaryWriter(log_dir=str(directory), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(log_dir=str(directory), purge_step=start_step + 1)
 
     def step(self, metrics: StepMetrics) -> None:
         scalars = {
@@ -64,6 +65,7 @@ class MetricsWriter:
             "train/tokens": metrics.tokens,
             "perf/step_seconds": metrics.step_seconds,
             "perf/tokens_per_second_per_gpu": metrics.tokens_per_second_per_gpu,
+            "data/skipped_documents": metrics.skipped_documents,
             **{f"memory/{name}": gib for name, gib in metrics.memory.items()},
         }
         if metrics.mfu is not None:
@@ -99,9 +101,7 @@ class MetricsWriter:
 
 
 def memory_used(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GiB: on GPU the peaks since the last call, on CPU the largest resident set so
-    far.
-    """
+    """Memory of this process in GiB: on GPU the peaks since the last call, on CPU the largest resident set so far."""
     if device.type == "cuda":
         used = {
             "allocated_peak_gib": torch.cuda.max_memory_allocated(device) / _GIB,
@@ -114,9 +114,7 @@ def memory_used(device: torch.device) -> dict[str, float]:
 
 
 def peak_bf16_flops(device: torch.device) -> float | None:
-    """Published dense bf16 peak of the device in FLOP/s; None for a CPU and for a GPU that is not listed
-    here.
-    """
+    """Published dense bf16 peak of the device in FLOP/s; None for a CPU and for a GPU that is not listed here."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,8 +1,6 @@
-"""What a person sees of a run: a live line on a terminal, one plain line per logging interval elsewhere, and
-the summary.
+"""What a person sees of a run: a live line on a terminal, a plain line per logging interval elsewhere, the summary.
 
-Knows how to show a run that is told to it; does not know where the numbers come from, nor in which process
-they arose.
+Knows how to show a run that is told to it; does not know where the numbers come from, nor in which process they arose.
 """
 
 import sys
@@ -21,8 +19,8 @@ from rich.table import Table
 class RunStart:
     """What is known before the first step.
 
-    `layout` says the parallel layout in words; `start_step` counts the steps done before, `tokens_per_step`
-    the tokens of a global batch.
+    `layout` says the parallel layout in words; `start_step` counts the steps done before, `tokens_per_step` the tokens
+    of a global batch.
     """
 
     name: str
@@ -52,11 +50,12 @@ class RunSummary:
     Attributes:
         steps: optimizer steps the run has done, those before a resume included.
         completed: False if the run was asked to stop before its last step.
-        first_loss, last_loss: mean loss per token in nats at step 1 and at the last step; None for no step at
-            all.
+        first_loss, last_loss: mean loss per token in nats at step 1 and at the last step; None for no step at all.
         tokens: tokens of all global batches so far, each counted once.
         tokens_per_second: of all ranks together, since this process started; 0.0 if it ran no step.
-        density: per layer (0-based), the last recorded share of causally available chunks that were selected.
+        density: per layer (0-based), the last recorded share of causally available chunks that were selected; empty if
+            this process ran no step.
+        skipped_documents: empty and undecodable ones passed over so far, at all ranks.
         tensorboard_directory, checkpoint_directory: where the run's curves and checkpoints are.
     """
 
@@ -69,6 +68,7 @@ class RunSummary:
     tensorboard_directory: Path
     checkpoint_directory: Path
     density: Mapping[int, float] = field(default_factory=dict)
+    skipped_documents: int = 0
 
 
 class ProgressReporter(Protocol):
@@ -136,9 +136,7 @@ class ConsoleProgress:
 
 
 class Pace:
-    """Tokens per second and time left, from the steps of this process; the first step is left out as a
-    warm-up.
-    """
+    """Tokens per second and time left, from the steps of this process; the first is left out as a warm-up."""
 
     def __init__(self, start_step: int, steps: int) -> None:
         self._step, self._steps = start_step, steps
@@ -195,9 +193,12 @@ def _summary_table(summary: RunSummary) -> Table:
     for name, loss in (("first loss", summary.first_loss), ("last loss", summary.last_loss)):
         table.add_row(name, "-" if loss is None else f"{loss:.4f}")
     table.add_row("tokens", f"{summary.tokens:,}")
-    table.add_row("tokens/s", f"{summary.tokens_per_second:,.0f}")
+    if summary.tokens_per_second:
+        table.add_row("tokens/s", f"{summary.tokens_per_second:,.0f}")
     for layer, density in summary.density.items():
         table.add_row(f"density, layer {layer}", f"{density:.3f}")
+    if summary.skipped_documents:
+        table.add_row("skipped documents", f"{summary.skipped_documents:,} empty or not UTF-8")
     table.add_row("TensorBoard", str(summary.tensorboard_directory))
     table.add_row("checkpoints", str(summary.checkpoint_directory))
     return table

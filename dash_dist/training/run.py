@@ -17,14 +17,7 @@ from dash_dist.training.config_file import to_yaml
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.errors import CheckpointError, ConfigError, RunError
 from dash_dist.training.metrics import MetricsWriter, StepMetrics, memory_used, peak_bf16_flops
-from dash_dist.training.progress import (
-    ConsoleProgress,
-    Pace,
-    ProgressReporter,
-    RunStart,
-    RunSummary,
-    StepReport,
-)
+from dash_dist.training.progress import ConsoleProgress, Pace, ProgressReporter, RunStart, RunSummary, StepReport
 from dash_dist.training.stopping import StopSignal
 
 
@@ -41,8 +34,7 @@ def train(
 
     Args:
         reporter: told at rank 0 how the run goes; by default this process's console.
-        stop_requested: asked between steps at every rank, beside SIGTERM and SIGINT; True at one rank stops
-            all.
+        stop_requested: asked between steps at every rank, beside SIGTERM and SIGINT; True at one rank stops all.
 
     Returns:
         The summary, the same at every rank.
@@ -101,7 +93,7 @@ class _Run:
                 total_steps=config.training.steps,
                 seed=config.run.seed,
             )
-        self._state = RunState() if origin is None else self._load(origin)
+        self._state, changes = (RunState(), []) if origin is None else self._load(origin)
         self._saved_step = self._state.step
         self._data_position = self._data.state_dict()
         self._peak_flops = peak_bf16_flops(dims.device)
@@ -120,10 +112,17 @@ class _Run:
                     resumed_from=origin,
                 )
             )
+            if changes:
+                self._reporter.note(f"not the function of the checkpoint: {'; '.join(changes)}")
             self._writer = MetricsWriter(self._tensorboard, start_step=self._state.step)
 
     def to_the_end(self) -> RunSummary:
         """Train to the last step or the request to stop, and leave a checkpoint of where it ended."""
+        if self._state.step >= self._config.training.steps and self._control.is_main:
+            self._reporter.note(
+                f"run {self._config.run.name} is complete at step {self._state.step}: "
+                f"set run.name=... to train anew or training.steps=... to go on"
+            )
         while self._state.step < self._config.training.steps:
             micro_batches = self._next_batches()
             if micro_batches is None:
@@ -149,7 +148,7 @@ class _Run:
         failure: Exception | None = None
         try:
             batches = self._data.next_step()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever the readers and the network raise: the other ranks must not wait
             failure = error
         any_stop, any_failure = self._control.maximum([float(stop), float(failure is not None)])
         if any_failure:
@@ -187,8 +186,8 @@ class _Run:
         if self._skipped_in_a_row > limit:
             raise RunError(
                 f"step {self._state.step}: {numbers}; more than training.max_skipped_steps = {limit} such steps "
-                f"in a row: lower optimizer.lr or lengthen optimizer.warmup_steps, and start another run from "
-                f"an earlier checkpoint with run.resume=PATH"
+                f"in a row: lower optimizer.lr or lengthen optimizer.warmup_steps, and start another run (run.name) "
+                f"from an earlier checkpoint with run.resume=PATH"
             )
         if result.skipped and self._control.is_main:
             self._reporter.note(f"step {self._state.step} changed no weight: {numbers}")
@@ -201,7 +200,7 @@ class _Run:
 
     def _log_step(self, result: StepResult, seconds: float) -> None:
         memory = memory_used(self._dims.device)
-        largest = dict(zip(memory, self._control.maximum(list(memory.values())), strict=True))
+        of_ranks = self._control.gather((memory, self._own_skipped_documents()))
         if self._writer is None:
             return
         config, world_size = self._config, self._dims.world_size
@@ -220,7 +219,8 @@ class _Run:
                 step_seconds=seconds,
                 tokens_per_second_per_gpu=result.tokens / (seconds * world_size),
                 mfu=mfu,
-                memory=largest,
+                skipped_documents=sum(skipped for _, skipped in of_ranks),
+                memory={name: max(used[name] for used, _ in of_ranks) for name in memory},
             )
         )
         self._writer.flush()
@@ -236,19 +236,25 @@ class _Run:
         )
 
     def _save(self) -> None:
-        dims = self._dims
-        # One rank of each data-parallel index speaks for the others, which read the same rows.
-        speaks = dims.tp_rank == dims.cp_rank == dims.pp_rank == 0
-        self._checkpoints.save(self._state, self._engine, [self._data_position] if speaks else [], merge_states)
+        positions = [self._data_position] if self._speaks_for_its_rows else []
+        self._checkpoints.save(self._state, self._engine, positions, merge_states)
         self._saved_step = self._state.step
         self._pace.leave_out_since_step()
 
-    def _load(self, origin: Path) -> RunState:
-        state, data_position = self._checkpoints.load(origin, self._engine)
+    @property
+    def _speaks_for_its_rows(self) -> bool:
+        """One rank of each data-parallel index speaks for the others, which read the same rows."""
+        return self._dims.tp_rank == self._dims.cp_rank == self._dims.pp_rank == 0
+
+    def _own_skipped_documents(self) -> int:
+        return self._data.skipped_documents if self._speaks_for_its_rows else 0
+
+    def _load(self, origin: Path) -> tuple[RunState, list[str]]:
+        state, data_position, changes = self._checkpoints.load(origin, self._engine)
         with self._control.together(f"cannot go on from {origin}", CheckpointError):
             self._data.load_state_dict(data_position)
         own = origin.parent == self._checkpoints.directory
-        return state if own else replace(state, origin=str(origin))
+        return state if own else replace(state, origin=str(origin)), changes
 
     def _summary(self) -> RunSummary:
         return RunSummary(
@@ -261,6 +267,7 @@ class _Run:
             tensorboard_directory=self._tensorboard,
             checkpoint_directory=self._checkpoints.directory,
             density=self._density,
+            skipped_documents=sum(self._control.gather(self._own_skipped_documents())),
         )
 
 

@@ -1,6 +1,7 @@
 """Every launcher ends in the same training: the same losses, whoever started the processes."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training_runs import losses, run_command, write_config
+from training_runs import cpu_environment, losses, run_command, write_config
 
 from dash_dist.training import ConfigError, load_config
 
@@ -54,7 +55,8 @@ def folder(tmp_path_factory):
 
 def test_deepspeed_gives_the_losses_of_torchrun(folder):
     command = [str(ROOT / "launch" / "deepspeed.sh"), str(folder / "tiny.yaml"), *overrides("deepspeed")]
-    done = run_command(command, {"PATH": PATH, "NPROC": "2", "MASTER_PORT": str(free_port())})
+    environment = {"PATH": PATH, "NPROC": "2", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
+    done = run_command(command, environment)
     assert done.returncode == 0, done.stdout
     assert f"finished, step {STEPS}" in done.stdout
     assert losses(folder / "runs" / "deepspeed") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-5)
@@ -64,7 +66,7 @@ def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
     """One worker is killed after step 6: all start again from the checkpoint of step 4, and nothing else changes."""
     script = [sys.executable, str(ROOT / "launch" / "ray_train.py")]
     command = [*script, str(folder / "tiny.yaml"), *overrides("ray"), "run.resume=never", "--num-workers=2"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = cpu_environment({"RAY_ADDRESS": ""})
     driver = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -121,6 +123,13 @@ def test_too_few_gpus_for_one_replica_are_refused(ray_train, tmp_path):
         ray_train.default_num_workers(load_config(write_config(tmp_path)), 1)
 
 
+def test_more_workers_than_this_machine_has_gpus_are_refused(ray_train):
+    ray_train.check_local_gpus(2, 2)
+    ray_train.check_local_gpus(2, 0)  # CPU workers
+    with pytest.raises(ConfigError, match=r"--num-workers 3: .* this machine has 2"):
+        ray_train.check_local_gpus(3, 2)
+
+
 @pytest.mark.parametrize("script", ["launch/torchrun.sh", "launch/deepspeed.sh", "cluster/ray_job.sh"])
 def test_a_script_without_a_configuration_shows_its_usage(script):
     done = run_command([str(ROOT / script)], {}, seconds=20)
@@ -138,8 +147,12 @@ def test_torchrun_on_several_nodes_needs_a_rendezvous():
 def test_a_ray_job_passes_the_arguments_on():
     script = str(ROOT / "cluster" / "ray_job.sh")
     arguments = ["configs/demo.yaml", "run.name=a b", "--num-workers", "4"]
-    done = run_command([script, "--dry-run", *arguments], {"RAY_ADDRESS": "http://head:8265"}, seconds=20)
+    environment = {"RAY_ADDRESS": "http://head:8265", "RAY_AUTH_MODE": "disabled"}
+    done = run_command([script, "--dry-run", *arguments], environment, seconds=20)
     words = shlex.split(done.stdout)
+    runtime = json.loads(words[words.index("--runtime-env-json") + 1])
+    assert runtime["env_vars"] == {"RAY_AUTH_MODE": "disabled"}
+    assert {".git", ".venv", "runs"} < set(runtime["excludes"])
     assert words[:3] == ["ray", "job", "submit"]
     assert words[words.index("--") + 1 :] == ["python", "launch/ray_train.py", *arguments]
 

@@ -104,18 +104,18 @@ def train_and_save(cases: dict[str, Case], folder: Path) -> dict[str, list[float
     for name, case in cases.items():
         with engine_of(case) as engine:
             losses[name] = train(engine, case, STEPS_BEFORE_SAVE)
-            engine.save(folder / name, {"position": [engine.step]})
+            engine.save(folder / name)
             losses[name] += train(engine, case, STEPS_AFTER_LOAD)
     return losses
 
 
-def load_and_train(loads: list[tuple[str, Case]], folder: Path) -> list[tuple[Any, int, list[float]]]:
-    """Per load: the extra state, the step, and the losses that follow, each in a new engine."""
+def load_and_train(loads: list[tuple[str, Case]], folder: Path) -> list[tuple[list[str], int, list[float]]]:
+    """Per load: what changed in the function, the step, and the losses that follow, each in a new engine."""
     results = []
     for saved, case in loads:
         with engine_of(case) as engine:
-            extra_state = engine.load(folder / saved)
-            results.append((extra_state, engine.step, train(engine, case, STEPS_AFTER_LOAD)))
+            changes = engine.load(folder / saved)
+            results.append((changes, engine.step, train(engine, case, STEPS_AFTER_LOAD)))
     return results
 
 

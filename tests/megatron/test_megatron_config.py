@@ -14,6 +14,7 @@ from dash_dist.megatron import (
     flops_per_token,
 )
 from dash_dist.megatron.config import padded_vocab_size
+from dash_kernels.backend import MAX_TRITON_HEAD_DIM
 
 SHAPE: dict[str, Any] = {
     "num_layers": 6,
@@ -56,6 +57,7 @@ def test_impossible_values_are_refused(config: Any, values: dict[str, Any], mess
             100,
             "100 is not a multiple of cp x chunk_size = 64: pad to 128",
         ),
+        ({}, {"backend": "triton", "alpha": 2.0}, 1, 1024, "triton computes attention.alpha 1.5 only, not 2.0"),
     ],
 )
 def test_impossible_combinations_are_refused(
@@ -69,6 +71,22 @@ def test_impossible_combinations_are_refused(
             world_size=world_size,
             sequence_length=sequence_length,
         )
+
+
+def test_triton_is_refused_above_the_head_dim_of_its_kernels() -> None:
+    def check(head_dim: int, backend: str) -> None:
+        check_combination(
+            ModelConfig(**SHAPE, head_dim=head_dim),
+            AttentionConfig(backend=backend),
+            ParallelConfig(),
+            world_size=1,
+            sequence_length=1024,
+        )
+
+    check(MAX_TRITON_HEAD_DIM, "triton")
+    check(MAX_TRITON_HEAD_DIM + 2, "auto")
+    with pytest.raises(ValueError, match="takes a head_dim of up to 256, not 258"):
+        check(MAX_TRITON_HEAD_DIM + 2, "triton")
 
 
 def test_one_shard_may_have_any_length() -> None:

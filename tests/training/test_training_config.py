@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,14 @@ from training_runs import write_config
 from dash_dist.training import ConfigError, load_config
 from dash_dist.training.config_file import to_yaml
 
-CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+
+
+def test_what_the_makefile_sets_on_one_gpu_is_a_setting():
+    makefile = (ROOT / "Makefile").read_text()
+    (override,) = re.findall(r"^DEMO_OVERRIDES = .*,(\S+=\S+)\)$", makefile, re.MULTILINE)
+    assert load_config(ROOT / "configs" / "demo.yaml", [override]).parallel.context == 1
 
 
 @pytest.fixture
@@ -65,6 +73,7 @@ def test_overrides_have_yaml_types(tiny):
             r"80 is not a multiple of cp x chunk_size = 64: pad to 128",
         ),
         (["training.micro_batch_size=4"], r"global_batch_size = 2 is not a multiple of .* 1 x 4: set it to 4"),
+        (["attention.backend=triton", "attention.alpha=2.0"], r"attention\.alpha 1\.5 only, not 2\.0"),
         (["parallel.tensor=4"], r"num_kv_heads 2 is not a multiple of parallel\.tensor 4"),
         (["optimizer.warmup_steps=20"], r"warmup_steps = 20 is not below training\.steps = 20"),
         (["model.num_layers=x", "data.sourse=files"], r"(?s)model\.num_layers = \"x\".*data\.source\?"),

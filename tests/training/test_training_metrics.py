@@ -16,6 +16,7 @@ def step_metrics(step, *, loss=1.0, mfu=None):
         step_seconds=2.0,
         tokens_per_second_per_gpu=25.0,
         mfu=mfu,
+        skipped_documents=3,
         memory={"rss_peak_gib": 0.25},
     )
 
@@ -34,6 +35,7 @@ def test_a_step_writes_exactly_these_curves(tmp_path):
             "train/tokens": 100,
             "perf/step_seconds": 2.0,
             "perf/tokens_per_second_per_gpu": 25.0,
+            "data/skipped_documents": 3,
             "memory/rss_peak_gib": 0.25,
         }
     )
@@ -61,17 +63,18 @@ def test_routing_is_a_density_and_a_histogram_per_layer(tmp_path):
     assert inside == {1.5: 3, 3.5: 1}
 
 
-def test_a_resumed_run_goes_on_from_its_checkpoint(tmp_path):
-    """What the killed run logged beyond its checkpoint at step 2 gives way to what the resumed one logs."""
+@pytest.mark.parametrize(("start_step", "kept"), [(2, [(1, 11.0), (2, 12.0)]), (0, [])])
+def test_a_resumed_run_goes_on_from_its_checkpoint(tmp_path, start_step, kept):
+    """What the killed run logged beyond its checkpoint, if it got to any, gives way to what the resumed one logs."""
     first = MetricsWriter(tmp_path / "tensorboard", start_step=0)
     for step in (1, 2, 3, 4):
         first.step(step_metrics(step, loss=10.0 + step))
     first.close()
-    second = MetricsWriter(tmp_path / "tensorboard", start_step=2)
-    second.step(step_metrics(3, loss=0.5))
+    second = MetricsWriter(tmp_path / "tensorboard", start_step=start_step)
+    second.step(step_metrics(start_step + 1, loss=0.5))
     second.close()
     events = read_curves(tmp_path).Scalars("train/loss")
-    assert [(event.step, event.value) for event in events] == [(1, 11.0), (2, 12.0), (3, 0.5)]
+    assert [(event.step, event.value) for event in events] == [*kept, (start_step + 1, 0.5)]
 
 
 def test_memory_of_this_process_is_plausible():

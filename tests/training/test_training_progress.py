@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -22,12 +23,12 @@ SUMMARY = RunSummary(
 )
 
 
-def shown(*, terminal: bool) -> str:
+def shown(*, terminal: bool, summary: RunSummary = SUMMARY) -> str:
     out = io.StringIO()
     progress = ConsoleProgress(Console(file=out, force_terminal=terminal, width=100, highlight=False))
     progress.start(START)
     progress.update(REPORT)
-    progress.finish(SUMMARY)
+    progress.finish(summary)
     return out.getvalue()
 
 
@@ -45,9 +46,14 @@ def test_on_a_terminal_there_is_a_live_line():
     assert "loss 2.5000  1,234 tokens/s  density 0.250  eta 1:01" in text
 
 
-def test_the_summary_tells_all(tmp_path):
+def summary_rows(text: str) -> dict[str, str]:
+    return {line[:18].strip(): line[18:].strip() for line in text.splitlines()[4:]}
+
+
+def test_the_summary_tells_all():
     text = shown(terminal=False)
-    rows = {line[:18].strip(): line[18:].strip() for line in text.splitlines()[4:]}
+    rows = summary_rows(text)
+    assert "skipped documents" not in rows
     assert rows["first loss"] == "5.5000"
     assert rows["last loss"] == "2.2500"
     assert rows["tokens/s"] == "1,300"
@@ -55,3 +61,9 @@ def test_the_summary_tells_all(tmp_path):
     assert rows["density, layer 1"] == "0.125"
     assert rows["checkpoints"] == "/r/checkpoints"
     assert str(SUMMARY.tensorboard_directory) in "".join(line.strip() for line in text.splitlines())
+
+
+def test_the_summary_of_no_step_has_no_speed_and_skipped_documents_are_told():
+    rows = summary_rows(shown(terminal=False, summary=replace(SUMMARY, tokens_per_second=0.0, skipped_documents=12)))
+    assert "tokens/s" not in rows
+    assert rows["skipped documents"] == "12 empty or not UTF-8"

@@ -1,15 +1,17 @@
 """Whole runs of a tiny model: stopped and resumed, at the same and at other layouts, and ended from outside."""
 
 import math
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import yaml
-from training_runs import losses, rank_processes, read_curves, run_ranks, write_config
+from ranks import run_ranks
+from training_runs import losses, rank_processes, read_curves, run_rank_processes, write_config
 
-from dash_dist.training import CheckpointError, ConfigError, RunError, load_config, train
+from dash_dist.training import load_config
 
 RANK = str(Path(__file__).with_name("training_rank.py"))
 NEVER = "1000"
@@ -21,7 +23,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     config = str(write_config(folder))
     jobs = [config, NEVER, "run.name=whole", "--", config, "10", "run.name=stopped"]
-    for status, output in run_ranks([RANK, *jobs], 2):
+    for status, output in run_rank_processes([RANK, *jobs], 2):
         assert status == 0, output
     return folder
 
@@ -30,7 +32,7 @@ def resume(folder, name, world_size, *overrides):
     """A copy of the stopped run goes on as `name`."""
     shutil.copytree(folder / "runs" / "stopped", folder / "runs" / name)
     arguments = [RANK, str(folder / "tiny.yaml"), NEVER, f"run.name={name}", *overrides]
-    for status, output in run_ranks(arguments, world_size):
+    for status, output in run_rank_processes(arguments, world_size):
         assert status == 0, output
     return losses(folder / "runs" / name)
 
@@ -70,6 +72,7 @@ def test_the_whole_run_wrote_every_curve(folder):
         "train/tokens",
         "perf/tokens_per_second_per_gpu",
         "perf/step_seconds",
+        "data/skipped_documents",
         "memory/rss_peak_gib",
         "routing/density/layer_0",
         "routing/density/layer_1",
@@ -131,54 +134,82 @@ def test_a_rank_that_dies_ends_the_others(folder):
         assert processes[0].returncode not in (0, None)
 
 
-def alone(folder, name, *overrides):
-    """Train in this process, as a world of one rank."""
-    return train(load_config(folder / "tiny.yaml", [f"run.name={name}", "parallel.context=1", *overrides]))
+@pytest.fixture(scope="module")
+def of_one_rank(folder):
+    (outcomes,) = run_ranks("training_jobs:runs_of_one_rank", 1, folder / "tiny.yaml", folder, cpu_only=True)
+    return outcomes
 
 
-def test_a_finished_run_does_nothing_more(folder):
-    summary = alone(folder, "short", "training.steps=3", "checkpoint.keep=1")
-    again = alone(folder, "short", "training.steps=3", "checkpoint.keep=1")
+def test_a_finished_run_does_nothing_more(folder, of_one_rank):
+    first, again = of_one_rank["first"].summary, of_one_rank["again"].summary
     assert (again.steps, again.completed) == (3, True)
-    assert (again.first_loss, again.last_loss) == (summary.first_loss, summary.last_loss)
+    assert (again.first_loss, again.last_loss) == (first.first_loss, first.last_loss)
     assert list(losses(folder / "runs" / "short")) == [1, 2, 3]
-    with pytest.raises(CheckpointError, match=r"run\.resume=never"):
-        alone(folder, "short", "training.steps=3", "run.resume=never")
+    assert "run short is complete at step 3: set run.name=" in of_one_rank["again"].output
+    assert "is complete" not in of_one_rank["first"].output
+    assert "tokens/s" in of_one_rank["first"].output
+    assert "tokens/s" not in of_one_rank["again"].output
 
 
-def test_another_model_does_not_resume(folder):
-    alone(folder, "other_model", "training.steps=3")
-    with pytest.raises(CheckpointError, match="num_layers is 2 in the checkpoint and 4 in this run"):
-        alone(folder, "other_model", "training.steps=6", "model.num_layers=4")
+def test_a_resume_into_another_function_says_so(of_one_rank):
+    changed = of_one_rank["other function"]
+    assert changed.summary.steps == 4
+    assert "model.rotary_base was 10000.0 and is 500.0; attention.alpha was 1.5 and is 2.0\n" in changed.output
+    assert "not the function" not in of_one_rank["again"].output
 
 
-def test_other_data_does_not_resume(folder):
-    alone(folder, "other_data", "training.steps=3")
-    with pytest.raises(CheckpointError, match=r"cannot go on from .*sequence_length 256, this run has 128"):
-        alone(folder, "other_data", "training.steps=6", "training.sequence_length=128")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("never", r"CheckpointError: .*run\.resume=never"),
+        ("other model", r"CheckpointError: .*num_layers is 2 in the checkpoint and 4 in this run"),
+        ("other data", r"CheckpointError: cannot go on from .*sequence_length 256, this run has 128"),
+        ("missing data", r"ConfigError: the run cannot start: data\.paths: 'no_such_folder'"),
+        ("diverged", r"RunError: step 4: loss nan.*max_skipped_steps = 3.*lower optimizer\.lr"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_words(of_one_rank, name, message):
+    assert re.match(message, of_one_rank[name].error)
 
 
-def test_missing_data_is_a_clear_error(folder):
-    with pytest.raises(ConfigError, match=r"the run cannot start: data\.paths: 'no_such_folder'"):
-        alone(folder, "no_data", "data.source=files", "data.paths=no_such_folder")
-
-
-def test_a_loss_that_is_no_number_ends_the_run(folder, monkeypatch):
-    from dash_dist.megatron import Engine, StepResult
-
-    def diverged(engine, micro_batches):
-        return StepResult(loss=math.nan, grad_norm=math.nan, learning_rate=1e-3, tokens=512, skipped=True)
-
-    monkeypatch.setattr(Engine, "train_step", diverged)
-    monkeypatch.setattr(Engine, "routing_statistics", lambda engine: [])  # no forward pass recorded any
-    with pytest.raises(RunError, match=r"step 4: loss nan.*max_skipped_steps = 3.*lower optimizer\.lr"):
-        alone(folder, "nan", "training.max_skipped_steps=3")
+def test_a_loss_that_is_no_number_leaves_no_checkpoint(folder, of_one_rank):
     assert not list((folder / "runs" / "nan").glob("checkpoints/step_*"))
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(folder):
+    """Rows of the global batch read every second document: one of them has an empty one, the other no UTF-8."""
+    documents = folder / "documents"
+    documents.mkdir()
+    for index, content in enumerate([b"x" * 300, b"", b"\xff", b"y" * 300]):
+        (documents / f"{index}.txt").write_bytes(content)
+    return run_ranks("training_jobs:runs_of_two_ranks", 2, folder / "tiny.yaml", folder, cpu_only=True)
+
+
+@pytest.mark.parametrize("layout", ["cp", "dp"])
+def test_skipped_documents_are_counted_once_and_shown(folder, of_two_ranks, layout):
+    # 769 tokens a row are three times 300 and their end: two documents are skipped between them, three before each.
+    for rank in of_two_ranks:
+        assert rank[f"skipping, {layout} 2"].summary.skipped_documents == 2 + 3
+    assert "skipped documents" in of_two_ranks[0][f"skipping, {layout} 2"].output
+    curve = read_curves(folder / "runs" / f"skipping_{layout}").Scalars("data/skipped_documents")
+    assert curve[-1].value == 2 + 3
+
+
+def test_triton_without_a_gpu_is_refused_at_every_rank(of_two_ranks):
+    for rank in of_two_ranks:
+        assert re.match(r"ConfigError: .*attention\.backend=triton needs a CUDA GPU", rank["triton"].error)
+
+
+def test_data_that_one_rank_cannot_read_ends_all_with_the_reason(of_two_ranks):
+    zero, one = of_two_ranks
+    assert zero["unreachable"].error == "RunError: cannot read the data: Unreachable: the hub does not answer"
+    assert one["unreachable"].error == "Unreachable: the hub does not answer"
 
 
 def test_the_command_line_reports_a_wrong_world_size_at_one_rank_only(folder):
     arguments = ["-m", "dash_dist.cli", "train", str(folder / "tiny.yaml"), "parallel.context=4"]
-    results = run_ranks(arguments, 2)
+    results = run_rank_processes(arguments, 2)
     assert [status for status, _ in results] == [2, 2]
     assert "world size 2 is not a multiple" in results[0][1]
     assert "Traceback" not in results[0][1]

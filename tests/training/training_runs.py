@@ -43,6 +43,11 @@ def write_config(folder: Path) -> Path:
     return path
 
 
+def cpu_environment(changes: dict[str, str]) -> dict[str, str]:
+    """For child processes: runs are compared closely, and do not share GPUs with other tests."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", **changes}
+
+
 @contextlib.contextmanager
 def rank_processes(arguments: Sequence[str], world_size: int) -> Iterator[list[subprocess.Popen[str]]]:
     """`python ARGUMENTS` as every rank of a world; whatever happens, none outlives the context."""
@@ -52,15 +57,16 @@ def rank_processes(arguments: Sequence[str], world_size: int) -> Iterator[list[s
     processes = [
         subprocess.Popen(
             [sys.executable, *arguments],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            },
+            env=cpu_environment(
+                {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "OMP_NUM_THREADS": "1",
+                }
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -75,7 +81,7 @@ def rank_processes(arguments: Sequence[str], world_size: int) -> Iterator[list[s
             process.communicate()
 
 
-def run_ranks(arguments: Sequence[str], world_size: int, *, seconds: float = 120) -> list[tuple[int, str]]:
+def run_rank_processes(arguments: Sequence[str], world_size: int, *, seconds: float = 120) -> list[tuple[int, str]]:
     """(exit status, output) of every rank of `python ARGUMENTS`."""
     with rank_processes(arguments, world_size) as processes:
         outputs = [process.communicate(timeout=seconds)[0] for process in processes]
@@ -88,7 +94,7 @@ def run_command(
     """A launcher and all it starts, ended together after `seconds`."""
     process = subprocess.Popen(
         command,
-        env={**os.environ, **environment},
+        env=cpu_environment(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
