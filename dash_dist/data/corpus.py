@@ -1,9 +1,8 @@
 """A corpus: an ordered collection of documents, read as a stream.
 
 Knows files, their formats and the hub. Does not know tokens, rows or ranks. Local files go through
-`IterableDataset.from_generator` with readers that hand on raw bytes: the loaders of `datasets` decode a
-file or a whole batch of rows at once and do not say which file failed, so one bad document would take its
-neighbours along.
+`IterableDataset.from_generator` with readers that hand on raw bytes: the loaders of `datasets` decode a file or a whole
+batch of rows at once and do not say which file failed, so one bad document would take its neighbours along.
 """
 
 import hashlib

@@ -100,8 +100,7 @@ def size_of_readable_file(path: str) -> int:
 
 
 def files_fingerprint(paths: list[str], sizes: list[int], options: list[Any]) -> str:
-    """Names relative to the files' common folder, and sizes: a corpus may move, and is not read twice to
-    hash it."""
+    """Names relative to the files' common folder, and sizes: a corpus may move, and is not read to hash it."""
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     listing = [[os.path.relpath(path, root), size] for path, size in zip(paths, sizes, strict=True)]
     return hashlib.sha256(json.dumps([options, listing]).encode()).hexdigest()[:16]

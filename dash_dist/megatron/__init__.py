@@ -2,8 +2,7 @@
 
 Knows Megatron-core. Does not know where batches come from, nor the files of a run.
 
-Names are imported on first use: importing this package for a config alone does not load Megatron-core
-(several seconds).
+Names are imported on first use: importing this package for a config alone does not load Megatron-core (seconds).
 """
 
 from __future__ import annotations

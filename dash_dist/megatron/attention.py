@@ -78,8 +78,7 @@ class DashCoreAttention(MegatronModule):
         """Attend within each sequence, causally.
 
         Args:
-            query: [s, b, num_attention_heads / tp, head_dim], s tokens of this rank's shard, after rotary
-                embedding.
+            query: [s, b, num_attention_heads / tp, head_dim], s tokens of this rank's shard, after rotary embedding.
             key, value: [s, b, num_kv_heads / tp, head_dim].
             attention_mask, attention_bias, packed_seq_params: must be None.
             attn_mask_type: not read, the mask is causal.

@@ -45,10 +45,9 @@ class ParallelDims:
     def initialise(cls, parallel: ParallelConfig, *, timeout: timedelta) -> ParallelDims:
         """Join the run's process group, build Megatron-core's groups in it, and choose this process's device.
 
-        An initialised `torch.distributed` is used as it is. Otherwise the environment's RANK, WORLD_SIZE,
-        MASTER_ADDR and MASTER_PORT start one, and without RANK the process is a world of its own. The backend
-        is nccl with CUDA and gloo without; the CUDA device is the only one visible, or LOCAL_RANK's, or else the
-        current one.
+        An initialised `torch.distributed` is used as it is. Otherwise the environment's RANK, WORLD_SIZE, MASTER_ADDR
+        and MASTER_PORT start one, and without RANK the process is a world of its own. The backend is nccl with CUDA and
+        gloo without; the CUDA device is the only one visible, or LOCAL_RANK's, or else the current one.
 
         Args:
             timeout: after which a collective that some rank never joins fails.

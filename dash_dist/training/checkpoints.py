@@ -1,7 +1,6 @@
 """The checkpoints of one run: which folders are complete, how one is written, kept, found and read back.
 
-Knows folders, the order of writing, and how the ranks agree; does not know what the engine or the data stream put
-inside.
+Knows folders, the order of writing, and how the ranks agree; does not know what engine and data stream put inside.
 
     <run directory>/checkpoints/
         step_00000010/                  visible only when complete

@@ -50,8 +50,7 @@ class MetricsWriter:
     """Writes the curves into `directory`.
 
     Args:
-        start_step: steps done before; what a killed run logged beyond them is purged, so that the curves go on from
-            there.
+        start_step: steps done before; what a killed run logged beyond them is purged, and the curves go on from there.
     """
 
     def __init__(self, directory: Path, *, start_step: int) -> None:

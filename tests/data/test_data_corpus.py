@@ -178,6 +178,9 @@ def test_missing_column_or_split_of_a_hub_dataset(corpus):
 
 def test_damaged_files_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "cut off\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.jsonl line 1 is not JSON"):
+        build(files(tmp_path / "deep.jsonl"), batch=1)
     with pytest.raises(ValueError, match=r"a\.jsonl line 2 is not JSON"):
         text_of(build(files(tmp_path / "a.jsonl"), batch=1))
     for damaged in (b"PAR1 and then nothing", b""):
