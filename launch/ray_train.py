@@ -12,6 +12,7 @@ Knows Ray; does not know what a training step is.
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -228,7 +229,12 @@ def _fit(trainer: Any, mailbox: Any, console: ConsoleProgress) -> None:
             outcome["error"] = error
 
     thread = threading.Thread(target=fit, daemon=True)
-    show = {"start": console.start, "update": console.update, "note": console.note, "finish": console.finish}
+    show: dict[str, Callable[[Any], None]] = {
+        "start": console.start,
+        "update": console.update,
+        "note": console.note,
+        "finish": console.finish,
+    }
     with StopSignal() as stop:
         thread.start()
         asked = False

@@ -50,6 +50,16 @@ def test_transposed_inputs_and_padded_heads_with_a_steep_prior() -> None:
     assert_close(output_and_gradients(dash_attention, Inputs(*turned), backend="triton", **call), expected, 2e-4)
 
 
+@pytest.mark.parametrize("seq_len", [1, 16, 17])
+def test_lengths_around_the_first_chunk(seq_len: int) -> None:
+    """Without an earlier chunk nothing is routed, and the gradient of summary_query is zero."""
+    inputs = random_inputs(seq_len, kv_heads=1, dtype=torch.float32)
+    expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), chunk_size=16)
+    actual = output_and_gradients(dash_attention, inputs, chunk_size=16, backend="triton")
+    for name, wanted in expected.items():
+        torch.testing.assert_close(actual[name].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_float16_and_statistics() -> None:
     inputs = random_inputs(70, batch=2, kv_heads=1, dtype=torch.float16)
     call = {"chunk_size": 16, "routing_scale": 30.0}
