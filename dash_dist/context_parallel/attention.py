@@ -22,7 +22,7 @@ from dash_kernels import dash_attention as dash_attention_one_device
 from dash_kernels.arguments import check_arguments
 from dash_kernels.attention import without_autocast
 from dash_kernels.backend import Backend, select_backend
-from dash_kernels.spec import AttentionSpec, ChunkIds, Routing, routing_statistics
+from dash_kernels.spec import AttentionSpec, ChunkIds, GradientSums, Routing, routing_statistics
 
 EXCHANGES = {"ring": ring, "allgather": allgather}
 
@@ -189,23 +189,18 @@ class _ContextParallelAttention(torch.autograd.Function):
         routing = Routing(tau, log_mean, selected)
         accumulate = summaries.dtype
         delta = (grad.to(accumulate) * out.to(accumulate)).sum(-1)
-        # Not zeros_like: accumulators are contiguous, as the backends address them, also where q is not.
-        dq, dsummaries = (torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in (q, summaries))
-        weighted_sum = torch.zeros_like(tau)
+        sums = GradientSums.zeros(q, summaries)
 
         def compute(chunks: ChunkIds, part_k: torch.Tensor, part_v: torch.Tensor) -> torch.Tensor:
-            dkv = torch.zeros(2, *part_k.shape, dtype=accumulate, device=q.device)
-            stages.attend_backward(
-                grad, q, shard.chunks, part_k, part_v, chunks, summaries, routing, lse, delta, spec,
-                dq, dkv[0], dkv[1], dsummaries, weighted_sum,
-            )  # fmt: skip
-            return dkv
+            return stages.attend_backward(
+                grad, q, shard.chunks, part_k, part_v, chunks, summaries, routing, lse, delta, spec, sums
+            )
 
         dk, dv = exchange.backward(k, v, shard, compute)
-        stages.route_backward(q, shard.chunks, summaries, routing, weighted_sum, spec, dq, dsummaries)
-        own_dsummaries = shard.reduce_summary_gradient(dsummaries)
+        stages.route_backward(q, shard.chunks, summaries, routing, spec, sums)
+        own_dsummaries = shard.reduce_summary_gradient(sums.dsummaries)
         dsummary_query = stages.summarize_backward(own_dsummaries, k, summary_query, spec, dk)
-        grads = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
+        grads = sums.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
         return *grads, None, None, None, None
 
 

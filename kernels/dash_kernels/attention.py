@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from dash_kernels.arguments import check_arguments
 from dash_kernels.backend import Backend, select_backend
-from dash_kernels.spec import AttentionSpec, ChunkIds, Routing, RoutingStatistics, routing_statistics
+from dash_kernels.spec import AttentionSpec, ChunkIds, GradientSums, Routing, RoutingStatistics, routing_statistics
 
 
 @overload
@@ -148,28 +148,9 @@ class _DashAttention(torch.autograd.Function):
         routing = Routing(tau, log_mean, selected)
         accumulate = summaries.dtype
         delta = (grad.to(accumulate) * out.to(accumulate)).sum(-1)
-        # Not zeros_like: accumulators are contiguous, as the backends address them, also where q, k, v are not.
-        dq, dk, dv, dsummaries = (torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in (q, k, v, summaries))
-        weighted_sum = torch.zeros_like(tau)
-        backend.attend_backward(
-            grad,
-            q,
-            chunks,
-            k,
-            v,
-            chunks,
-            summaries,
-            routing,
-            lse,
-            delta,
-            spec,
-            dq,
-            dk,
-            dv,
-            dsummaries,
-            weighted_sum,
-        )
-        backend.route_backward(q, chunks, summaries, routing, weighted_sum, spec, dq, dsummaries)
-        dsummary_query = backend.summarize_backward(dsummaries, k, summary_query, spec, dk)
-        grads = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
+        sums = GradientSums.zeros(q, summaries)
+        dk, dv = backend.attend_backward(grad, q, chunks, k, v, chunks, summaries, routing, lse, delta, spec, sums)
+        backend.route_backward(q, chunks, summaries, routing, spec, sums)
+        dsummary_query = backend.summarize_backward(sums.dsummaries, k, summary_query, spec, dk)
+        grads = sums.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
         return *grads, None, None, None

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from dash_kernels import eager
-from dash_kernels.spec import AttentionSpec, ChunkIds, Routing
+from dash_kernels.spec import AttentionSpec, ChunkIds, GradientSums, Routing
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,8 @@ class Backend(Protocol):
         query_chunks: ChunkIds,
         summaries: torch.Tensor,
         routing: Routing,
-        weighted_sum: torch.Tensor,
         spec: AttentionSpec,
-        dq: torch.Tensor,
-        dsummaries: torch.Tensor,
+        sums: GradientSums,
     ) -> None: ...
 
     def attend(
@@ -78,12 +76,8 @@ class Backend(Protocol):
         lse: torch.Tensor,
         delta: torch.Tensor,
         spec: AttentionSpec,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        dsummaries: torch.Tensor,
-        weighted_sum: torch.Tensor,
-    ) -> None: ...
+        sums: GradientSums,
+    ) -> torch.Tensor: ...
 
 
 def select_backend(name: str, q: torch.Tensor, spec: AttentionSpec) -> Backend:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from dash_kernels.entmax import entmax_threshold
-from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, ChunkIds, Routing, accumulation_dtype
+from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, ChunkIds, GradientSums, Routing, accumulation_dtype
 
 
 def summarize(k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
@@ -74,15 +74,13 @@ def route_backward(
     query_chunks: ChunkIds,
     summaries: torch.Tensor,
     routing: Routing,
-    weighted_sum: torch.Tensor,
     spec: AttentionSpec,
-    dq: torch.Tensor,
-    dsummaries: torch.Tensor,
+    sums: GradientSums,
 ) -> None:
-    """The part of stage 2's gradient that needs a whole row, added to dq and dsummaries in place.
+    """The part of stage 2's gradient that needs a whole row, added to sums.dq and sums.dsummaries.
 
     With u = p^(2 - alpha) and dz = u (dp - sum(u dp) / sum(u)), `attend_backward` has added the first term and left
-    sum(u dp) [B, T, Hq] in weighted_sum; the second term needs no key and no value.
+    sum(u dp) in sums.weighted_sum; the second term needs no key and no value.
     """
     for block in _query_blocks(q, query_chunks, summaries.shape[2], spec):
         if block.chunk == 0:
@@ -91,10 +89,11 @@ def route_backward(
         x = _routing_scores(block.q, past, spec)
         u = _slopes(_probabilities(x, block.rows(routing.tau), spec), spec)
         total = u.sum(-1)
-        ratio = block.rows(weighted_sum) / torch.where(total > 0, total, 1.0)  # 0 only where x exceeds its precision
+        # The sum is 0 only where the scores exceed what their dtype can tell apart.
+        ratio = block.rows(sums.weighted_sum) / torch.where(total > 0, total, 1.0)
         dz = -ratio.unsqueeze(-1) * u * spec.routing_logit_scale
-        dq[:, block.tokens] += _to_tokens(torch.einsum("bhgtj,bjhd->bhgtd", dz, past))
-        dsummaries[:, : block.chunk] += torch.einsum("bhgtj,bhgtd->bjhd", dz, block.q)
+        sums.dq[:, block.tokens] += _to_tokens(torch.einsum("bhgtj,bjhd->bhgtd", dz, past))
+        sums.dsummaries[:, : block.chunk] += torch.einsum("bhgtj,bhgtd->bjhd", dz, block.q)
 
 
 def attend(
@@ -141,16 +140,12 @@ def attend_backward(
     lse: torch.Tensor,
     delta: torch.Tensor,
     spec: AttentionSpec,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    dsummaries: torch.Tensor,
-    weighted_sum: torch.Tensor,
-) -> None:
-    """Gradients of stage 3 over one part of the sequence, added in place; all accumulators in the accumulation dtype.
+    sums: GradientSums,
+) -> torch.Tensor:
+    """Gradients of stage 3 over one part of the sequence: returns those of k and v, [2, *k.shape] in the accumulation
+    dtype, and adds the part's contribution to all of `sums`.
 
     grad [B, T, Hq, D] is that of the merged output, lse and delta = sum(grad * out) [B, T, Hq] are of the whole row.
-    Adds to dq like q, dk and dv like k, dsummaries [B, n, Hkv, D] and weighted_sum [B, T, Hq] (see route_backward).
     """
     dtype = summaries.dtype
     kv_heads, size = k.shape[2], k.shape[1]
@@ -177,14 +172,13 @@ def attend_backward(
             group = block.q.shape[2]
             dp = dbias * (spec.prior_exponent / group) / walk.prior.clamp(min=PRIOR_FLOOR)
             udp = walk.slopes * dp.unsqueeze(2)  # [B, Hkv, G, C, j]
-            weighted_sum[:, block.tokens] += _to_tokens(udp.sum(-1))
+            sums.weighted_sum[:, block.tokens] += _to_tokens(udp.sum(-1))
             udp = udp * spec.routing_logit_scale
             past = summaries[:, walk.ids]
             dq_block += torch.einsum("bhgtj,bjhd->bhgtd", udp, past)
-            dsummaries[:, walk.ids] += torch.einsum("bhgtj,bhgtd->bjhd", udp, block.q)
-        dq[:, block.tokens] += _to_tokens(dq_block)
-    dk += dkeys.flatten(1, 2)[:, :size]
-    dv += dvalues.flatten(1, 2)[:, :size]
+            sums.dsummaries[:, walk.ids] += torch.einsum("bhgtj,bhgtd->bjhd", udp, block.q)
+        sums.dq[:, block.tokens] += _to_tokens(dq_block)
+    return torch.stack((dkeys, dvalues)).flatten(2, 3)[:, :, :size]
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,26 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class GradientSums:
+    """What all parts of K and V add to in the backward pass, in place; contiguous, in the accumulation dtype.
+
+    dq:           [B, T, Hq, D]
+    dsummaries:   [B, n, Hkv, D]
+    weighted_sum: [B, T, Hq] sum over chunks of u dp, where u = p^(2 - alpha); see `eager.route_backward`.
+    """
+
+    dq: torch.Tensor
+    dsummaries: torch.Tensor
+    weighted_sum: torch.Tensor
+
+    @classmethod
+    def zeros(cls, q: torch.Tensor, summaries: torch.Tensor) -> GradientSums:
+        # Not zeros_like, which would take over the strides of a transposed q: the kernels address contiguous memory.
+        shapes = (q.shape, summaries.shape, q.shape[:3])
+        return cls(*(torch.zeros(shape, dtype=summaries.dtype, device=q.device) for shape in shapes))
+
+
+@dataclass(frozen=True)
 class RoutingStatistics:
     """How sparse a call was.
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, ChunkIds, Routing
+from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, ChunkIds, GradientSums, Routing
 from dash_kernels.triton_backend.forward import LOG2_E, kernel_scales, load_log2_mean
 from dash_kernels.triton_backend.tiles import (
     TileShape,
@@ -34,12 +34,8 @@ def attend_backward(
     lse: torch.Tensor,
     delta: torch.Tensor,
     spec: AttentionSpec,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    dsummaries: torch.Tensor,
-    weighted_sum: torch.Tensor,
-) -> None:
+    sums: GradientSums,
+) -> torch.Tensor:
     batch, seq_len = q.shape[:2]
     n, kv_heads = summaries.shape[1:3]
     tile = TileShape.of(q, kv_heads, spec)
@@ -49,24 +45,16 @@ def attend_backward(
         delta.contiguous(),
     )  # fmt: skip
     scales = (*kernel_scales(spec), spec.scale, spec.routing_logit_scale, PRIOR_FLOOR)
+    dkv = torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)
     attend_bwd_dq_kernel[tile.grid(len(query_chunks), batch, kv_heads, spec.chunk_size)](
-        *inputs, dq, weighted_sum, seq_len, k.shape[1], n, len(key_chunks), *scales,
+        *inputs, sums.dq, sums.weighted_sum, seq_len, k.shape[1], n, len(key_chunks), *scales,
         **tile.constants, **tile.launch,
     )  # fmt: skip
     attend_bwd_dkdv_kernel[(len(key_chunks), batch * kv_heads)](
-        *inputs,
-        dk,
-        dv,
-        dsummaries,
-        seq_len,
-        k.shape[1],
-        n,
-        len(query_chunks),
-        *scales,
-        num_warps=8,
-        num_stages=tile.num_stages,
-        **tile.constants,
-    )
+        *inputs, dkv[0], dkv[1], sums.dsummaries, seq_len, k.shape[1], n, len(query_chunks), *scales,
+        num_warps=8, num_stages=tile.num_stages, **tile.constants,
+    )  # fmt: skip
+    return dkv
 
 
 @triton.jit(do_not_specialize=["T", "S", "n", "key_chunks"])

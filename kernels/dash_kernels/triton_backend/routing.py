@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dash_kernels.spec import AttentionSpec, ChunkIds, Routing
+from dash_kernels.spec import AttentionSpec, ChunkIds, GradientSums, Routing
 from dash_kernels.triton_backend.tiles import TileShape, load_rows, summary_offset, tile_rows
 
 MAX_SWEEPS = tl.constexpr(16)
@@ -35,10 +35,8 @@ def route_backward(
     query_chunks: ChunkIds,
     summaries: torch.Tensor,
     routing: Routing,
-    weighted_sum: torch.Tensor,
     spec: AttentionSpec,
-    dq: torch.Tensor,
-    dsummaries: torch.Tensor,
+    sums: GradientSums,
 ) -> None:
     batch, seq_len = q.shape[:2]
     n, kv_heads = summaries.shape[1:3]
@@ -46,15 +44,16 @@ def route_backward(
         return
     tile = TileShape.of(q, kv_heads, spec)
     ids = query_chunks.on(q.device)
-    ratio = torch.empty_like(weighted_sum)
+    ratio = torch.empty_like(sums.weighted_sum)
     options = _options(tile)
     factor = spec.routing_logit_scale * (spec.alpha - 1)
     q = q.contiguous()
     route_bwd_dq_kernel[tile.grid(len(query_chunks), batch, kv_heads, spec.chunk_size)](
-        q, ids, summaries, routing.tau, weighted_sum, ratio, dq, seq_len, n, factor, spec.routing_logit_scale, **options
-    )
+        q, ids, summaries, routing.tau, sums.weighted_sum, ratio, sums.dq, seq_len, n, factor,
+        spec.routing_logit_scale, **options,
+    )  # fmt: skip
     route_bwd_dsummary_kernel[(triton.cdiv(n, tile.chunk_block), batch * kv_heads)](
-        q, ids, summaries, routing.tau, ratio, dsummaries, seq_len, n, len(query_chunks), factor,
+        q, ids, summaries, routing.tau, ratio, sums.dsummaries, seq_len, n, len(query_chunks), factor,
         spec.routing_logit_scale, **options,
     )  # fmt: skip
 
