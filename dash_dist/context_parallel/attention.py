@@ -129,8 +129,7 @@ def dash_attention(
     out, selected = _ContextParallelAttention.apply(q, k, v, summary_query, shard, spec, stages, EXCHANGES[exchange])
     if not return_routing:
         return out
-    routing = Routing(out.new_empty(0), out.new_empty(0), selected)
-    return out, routing_statistics(routing, shard.chunks, chunk_size)
+    return out, routing_statistics(selected, shard.chunks, chunk_size)
 
 
 def check_exchange(exchange: str) -> None:

@@ -100,8 +100,7 @@ def dash_attention(
     out, selected = _DashAttention.apply(q, k, v, summary_query, chunks, spec, select_backend(backend, q, spec))
     if not return_routing:
         return out
-    routing = Routing(out.new_empty(0), out.new_empty(0), selected)
-    return out, routing_statistics(routing, chunks, chunk_size)
+    return out, routing_statistics(selected, chunks, chunk_size)
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -117,11 +117,11 @@ class RoutingStatistics:
         return self.selected_per_token.sum(dtype=torch.float64) / available
 
 
-def routing_statistics(routing: Routing, query_chunks: ChunkIds, chunk_size: int) -> RoutingStatistics:
-    """Statistics of the queries that `query_chunks` places in the sequence."""
-    seq_len = routing.selected.shape[1]
-    available = query_chunks.on(routing.selected.device) + 1
-    return RoutingStatistics(routing.selected, available.repeat_interleave(chunk_size)[:seq_len])
+def routing_statistics(selected: torch.Tensor, query_chunks: ChunkIds, chunk_size: int) -> RoutingStatistics:
+    """Statistics of the queries that `query_chunks` places in the sequence, from `Routing.selected`."""
+    seq_len = selected.shape[1]
+    available = query_chunks.on(selected.device) + 1
+    return RoutingStatistics(selected, available.repeat_interleave(chunk_size)[:seq_len])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
