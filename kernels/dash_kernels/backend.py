@@ -1,7 +1,7 @@
 """Which implementation of the stages computes a call.
 
-Both backends offer the same six functions (documented in `eager.py`), and every caller, on one device or many, composes
-only these.
+Both backends offer the same eight functions (documented in `eager.py`), and every caller, on one device or many,
+composes only these.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 
 from dash_kernels import eager
-from dash_kernels.spec import AttentionSpec, ChunkIds, GradientSums, Routing
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import AttentionSpec, GradientSums, Part, Routing
 
 logger = logging.getLogger(__name__)
 
@@ -26,25 +27,28 @@ MAX_TRITON_HEAD_DIM = 256
 class Backend(Protocol):
     """The stages; see `dash_kernels.eager` for shapes and dtypes."""
 
-    def summarize(self, k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor: ...
+    def summarize(
+        self, k: torch.Tensor, chunks: ChunkGrid, summary_query: torch.Tensor, spec: AttentionSpec
+    ) -> torch.Tensor: ...
 
     def summarize_backward(
         self,
         grad: torch.Tensor,
         k: torch.Tensor,
+        chunks: ChunkGrid,
         summary_query: torch.Tensor,
         spec: AttentionSpec,
         dk: torch.Tensor,
     ) -> torch.Tensor: ...
 
     def route(
-        self, q: torch.Tensor, query_chunks: ChunkIds, summaries: torch.Tensor, spec: AttentionSpec
+        self, q: torch.Tensor, query_chunks: ChunkGrid, summaries: torch.Tensor, spec: AttentionSpec
     ) -> Routing: ...
 
     def route_backward(
         self,
         q: torch.Tensor,
-        query_chunks: ChunkIds,
+        query_chunks: ChunkGrid,
         summaries: torch.Tensor,
         routing: Routing,
         spec: AttentionSpec,
@@ -54,30 +58,43 @@ class Backend(Protocol):
     def attend(
         self,
         q: torch.Tensor,
-        query_chunks: ChunkIds,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        key_chunks: ChunkIds,
+        query_chunks: ChunkGrid,
+        part: Part,
         summaries: torch.Tensor,
         routing: Routing,
         spec: AttentionSpec,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def row_dots(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor: ...
+
     def attend_backward(
         self,
         grad: torch.Tensor,
         q: torch.Tensor,
-        query_chunks: ChunkIds,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        key_chunks: ChunkIds,
+        query_chunks: ChunkGrid,
+        part: Part,
+        summary_query: torch.Tensor,
         summaries: torch.Tensor,
         routing: Routing,
         lse: torch.Tensor,
         delta: torch.Tensor,
         spec: AttentionSpec,
         sums: GradientSums,
-    ) -> torch.Tensor: ...
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def backward_whole(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        query_chunks: ChunkGrid,
+        part: Part,
+        summary_query: torch.Tensor,
+        summaries: torch.Tensor,
+        routing: Routing,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        spec: AttentionSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
 def select_backend(name: str, q: torch.Tensor, spec: AttentionSpec) -> Backend:
