@@ -34,6 +34,7 @@ class ChunkGrid:
         self.tokens = int(lengths.sum())
         self._on_device: dict[torch.device, torch.Tensor] = {}
         self._slots_by_id: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._starts_by_id: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,6 +57,15 @@ class ChunkGrid:
             slots[self.ids.long()] = torch.arange(len(self), dtype=torch.int32)
             self._slots_by_id[key] = slots.to(device)
         return self._slots_by_id[key]
+
+    def starts_by_id(self, count: int, device: torch.device) -> torch.Tensor:
+        """int32 [count] on a device: where each chunk id starts in the tensor, -1 where it is not held; uploaded once."""
+        key = count, device
+        if key not in self._starts_by_id:
+            starts = torch.full((count,), -1, dtype=torch.int32)
+            starts[self.ids.long()] = self.starts
+            self._starts_by_id[key] = starts.to(device)
+        return self._starts_by_id[key]
 
     @staticmethod
     @functools.lru_cache(maxsize=64)

@@ -1,0 +1,180 @@
+"""Gradients of keys and values: a program owns a chunk and gathers the queries that selected it, all heads of the group.
+
+The queries come in slabs, one launch each, in order: what a slab adds to a chunk is one program's work, so that a chunk
+that every token selects is split into pieces whose order of addition is fixed.
+
+Stages 2 and 1 go backward in the same pass. A chunk's summary is s = sum_t w_t k_t, so x = q . s is the w-weighted sum of
+the chunk's scores, and the gradient dz of a query's routing score reaches key t as w_t dz beside the attention's own
+gradient of the score. Only the weights' own gradient needs dz . (q . k_t), summed over the queries: one number per key.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Part, Routing
+from dash_kernels.triton_backend.launch import launch_options
+from dash_kernels.triton_backend.selection import list_queries, query_bits, slab_slots
+from dash_kernels.triton_backend.summary import summary_weights
+from dash_kernels.triton_backend.tiles import (
+    LN_2,
+    LOG2_E,
+    TileShape,
+    chunk_offsets,
+    load_rows,
+    load_slot,
+    resident_programs,
+    routing_factor,
+    split_summaries,
+    tile_rows,
+    token_rows,
+)
+
+LEAST_PRIOR = tl.constexpr(1e-30)  # of a selected chunk whose prior rounds to zero
+
+
+def key_gradients(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    query_chunks: ChunkGrid,
+    part: Part,
+    summary_query: torch.Tensor,
+    summaries: torch.Tensor,
+    routing: Routing,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    spec: AttentionSpec,
+    ratio: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradients of the part's k and v [2, *k.shape], of summary_query [Hkv, D]), float32; grad and q contiguous.
+
+    ratio [B, T, Hq] is sum(u dp) / sum(u) of every row; without it the term of the row sums is left out.
+    """
+    batch, _, kv_heads, head_dim = part.k.shape
+    n = summaries.shape[1]
+    tile = TileShape.of(q, kv_heads, spec)
+    options = launch_options("keys", q)
+    k, v = part.k.contiguous(), part.v.contiguous()
+    dkv = torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)
+    slots, key_slots = len(query_chunks), len(part.chunks)
+    # One share of the gradient of summary_query per chunk, summed in a fixed order.
+    shares = torch.zeros(batch, key_slots, kv_heads, head_dim, dtype=torch.float32, device=k.device)
+    split = split_summaries(summaries, q.dtype)
+    per_slab = slab_slots(slots, batch * kv_heads, n, spec)
+    programs = min(resident_programs(q.device, options.resident), key_slots * batch * kv_heads)
+    tokens = torch.empty(programs, per_slab * spec.chunk_size, dtype=torch.int32, device=q.device)
+    for begin in range(0, slots, per_slab):
+        end = min(begin + per_slab, slots)
+        slab = query_bits(q, query_chunks, begin, end, n, split, routing, spec)
+        key_gradient_kernel[(programs,)](
+            grad, q, query_chunks.on(q.device), query_chunks.slots_by_id(n, q.device), k, v,
+            part.chunks.on(q.device), summary_query.contiguous(), routing.tau, routing.log_mean, lse, delta,
+            delta if ratio is None else ratio, slab.words, tokens, dkv[0], dkv[1], shares,
+            q.shape[1], k.shape[1], n, slots, begin, end, slab.words.shape[3], tokens.shape[1], key_slots,
+            batch * kv_heads, routing_factor(spec), spec.scale * LOG2_E, spec.prior_exponent, spec.scale,
+            spec.routing_logit_scale, PRIOR_FLOOR, BC=triton.next_power_of_2(spec.chunk_size),
+            HAS_SIGMA=spec.prior_sigma is not None, HAS_RATIO=ratio is not None, **tile.constants, **options.launch,
+        )  # fmt: skip
+    return dkv, shares.sum((0, 1))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "S", "n", "slots", "begin", "end", "words", "list_size", "key_slots", "batch_heads"
+    ]
+)  # fmt: skip
+def key_gradient_kernel(
+    grad_ptr, q_ptr, grid_ptr, query_slots_ptr, k_ptr, v_ptr, key_grid_ptr, query_ptr, tau_ptr, log_mean_ptr, lse_ptr,
+    delta_ptr, ratio_ptr, words_ptr, tokens_ptr, dk_ptr, dv_ptr, share_ptr,
+    T, S, n, slots, begin, end, words, list_size, key_slots, batch_heads,
+    factor, scale2, prior_exponent, scale, logit_scale, prior_floor,
+    HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
+    BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HAS_SIGMA: tl.constexpr, HAS_RATIO: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BD)
+    row = tl.arange(0, BT * GP)
+    my_tokens_ptr = tokens_ptr + tl.program_id(0).to(tl.int64) * list_size
+    for work in range(tl.program_id(0), key_slots * batch_heads, tl.num_programs(0)):
+        batch_head = work // key_slots
+        key_slot = work % key_slots
+        chunk, key_start, length, _first = load_slot(key_grid_ptr, key_slots, key_slot)
+        bits = words_ptr + (batch_head.to(tl.int64) * n + chunk) * words
+        count = list_queries(bits, grid_ptr, my_tokens_ptr, slots, begin, words, C)
+        own = tl.load(query_slots_ptr + chunk)
+        own_here = (own >= begin) & (own < end)
+        if own_here | (count > 0):
+            offsets, mask = chunk_offsets(key_start, length, batch_head, S, HK, BC, D, BD)
+            k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
+            v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+            query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
+            weights = summary_weights(k.to(tl.float32), query, scale, C, BC)
+            dk = tl.zeros([BC, BD], tl.float32)
+            dv = tl.zeros([BC, BD], tl.float32)
+            along = tl.zeros([BC], tl.float32)
+            if own_here:
+                _chunk, start, own_length, _own_first = load_slot(grid_ptr, slots, own)
+                for step in range(0, (own_length + BT - 1) // BT):
+                    place, rows, real = tile_rows(start, own_length, step, batch_head, T, HQ, HK, G, GP, BT)
+                    q = load_rows(q_ptr, rows, real, D, BD)
+                    grad = load_rows(grad_ptr, rows, real, D, BD)
+                    lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * 1.4426950408889634
+                    delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
+                    scores = tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale2 - lse2[None, :]
+                    visible = tl.arange(0, BC)[:, None] <= place[None, :]
+                    p = tl.exp2(tl.where(visible, scores, -float("inf")))
+                    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="tf32x3")
+                    dp = tl.dot(v, tl.trans(grad), input_precision="tf32x3")
+                    ds = p * (dp - delta[None, :])
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
+            for at in range(0, count, BT):
+                listed = at + row // GP
+                real = (listed < count) & (row % GP < G)
+                token = tl.load(my_tokens_ptr + listed, mask=listed < count, other=0)
+                rows = token_rows(token, row % GP, batch_head, T, HQ, HK, G)
+                q = load_rows(q_ptr, rows, real, D, BD)
+                grad = load_rows(grad_ptr, rows, real, D, BD)
+                tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
+                lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * 1.4426950408889634  # weigh nothing
+                delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
+                raw = tl.dot(k, tl.trans(q), input_precision="tf32x3")  # [BC, M]
+                u = tl.maximum(tl.sum(raw * weights[:, None], axis=0) * factor - tau, 0.0)
+                prior = _mean_over_group(u * u, G, GP, BT)
+                bias = tl.log2(tl.maximum(prior, LEAST_PRIOR))
+                if HAS_SIGMA:
+                    group_offset = ((batch_head // HK).to(tl.int64) * T + token) * HK + batch_head % HK
+                    bias -= tl.load(log_mean_ptr + group_offset, mask=listed < count, other=0.0) / LN_2
+                scores = raw * scale2 + (bias * prior_exponent - lse2)[None, :]
+                if BC != C:
+                    scores = tl.where((tl.arange(0, BC) < C)[:, None], scores, -float("inf"))
+                p = tl.exp2(scores)
+                dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="tf32x3")
+                dp = tl.dot(v, tl.trans(grad), input_precision="tf32x3")
+                ds = p * (dp - delta[None, :])
+                dprior = _mean_over_group(tl.sum(ds, axis=0), G, GP, BT)
+                dz = dprior * prior_exponent / tl.maximum(prior, prior_floor)
+                if HAS_RATIO:
+                    dz -= tl.load(ratio_ptr + rows, mask=real, other=0.0)
+                dz *= u
+                along += tl.sum(raw * dz[None, :], axis=1)
+                ds += weights[:, None] * (dz * (logit_scale / scale))[None, :]
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
+            tl.debug_barrier()  # the list is written anew for the next chunk
+            along *= logit_scale
+            dlogits = weights * (along - tl.sum(weights * along, axis=0)) * scale
+            dk = dk * scale + dlogits[:, None] * query[None, :]
+            tl.store(dk_ptr + offsets, tl.load(dk_ptr + offsets, mask=mask, other=0.0) + dk, mask=mask)
+            tl.store(dv_ptr + offsets, tl.load(dv_ptr + offsets, mask=mask, other=0.0) + dv, mask=mask)
+            share = share_ptr + (((batch_head // HK).to(tl.int64) * key_slots + key_slot) * HK + batch_head % HK) * D
+            dquery = tl.sum(dlogits[:, None] * k.to(tl.float32), axis=0)
+            before = tl.load(share + column, mask=column < D, other=0.0)
+            tl.store(share + column, before + dquery, mask=column < D)
+
+
+@triton.jit
+def _mean_over_group(rows, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr):
+    """Mean over the heads of a token, for each of its rows.  [M] -> [M]"""
+    mean = tl.sum(tl.reshape(rows, [BT, GP]), axis=1) / G
+    return tl.reshape(tl.broadcast_to(mean[:, None], [BT, GP]), [BT * GP])
