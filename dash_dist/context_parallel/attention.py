@@ -85,7 +85,8 @@ def dash_attention(
 
     q, k, v are this rank's shard [B, T / size, heads, D] as `split_sequence` gives it, the same shape at every rank;
     summary_query is the same at every rank. The result is this rank's shard of the output. The gradient of
-    summary_query is this shard's part of it: sum it over the group, as for any replicated weight.
+    summary_query is this rank's part of it: sum it over the group, as for any replicated weight. The sequence is one
+    document: packed documents (cu_seqlens) are computed on one device only.
 
     Args beyond those of `dash_kernels.dash_attention`:
         cp_group: the context-parallel group; None computes on this device alone.
