@@ -22,7 +22,7 @@ def plot(path: Path, environment: dict[str, Any], rows: list[Row]) -> None:
     """Writes the PNG; rows without dense times are left out of the first panel, rows without kernels of the second."""
     compared = [row for row in rows if row.speed_up(FORWARD, CUDNN_FORWARD) is not None]
     profiled = [row for row in rows if row.kernels]
-    height = 1.6 + 0.75 * max(len(compared), len(profiled), 2)
+    height = 2.2 + 0.75 * max(len(compared), len(profiled), 2)
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, height), layout="constrained")
     _plot_speed_ups(left, compared)
     _plot_kernels(right, profiled)
@@ -87,4 +87,4 @@ def _name_rows(axes: Axes, rows: list[Row]) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     if rows:
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
