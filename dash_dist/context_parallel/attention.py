@@ -119,7 +119,7 @@ def dash_attention(
         spec = check_arguments(q, k, v, summary_query, **settings)
         check_exchange(exchange)
         chunks_per_rank = _chunks_per_rank(q.shape[1], chunk_size, dist.get_world_size(cp_group), layout)
-        return spec, select_backend(backend, q, spec), Shard(cp_group, layout, chunks_per_rank, chunk_size)
+        return spec, select_backend(backend, q, k.shape[2], spec), Shard(cp_group, layout, chunks_per_rank, chunk_size)
 
     shapes = tuple(tuple(x.shape) for x in (q, k, v, summary_query))
     call_of_rank = (shapes, str(q.dtype), layout, exchange, backend, *settings.items())

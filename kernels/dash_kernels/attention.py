@@ -111,7 +111,9 @@ def dash_attention(
         chunks = ChunkGrid.whole_sequence(q.shape[1], chunk_size)
     else:
         chunks = _packed_chunks(cu_seqlens, q, chunk_size)
-    out, selected = _DashAttention.apply(q, k, v, summary_query, chunks, spec, select_backend(backend, q, spec))
+    out, selected = _DashAttention.apply(
+        q, k, v, summary_query, chunks, spec, select_backend(backend, q, k.shape[2], spec)
+    )
     if not return_routing:
         return out
     return out, routing_statistics(selected, chunks)

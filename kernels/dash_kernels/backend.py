@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "eager")
 MAX_TRITON_HEAD_DIM = 256
+MAX_TRITON_FLOAT32_HEAD_DIM = 128  # a chunk of wider keys and values does not fit into shared memory
+MAX_TRITON_GROUP = 16
 
 
 class Backend(Protocol):
@@ -97,7 +99,7 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
-def select_backend(name: str, q: torch.Tensor, spec: AttentionSpec) -> Backend:
+def select_backend(name: str, q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> Backend:
     """The backend for a call; "auto" takes Triton on a GPU where it can and says once where it cannot.
 
     Raises ValueError for an unknown name, and for "triton" where Triton cannot compute the call.
@@ -106,7 +108,7 @@ def select_backend(name: str, q: torch.Tensor, spec: AttentionSpec) -> Backend:
         raise ValueError(f"backend is {name!r}: give one of {', '.join(BACKENDS)}")
     if name == "eager" or (name == "auto" and not q.is_cuda):
         return eager
-    obstacle = _triton_obstacle(q, spec)
+    obstacle = _triton_obstacle(q, kv_heads, spec)
     if obstacle is None:
         import dash_kernels.triton_backend
 
@@ -117,7 +119,7 @@ def select_backend(name: str, q: torch.Tensor, spec: AttentionSpec) -> Backend:
     return eager
 
 
-def _triton_obstacle(q: torch.Tensor, spec: AttentionSpec) -> str | None:
+def _triton_obstacle(q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -126,8 +128,12 @@ def _triton_obstacle(q: torch.Tensor, spec: AttentionSpec) -> str | None:
         return "float64 is computed by the eager backend"
     if spec.alpha != 1.5:
         return f"alpha is {spec.alpha}, the kernels take 1.5"
-    if q.shape[-1] > MAX_TRITON_HEAD_DIM:
-        return f"head_dim is {q.shape[-1]}, the kernels take up to {MAX_TRITON_HEAD_DIM}"
+    query_heads, head_dim = q.shape[2:]
+    widest = MAX_TRITON_FLOAT32_HEAD_DIM if q.dtype == torch.float32 else MAX_TRITON_HEAD_DIM
+    if head_dim > widest:
+        return f"head_dim is {head_dim}, the kernels take up to {widest} in {q.dtype}"
+    if query_heads // kv_heads > MAX_TRITON_GROUP:
+        return f"{query_heads // kv_heads} query heads share a KV head, the kernels take up to {MAX_TRITON_GROUP}"
     return None
 
 

@@ -81,7 +81,7 @@ class Stages:
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._case, self._inputs = case, inputs
-        self._backend = select_backend(BACKEND, inputs.q, self._spec(1.0))
+        self._backend = select_backend(BACKEND, inputs.q, inputs.k.shape[2], self._spec(1.0))
         self._grid = ChunkGrid.whole_sequence(case.seq_len, case.chunk_size)
         self._part = Part(inputs.k, inputs.v, self._grid, whole=True)
         self._summaries = self._backend.summarize(inputs.k, self._grid, inputs.summary_query, self._spec(1.0))

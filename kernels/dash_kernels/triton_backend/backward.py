@@ -30,9 +30,7 @@ def backward_whole(
     delta = row_dots(grad, out)
     dq = torch.empty_like(q)
     ratio = torch.empty_like(delta)
-    query_gradients(
-        grad, q, query_chunks, part, summaries, routing, lse, delta, spec, dq=dq, row_sum=ratio, whole=True
-    )
+    query_gradients(grad, q, query_chunks, part, summaries, routing, lse, delta, spec, dq=dq, row_sum=ratio, whole=True)
     dkv, dsummary_query = key_gradients(
         grad, q, query_chunks, part, summary_query, summaries, routing, lse, delta, spec, ratio
     )
@@ -57,9 +55,7 @@ def attend_backward(
         grad, q, query_chunks, part, summaries, routing, lse, delta, spec,
         dq=sums.dq, row_sum=sums.weighted_sum, whole=False,
     )  # fmt: skip
-    return key_gradients(
-        grad, q, query_chunks, part, summary_query, summaries, routing, lse, delta, spec, ratio=None
-    )
+    return key_gradients(grad, q, query_chunks, part, summary_query, summaries, routing, lse, delta, spec, ratio=None)
 
 
 def row_dots(grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,11 @@ def key_gradients(
     split = split_summaries(summaries, q.dtype)
     per_slab = slab_slots(slots, batch * kv_heads, n, spec)
     programs = min(resident_programs(q.device, options.resident), key_slots * batch * kv_heads)
+    padded_chunk = triton.next_power_of_2(spec.chunk_size)
+    if tile.padded_dim > 128:
+        padded_chunk = max(padded_chunk, 64)  # Triton 3.6 multiplies wide heads by narrower chunks wrongly on Hopper
+    # No tile of a chunk's own here: a step takes the next queries of the list, as many as fill its rows.
+    constants = tile.constants | {"BT": max(options.rows // tile.padded_group, 1)}
     tokens = torch.empty(programs, per_slab * spec.chunk_size, dtype=torch.int32, device=q.device)
     for begin in range(0, slots, per_slab):
         end = min(begin + per_slab, slots)
@@ -75,8 +80,8 @@ def key_gradients(
             delta if ratio is None else ratio, slab.words, tokens, dkv[0], dkv[1], shares,
             q.shape[1], k.shape[1], n, slots, begin, end, slab.words.shape[3], tokens.shape[1], key_slots,
             batch * kv_heads, routing_factor(spec), spec.scale * LOG2_E, spec.prior_exponent, spec.scale,
-            spec.routing_logit_scale, PRIOR_FLOOR, BC=triton.next_power_of_2(spec.chunk_size),
-            HAS_SIGMA=spec.prior_sigma is not None, HAS_RATIO=ratio is not None, **tile.constants, **options.launch,
+            spec.routing_logit_scale, PRIOR_FLOOR, BC=padded_chunk,
+            HAS_SIGMA=spec.prior_sigma is not None, HAS_RATIO=ratio is not None, **constants, **options.launch,
         )  # fmt: skip
     return dkv, shares.sum((0, 1))
 
@@ -96,6 +101,7 @@ def key_gradient_kernel(
 ):  # fmt: skip
     column = tl.arange(0, BD)
     row = tl.arange(0, BT * GP)
+    HALF: tl.constexpr = BT * GP // 16
     my_tokens_ptr = tokens_ptr + tl.program_id(0).to(tl.int64) * list_size
     for work in range(tl.program_id(0), key_slots * batch_heads, tl.num_programs(0)):
         batch_head = work // key_slots
@@ -111,9 +117,10 @@ def key_gradient_kernel(
             v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
             query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
             weights = summary_weights(k.to(tl.float32), query, scale, C, BC)
-            dk = tl.zeros([BC, BD], tl.float32)
-            dv = tl.zeros([BC, BD], tl.float32)
-            along = tl.zeros([BC], tl.float32)
+            dk = tl.zeros([BD, BC], tl.float32)
+            dv = tl.zeros([BD, BC], tl.float32)
+            # Reduced over the rows of a warp's fragment only: the last sum, over HALF x 8 rows, waits until the end.
+            along = tl.zeros([HALF, 8, BC], tl.float32)
             if own_here:
                 _chunk, start, own_length, _own_first = load_slot(grid_ptr, slots, own)
                 for step in range(0, (own_length + BT - 1) // BT):
@@ -122,13 +129,13 @@ def key_gradient_kernel(
                     grad = load_rows(grad_ptr, rows, real, D, BD)
                     lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * 1.4426950408889634
                     delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
-                    scores = tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale2 - lse2[None, :]
-                    visible = tl.arange(0, BC)[:, None] <= place[None, :]
-                    p = tl.exp2(tl.where(visible, scores, -float("inf")))
-                    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="tf32x3")
-                    dp = tl.dot(v, tl.trans(grad), input_precision="tf32x3")
-                    ds = p * (dp - delta[None, :])
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
+                    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
+                    visible = tl.arange(0, BC)[None, :] <= place[:, None]
+                    p = tl.exp2(tl.where(visible, scores, -float("inf")) - lse2[:, None])
+                    dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
+                    ds = p * (dp - delta[:, None])
+                    dv = tl.dot(tl.trans(grad), p.to(grad.dtype), dv, input_precision="tf32x3")
+                    dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision="tf32x3")
             for at in range(0, count, BT):
                 listed = at + row // GP
                 real = (listed < count) & (row % GP < G)
@@ -139,36 +146,41 @@ def key_gradient_kernel(
                 tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
                 lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * 1.4426950408889634  # weigh nothing
                 delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
-                raw = tl.dot(k, tl.trans(q), input_precision="tf32x3")  # [BC, M]
-                u = tl.maximum(tl.sum(raw * weights[:, None], axis=0) * factor - tau, 0.0)
+                raw = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [M, BC]
+                u = tl.maximum(tl.sum(raw * weights[None, :], axis=1) * factor - tau, 0.0)
                 prior = _mean_over_group(u * u, G, GP, BT)
                 bias = tl.log2(tl.maximum(prior, LEAST_PRIOR))
                 if HAS_SIGMA:
                     group_offset = ((batch_head // HK).to(tl.int64) * T + token) * HK + batch_head % HK
                     bias -= tl.load(log_mean_ptr + group_offset, mask=listed < count, other=0.0) / LN_2
-                scores = raw * scale2 + (bias * prior_exponent - lse2)[None, :]
+                scores = raw * scale2 + (bias * prior_exponent - lse2)[:, None]
                 if BC != C:
-                    scores = tl.where((tl.arange(0, BC) < C)[:, None], scores, -float("inf"))
+                    scores = tl.where((tl.arange(0, BC) < C)[None, :], scores, -float("inf"))
                 p = tl.exp2(scores)
-                dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="tf32x3")
-                dp = tl.dot(v, tl.trans(grad), input_precision="tf32x3")
-                ds = p * (dp - delta[None, :])
-                dprior = _mean_over_group(tl.sum(ds, axis=0), G, GP, BT)
+                dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
+                ds = p * (dp - delta[:, None])
+                dprior = _mean_over_group(tl.sum(ds, axis=1), G, GP, BT)
                 dz = dprior * prior_exponent / tl.maximum(prior, prior_floor)
                 if HAS_RATIO:
                     dz -= tl.load(ratio_ptr + rows, mask=real, other=0.0)
                 dz *= u
-                along += tl.sum(raw * dz[None, :], axis=1)
-                ds += weights[:, None] * (dz * (logit_scale / scale))[None, :]
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
+                along += tl.sum(tl.reshape(raw * dz[:, None], [HALF, 2, 8, BC]), axis=1)
+                ds += weights[None, :] * (dz * (logit_scale / scale))[:, None]
+                dv = tl.dot(tl.trans(grad), p.to(grad.dtype), dv, input_precision="tf32x3")
+                dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision="tf32x3")
             tl.debug_barrier()  # the list is written anew for the next chunk
-            along *= logit_scale
-            dlogits = weights * (along - tl.sum(weights * along, axis=0)) * scale
-            dk = dk * scale + dlogits[:, None] * query[None, :]
+            # Read again, so that neither keys nor addresses occupy registers during the loop.
+            _chunk, key_start, length, _first = load_slot(key_grid_ptr, key_slots, key_slot)
+            offsets, mask = chunk_offsets(key_start, length, batch_head, S, HK, BC, D, BD)
+            k = tl.load(k_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
+            along_key = tl.sum(tl.sum(along, axis=0), axis=0) * logit_scale
+            dlogits = weights * (along_key - tl.sum(weights * along_key, axis=0)) * scale
+            dk = tl.trans(dk) * scale + dlogits[:, None] * query[None, :]
             tl.store(dk_ptr + offsets, tl.load(dk_ptr + offsets, mask=mask, other=0.0) + dk, mask=mask)
-            tl.store(dv_ptr + offsets, tl.load(dv_ptr + offsets, mask=mask, other=0.0) + dv, mask=mask)
+            tl.store(dv_ptr + offsets, tl.load(dv_ptr + offsets, mask=mask, other=0.0) + tl.trans(dv), mask=mask)
             share = share_ptr + (((batch_head // HK).to(tl.int64) * key_slots + key_slot) * HK + batch_head % HK) * D
-            dquery = tl.sum(dlogits[:, None] * k.to(tl.float32), axis=0)
+            dquery = tl.sum(dlogits[:, None] * k, axis=0)
             before = tl.load(share + column, mask=column < D, other=0.0)
             tl.store(share + column, before + dquery, mask=column < D)
 

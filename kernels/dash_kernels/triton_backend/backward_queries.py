@@ -63,7 +63,7 @@ def query_gradients(
         routing.masks, lse, delta, chunk_lists(programs, n, q.device), dprior, dq, row_sum,
         q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
         routing_factor(spec), spec.scale * LOG2_E, spec.prior_exponent, spec.scale, spec.routing_logit_scale,
-        PRIOR_FLOOR, BC=triton.next_power_of_2(spec.chunk_size), BN=options.block,
+        PRIOR_FLOOR, 1.0, BC=triton.next_power_of_2(spec.chunk_size), BN=options.block,
         HAS_SIGMA=spec.prior_sigma is not None, MAPS=uses_maps(tile, options), WHOLE=whole,
         **tile.constants, **options.launch,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def query_gradients(
 def query_gradient_kernel(
     grad_ptr, q_ptr, grid_ptr, k_ptr, v_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr,
     mask_ptr, lse_ptr, delta_ptr, list_ptr, dprior_ptr, dq_ptr, row_sum_ptr,
-    T, S, n, slots, batch_heads, factor, scale2, prior_exponent, scale, logit_scale, prior_floor,
+    T, S, n, slots, batch_heads, factor, scale2, prior_exponent, scale, logit_scale, prior_floor, one,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
     MAPS: tl.constexpr, WHOLE: tl.constexpr,
@@ -128,6 +128,7 @@ def query_gradient_kernel(
                         scores = tl.where((tl.arange(0, BC) < C)[None, :], scores, -float("inf"))
                     dscores = score_gradient(scores, grad, v, lse2, delta)
                     dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="tf32x3")
+                    dq *= one
                     sums = tl.where(tl.arange(0, BN)[None, :] == index, tl.sum(dscores, axis=1)[:, None], sums)
                 dprior = mean_over_group(sums, G, GP, BT, BN) * prior_exponent / tl.maximum(prior, prior_floor)
                 weighted_sum += tl.sum(u * to_rows(dprior, GP, BT, BN), axis=1)
@@ -155,6 +156,9 @@ def query_gradient_kernel(
                 else:  # float16 has too small a range for dz
                     dq = tl.dot(dz, high.to(tl.float32), dq, input_precision="tf32x3")
             tl.debug_barrier()  # the list is written anew for the next tile
+            # Read again, so that no address occupies registers during the loops.
+            _chunk, start, length, _first = load_slot(grid_ptr, slots, tile // STEPS)
+            _place, rows, real = tile_rows(start, length, tile % STEPS, batch_head, T, HQ, HK, G, GP, BT)
             if WHOLE:
                 tl.store(row_sum_ptr + rows, ratio, mask=real)
             else:

@@ -133,6 +133,9 @@ def attend_kernel(
                         scores = tl.where((tl.arange(0, BC) < C)[None, :], scores, -float("inf"))
                     top, total, out = softmax_step(scores, v, top, total, out)
             tl.debug_barrier()  # the list is written anew for the next tile
+            # Read again, so that no address occupies registers during the loop.
+            _chunk, start, length, _first = load_slot(grid_ptr, slots, tile // STEPS)
+            _place, rows, real = tile_rows(start, length, tile % STEPS, batch_head, T, HQ, HK, G, GP, BT)
             met = total > 0
             out = out / tl.where(met, total, 1.0)[:, None]
             store_rows(out_ptr, out, rows, real, D, BD)

@@ -14,7 +14,8 @@ import torch
 @dataclass(frozen=True)
 class LaunchOptions:
     """rows: of a program's tile (where a kernel has the choice); block: summaries per step; resident: programs of a
-    persistent kernel per multiprocessor; tensor_maps: K and V through Hopper's bulk copy engine.
+    persistent kernel per multiprocessor; tensor_maps: K and V through Hopper's bulk copy engine; max_registers: of a
+    thread, where fewer let another program share the multiprocessor.
     """
 
     num_warps: int
@@ -23,26 +24,27 @@ class LaunchOptions:
     rows: int = 64
     resident: int = 1
     tensor_maps: bool = False
+    max_registers: int | None = None
 
     @property
-    def launch(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    def launch(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
 HOPPER = 9
 # By kernel and padded head dim, for 16-bit inputs.
 _HOPPER = {
-    ("route", 64): LaunchOptions(8, 3, 64, rows=128),
-    ("route", 128): LaunchOptions(8, 3, 64, rows=128),
+    ("route", 64): LaunchOptions(8, 2, 64, rows=128, max_registers=128),
+    ("route", 128): LaunchOptions(8, 2, 64, rows=128, max_registers=128),
     ("attend", 64): LaunchOptions(4, 3, 32, resident=2, tensor_maps=True),
     ("attend", 128): LaunchOptions(4, 3, 32, resident=2, tensor_maps=True),
-    ("attend", 256): LaunchOptions(8, 2, 32, resident=1, tensor_maps=True),
+    ("attend", 256): LaunchOptions(4, 1, 32),
     ("queries", 64): LaunchOptions(4, 3, 16, resident=2, tensor_maps=True),
     ("queries", 128): LaunchOptions(4, 2, 16, resident=2, tensor_maps=True),
-    ("queries", 256): LaunchOptions(8, 2, 16, resident=1),
-    ("keys", 64): LaunchOptions(4, 2, 64, resident=2),
-    ("keys", 128): LaunchOptions(4, 2, 64, resident=2),
-    ("keys", 256): LaunchOptions(8, 1, 64, resident=1),
+    ("queries", 256): LaunchOptions(4, 1, 32),
+    ("keys", 64): LaunchOptions(8, 2, 64, rows=128),
+    ("keys", 128): LaunchOptions(8, 2, 64, rows=128),
+    ("keys", 256): LaunchOptions(4, 1, 64),
 }
 # What fits everywhere: float32 inputs, head dims without a row above, other GPUs.
 _ANYWHERE = {

@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import AttentionSpec, Part, Routing
+from dash_kernels.spec import AttentionSpec, Routing
 from dash_kernels.triton_backend.launch import launch_options
 from dash_kernels.triton_backend.tiles import (
     TileShape,
     load_rows,
     load_slot,
-    resident_programs,
     routing_factor,
     routing_scores,
     tile_rows,

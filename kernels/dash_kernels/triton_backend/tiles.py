@@ -153,9 +153,7 @@ def load_chunk(
 
 
 @triton.jit
-def chunk_offsets(
-    start, length, batch_head, T, HK: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
-):
+def chunk_offsets(start, length, batch_head, T, HK: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     place = tl.arange(0, BC)
     column = tl.arange(0, BD)
     offsets = token_offsets(start + place, batch_head, T, HK)[:, None] * D + column[None, :]
