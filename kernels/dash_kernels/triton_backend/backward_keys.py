@@ -136,10 +136,13 @@ def key_gradient_kernel(
                     ds = p * (dp - delta[:, None])
                     dv = tl.dot(tl.trans(grad), p.to(grad.dtype), dv, input_precision="tf32x3")
                     dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision="tf32x3")
+            # Read a step ahead: what the loads of the next step address must be at hand when they start.
+            next_token = tl.load(my_tokens_ptr + row // GP, mask=row // GP < count, other=0)
             for at in range(0, count, BT):
                 listed = at + row // GP
                 real = (listed < count) & (row % GP < G)
-                token = tl.load(my_tokens_ptr + listed, mask=listed < count, other=0)
+                token = next_token
+                next_token = tl.load(my_tokens_ptr + listed + BT, mask=listed + BT < count, other=0)
                 rows = token_rows(token, row % GP, batch_head, T, HQ, HK, G)
                 q = load_rows(q_ptr, rows, real, D, BD)
                 grad = load_rows(grad_ptr, rows, real, D, BD)

@@ -42,8 +42,8 @@ _HOPPER = {
     ("queries", 64): LaunchOptions(4, 3, 16, resident=2, tensor_maps=True),
     ("queries", 128): LaunchOptions(4, 2, 16, resident=2, tensor_maps=True),
     ("queries", 256): LaunchOptions(4, 1, 32),
-    ("keys", 64): LaunchOptions(8, 2, 64, rows=128),
-    ("keys", 128): LaunchOptions(8, 2, 64, rows=128),
+    ("keys", 64): LaunchOptions(4, 2, 64, resident=2),
+    ("keys", 128): LaunchOptions(4, 2, 64, resident=2),
     ("keys", 256): LaunchOptions(4, 1, 64),
 }
 # What fits everywhere: float32 inputs, head dims without a row above, other GPUs.

@@ -31,7 +31,7 @@ NEAR_ROOT = tl.constexpr(0.3)  # nearer than this in sum(p), the closed form is 
 SUM_TOLERANCE = tl.constexpr(5e-7)
 # A Newton step of this many standard deviations of the scores leaves an error far below the distance of two scores.
 SMALL_STEP = tl.constexpr(0.05)
-MAX_NEWTON_STEPS = tl.constexpr(3)
+MAX_NEWTON_STEPS = tl.constexpr(5)
 SAMPLE = tl.constexpr(4)  # the guess looks at one block of summaries in SAMPLE, where there are many
 
 
