@@ -63,23 +63,26 @@ def key_gradients(
     # One share of the gradient of summary_query per chunk, summed in a fixed order.
     shares = torch.zeros(batch, key_slots, kv_heads, head_dim, dtype=torch.float32, device=k.device)
     split = split_summaries(summaries, q.dtype)
-    per_slab = slab_slots(slots, batch * kv_heads, n, spec)
-    programs = min(resident_programs(q.device, options.resident), key_slots * batch * kv_heads)
+    per_slab, piece = slab_slots(slots, batch * kv_heads, n, spec)
     padded_chunk = triton.next_power_of_2(spec.chunk_size)
     if tile.padded_dim > 128:
         padded_chunk = max(padded_chunk, 64)  # Triton 3.6 multiplies wide heads by narrower chunks wrongly on Hopper
     # No tile of a chunk's own here: a step takes the next queries of the list, as many as fill its rows.
     constants = tile.constants | {"BT": max(options.rows // tile.padded_group, 1)}
-    tokens = torch.empty(programs, per_slab * spec.chunk_size, dtype=torch.int32, device=q.device)
     for begin in range(0, slots, per_slab):
         end = min(begin + per_slab, slots)
-        slab = query_bits(q, query_chunks, begin, end, n, split, routing, spec)
+        slab = query_bits(q, query_chunks, begin, end, piece, n, split, routing, spec)
+        work = slab.pieces * key_slots * batch * kv_heads
+        programs = min(resident_programs(q.device, options.resident), work)
+        tokens = torch.empty(programs, piece * spec.chunk_size, dtype=torch.int32, device=q.device)
+        # The next piece of work, then whose turn it is to add to each chunk.
+        turns = torch.zeros(1 + key_slots * batch * kv_heads, dtype=torch.int32, device=q.device)
         key_gradient_kernel[(programs,)](
             grad, q, query_chunks.on(q.device), query_chunks.slots_by_id(n, q.device), k, v,
             part.chunks.on(q.device), summary_query.contiguous(), routing.tau, routing.log_mean, lse, delta,
-            delta if ratio is None else ratio, slab.words, tokens, dkv[0], dkv[1], shares,
-            q.shape[1], k.shape[1], n, slots, begin, end, slab.words.shape[3], tokens.shape[1], key_slots,
-            batch * kv_heads, routing_factor(spec), spec.scale * LOG2_E, spec.prior_exponent, spec.scale,
+            delta if ratio is None else ratio, slab.words, tokens, turns, dkv[0], dkv[1], shares,
+            q.shape[1], k.shape[1], n, slots, begin, end, piece, slab.pieces, key_slots, batch * kv_heads,
+            routing_factor(spec), spec.scale * LOG2_E, spec.prior_exponent, spec.scale,
             spec.routing_logit_scale, PRIOR_FLOOR, BC=padded_chunk,
             HAS_SIGMA=spec.prior_sigma is not None, HAS_RATIO=ratio is not None, **constants, **options.launch,
         )  # fmt: skip
@@ -88,13 +91,13 @@ def key_gradients(
 
 @triton.jit(
     do_not_specialize=[
-        "T", "S", "n", "slots", "begin", "end", "words", "list_size", "key_slots", "batch_heads"
+        "T", "S", "n", "slots", "slab_begin", "slab_end", "piece_slots", "pieces", "key_slots", "batch_heads"
     ]
 )  # fmt: skip
 def key_gradient_kernel(
     grad_ptr, q_ptr, grid_ptr, query_slots_ptr, k_ptr, v_ptr, key_grid_ptr, query_ptr, tau_ptr, log_mean_ptr, lse_ptr,
-    delta_ptr, ratio_ptr, words_ptr, tokens_ptr, dk_ptr, dv_ptr, share_ptr,
-    T, S, n, slots, begin, end, words, list_size, key_slots, batch_heads,
+    delta_ptr, ratio_ptr, words_ptr, tokens_ptr, turns_ptr, dk_ptr, dv_ptr, share_ptr,
+    T, S, n, slots, slab_begin, slab_end, piece_slots, pieces, key_slots, batch_heads,
     factor, scale2, prior_exponent, scale, logit_scale, prior_floor,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HAS_SIGMA: tl.constexpr, HAS_RATIO: tl.constexpr,
@@ -102,13 +105,21 @@ def key_gradient_kernel(
     column = tl.arange(0, BD)
     row = tl.arange(0, BT * GP)
     HALF: tl.constexpr = BT * GP // 16
-    my_tokens_ptr = tokens_ptr + tl.program_id(0).to(tl.int64) * list_size
-    for work in range(tl.program_id(0), key_slots * batch_heads, tl.num_programs(0)):
-        batch_head = work // key_slots
+    my_tokens_ptr = tokens_ptr + tl.program_id(0).to(tl.int64) * piece_slots * C
+    piece_words = piece_slots * C // 32
+    chunks = key_slots * batch_heads
+    # Work is handed out in order, so whoever has to wait for its turn waits for a program that is running.
+    work = tl.atomic_add(turns_ptr, 1)
+    while work < pieces * chunks:
+        piece = work // chunks
+        batch_head = work % chunks // key_slots
         key_slot = work % key_slots
+        turn_ptr = turns_ptr + 1 + work % chunks
+        begin = slab_begin + piece * piece_slots
+        end = tl.minimum(begin + piece_slots, slab_end)
         chunk, key_start, length, _first = load_slot(key_grid_ptr, key_slots, key_slot)
-        bits = words_ptr + (batch_head.to(tl.int64) * n + chunk) * words
-        count = list_queries(bits, grid_ptr, my_tokens_ptr, slots, begin, words, C)
+        bits = words_ptr + (batch_head.to(tl.int64) * n + chunk) * pieces * piece_words + piece * piece_words
+        count = list_queries(bits, grid_ptr, my_tokens_ptr, slots, begin, piece_words, C)
         own = tl.load(query_slots_ptr + chunk)
         own_here = (own >= begin) & (own < end)
         if own_here | (count > 0):
@@ -180,12 +191,30 @@ def key_gradient_kernel(
             along_key = tl.sum(tl.sum(along, axis=0), axis=0) * logit_scale
             dlogits = weights * (along_key - tl.sum(weights * along_key, axis=0)) * scale
             dk = tl.trans(dk) * scale + dlogits[:, None] * query[None, :]
-            tl.store(dk_ptr + offsets, tl.load(dk_ptr + offsets, mask=mask, other=0.0) + dk, mask=mask)
-            tl.store(dv_ptr + offsets, tl.load(dv_ptr + offsets, mask=mask, other=0.0) + tl.trans(dv), mask=mask)
+            dv = tl.trans(dv)
+            _wait_for_turn(turn_ptr, piece)
+            # Other multiprocessors wrote these: not from the first-level cache.
+            dk += tl.load(dk_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+            dv += tl.load(dv_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(dk_ptr + offsets, dk, mask=mask)
+            tl.store(dv_ptr + offsets, dv, mask=mask)
             share = share_ptr + (((batch_head // HK).to(tl.int64) * key_slots + key_slot) * HK + batch_head % HK) * D
             dquery = tl.sum(dlogits[:, None] * k, axis=0)
-            before = tl.load(share + column, mask=column < D, other=0.0)
+            before = tl.load(share + column, mask=column < D, other=0.0, cache_modifier=".cg")
             tl.store(share + column, before + dquery, mask=column < D)
+        else:
+            _wait_for_turn(turn_ptr, piece)
+        tl.debug_barrier()  # every thread's part is written before the next piece's turn
+        tl.atomic_add(turn_ptr, 1)
+        work = tl.atomic_add(turns_ptr, 1)
+
+
+@triton.jit
+def _wait_for_turn(turn_ptr, piece):
+    """Until all earlier pieces have been added to a chunk: the order of additions never varies."""
+    turn = tl.atomic_add(turn_ptr, 0)
+    while turn < piece:
+        turn = tl.atomic_add(turn_ptr, 0)
 
 
 @triton.jit

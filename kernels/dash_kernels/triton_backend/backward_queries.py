@@ -10,7 +10,7 @@ from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Part, Routing
 from dash_kernels.triton_backend.forward import key_maps, load_keys, load_log2_mean, uses_maps
 from dash_kernels.triton_backend.launch import launch_options
-from dash_kernels.triton_backend.selection import chunk_lists, list_chunks
+from dash_kernels.triton_backend.selection import chunk_lists, list_chunks, work_counter
 from dash_kernels.triton_backend.tiles import (
     LOG2_E,
     TileShape,
@@ -60,7 +60,7 @@ def query_gradients(
     query_gradient_kernel[(programs,)](
         grad, q, query_chunks.on(q.device), k, v, *key_maps(k, v, tile, options),
         part.chunks.starts_by_id(n, q.device), *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean,
-        routing.masks, lse, delta, chunk_lists(programs, n, q.device), dprior, dq, row_sum,
+        routing.masks, lse, delta, chunk_lists(programs, n, q.device), work_counter(q.device), dprior, dq, row_sum,
         q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
         routing_factor(spec), spec.scale * LOG2_E, spec.prior_exponent, spec.scale, spec.routing_logit_scale,
         PRIOR_FLOOR, 1.0, BC=triton.next_power_of_2(spec.chunk_size), BN=options.block,
@@ -72,7 +72,7 @@ def query_gradients(
 @triton.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
 def query_gradient_kernel(
     grad_ptr, q_ptr, grid_ptr, k_ptr, v_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr,
-    mask_ptr, lse_ptr, delta_ptr, list_ptr, dprior_ptr, dq_ptr, row_sum_ptr,
+    mask_ptr, lse_ptr, delta_ptr, list_ptr, next_ptr, dprior_ptr, dq_ptr, row_sum_ptr,
     T, S, n, slots, batch_heads, factor, scale2, prior_exponent, scale, logit_scale, prior_floor, one,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
@@ -85,7 +85,8 @@ def query_gradient_kernel(
     ids_ptr = list_ptr + tl.program_id(0).to(tl.int64) * 2 * n
     list_starts_ptr = ids_ptr + n
     my_dprior_ptr = dprior_ptr + tl.program_id(0).to(tl.int64) * n * BT
-    for work in range(tl.program_id(0), tiles * batch_heads, tl.num_programs(0)):
+    work = tl.atomic_add(next_ptr, 1)  # handed out one by one: lists differ in length
+    while work < tiles * batch_heads:
         batch_head = work // tiles
         tile = tiles - 1 - work % tiles
         chunk, start, length, first = load_slot(grid_ptr, slots, tile // STEPS)
@@ -166,6 +167,7 @@ def query_gradient_kernel(
                 before = tl.load(row_sum_ptr + rows, mask=real, other=0.0)
                 tl.store(row_sum_ptr + rows, before + weighted_sum, mask=real)
             store_rows(dq_ptr, dq, rows, real, D, BD)
+        work = tl.atomic_add(next_ptr, 1)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec, Part, Routing
 from dash_kernels.triton_backend.launch import LaunchOptions, launch_options
-from dash_kernels.triton_backend.selection import chunk_lists, list_chunks
+from dash_kernels.triton_backend.selection import chunk_lists, list_chunks, work_counter
 from dash_kernels.triton_backend.tiles import (
     LN_2,
     LOG2_E,
@@ -55,7 +55,7 @@ def attend(
     attend_kernel[(programs,)](
         q.contiguous(), query_chunks.on(q.device), k, v, *key_maps(k, v, tile, options),
         part.chunks.starts_by_id(n, q.device), *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean,
-        routing.masks, chunk_lists(programs, n, q.device), out, lse,
+        routing.masks, chunk_lists(programs, n, q.device), work_counter(q.device), out, lse,
         q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
         routing_factor(spec), spec.scale * LOG2_E, spec.prior_exponent,
         BC=triton.next_power_of_2(spec.chunk_size), BN=options.block, HAS_SIGMA=spec.prior_sigma is not None,
@@ -84,7 +84,7 @@ def key_maps(
 @triton.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
 def attend_kernel(
     q_ptr, grid_ptr, k_ptr, v_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr, mask_ptr,
-    list_ptr, out_ptr, lse_ptr, T, S, n, slots, batch_heads, factor, scale2, prior_exponent,
+    list_ptr, next_ptr, out_ptr, lse_ptr, T, S, n, slots, batch_heads, factor, scale2, prior_exponent,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
     MAPS: tl.constexpr,
@@ -95,7 +95,8 @@ def attend_kernel(
     words = (n + 31) // 32
     ids_ptr = list_ptr + tl.program_id(0).to(tl.int64) * 2 * n
     list_starts_ptr = ids_ptr + n
-    for work in range(tl.program_id(0), tiles * batch_heads, tl.num_programs(0)):
+    work = tl.atomic_add(next_ptr, 1)  # handed out one by one: lists differ in length
+    while work < tiles * batch_heads:
         batch_head = work // tiles
         tile = tiles - 1 - work % tiles  # late chunks have the longest lists: they go first
         chunk, start, length, first = load_slot(grid_ptr, slots, tile // STEPS)
@@ -141,6 +142,7 @@ def attend_kernel(
             store_rows(out_ptr, out, rows, real, D, BD)
             lse = tl.where(met, (top + tl.log2(tl.where(met, total, 1.0))) * LN_2, -float("inf"))
             tl.store(lse_ptr + rows, lse, mask=real)
+        work = tl.atomic_add(next_ptr, 1)
 
 
 @triton.jit

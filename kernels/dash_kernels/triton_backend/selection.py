@@ -7,6 +7,8 @@ memory: a slab of the queries at a time, `query_bits_kernel` finds the bits agai
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,11 @@ from dash_kernels.triton_backend.tiles import (
 def chunk_lists(programs: int, n: int, device: torch.device) -> torch.Tensor:
     """Scratch for `list_chunks`: chunk ids and starts for each program."""
     return torch.empty(programs, 2, max(n, 1), dtype=torch.int32, device=device)
+
+
+def work_counter(device: torch.device) -> torch.Tensor:
+    """The number of the next tile, from which the programs of a persistent kernel help themselves."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def tile_efficiency(routing: Routing, query_chunks: ChunkGrid, spec: AttentionSpec) -> float:
@@ -73,29 +80,40 @@ def list_chunks(mask_ptr, starts_ptr, ids_ptr, list_starts_ptr, first, chunk):
     return count
 
 
-class QuerySlab:
-    """Consecutive slots of the queries, and which of their tokens selected which chunk.
-
-    A bit per place (slot x C + place in the chunk) and chunk; bytes [B, Hkv, n, places / 8], seen as int32 words of 32
-    places. Its size is bounded: a slab holds fewer slots where there are more chunks.
-    """
-
-    def __init__(self, begin: int, end: int, bits: torch.Tensor):
-        self.begin, self.end = begin, end
-        self.words = bits.view(torch.int32)
-
-
-MIN_SLAB_TOKENS, MAX_SLAB_TOKENS, SLABS = 8192, 65536, 8
+PIECE_TOKENS = 8192
 MAX_SLAB_BYTES = 256 * 2**20
 
 
-def slab_slots(slots: int, batch_heads: int, n: int, spec: AttentionSpec) -> int:
-    """Slots per slab: the hottest chunk is split into about SLABS pieces, and the bits stay small. A multiple of 8, so
-    that a row of bits is whole words for any chunk size.
+@dataclass(frozen=True)
+class QuerySlab:
+    """Consecutive slots of the queries, and which of their tokens selected which chunk.
+
+    begin, end: the slots.
+    piece:      slots of a piece, of which the last may be shorter: what one program gathers from at a time.
+    words:      int32 [B, Hkv, n, pieces x words of a piece], a bit per place (slot - begin) x C + place in the chunk.
     """
-    tokens = min(max(slots * spec.chunk_size // SLABS, MIN_SLAB_TOKENS), MAX_SLAB_TOKENS)
-    tokens = min(tokens, MAX_SLAB_BYTES * 8 // (batch_heads * max(n, 1)))
-    return max(tokens // spec.chunk_size // 8, 1) * 8
+
+    begin: int
+    end: int
+    piece: int
+    words: torch.Tensor
+
+    @property
+    def pieces(self) -> int:
+        return -(-(self.end - self.begin) // self.piece)
+
+
+def slab_slots(slots: int, batch_heads: int, n: int, spec: AttentionSpec) -> tuple[int, int]:
+    """(slots of a slab, slots of a piece), both multiples of 8, so that a row of bits is whole words for any chunk size.
+
+    The bits of a slab stay within MAX_SLAB_BYTES: a slab has fewer slots where there are more chunks.
+    """
+    piece = max(PIECE_TOKENS // spec.chunk_size // 8, 1) * 8
+    longest = MAX_SLAB_BYTES * 8 // (batch_heads * n * spec.chunk_size)
+    if longest < piece:
+        piece = max(longest // 8, 1) * 8
+    pieces = min(max(longest // piece, 1), -(-slots // piece))
+    return pieces * piece, piece
 
 
 def query_bits(
@@ -103,6 +121,7 @@ def query_bits(
     query_chunks: ChunkGrid,
     begin: int,
     end: int,
+    piece: int,
     n: int,
     split: tuple[torch.Tensor, torch.Tensor],
     routing: Routing,
@@ -115,14 +134,14 @@ def query_bits(
     tokens = 8  # of a program: a byte
     while tokens * 2 * tile.padded_group <= options.rows and spec.chunk_size % (tokens * 2) == 0:
         tokens *= 2
-    places = -(-(end - begin) // 8) * 8 * spec.chunk_size
+    places = -(-(end - begin) // piece) * piece * spec.chunk_size
     bits = torch.zeros(batch, kv_heads, n, places // 8, dtype=torch.int8, device=q.device)
     constants = tile.constants | {"BT": tokens}
     query_bits_kernel[((end - begin) * (spec.chunk_size // tokens), batch * kv_heads)](
         q, query_chunks.on(q.device), *split, routing.tau, bits, q.shape[1], n, len(query_chunks), begin, places // 8,
         routing_factor(spec), BN=options.block, **constants, **options.launch,
     )  # fmt: skip
-    return QuerySlab(begin, end, bits)
+    return QuerySlab(begin, end, piece, bits.view(torch.int32))
 
 
 @triton.jit(do_not_specialize=["T", "n", "slots", "begin", "row_bytes"])
