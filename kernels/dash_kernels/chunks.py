@@ -59,7 +59,7 @@ class ChunkGrid:
         return self._slots_by_id[key]
 
     def starts_by_id(self, count: int, device: torch.device) -> torch.Tensor:
-        """int32 [count] on a device: where each chunk id starts in the tensor, -1 where it is not held; uploaded once."""
+        """int32 [count] on a device: the first token of each chunk id, -1 where it is not held; uploaded once."""
         key = count, device
         if key not in self._starts_by_id:
             starts = torch.full((count,), -1, dtype=torch.int32)

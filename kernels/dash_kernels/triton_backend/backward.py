@@ -1,5 +1,5 @@
-"""The backward passes in Triton, put together: of a whole part at once, or part by part for exchanges that bring K and V
-in pieces. No atomics: every element of a gradient belongs to one program, which adds in a fixed order.
+"""The backward passes in Triton, put together: of a whole part at once, or part by part for exchanges that bring K and
+V in pieces. No floating-point atomics: whatever is added is added in a fixed order.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-"""Gradients of keys and values: a program owns a chunk and gathers the queries that selected it, all heads of the group.
+"""Gradients of keys and values: a program takes a chunk and gathers the queries that selected it, all heads of the
+group, from a piece of the sequence.
 
-The queries come in slabs, one launch each, in order: what a slab adds to a chunk is one program's work, so that a chunk
-that every token selects is split into pieces whose order of addition is fixed.
+So a chunk that every token selects is split, and its pieces are gathered in parallel; they are added to the gradient
+in their order, each waiting for its turn, so that the result is the same bits in every run.
 
-Stages 2 and 1 go backward in the same pass. A chunk's summary is s = sum_t w_t k_t, so x = q . s is the w-weighted sum of
-the chunk's scores, and the gradient dz of a query's routing score reaches key t as w_t dz beside the attention's own
-gradient of the score. Only the weights' own gradient needs dz . (q . k_t), summed over the queries: one number per key.
+Stages 2 and 1 go backward in the same pass. A chunk's summary is s = sum_t w_t k_t, so x = q . s is the w-weighted sum
+of the chunk's scores, and the gradient dz of a query's routing score reaches key t as w_t dz beside the attention's own
+gradient of the score. Only the weights' own gradient needs dz (q . k_t), summed over the queries: a number per key.
+
+dK and dV are accumulated transposed: K x Q products whose first factor comes from shared memory as it was loaded, where
+the other order makes Triton transpose in registers and ptxas serialise every matrix instruction (docs/kernel-log.md).
 """
 
 from __future__ import annotations
@@ -82,7 +86,7 @@ def key_gradients(
             part.chunks.on(q.device), summary_query.contiguous(), routing.tau, routing.log_mean, lse, delta,
             delta if ratio is None else ratio, slab.words, tokens, turns, dkv[0], dkv[1], shares,
             q.shape[1], k.shape[1], n, slots, begin, end, piece, slab.pieces, key_slots, batch * kv_heads,
-            routing_factor(spec), spec.scale * LOG2_E, spec.prior_exponent, spec.scale,
+            routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale,
             spec.routing_logit_scale, PRIOR_FLOOR, BC=padded_chunk,
             HAS_SIGMA=spec.prior_sigma is not None, HAS_RATIO=ratio is not None, **constants, **options.launch,
         )  # fmt: skip
@@ -138,7 +142,7 @@ def key_gradient_kernel(
                     place, rows, real = tile_rows(start, own_length, step, batch_head, T, HQ, HK, G, GP, BT)
                     q = load_rows(q_ptr, rows, real, D, BD)
                     grad = load_rows(grad_ptr, rows, real, D, BD)
-                    lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * 1.4426950408889634
+                    lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * LOG2_E
                     delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
                     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
                     visible = tl.arange(0, BC)[None, :] <= place[:, None]
@@ -158,7 +162,7 @@ def key_gradient_kernel(
                 q = load_rows(q_ptr, rows, real, D, BD)
                 grad = load_rows(grad_ptr, rows, real, D, BD)
                 tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
-                lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * 1.4426950408889634  # weigh nothing
+                lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * LOG2_E  # weigh nothing
                 delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
                 raw = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [M, BC]
                 u = tl.maximum(tl.sum(raw * weights[None, :], axis=1) * factor - tau, 0.0)

@@ -62,7 +62,7 @@ def query_gradients(
         part.chunks.starts_by_id(n, q.device), *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean,
         routing.masks, lse, delta, chunk_lists(programs, n, q.device), work_counter(q.device), dprior, dq, row_sum,
         q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
-        routing_factor(spec), spec.scale * LOG2_E, spec.prior_exponent, spec.scale, spec.routing_logit_scale,
+        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale, spec.routing_logit_scale,
         PRIOR_FLOOR, 1.0, BC=triton.next_power_of_2(spec.chunk_size), BN=options.block,
         HAS_SIGMA=spec.prior_sigma is not None, MAPS=uses_maps(tile, options), WHOLE=whole,
         **tile.constants, **options.launch,
@@ -95,7 +95,7 @@ def query_gradient_kernel(
             q = load_rows(q_ptr, rows, real, D, BD)
             grad = load_rows(grad_ptr, rows, real, D, BD)
             tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
-            lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * 1.4426950408889634  # and weigh nothing
+            lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * LOG2_E  # and weigh nothing
             delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
             log2_mean = load_log2_mean(log_mean_ptr, start, tile % STEPS, length, batch_head, T, HK, BT, HAS_SIGMA)
             mask_row = mask_ptr + (batch_head.to(tl.int64) * tiles + tile) * words
@@ -129,7 +129,7 @@ def query_gradient_kernel(
                         scores = tl.where((tl.arange(0, BC) < C)[None, :], scores, -float("inf"))
                     dscores = score_gradient(scores, grad, v, lse2, delta)
                     dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="tf32x3")
-                    dq *= one
+                    dq *= one  # ends the product here: in flight, it makes ptxas serialise the next ones
                     sums = tl.where(tl.arange(0, BN)[None, :] == index, tl.sum(dscores, axis=1)[:, None], sums)
                 dprior = mean_over_group(sums, G, GP, BT, BN) * prior_exponent / tl.maximum(prior, prior_floor)
                 weighted_sum += tl.sum(u * to_rows(dprior, GP, BT, BN), axis=1)

@@ -57,7 +57,7 @@ def attend(
         part.chunks.starts_by_id(n, q.device), *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean,
         routing.masks, chunk_lists(programs, n, q.device), work_counter(q.device), out, lse,
         q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
-        routing_factor(spec), spec.scale * LOG2_E, spec.prior_exponent,
+        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent,
         BC=triton.next_power_of_2(spec.chunk_size), BN=options.block, HAS_SIGMA=spec.prior_sigma is not None,
         MAPS=uses_maps(tile, options), **tile.constants, **options.launch,
     )  # fmt: skip

@@ -40,7 +40,7 @@ _HOPPER = {
     ("attend", 128): LaunchOptions(4, 3, 32, resident=2, tensor_maps=True),
     ("attend", 256): LaunchOptions(4, 1, 32),
     ("queries", 64): LaunchOptions(4, 3, 16, resident=2, tensor_maps=True),
-    ("queries", 128): LaunchOptions(4, 2, 16, resident=2, tensor_maps=True),
+    ("queries", 128): LaunchOptions(4, 3, 16, resident=2, tensor_maps=True),
     ("queries", 256): LaunchOptions(4, 1, 32),
     ("keys", 64): LaunchOptions(4, 2, 64, resident=2),
     ("keys", 128): LaunchOptions(4, 2, 64, resident=2),

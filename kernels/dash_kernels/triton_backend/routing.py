@@ -1,10 +1,10 @@
-"""Stage 2 in Triton, forward (alpha = 1.5): exact thresholds by a few sweeps over the summaries, and the selection as a bit
-per tile and chunk. No score leaves a program.
+"""Stage 2 in Triton, forward (alpha = 1.5): exact thresholds by a few sweeps over the summaries, and the selection as a
+bit per tile and chunk. No score leaves a program.
 
-A sweep at t gives f(t) = sum (x - t)+^2 - 1, whose root is the threshold tau. The first sweeps need not be exact: a guess
-from the mean and spread of a sample of the scores, then Newton steps on scores without the summaries' low part. From
-there one exact sweep and the closed form on its support give tau, and the next one, which also writes the selection,
-proves it: the same support means the same, exact tau.
+A sweep at t gives f(t) = sum (x - t)+^2 - 1, whose root is the threshold tau. The first sweeps need not be exact: a
+guess from the mean and spread of a sample of the scores, then Newton steps on scores without the summaries' low part.
+From there one exact sweep and the closed form on its support give tau, and the next one, which also writes the
+selection, proves it: the same support means the same, exact tau.
 """
 
 from __future__ import annotations

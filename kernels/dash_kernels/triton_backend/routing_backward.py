@@ -1,5 +1,5 @@
-"""Stage 2 in Triton, the part of its gradient that needs whole rows, for exchanges that bring K and V in pieces (a whole
-part's `backward_whole` needs none of this).
+"""Stage 2 in Triton, the part of its gradient that needs whole rows, for exchanges that bring K and V in pieces:
+`backward_whole` needs none of this.
 """
 
 from __future__ import annotations

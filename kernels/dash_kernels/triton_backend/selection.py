@@ -1,5 +1,5 @@
-"""From bits to lists: what a program walks. Lists lie in memory, in a scratch row of each resident program, because Triton
-can only fetch ahead what it finds by a loop's counter.
+"""From bits to lists: what a program walks. Lists lie in memory, in a scratch row of each resident program, because
+Triton can only fetch ahead what it finds by a loop's counter.
 
 A tile's bits (written by routing) become a list of chunks. The other way round, the queries of a chunk, is not kept in
 memory: a slab of the queries at a time, `query_bits_kernel` finds the bits again from the thresholds, transposed.
@@ -104,7 +104,7 @@ class QuerySlab:
 
 
 def slab_slots(slots: int, batch_heads: int, n: int, spec: AttentionSpec) -> tuple[int, int]:
-    """(slots of a slab, slots of a piece), both multiples of 8, so that a row of bits is whole words for any chunk size.
+    """(slots of a slab, slots of a piece), multiples of 8: then a row of bits is whole words for any chunk size.
 
     The bits of a slab stay within MAX_SLAB_BYTES: a slab has fewer slots where there are more chunks.
     """

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from dash_kernels.spec import AttentionSpec
 
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 
 TILE_ROWS = 64  # what one warp group's matrix instruction takes
