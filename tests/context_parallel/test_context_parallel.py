@@ -64,6 +64,15 @@ def test_bfloat16_kernels_under_nccl() -> None:
         assert max(differences.values()) < 2**-6  # a few roundings of bfloat16
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no interpreter")
+def test_interpreted_kernels_under_gloo() -> None:
+    for by_exchange in run_ranks("attention_jobs:interpreted_triton_parity", 2):
+        for exchange, differences in by_exchange.items():
+            density = differences.pop("density")
+            assert max(differences.values()) < 1e-5, (exchange, differences)
+            assert density < 0.95, "too dense to test a selection"
+
+
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_shards_partition_the_sequence_in_whole_chunks(layout: str) -> None:
     for size in (1, 2, 3, 8):

@@ -74,8 +74,8 @@ def assert_near(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def routing_gaps(inputs: Inputs, query_chunks: ChunkGrid, key_chunks: ChunkGrid, spec: AttentionSpec) -> torch.Tensor:
-    """x - tau of every query head and chunk in float64, by the reference's entmax; -inf where the chunk is not an earlier
-    one of the query's document: [B, T, Hkv, G, n], positive where a head gives the chunk a probability.
+    """x - tau of every query head and chunk in float64, by the reference's entmax [B, T, Hkv, G, n]: positive where a
+    head gives the chunk a probability, -inf where the chunk is not an earlier one of the query's document.
 
     k is the whole sequence; alpha must be 1.5.
     """

@@ -37,7 +37,7 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 @dataclass(frozen=True)
 class Shape:
-    """by_parts: the kernels of K and V that come in parts as well, with prior_sigma; else those of a whole part only."""
+    """by_parts: also the kernels of K and V that come in parts, with prior_sigma; else those of a whole part only."""
 
     dtype: torch.dtype
     group: int

@@ -54,12 +54,9 @@ SHAPES_16 = [
 ]
 
 
-def errors_on_triton(inputs: Inputs, tolerance: float, **call: Any) -> dict[str, torch.Tensor]:
-    """Fails where an output or gradient is further from the reference than the tolerance; returns them."""
+def check_against_the_reference(inputs: Inputs, tolerance: float, **call: Any) -> None:
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
-    actual = output_and_gradients(dash_attention, inputs, backend="triton", **call)
-    assert_close(actual, expected, tolerance)
-    return actual
+    assert_close(output_and_gradients(dash_attention, inputs, backend="triton", **call), expected, tolerance)
 
 
 @pytest.mark.parametrize(("group", "head_dim", "chunk_size", "prior_sigma", "seq_len"), SHAPES)
@@ -68,7 +65,7 @@ def test_float32_equals_the_float64_reference(
 ) -> None:
     call = {"chunk_size": chunk_size, "prior_sigma": prior_sigma, "routing_scale": 2.0}
     shape = {"kv_heads": 2 if group == 1 else 1, "group": group, "head_dim": head_dim, "dtype": torch.float32}
-    errors_on_triton(clear_inputs(seq_len, call, **shape), 2e-5, **call)
+    check_against_the_reference(clear_inputs(seq_len, call, **shape), 2e-5, **call)
 
 
 @pytest.mark.parametrize(("group", "head_dim", "chunk_size", "prior_sigma", "seq_len", "maps"), SHAPES_16)
@@ -80,7 +77,7 @@ def test_float16_with_and_without_tensor_maps(
     tile = TileShape.of(inputs.q, 1, spec_of(inputs, call))
     assert forward.uses_maps(tile, launch_options("attend", inputs.q)) == maps
     assert forward.uses_maps(tile, launch_options("queries", inputs.q)) == maps
-    errors_on_triton(inputs, 2e-3, **call)
+    check_against_the_reference(inputs, 2e-3, **call)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -90,11 +87,10 @@ def test_transposed_inputs_and_padded_heads_with_a_steep_prior(dtype: torch.dtyp
     inputs = clear_inputs(40, call, batch=2, kv_heads=2, group=3, dtype=dtype)
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() == 4 else x for x in vars(inputs).values()]
     assert not turned[0].is_contiguous()
-    errors_on_triton(Inputs(*turned), 2e-4 if dtype == torch.float32 else 2e-2, **call)
+    check_against_the_reference(Inputs(*turned), 2e-4 if dtype == torch.float32 else 2e-2, **call)
 
 
-@pytest.mark.parametrize("seq_len", [1, 15, 16, 17])
-@pytest.mark.parametrize("prior_sigma", [None, 1.0])
+@pytest.mark.parametrize(("seq_len", "prior_sigma"), [(1, None), (15, 1.0), (16, None), (17, None), (17, 1.0)])
 def test_lengths_around_the_first_chunk(seq_len: int, prior_sigma: float | None) -> None:
     """Without an earlier chunk nothing is routed, and the gradient of summary_query is zero."""
     inputs = random_inputs(seq_len, kv_heads=1, dtype=torch.float32)
@@ -155,6 +151,7 @@ def no_queries(inputs: Inputs) -> None:
 SCORES: dict[str, tuple[float, Callable[[Inputs], None]]] = {
     "as drawn": (6.0, as_drawn),
     "dense": (1e-3, as_drawn),
+    "very sparse": (30.0, as_drawn),
     "one chunk": (1e4, as_drawn),
     "common offset": (4.0, common_offset),
     "equal keys": (6.0, equal_keys),
@@ -190,8 +187,8 @@ def tile_of_tokens(query_chunks: ChunkGrid, per_chunk: int) -> torch.Tensor:
     return torch.tensor(tiles, device=DEVICE)
 
 
-def check_routing(inputs: Inputs, query_chunks: ChunkGrid, key_chunks: ChunkGrid, call: dict[str, Any]) -> None:
-    """Thresholds, counts, bits and the efficiency of tiles against the reference's selection."""
+def check_routing(inputs: Inputs, query_chunks: ChunkGrid, key_chunks: ChunkGrid, call: dict[str, Any]) -> float:
+    """Thresholds, counts, bits and the efficiency of tiles against the reference's selection; returns the last."""
     spec = spec_of(inputs, call)
     gaps = routing_gaps(inputs, query_chunks, key_chunks, spec)
     allowed = gaps > -torch.inf
@@ -218,17 +215,14 @@ def check_routing(inputs: Inputs, query_chunks: ChunkGrid, key_chunks: ChunkGrid
     assert routing.masks is not None
     per_chunk = routing.masks.shape[2] // len(query_chunks)
     tiles = tile_of_tokens(query_chunks, per_chunk)
-    walked = {bound: torch.zeros_like(bits) for bound in (False, True)}
-    for bound, chosen in ((False, surely), (True, perhaps)):
-        for tile in tiles.unique():
-            inside = tiles == tile
-            walked[bound][:, inside] = chosen[:, inside].any(1, keepdim=True)
-    reachable = allowed.any(3)
-    assert not (bits & reachable & ~walked[True]).any()
+    walked = torch.zeros_like(bits)
+    for tile in tiles.unique():
+        walked[:, tiles == tile] = perhaps[:, tiles == tile].any(1, keepdim=True)
+    assert not (bits & allowed.any(3) & ~walked).any()
+    efficiency = triton_backend.tile_efficiency(routing, query_chunks, spec)
     if torch.equal(surely, perhaps):
-        fraction = surely.sum() / walked[True].sum() if walked[True].any() else torch.tensor(1.0)
-        efficiency = triton_backend.tile_efficiency(routing, query_chunks, spec)
-        assert efficiency == pytest.approx(fraction.item())
+        assert efficiency == pytest.approx((surely.sum() / walked.sum()).item())
+    return efficiency
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -236,11 +230,15 @@ def check_routing(inputs: Inputs, query_chunks: ChunkGrid, key_chunks: ChunkGrid
 def test_routing_is_exact(scores: str, dtype: torch.dtype) -> None:
     inputs, call = changed_inputs(scores, 12 * C, dtype, group=2)
     grid = ChunkGrid.whole_sequence(12 * C, C)
-    check_routing(inputs, grid, grid, call)
+    efficiency = check_routing(inputs, grid, grid, call)
+    if scores in ("dense", "equal keys", "no queries"):
+        assert efficiency == 1
+    if scores == "very sparse":
+        assert efficiency < 0.9
 
 
 def test_routing_of_packed_documents_and_of_a_shard() -> None:
-    """Padded heads; more chunks than a word has bits, documents that begin within one; incomplete chunks; two of batch."""
+    """More chunks than a word has bits, documents that begin within one; incomplete chunks; padded heads; batch 2."""
     sizes = [70, 33 * C, 1, 0, 5 * C]
     inputs, call = changed_inputs("as drawn", sum(sizes), torch.float32, group=3)
     packed = ChunkGrid.packed(torch.tensor([0, *sizes]).cumsum(0).tolist(), C)
@@ -253,35 +251,45 @@ def test_routing_of_packed_documents_and_of_a_shard() -> None:
     check_routing(shard, ChunkGrid.complete(ids, C), ChunkGrid.whole_sequence(9 * C, C), call)
 
 
-@pytest.mark.parametrize("prior_sigma", [None, 1e6])
-@pytest.mark.parametrize("scores", ["dense", "one chunk", "equal keys", "one far above", "hot chunk"])
+@pytest.mark.parametrize(
+    ("scores", "prior_sigma"),
+    [
+        ("dense", None),
+        ("very sparse", None),
+        ("equal keys", 1e6),
+        ("one far above", None),
+        ("hot chunk", 1e6),
+        ("hot chunk", None),
+    ],
+)
 def test_gradients_of_unusual_scores(scores: str, prior_sigma: float | None) -> None:
-    inputs, call = changed_inputs(scores, 6 * C + 5, torch.float32, group=2)
+    inputs, call = changed_inputs(scores, 5 * C + 5, torch.float32, group=2)
     call["prior_sigma"] = prior_sigma
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
     actual = output_and_gradients(dash_attention, inputs, backend="triton", **call)
-    assert_near(actual, expected, 1e-4)
+    # Large keys: the gradient of summary_query is what is left of large terms.
+    assert_near(actual, expected, 5e-4)
 
 
-@pytest.mark.parametrize("sizes", [[19 * C + 3], [3 * C, 40, 11 * C + 1, 5]], ids=["one document", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", [[17 * C + 3], [3 * C, 40, 11 * C + 1, 5]], ids=["one document", "packed"])
 def test_slabs_of_queries_add_up_and_two_runs_are_the_same_bits(
-    sizes: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys whose queries come in three slabs, a chunk of which every token selects."""
-    inputs, call = changed_inputs("hot chunk", sum(sizes), dtype, group=2)
-    call |= {"cu_seqlens": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32), "prior_sigma": 1e6}
+    """Keys whose queries come in three slabs; every token of the first document selects its first chunk."""
+    inputs, call = changed_inputs("hot chunk", sum(sizes), torch.float32, group=1)
+    call["cu_seqlens"] = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+    expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
     with mock.patch.object(backward_keys, "query_bits", wraps=selection.query_bits) as slabs:
-        at_once = errors_on_triton(inputs, 2e-5 if dtype == torch.float32 else 2e-3, **call)
+        at_once = output_and_gradients(dash_attention, inputs, backend="triton", **call)
         assert slabs.call_count == 1
         slabs.reset_mock()
         monkeypatch.setattr(selection, "MIN_SLAB_TOKENS", 8 * C)
         first, second = (output_and_gradients(dash_attention, inputs, backend="triton", **call) for _ in range(2))
         assert slabs.call_count == 2 * 3
+    assert_near(at_once, expected, 2e-5)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
-        # Both round to the inputs' dtype at the end.
-        assert (tensor - at_once[name]).abs().max() <= 2 * torch.finfo(dtype).eps * at_once[name].abs().max() + 1e-6
+        torch.testing.assert_close(tensor, at_once[name], rtol=1e-5, atol=1e-5)
 
 
 def test_statistics() -> None:
@@ -299,8 +307,16 @@ def test_statistics() -> None:
     [
         ({"dtype": torch.float32}, {"alpha": 1.4}, r"alpha is 1.4, the kernels take 1.5"),
         ({"dtype": torch.float64}, {}, r"float64 is computed by the eager backend"),
-        ({"dtype": torch.float16, "head_dim": 257}, {}, r"head_dim is 257, the kernels take up to 256 in torch.float16"),
-        ({"dtype": torch.float32, "head_dim": 129}, {}, r"head_dim is 129, the kernels take up to 128 in torch.float32"),
+        (
+            {"dtype": torch.float16, "head_dim": 257},
+            {},
+            r"head_dim is 257, the kernels take up to 256 in torch.float16",
+        ),
+        (
+            {"dtype": torch.float32, "head_dim": 129},
+            {},
+            r"head_dim is 129, the kernels take up to 128 in torch.float32",
+        ),
         ({"dtype": torch.float16, "group": 32}, {}, r"32 query heads share a KV head, the kernels take up to 16"),
     ],
 )
