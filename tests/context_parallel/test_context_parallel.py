@@ -66,11 +66,9 @@ def test_bfloat16_kernels_under_nccl() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no interpreter")
 def test_interpreted_kernels_under_gloo() -> None:
-    for by_exchange in run_ranks("attention_jobs:interpreted_triton_parity", 2):
-        for exchange, differences in by_exchange.items():
-            density = differences.pop("density")
-            assert max(differences.values()) < 1e-5, (exchange, differences)
-            assert density < 0.95, "too dense to test a selection"
+    for differences in run_ranks("attention_jobs:interpreted_triton_parity", 2):
+        assert differences.pop("density") < 0.95, "too dense to test a selection"
+        assert max(differences.values()) < 1e-5, differences
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
