@@ -64,6 +64,13 @@ def test_bfloat16_kernels_under_nccl() -> None:
         assert max(differences.values()) < 2**-6  # a few roundings of bfloat16
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no interpreter")
+def test_interpreted_kernels_under_gloo() -> None:
+    for differences in run_ranks("attention_jobs:interpreted_triton_parity", 2):
+        assert differences.pop("density") < 0.95, "too dense to test a selection"
+        assert max(differences.values()) < 1e-5, differences
+
+
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_shards_partition_the_sequence_in_whole_chunks(layout: str) -> None:
     for size in (1, 2, 3, 8):

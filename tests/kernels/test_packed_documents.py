@@ -1,11 +1,11 @@
-"""cu_seqlens on the eager backend: each document is computed as a sequence of its own, and anything else is refused."""
+"""cu_seqlens: each document is computed as a sequence of its own, and anything else is refused."""
 
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from attention_inputs import DEVICE, NAMES, Inputs, assert_near, output_and_gradients, random_inputs
+from attention_inputs import DEVICE, NAMES, Inputs, assert_near, clear_inputs, output_and_gradients, random_inputs
 
 from dash_kernels import attention, dash_attention, reference_dash_attention
 
@@ -40,12 +40,28 @@ def test_equals_the_reference(sizes: list[int], prior_sigma: float | None, alpha
     assert_near(eager(inputs, **call), output_and_gradients(reference_dash_attention, inputs, **call), 1e-10)
 
 
-def test_statistics_count_the_chunks_of_the_own_document() -> None:
-    inputs = random_inputs(130)
+@pytest.mark.parametrize("prior_sigma", [None, 1.5])
+@pytest.mark.parametrize("sizes", DOCUMENTS.values(), ids=DOCUMENTS.keys())
+def test_triton_equals_the_reference(sizes: list[int], prior_sigma: float | None) -> None:
+    bounds = offsets(sizes)
+    call = {"chunk_size": C, "prior_sigma": prior_sigma, "routing_scale": 3.0}
+    # float16 takes tensor maps, float32 does not
+    dtype, tolerance = (torch.float16, 3e-3) if prior_sigma is None else (torch.float32, 2e-5)
+    inputs = clear_inputs(sum(sizes), call, cu_seqlens=bounds, kv_heads=1, group=1, head_dim=16, dtype=dtype)
+    call["cu_seqlens"] = bounds
+    expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
+    assert_near(output_and_gradients(dash_attention, inputs, backend="triton", **call), expected, tolerance)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("eager", torch.float64), ("triton", torch.float32)])
+def test_statistics_count_the_chunks_of_the_own_document(backend: str, dtype: torch.dtype) -> None:
+    call = {"chunk_size": C, "routing_scale": 10.0}
+    bounds = offsets([40, 0, 1, 89])
+    inputs = clear_inputs(130, call, cu_seqlens=bounds, kv_heads=1, dtype=dtype)
     tensors = inputs.q, inputs.k, inputs.v, inputs.summary_query
-    call = {"chunk_size": C, "routing_scale": 10.0, "cu_seqlens": offsets([40, 0, 1, 89])}
-    _, routing = dash_attention(*tensors, backend="eager", return_routing=True, **call)
-    _, wanted = reference_dash_attention(*tensors, **call)
+    call["cu_seqlens"] = bounds
+    _, routing = dash_attention(*tensors, backend=backend, return_routing=True, **call)
+    _, wanted = reference_dash_attention(*(x.double() for x in tensors), **call)
     assert torch.equal(routing.selected_per_token, wanted.selected_per_token)
     for statistics in (routing, wanted):
         available = [1] * C + [2] * C + [3] * 8 + [1] + [1] * C + [2] * C + [3] * C + [4] * C + [5] * C + [6] * 9
@@ -54,11 +70,13 @@ def test_statistics_count_the_chunks_of_the_own_document() -> None:
     assert routing.density == wanted.density < 1
 
 
-def test_one_document_is_no_cu_seqlens_bit_for_bit() -> None:
-    inputs = random_inputs(75, dtype=torch.float32)
-    expected = eager(inputs, chunk_size=C)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_one_document_is_no_cu_seqlens_bit_for_bit(backend: str) -> None:
+    inputs = random_inputs(75, kv_heads=1, group=2, dtype=torch.float32)
+    call = {"backend": backend, "chunk_size": C}
+    expected = output_and_gradients(dash_attention, inputs, **call)
     for device in {"cpu", DEVICE}:
-        actual = eager(inputs, chunk_size=C, cu_seqlens=offsets([75], device))
+        actual = output_and_gradients(dash_attention, inputs, cu_seqlens=offsets([75], device), **call)
         assert all(torch.equal(actual[name], expected[name]) for name in NAMES)
 
 
@@ -76,18 +94,26 @@ def test_documents_are_the_sequences_they_are_computed_alone() -> None:
     torch.testing.assert_close(packed["summary_query"], total)
 
 
-@pytest.mark.parametrize("value", [7.0, float("nan")])
-def test_a_changed_document_changes_nothing_in_the_others(value: float) -> None:
-    sizes = [37, 50, 41]
-    inputs = random_inputs(sum(sizes), dtype=torch.float32)
-    call = {"chunk_size": C, "prior_sigma": 1.5, "cu_seqlens": offsets(sizes)}
-    before = eager(inputs, **call)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "value"),
+    [
+        ("eager", torch.float32, 7.0),
+        ("eager", torch.float32, float("nan")),
+        ("triton", torch.float32, float("nan")),
+        ("triton", torch.float16, float("nan")),  # through tensor maps
+    ],
+)
+def test_a_changed_document_changes_nothing_in_the_others(backend: str, dtype: torch.dtype, value: float) -> None:
+    sizes = [20, 35, 17]
+    inputs = random_inputs(sum(sizes), kv_heads=1, group=1, dtype=dtype)
+    call = {"chunk_size": C, "prior_sigma": 1.5, "cu_seqlens": offsets(sizes), "backend": backend}
+    before = output_and_gradients(dash_attention, inputs, **call)
     inside = torch.zeros(sum(sizes), dtype=torch.bool, device=DEVICE)
-    inside[37:87] = True
-    for token in (37, 50, 86):  # first, in a complete chunk, last
+    inside[20:55] = True
+    for token in (20, 40, 54):  # first, in a complete chunk, last
         k, v = inputs.k.clone(), inputs.v.clone()
         k[:, token], v[:, token] = value, value
-        after = eager(Inputs(inputs.q, k, v, inputs.summary_query, inputs.grad), **call)
+        after = output_and_gradients(dash_attention, Inputs(inputs.q, k, v, inputs.summary_query, inputs.grad), **call)
         for name in NAMES[:-1]:
             assert torch.equal(after[name][:, ~inside], before[name][:, ~inside]), (name, token)
             assert not torch.equal(after[name][:, inside], before[name][:, inside]), (name, token)

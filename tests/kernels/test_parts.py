@@ -4,15 +4,20 @@ from types import ModuleType
 
 import pytest
 import torch
-from attention_inputs import DEVICE, assert_near, output_and_gradients, random_inputs
+from attention_inputs import DEVICE, assert_near, clear_inputs, output_and_gradients, random_inputs
 
-from dash_kernels import dash_attention, eager
+from dash_kernels import dash_attention, eager, triton_backend
 from dash_kernels.arguments import check_arguments
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import GradientSums, Part
 
 C = 16
-BACKENDS = {"eager": (eager, torch.float64, 1e-10)}
+# The stages, what they run in, how close they must come, and the query heads of a KV head.
+BACKENDS = {
+    "eager": (eager, torch.float64, 1e-10, 4),
+    "triton float32": (triton_backend, torch.float32, 2e-5, 2),
+    "triton float16": (triton_backend, torch.float16, 3e-3, 2),
+}
 
 
 def shards_of(grid: ChunkGrid, count: int) -> list[tuple[ChunkGrid, torch.Tensor]]:
@@ -25,15 +30,23 @@ def shards_of(grid: ChunkGrid, count: int) -> list[tuple[ChunkGrid, torch.Tensor
     return shards
 
 
-@pytest.mark.parametrize("prior_sigma", [None, 1.5])
-@pytest.mark.parametrize("sizes", [[7 * C], [70, 1, 5 * C, 0, 90]], ids=["one document", "packed documents"])
-@pytest.mark.parametrize(("stages", "dtype", "tolerance"), BACKENDS.values(), ids=BACKENDS.keys())
-def test_shards_together_are_the_whole(
-    stages: ModuleType, dtype: torch.dtype, tolerance: float, sizes: list[int], prior_sigma: float | None
-) -> None:
-    inputs = random_inputs(sum(sizes), batch=1, dtype=dtype)
+@pytest.mark.parametrize(
+    ("backend", "sizes", "prior_sigma"),
+    [
+        ("eager", [7 * C], None),
+        ("eager", [7 * C], 1.5),
+        ("eager", [70, 1, 5 * C, 0, 90], None),
+        ("eager", [70, 1, 5 * C, 0, 90], 1.5),
+        ("triton float32", [4 * C], None),
+        ("triton float32", [40, 1, 3 * C, 0, 9], 1.5),
+        ("triton float16", [40, 1, 3 * C, 0, 9], None),
+    ],
+)
+def test_shards_together_are_the_whole(backend: str, sizes: list[int], prior_sigma: float | None) -> None:
+    stages, dtype, tolerance, group = BACKENDS[backend]
     bounds = torch.tensor([0, *sizes], device=DEVICE).cumsum(0).to(torch.int32)
     call = {"chunk_size": C, "alpha": 1.5, "routing_scale": 6.0, "prior_sigma": prior_sigma, "softmax_scale": None}
+    inputs = clear_inputs(sum(sizes), call, cu_seqlens=bounds, kv_heads=1, group=group, dtype=dtype)
     expected = output_and_gradients(
         dash_attention, inputs.to(torch.float64), backend="eager", cu_seqlens=bounds, **call
     )
@@ -79,17 +92,17 @@ def test_shards_together_are_the_whole(
     assert_near(actual, expected, tolerance)
 
 
-@pytest.mark.parametrize(("stages", "dtype", "tolerance"), BACKENDS.values(), ids=BACKENDS.keys())
+@pytest.mark.parametrize(("stages", "dtype", "tolerance", "group"), BACKENDS.values(), ids=BACKENDS.keys())
 def test_queries_of_a_shard_against_everything_in_another_order(
-    stages: ModuleType, dtype: torch.dtype, tolerance: float
+    stages: ModuleType, dtype: torch.dtype, tolerance: float, group: int
 ) -> None:
     """What the all-gather exchange does: the part is whole, its chunks in the order of the shards."""
-    inputs = random_inputs(8 * C, batch=2, dtype=dtype)
+    inputs = random_inputs(6 * C, kv_heads=1, group=group, batch=2, dtype=dtype)
     call = {"chunk_size": C, "alpha": 1.5, "routing_scale": 6.0, "prior_sigma": None, "softmax_scale": None}
     expected = output_and_gradients(dash_attention, inputs.to(torch.float64), backend="eager", **call)
     c = inputs.summary_query
     spec = check_arguments(inputs.q, inputs.k, inputs.v, c, **call)
-    grid = ChunkGrid.whole_sequence(8 * C, C)
+    grid = ChunkGrid.whole_sequence(6 * C, C)
     places = shards_of(grid, 3)
     order = torch.cat([tokens for _, tokens in places])
     ids = torch.cat([chunks.ids for chunks, _ in places])
@@ -103,7 +116,7 @@ def test_queries_of_a_shard_against_everything_in_another_order(
         assert out.dtype == q.dtype
         dq, dkv, dc = stages.backward_whole(grad, q, chunks, part, c, summaries, routing, out, lse, spec)
         assert (dq.dtype, dkv.dtype, dc.dtype) == (q.dtype, summaries.dtype, summaries.dtype)
-        actual["output"][:, tokens], actual["q"][:, tokens] = out, dq
+        actual["output"][:, tokens], actual["q"][:, tokens] = out.to(summaries.dtype), dq.to(summaries.dtype)
         actual["k"][:, order] += dkv[0]
         actual["v"][:, order] += dkv[1]
         actual["summary_query"] += dc
