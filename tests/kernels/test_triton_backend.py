@@ -24,7 +24,7 @@ from dash_kernels import backend, dash_attention, reference_dash_attention, trit
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import Routing
 from dash_kernels.triton_backend import backward_keys, forward, selection
-from dash_kernels.triton_backend.launch import launch_options
+from dash_kernels.triton_backend.launch import HOPPER, launch_options
 from dash_kernels.triton_backend.tiles import TileShape
 
 # (group, head_dim, chunk_size, prior_sigma, tokens): every group, head dim, chunk size and prior mode; tokens never a
@@ -75,6 +75,7 @@ def test_float16_with_and_without_tensor_maps(
     call = {"chunk_size": chunk_size, "prior_sigma": prior_sigma, "routing_scale": 2.0}
     inputs = clear_inputs(seq_len, call, kv_heads=1, group=group, head_dim=head_dim, dtype=torch.float16)
     tile = TileShape.of(inputs.q, 1, spec_of(inputs, call))
+    maps &= DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= HOPPER
     assert forward.uses_maps(tile, launch_options("attend", inputs.q)) == maps
     assert forward.uses_maps(tile, launch_options("queries", inputs.q)) == maps
     check_against_the_reference(inputs, 2e-3, **call)
@@ -198,7 +199,7 @@ def check_routing(inputs: Inputs, query_chunks: ChunkGrid, key_chunks: ChunkGrid
     q, exact = inputs.q.double().unflatten(2, (inputs.k.shape[2], -1)), summaries.double()
     x = torch.einsum("bthgd,bnhd->bthgn", q, exact) * (spec.routing_logit_scale / 2)
     # float32 knows a score to some roundings of its largest terms.
-    rounding = 2e-6 * (1 + torch.where(allowed, x, 0.0).abs().max().item())
+    rounding = 5e-6 * (1 + torch.where(allowed, x, 0.0).abs().max().item())
     routed = allowed.any(-1)
     taus = routing.tau.double().unflatten(2, (inputs.k.shape[2], -1))
     wanted = torch.where(allowed, x - gaps, -torch.inf).amax(-1)
