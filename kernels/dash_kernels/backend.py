@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "eager")
 MAX_TRITON_HEAD_DIM = 256
-MAX_TRITON_FLOAT32_HEAD_DIM = 128  # a chunk of wider keys and values does not fit into shared memory
+# Elements of a chunk's keys or a tile's queries, sizes rounded up to powers of two; what fits into shared memory.
+MAX_TRITON_FLOAT32_CHUNK = 64 * 128
 MAX_TRITON_GROUP = 16
 
 
@@ -129,12 +130,17 @@ def _triton_obstacle(q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> str
     if spec.alpha != 1.5:
         return f"alpha is {spec.alpha}, the kernels take 1.5"
     query_heads, head_dim = q.shape[2:]
-    widest = MAX_TRITON_FLOAT32_HEAD_DIM if q.dtype == torch.float32 else MAX_TRITON_HEAD_DIM
-    if head_dim > widest:
-        return f"head_dim is {head_dim}, the kernels take up to {widest} in {q.dtype}"
+    if head_dim > MAX_TRITON_HEAD_DIM:
+        return f"head_dim is {head_dim}, the kernels take up to {MAX_TRITON_HEAD_DIM}"
+    if q.dtype == torch.float32 and _padded(head_dim) * max(_padded(spec.chunk_size), 64) > MAX_TRITON_FLOAT32_CHUNK:
+        return f"float32 with head_dim {head_dim} and chunk_size {spec.chunk_size} does not fit into shared memory"
     if query_heads // kv_heads > MAX_TRITON_GROUP:
         return f"{query_heads // kv_heads} query heads share a KV head, the kernels take up to {MAX_TRITON_GROUP}"
     return None
+
+
+def _padded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 @functools.cache

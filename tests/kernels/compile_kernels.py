@@ -50,7 +50,7 @@ SHAPES = {
     "model": Shape(torch.bfloat16, group=4, head_dim=128, chunk_size=64, by_parts=True),
     "padded": Shape(torch.bfloat16, group=3, head_dim=96, chunk_size=48, by_parts=True),
     "largest": Shape(torch.bfloat16, group=1, head_dim=256, chunk_size=128, by_parts=False),
-    "largest float32": Shape(torch.float32, group=4, head_dim=128, chunk_size=128, by_parts=False),
+    "largest float32": Shape(torch.float32, group=4, head_dim=128, chunk_size=64, by_parts=False),
 }
 
 

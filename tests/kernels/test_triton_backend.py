@@ -311,12 +311,17 @@ def test_statistics() -> None:
         (
             {"dtype": torch.float16, "head_dim": 257},
             {},
-            r"head_dim is 257, the kernels take up to 256 in torch.float16",
+            r"head_dim is 257, the kernels take up to 256",
         ),
         (
             {"dtype": torch.float32, "head_dim": 129},
             {},
-            r"head_dim is 129, the kernels take up to 128 in torch.float32",
+            r"float32 with head_dim 129 and chunk_size 16 does not fit into shared memory",
+        ),
+        (
+            {"dtype": torch.float32, "head_dim": 96},
+            {"chunk_size": 80},
+            r"float32 with head_dim 96 and chunk_size 80 does not fit into shared memory",
         ),
         ({"dtype": torch.float16, "group": 32}, {}, r"32 query heads share a KV head, the kernels take up to 16"),
     ],
