@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -273,23 +272,27 @@ def test_gradients_of_unusual_scores(scores: str, prior_sigma: float | None) -> 
 
 
 @pytest.mark.parametrize("sizes", [[9 * C + 3], [2 * C, 20, 5 * C + 1, 5]], ids=["one document", "packed"])
-def test_slabs_of_queries_add_up_and_two_runs_are_the_same_bits(
-    sizes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Keys whose queries come in two slabs; every token of the first document selects its first chunk."""
+def test_pieces_and_slabs_of_queries_add_up_to_the_same_bits(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys whose queries come in two pieces, of one slab and of two: pieces are added in their order either way. Every
+    token of the first document selects its first chunk.
+    """
     inputs, call = changed_inputs("hot chunk", sum(sizes), torch.float32, group=1)
     call["cu_seqlens"] = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
-    with mock.patch.object(backward_keys, "query_bits", wraps=selection.query_bits) as slabs:
-        at_once = output_and_gradients(dash_attention, inputs, backend="triton", **call)
-        assert slabs.call_count == 1
-        slabs.reset_mock()
-        monkeypatch.setattr(selection, "MIN_SLAB_TOKENS", 8 * C)
-        first, second = (output_and_gradients(dash_attention, inputs, backend="triton", **call) for _ in range(2))
-        assert slabs.call_count == 2 * 2
+    results = []
+    for piece_rows, slab_bytes, pieces_of_slabs in ((2**17, 2**28, [1]), (8 * C, 2**28, [2]), (8 * C, 1, [1, 1])):
+        monkeypatch.setattr(selection, "PIECE_ROWS", piece_rows)
+        monkeypatch.setattr(selection, "MAX_SLAB_BYTES", slab_bytes)
+        made = []
+        monkeypatch.setattr(
+            backward_keys, "query_bits", lambda *call, made=made: made.append(selection.query_bits(*call)) or made[-1]
+        )
+        results.append(output_and_gradients(dash_attention, inputs, backend="triton", **call))
+        assert [slab.pieces for slab in made] == pieces_of_slabs
+    at_once, pieces, slabs = results
     assert_near(at_once, expected, 2e-5)
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+    for name, tensor in pieces.items():
+        assert torch.equal(tensor, slabs[name]), name
         torch.testing.assert_close(tensor, at_once[name], rtol=1e-5, atol=1e-5)
 
 

@@ -67,7 +67,7 @@ def key_gradients(
     # One share of the gradient of summary_query per chunk, summed in a fixed order.
     shares = torch.zeros(batch, key_slots, kv_heads, head_dim, dtype=torch.float32, device=k.device)
     split = split_summaries(summaries, q.dtype)
-    per_slab, piece = slab_slots(slots, batch * kv_heads, n, spec)
+    per_slab, piece = slab_slots(slots, tile, batch * kv_heads, n)
     padded_chunk = triton.next_power_of_2(spec.chunk_size)
     if tile.padded_dim > 128:
         padded_chunk = max(padded_chunk, 64)  # Triton 3.6 multiplies wide heads by narrower chunks wrongly on Hopper

@@ -80,7 +80,7 @@ def list_chunks(mask_ptr, starts_ptr, ids_ptr, list_starts_ptr, first, chunk):
     return count
 
 
-PIECE_TOKENS = 8192
+PIECE_ROWS = 131_072  # of a piece: its tokens times the heads of a group
 MAX_SLAB_BYTES = 256 * 2**20
 
 
@@ -103,17 +103,15 @@ class QuerySlab:
         return -(-(self.end - self.begin) // self.piece)
 
 
-def slab_slots(slots: int, batch_heads: int, n: int, spec: AttentionSpec) -> tuple[int, int]:
+def slab_slots(slots: int, tile: TileShape, batch_heads: int, n: int) -> tuple[int, int]:
     """(slots of a slab, slots of a piece), multiples of 8: then a row of bits is whole words for any chunk size.
 
     The bits of a slab stay within MAX_SLAB_BYTES: a slab has fewer slots where there are more chunks.
     """
-    piece = max(PIECE_TOKENS // spec.chunk_size // 8, 1) * 8
-    longest = MAX_SLAB_BYTES * 8 // (batch_heads * n * spec.chunk_size)
-    if longest < piece:
-        piece = max(longest // 8, 1) * 8
-    pieces = min(max(longest // piece, 1), -(-slots // piece))
-    return pieces * piece, piece
+    longest = MAX_SLAB_BYTES * 8 // (batch_heads * n * tile.chunk_size)
+    piece = min(PIECE_ROWS // tile.padded_group // tile.chunk_size, longest, slots + 7) // 8 * 8
+    piece = max(piece, 8)
+    return max(min(longest, slots + piece - 1) // piece, 1) * piece, piece
 
 
 def query_bits(
