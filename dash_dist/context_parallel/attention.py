@@ -1,8 +1,7 @@
-"""DashAttention over a context-parallel group: the stages of `dash_kernels` with the exchanges between them.
+"""DashAttention over a context-parallel group: one differentiable call on the ranks' shards.
 
-Knows when which tensor moves; the exchanges know how, the kernels what is computed. Forward: summaries are all-gathered
-and routing is computed against all of them; K and V come part by part, partial results merge by log-sum-exp. Backward:
-the exchange carries dK and dV home, and the summaries' gradients are reduced to their owners.
+Summaries are all-gathered and routing is computed against all of them, then the exchange takes over. Knows what the
+ranks must agree on; the exchanges know when which tensor moves.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from dash_dist.context_parallel import allgather, ring
 from dash_dist.context_parallel.agreement import check_together
+from dash_dist.context_parallel.exchanges import EXCHANGES, Call, Exchange, check_exchange
 from dash_dist.context_parallel.layout import check_layout, pieces_of
 from dash_dist.context_parallel.shard import Shard
 from dash_kernels import RoutingStatistics
@@ -22,9 +21,7 @@ from dash_kernels import dash_attention as dash_attention_one_device
 from dash_kernels.arguments import check_arguments
 from dash_kernels.attention import without_autocast
 from dash_kernels.backend import Backend, select_backend
-from dash_kernels.spec import AttentionSpec, ChunkIds, GradientSums, Routing, routing_statistics
-
-EXCHANGES = {"ring": ring, "allgather": allgather}
+from dash_kernels.spec import AttentionSpec, Routing, routing_statistics
 
 
 @overload
@@ -88,7 +85,8 @@ def dash_attention(
 
     q, k, v are this rank's shard [B, T / size, heads, D] as `split_sequence` gives it, the same shape at every rank;
     summary_query is the same at every rank. The result is this rank's shard of the output. The gradient of
-    summary_query is this shard's part of it: sum it over the group, as for any replicated weight.
+    summary_query is this rank's part of it: sum it over the group, as for any replicated weight. The sequence is one
+    document: packed documents (cu_seqlens) are computed on one device only.
 
     Args beyond those of `dash_kernels.dash_attention`:
         cp_group: the context-parallel group; None computes on this device alone.
@@ -120,8 +118,8 @@ def dash_attention(
     def check() -> tuple[AttentionSpec, Backend, Shard]:
         spec = check_arguments(q, k, v, summary_query, **settings)
         check_exchange(exchange)
-        shard = Shard(cp_group, layout, _chunks_per_rank(q.shape[1], chunk_size, dist.get_world_size(cp_group), layout))
-        return spec, select_backend(backend, q, spec), shard
+        chunks_per_rank = _chunks_per_rank(q.shape[1], chunk_size, dist.get_world_size(cp_group), layout)
+        return spec, select_backend(backend, q, k.shape[2], spec), Shard(cp_group, layout, chunks_per_rank, chunk_size)
 
     shapes = tuple(tuple(x.shape) for x in (q, k, v, summary_query))
     call_of_rank = (shapes, str(q.dtype), layout, exchange, backend, *settings.items())
@@ -129,12 +127,7 @@ def dash_attention(
     out, selected = _ContextParallelAttention.apply(q, k, v, summary_query, shard, spec, stages, EXCHANGES[exchange])
     if not return_routing:
         return out
-    return out, routing_statistics(selected, shard.chunks, chunk_size)
-
-
-def check_exchange(exchange: str) -> None:
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange is {exchange!r}: give one of {', '.join(EXCHANGES)}")
+    return out, routing_statistics(selected, shard.chunks)
 
 
 def _chunks_per_rank(shard_len: int, chunk_size: int, size: int, layout: str) -> int:
@@ -162,18 +155,13 @@ class _ContextParallelAttention(torch.autograd.Function):
         shard: Shard,
         spec: AttentionSpec,
         stages: Backend,
-        exchange: Any,
+        exchange: Exchange,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        summaries = shard.gather_summaries(stages.summarize(k, summary_query, spec))
+        summaries = shard.gather_summaries(stages.summarize(k, shard.chunks, summary_query, spec))
         routing = stages.route(q, shard.chunks, summaries, spec)
-        merged: tuple[torch.Tensor, torch.Tensor] | None = None
-        for chunks, part_k, part_v in exchange.parts(k, v, shard):
-            part = stages.attend(q, shard.chunks, part_k, part_v, chunks, summaries, routing, spec)
-            merged = part if merged is None else _merge(*merged, *part)
-        assert merged is not None  # every exchange yields at least the own part
-        out, lse = merged[0].to(q.dtype), merged[1]
+        out, lse = exchange.attend(Call(q, k, v, summary_query, summaries, routing, shard, spec, stages))
         ctx.save_for_backward(
-            q, k, v, summary_query, summaries, routing.tau, routing.log_mean, routing.selected, out, lse
+            q, k, v, summary_query, out, lse, summaries, routing.tau, routing.log_mean, routing.selected, routing.masks
         )
         ctx.call = shard, spec, stages, exchange
         ctx.mark_non_differentiable(routing.selected)
@@ -183,30 +171,9 @@ class _ContextParallelAttention(torch.autograd.Function):
     @without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, summary_query, summaries, tau, log_mean, selected, out, lse = ctx.saved_tensors
+        q, k, v, summary_query, out, lse, summaries, *of_routing = ctx.saved_tensors
         shard, spec, stages, exchange = ctx.call
-        routing = Routing(tau, log_mean, selected)
-        accumulate = summaries.dtype
-        delta = (grad.to(accumulate) * out.to(accumulate)).sum(-1)
-        sums = GradientSums.zeros(q, summaries)
-
-        def compute(chunks: ChunkIds, part_k: torch.Tensor, part_v: torch.Tensor) -> torch.Tensor:
-            return stages.attend_backward(
-                grad, q, shard.chunks, part_k, part_v, chunks, summaries, routing, lse, delta, spec, sums
-            )
-
-        dk, dv = exchange.backward(k, v, shard, compute)
-        stages.route_backward(q, shard.chunks, summaries, routing, spec, sums)
-        own_dsummaries = shard.reduce_summary_gradient(sums.dsummaries)
-        dsummary_query = stages.summarize_backward(own_dsummaries, k, summary_query, spec, dk)
-        grads = sums.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
+        call = Call(q, k, v, summary_query, summaries, Routing(*of_routing), shard, spec, stages)
+        dq, (dk, dv), dsummary_query = exchange.backward(call, grad, out, lse)
+        grads = dq, dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
         return *grads, None, None, None, None
-
-
-def _merge(
-    out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds a part to a result whose lse is finite; the first part is the own one, where a token finds itself."""
-    total = torch.logaddexp(lse, part_lse)
-    weight, part_weight = torch.exp(lse - total).unsqueeze(-1), torch.exp(part_lse - total).unsqueeze(-1)
-    return out * weight + part_out * part_weight, total

@@ -8,12 +8,13 @@ contiguous layout rank r holds piece r of size pieces.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dash_kernels.spec import ChunkIds
+from dash_kernels.chunks import ChunkGrid
 
 LAYOUTS = ("zigzag", "contiguous")
 
@@ -32,8 +33,19 @@ def pieces_of(rank: int, size: int, layout: str) -> tuple[list[int], int]:
 
 
 @functools.lru_cache(maxsize=256)
-def shard_chunks(chunks_per_rank: int, rank: int, size: int, layout: str) -> ChunkIds:
-    """Ids of the chunks that a rank holds, in shard order. Raises ValueError where a piece is not whole chunks."""
+def shard_chunks(chunks_per_rank: int, chunk_size: int, rank: int, size: int, layout: str) -> ChunkGrid:
+    """The chunks that a rank holds, in shard order. Raises ValueError where a piece is not whole chunks."""
+    return ChunkGrid.complete(_chunk_ids(chunks_per_rank, rank, size, layout), chunk_size)
+
+
+@functools.lru_cache(maxsize=256)
+def gathered_chunks(chunks_per_rank: int, chunk_size: int, size: int, layout: str) -> ChunkGrid:
+    """The chunks of all shards, in rank order. Raises ValueError where a piece is not whole chunks."""
+    ids = [_chunk_ids(chunks_per_rank, rank, size, layout) for rank in range(size)]
+    return ChunkGrid.complete(list(itertools.chain.from_iterable(ids)), chunk_size)
+
+
+def _chunk_ids(chunks_per_rank: int, rank: int, size: int, layout: str) -> list[int]:
     pieces, _ = pieces_of(rank, size, layout)
     if chunks_per_rank % len(pieces):
         raise ValueError(
@@ -41,7 +53,7 @@ def shard_chunks(chunks_per_rank: int, rank: int, size: int, layout: str) -> Chu
             f"{layout!r}: make the sequence a multiple of {len(pieces) * size} chunks or use layout 'contiguous'"
         )
     length = chunks_per_rank // len(pieces)
-    return ChunkIds([piece * length + offset for piece in pieces for offset in range(length)])
+    return [piece * length + offset for piece in pieces for offset in range(length)]
 
 
 def shard_positions(seq_len: int, rank: int, size: int, layout: str = "zigzag") -> torch.Tensor:

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dash_dist.context_parallel.attention import check_exchange, dash_attention
+from dash_dist.context_parallel.attention import dash_attention
+from dash_dist.context_parallel.exchanges import check_exchange
 from dash_dist.context_parallel.layout import check_layout
 from dash_kernels import RoutingStatistics
 

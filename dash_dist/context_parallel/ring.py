@@ -11,36 +11,33 @@ import torch
 import torch.distributed as dist
 
 from dash_dist.context_parallel.shard import Shard
-from dash_kernels.spec import ChunkIds
+from dash_kernels.spec import Part
 
 KEYS_AND_VALUES, GRADIENTS = 0, 1  # tags: both kinds of message are on their way at once in the backward pass
 
 
-def parts(k: torch.Tensor, v: torch.Tensor, shard: Shard) -> Iterator[tuple[ChunkIds, torch.Tensor, torch.Tensor]]:
-    """Every rank's (chunk ids, k, v), the own ones first; the next arrive while the caller uses the yielded ones."""
+def parts(k: torch.Tensor, v: torch.Tensor, shard: Shard) -> Iterator[Part]:
+    """Every rank's k and v, the own ones first; the next arrive while the caller uses the yielded ones."""
     current = torch.stack((k, v))
     for step in range(shard.size):
         is_last = step == shard.size - 1
         flight = None if is_last else _Flight(current, shard, KEYS_AND_VALUES)
-        yield shard.chunks_of((shard.rank - step) % shard.size), current[0], current[1]
+        yield Part(current[0], current[1], shard.chunks_of((shard.rank - step) % shard.size), whole=False)
         if flight is not None:
             current = flight.land()
 
 
 def backward(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    shard: Shard,
-    compute: Callable[[ChunkIds, torch.Tensor, torch.Tensor], torch.Tensor],
+    k: torch.Tensor, v: torch.Tensor, shard: Shard, contribution_to: Callable[[Part], torch.Tensor]
 ) -> torch.Tensor:
     """Gradient [2, *k.shape] of this rank's k and v, summed over all ranks' queries.
 
-    compute(chunk ids, k, v) returns this rank's contribution for a part. The sum for a part follows the part around the
-    ring, one step behind, and is complete when it reaches its owner.
+    contribution_to(part) returns what this rank's queries add to the gradients of a part. The sum for a part follows
+    the part around the ring, one step behind, and is complete when it reaches its owner.
     """
     flight = None
-    for chunks, part_k, part_v in parts(k, v, shard):
-        contribution = compute(chunks, part_k, part_v)
+    for part in parts(k, v, shard):
+        contribution = contribution_to(part)
         if flight is not None:
             contribution += flight.land()
         flight = _Flight(contribution, shard, GRADIENTS)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from dash_dist.context_parallel.layout import shard_chunks
-from dash_kernels.spec import ChunkIds
+from dash_dist.context_parallel.layout import gathered_chunks, shard_chunks
+from dash_kernels.chunks import ChunkGrid
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a sequence of size x chunks_per_rank chunks that this rank of the group holds."""
+    """The part of a sequence of size x chunks_per_rank complete chunks that this rank of the group holds."""
 
     group: dist.ProcessGroup
     layout: str
     chunks_per_rank: int
+    chunk_size: int
 
     @property
     def rank(self) -> int:
@@ -29,26 +29,28 @@ class Shard:
         return dist.get_world_size(self.group)
 
     @property
-    def chunks(self) -> ChunkIds:
+    def chunks(self) -> ChunkGrid:
         return self.chunks_of(self.rank)
 
-    def chunks_of(self, rank: int) -> ChunkIds:
-        return shard_chunks(self.chunks_per_rank, rank, self.size, self.layout)
+    @property
+    def gathered_chunks(self) -> ChunkGrid:
+        """The chunks of all shards, in rank order."""
+        return gathered_chunks(self.chunks_per_rank, self.chunk_size, self.size, self.layout)
+
+    def chunks_of(self, rank: int) -> ChunkGrid:
+        return shard_chunks(self.chunks_per_rank, self.chunk_size, rank, self.size, self.layout)
 
     def gather_summaries(self, summaries: torch.Tensor) -> torch.Tensor:
         """[B, chunks_per_rank, Hkv, D] of this shard -> [B, n, Hkv, D] of the whole sequence, by chunk id."""
-        by_rank = gather_shards(summaries, self.group)
-        ids = torch.tensor(self._ids_by_rank(), device=summaries.device)
-        return by_rank.transpose(0, 1).flatten(1, 2)[:, ids.argsort()].contiguous()
+        in_rank_order = gather_shards(summaries, self.group).transpose(0, 1).flatten(1, 2)
+        slots = self.gathered_chunks.slots_by_id(in_rank_order.shape[1], summaries.device)
+        return in_rank_order[:, slots].contiguous()
 
     def reduce_summary_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Sums [B, n, Hkv, D] over the group; every rank gets its own chunks' part [B, chunks_per_rank, Hkv, D]."""
-        ids = torch.tensor(self._ids_by_rank(), device=gradient.device)
+        ids = self.gathered_chunks.on(gradient.device)[0]
         by_rank = gradient[:, ids].unflatten(1, (self.size, -1)).transpose(0, 1)
         return reduce_to_owners(by_rank, self.group)
-
-    def _ids_by_rank(self) -> list[int]:
-        return list(itertools.chain.from_iterable(self.chunks_of(rank).ids for rank in range(self.size)))
 
 
 def gather_shards(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -87,6 +88,41 @@ def check_arguments(
         prior_sigma=None if prior_sigma is None else float(prior_sigma),
         scale=1 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale),
     )
+
+
+def check_cu_seqlens(cu_seqlens: object, q: torch.Tensor) -> list[int]:
+    """Raises ValueError unless cu_seqlens [documents + 1] cuts the tokens of q [1, T, Hq, D]; returns its values.
+
+    Reading a tensor on a GPU waits for it.
+    """
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ValueError(f"cu_seqlens is of type {type(cu_seqlens).__name__}: give an int32 tensor [documents + 1]")
+    _require(cu_seqlens.dtype == torch.int32, f"cu_seqlens has dtype {cu_seqlens.dtype}: give torch.int32")
+    _require(
+        cu_seqlens.dim() == 1 and len(cu_seqlens) >= 2,
+        f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: give [documents + 1], at least 2 entries",
+    )
+    _require(
+        cu_seqlens.device in (torch.device("cpu"), q.device),
+        f"cu_seqlens is on {cu_seqlens.device}: put it on the CPU or on q's device, {q.device}",
+    )
+    batch, seq_len = q.shape[:2]
+    _require(
+        batch == 1,
+        f"cu_seqlens was given for q of shape {tuple(q.shape)}: packed documents need batch 1, [1, total tokens, ...]",
+    )
+    bounds = cu_seqlens.tolist()
+    _require(bounds[0] == 0, f"cu_seqlens starts at {bounds[0]}: its first entry must be 0")
+    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
+        _require(
+            start <= end,
+            f"cu_seqlens falls from {start} to {end} at entry {index + 1}: give offsets that never decrease",
+        )
+    _require(
+        bounds[-1] == seq_len,
+        f"cu_seqlens ends at {bounds[-1]} but q has {seq_len} tokens: its last entry must be the number of tokens",
+    )
+    return bounds
 
 
 def _is_positive(value: object) -> bool:

@@ -8,10 +8,12 @@ from typing import Any, Literal, overload
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from dash_kernels.arguments import check_arguments
+from dash_kernels.arguments import check_arguments, check_cu_seqlens
 from dash_kernels.backend import Backend, select_backend
-from dash_kernels.spec import AttentionSpec, ChunkIds, GradientSums, Routing, RoutingStatistics, routing_statistics
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import AttentionSpec, Part, Routing, RoutingStatistics, routing_statistics
 
 
 @overload
@@ -26,6 +28,7 @@ def dash_attention(
     routing_scale: float = ...,
     prior_sigma: float | None = ...,
     softmax_scale: float | None = ...,
+    cu_seqlens: torch.Tensor | None = ...,
     backend: str = ...,
     return_routing: Literal[False] = ...,
 ) -> torch.Tensor: ...
@@ -43,6 +46,7 @@ def dash_attention(
     routing_scale: float = ...,
     prior_sigma: float | None = ...,
     softmax_scale: float | None = ...,
+    cu_seqlens: torch.Tensor | None = ...,
     backend: str = ...,
     return_routing: Literal[True],
 ) -> tuple[torch.Tensor, RoutingStatistics]: ...
@@ -59,6 +63,7 @@ def dash_attention(
     routing_scale: float = 1.0,
     prior_sigma: float | None = None,
     softmax_scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
     return_routing: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, RoutingStatistics]:
@@ -76,6 +81,12 @@ def dash_attention(
         routing_scale: factor of the routing logits; larger is sparser.
         prior_sigma: None for the bias log P; a positive number for (log P - mean log P) / prior_sigma.
         softmax_scale: takes the place of 1 / sqrt(D) in all three stages.
+        cu_seqlens: None for sequences of one document. For documents packed into one sequence, B = 1: int32
+            [documents + 1] on the CPU or on q's device, where document i is the tokens cu_seqlens[i] to
+            cu_seqlens[i + 1] - 1 (FlashAttention's varlen interface). Documents of any length, 0 included; each is
+            computed as a sequence of its own. Reading a tensor on a GPU waits for the GPU, so what was read is kept
+            for as long as the tensor lives unchanged: give all layers of a model the same tensor object, and give a new
+            one for new documents rather than writing to its memory behind torch's back.
         backend: "triton", "eager", or "auto" (Triton on a GPU, eager elsewhere).
         return_routing: also return the `RoutingStatistics` of the call.
 
@@ -96,11 +107,35 @@ def dash_attention(
         prior_sigma=prior_sigma,
         softmax_scale=softmax_scale,
     )
-    chunks = ChunkIds.whole_sequence(q.shape[1], chunk_size)
-    out, selected = _DashAttention.apply(q, k, v, summary_query, chunks, spec, select_backend(backend, q, spec))
+    if cu_seqlens is None:
+        chunks = ChunkGrid.whole_sequence(q.shape[1], chunk_size)
+    else:
+        chunks = _packed_chunks(cu_seqlens, q, chunk_size)
+    out, selected = _DashAttention.apply(
+        q, k, v, summary_query, chunks, spec, select_backend(backend, q, k.shape[2], spec)
+    )
     if not return_routing:
         return out
-    return out, routing_statistics(selected, chunks, chunk_size)
+    return out, routing_statistics(selected, chunks)
+
+
+# By cu_seqlens tensor, for as long as it lives: its version, and the grid by shape of q and chunk size.
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _packed_chunks(cu_seqlens: torch.Tensor, q: torch.Tensor, chunk_size: int) -> ChunkGrid:
+    """The grid of packed documents; raises ValueError for a cu_seqlens that does not fit q."""
+    # An inference tensor has no version, and what is no tensor is refused by the check.
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.is_inference():
+        return ChunkGrid.packed(check_cu_seqlens(cu_seqlens, q), chunk_size)
+    version, grids = _packed.get(cu_seqlens, (None, {}))
+    if version != cu_seqlens._version:
+        grids = {}
+        _packed[cu_seqlens] = cu_seqlens._version, grids
+    key = q.shape[:2], q.device, chunk_size
+    if key not in grids:
+        grids[key] = ChunkGrid.packed(check_cu_seqlens(cu_seqlens, q), chunk_size)
+    return grids[key]
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,16 +158,15 @@ class _DashAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         summary_query: torch.Tensor,
-        chunks: ChunkIds,
+        chunks: ChunkGrid,
         spec: AttentionSpec,
         backend: Backend,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        summaries = backend.summarize(k, summary_query, spec)
+        summaries = backend.summarize(k, chunks, summary_query, spec)
         routing = backend.route(q, chunks, summaries, spec)
-        out, lse = backend.attend(q, chunks, k, v, chunks, summaries, routing, spec)
-        out = out.to(q.dtype)
+        out, lse = backend.attend(q, chunks, Part(k, v, chunks, whole=True), summaries, routing, spec)
         ctx.save_for_backward(
-            q, k, v, summary_query, summaries, routing.tau, routing.log_mean, routing.selected, out, lse
+            q, k, v, summary_query, out, lse, summaries, routing.tau, routing.log_mean, routing.selected, routing.masks
         )
         ctx.call = chunks, spec, backend
         ctx.mark_non_differentiable(routing.selected)
@@ -142,14 +176,11 @@ class _DashAttention(torch.autograd.Function):
     @without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, summary_query, summaries, tau, log_mean, selected, out, lse = ctx.saved_tensors
+        q, k, v, summary_query, out, lse, summaries, *of_routing = ctx.saved_tensors
         chunks, spec, backend = ctx.call
-        routing = Routing(tau, log_mean, selected)
-        accumulate = summaries.dtype
-        delta = (grad.to(accumulate) * out.to(accumulate)).sum(-1)
-        sums = GradientSums.zeros(q, summaries)
-        dk, dv = backend.attend_backward(grad, q, chunks, k, v, chunks, summaries, routing, lse, delta, spec, sums)
-        backend.route_backward(q, chunks, summaries, routing, spec, sums)
-        dsummary_query = backend.summarize_backward(sums.dsummaries, k, summary_query, spec, dk)
-        grads = sums.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
+        part, routing = Part(k, v, chunks, whole=True), Routing(*of_routing)
+        dq, (dk, dv), dsummary_query = backend.backward_whole(
+            grad, q, chunks, part, summary_query, summaries, routing, out, lse, spec
+        )
+        grads = dq, dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
         return *grads, None, None, None

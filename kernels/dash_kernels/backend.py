@@ -1,7 +1,7 @@
 """Which implementation of the stages computes a call.
 
-Both backends offer the same six functions (documented in `eager.py`), and every caller, on one device or many, composes
-only these.
+Both backends offer the same eight functions (documented in `eager.py`), and every caller, on one device or many,
+composes only these.
 """
 
 from __future__ import annotations
@@ -15,36 +15,43 @@ from typing import Protocol
 import torch
 
 from dash_kernels import eager
-from dash_kernels.spec import AttentionSpec, ChunkIds, GradientSums, Routing
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import AttentionSpec, GradientSums, Part, Routing
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "eager")
 MAX_TRITON_HEAD_DIM = 256
+# Elements of a chunk's keys or a tile's queries, sizes rounded up to powers of two; what fits into shared memory.
+MAX_TRITON_FLOAT32_CHUNK = 64 * 128
+MAX_TRITON_GROUP = 16
 
 
 class Backend(Protocol):
     """The stages; see `dash_kernels.eager` for shapes and dtypes."""
 
-    def summarize(self, k: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor: ...
+    def summarize(
+        self, k: torch.Tensor, chunks: ChunkGrid, summary_query: torch.Tensor, spec: AttentionSpec
+    ) -> torch.Tensor: ...
 
     def summarize_backward(
         self,
         grad: torch.Tensor,
         k: torch.Tensor,
+        chunks: ChunkGrid,
         summary_query: torch.Tensor,
         spec: AttentionSpec,
         dk: torch.Tensor,
     ) -> torch.Tensor: ...
 
     def route(
-        self, q: torch.Tensor, query_chunks: ChunkIds, summaries: torch.Tensor, spec: AttentionSpec
+        self, q: torch.Tensor, query_chunks: ChunkGrid, summaries: torch.Tensor, spec: AttentionSpec
     ) -> Routing: ...
 
     def route_backward(
         self,
         q: torch.Tensor,
-        query_chunks: ChunkIds,
+        query_chunks: ChunkGrid,
         summaries: torch.Tensor,
         routing: Routing,
         spec: AttentionSpec,
@@ -54,33 +61,46 @@ class Backend(Protocol):
     def attend(
         self,
         q: torch.Tensor,
-        query_chunks: ChunkIds,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        key_chunks: ChunkIds,
+        query_chunks: ChunkGrid,
+        part: Part,
         summaries: torch.Tensor,
         routing: Routing,
         spec: AttentionSpec,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def row_dots(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor: ...
+
     def attend_backward(
         self,
         grad: torch.Tensor,
         q: torch.Tensor,
-        query_chunks: ChunkIds,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        key_chunks: ChunkIds,
+        query_chunks: ChunkGrid,
+        part: Part,
+        summary_query: torch.Tensor,
         summaries: torch.Tensor,
         routing: Routing,
         lse: torch.Tensor,
         delta: torch.Tensor,
         spec: AttentionSpec,
         sums: GradientSums,
-    ) -> torch.Tensor: ...
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def backward_whole(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        query_chunks: ChunkGrid,
+        part: Part,
+        summary_query: torch.Tensor,
+        summaries: torch.Tensor,
+        routing: Routing,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        spec: AttentionSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
-def select_backend(name: str, q: torch.Tensor, spec: AttentionSpec) -> Backend:
+def select_backend(name: str, q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> Backend:
     """The backend for a call; "auto" takes Triton on a GPU where it can and says once where it cannot.
 
     Raises ValueError for an unknown name, and for "triton" where Triton cannot compute the call.
@@ -89,7 +109,7 @@ def select_backend(name: str, q: torch.Tensor, spec: AttentionSpec) -> Backend:
         raise ValueError(f"backend is {name!r}: give one of {', '.join(BACKENDS)}")
     if name == "eager" or (name == "auto" and not q.is_cuda):
         return eager
-    obstacle = _triton_obstacle(q, spec)
+    obstacle = _triton_obstacle(q, kv_heads, spec)
     if obstacle is None:
         import dash_kernels.triton_backend
 
@@ -100,7 +120,7 @@ def select_backend(name: str, q: torch.Tensor, spec: AttentionSpec) -> Backend:
     return eager
 
 
-def _triton_obstacle(q: torch.Tensor, spec: AttentionSpec) -> str | None:
+def _triton_obstacle(q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -109,9 +129,18 @@ def _triton_obstacle(q: torch.Tensor, spec: AttentionSpec) -> str | None:
         return "float64 is computed by the eager backend"
     if spec.alpha != 1.5:
         return f"alpha is {spec.alpha}, the kernels take 1.5"
-    if q.shape[-1] > MAX_TRITON_HEAD_DIM:
-        return f"head_dim is {q.shape[-1]}, the kernels take up to {MAX_TRITON_HEAD_DIM}"
+    query_heads, head_dim = q.shape[2:]
+    if head_dim > MAX_TRITON_HEAD_DIM:
+        return f"head_dim is {head_dim}, the kernels take up to {MAX_TRITON_HEAD_DIM}"
+    if q.dtype == torch.float32 and _padded(head_dim) * max(_padded(spec.chunk_size), 64) > MAX_TRITON_FLOAT32_CHUNK:
+        return f"float32 with head_dim {head_dim} and chunk_size {spec.chunk_size} does not fit into shared memory"
+    if query_heads // kv_heads > MAX_TRITON_GROUP:
+        return f"{query_heads // kv_heads} query heads share a KV head, the kernels take up to {MAX_TRITON_GROUP}"
     return None
+
+
+def _padded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 @functools.cache

@@ -10,18 +10,13 @@ ACL 2019.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import torch
 
-from dash_kernels.spec import (
-    PRIOR_FLOOR,
-    ChunkIds,
-    RoutingStatistics,
-    accumulation_dtype,
-    routing_statistics,
-)
+from dash_kernels.spec import PRIOR_FLOOR, RoutingStatistics, accumulation_dtype
 
 
 def reference_dash_attention(
@@ -35,12 +30,40 @@ def reference_dash_attention(
     routing_scale: float = 1.0,
     prior_sigma: float | None = None,
     softmax_scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RoutingStatistics]:
     """DashAttention of q [B, T, Hq, D], k and v [B, T, Hkv, D], summary_query [Hkv, D] -> [B, T, Hq, D].
+
+    With cu_seqlens [documents + 1], document i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1, and each document
+    is computed as the sequence of its own that it is.
 
     Matrix products run in the inputs' dtype, reductions in float32 (float64 for float64 inputs): with float64 inputs
     this is the reference, with bfloat16 inputs the usual eager implementation whose rounding a kernel is compared to.
     """
+    settings = chunk_size, alpha, routing_scale, prior_sigma, softmax_scale
+    if cu_seqlens is None:
+        return _one_document(q, k, v, summary_query, *settings)
+    documents = [
+        _one_document(q[:, start:end], k[:, start:end], v[:, start:end], summary_query, *settings)
+        for start, end in itertools.pairwise(cu_seqlens.tolist())
+        if start < end
+    ]
+    selected = torch.cat([routing.selected_per_token for _, routing in documents], dim=1)
+    available = torch.cat([routing.available_per_token for _, routing in documents])
+    return torch.cat([out for out, _ in documents], dim=1), RoutingStatistics(selected, available)
+
+
+def _one_document(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    summary_query: torch.Tensor,
+    chunk_size: int,
+    alpha: float,
+    routing_scale: float,
+    prior_sigma: float | None,
+    softmax_scale: float | None,
+) -> tuple[torch.Tensor, RoutingStatistics]:
     batch, seq_len, query_heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = query_heads // kv_heads
@@ -49,7 +72,7 @@ def reference_dash_attention(
     complete = seq_len // chunk_size
     chunk_of = torch.arange(seq_len, device=q.device) // chunk_size
 
-    queries = q.view(batch, seq_len, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, T, D]
+    queries = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, T, D]
     keys, values = k.transpose(1, 2), v.transpose(1, 2)  # [B, Hkv, T, D]
 
     # Stage 1: summaries of the complete chunks
@@ -79,8 +102,7 @@ def reference_dash_attention(
     out = out.permute(0, 3, 1, 2, 4).reshape(q.shape)
 
     selected = (routed.sum(-1) + 1).transpose(1, 2).to(torch.int32)
-    ids = ChunkIds.whole_sequence(seq_len, chunk_size)
-    return out, routing_statistics(selected, ids, chunk_size)
+    return out, RoutingStatistics(selected, (chunk_of + 1).to(torch.int32))
 
 
 def entmax(z: torch.Tensor, allowed: torch.Tensor, alpha: float) -> torch.Tensor:

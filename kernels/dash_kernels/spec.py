@@ -1,4 +1,4 @@
-"""What every stage needs to know about the function: its constants, the chunks a tensor holds, the routing it found.
+"""What every stage needs to know about the function: its constants, a part of K and V, the routing that was found.
 
 Knows the definitions; does not know how a backend computes them, nor that ranks exist.
 """
@@ -6,11 +6,11 @@ Knows the definitions; does not know how a backend computes them, nor that ranks
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from dash_kernels.chunks import ChunkGrid
 
 # dP = dB / P is computed as dB / max(P, PRIOR_FLOOR), in the reference as in every backend. For prior_sigma=None the
 # floor never matters (dB is proportional to P); for prior_sigma > 2 the quotient grows without bound at the edge of the
@@ -39,29 +39,19 @@ class AttentionSpec:
         return 1.0 if self.prior_sigma is None else 1.0 / self.prior_sigma
 
 
-class ChunkIds:
-    """Which chunks of the sequence a tensor's tokens are, in the tensor's order.
+@dataclass(frozen=True)
+class Part:
+    """A part of the sequence's K and V.
 
-    Token t of the tensor lies in chunk `ids[t // chunk_size]`, at offset t % chunk_size. Only the last chunk of the
-    whole sequence may be incomplete, and then only as the last of a tensor.
+    k, v:   [B, S, Hkv, D]
+    chunks: where their chunks are, S tokens.
+    whole:  every chunk that any of the queries may attend to is in it.
     """
 
-    def __init__(self, ids: Sequence[int]):
-        self.ids = tuple(ids)
-        self._on_device: dict[torch.device, torch.Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def on(self, device: torch.device) -> torch.Tensor:
-        """The ids as an int32 tensor on a device; uploaded once."""
-        if device not in self._on_device:
-            self._on_device[device] = torch.tensor(self.ids, dtype=torch.int32, device=device)
-        return self._on_device[device]
-
-    @classmethod
-    def whole_sequence(cls, seq_len: int, chunk_size: int) -> ChunkIds:
-        return cls(range(math.ceil(seq_len / chunk_size)))
+    k: torch.Tensor
+    v: torch.Tensor
+    chunks: ChunkGrid
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -71,11 +61,13 @@ class Routing:
     tau:       [B, T, Hq] threshold in the space of x = (alpha - 1) z; p = max(0, x - tau)^(1 / (alpha - 1)).
     log_mean:  [B, T, Hkv] mean of log P over the routed chunks, zeros unless prior_sigma is set.
     selected:  [B, T, Hkv] int32, number of selected chunks, the own chunk included.
+    masks:     what the Triton backend keeps of the selection: a bit per tile of queries and chunk; None in eager.
     """
 
     tau: torch.Tensor
     log_mean: torch.Tensor
     selected: torch.Tensor
+    masks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ class GradientSums:
     """What all parts of K and V add to in the backward pass, in place; contiguous, in the accumulation dtype.
 
     dq:           [B, T, Hq, D]
-    dsummaries:   [B, n, Hkv, D]
+    dsummaries:   [B, n, Hkv, D] by chunk id: what `route_backward` adds, the term with the row sums.
     weighted_sum: [B, T, Hq] sum over chunks of u dp, where u = p^(2 - alpha); see `eager.route_backward`.
     """
 
@@ -103,7 +95,7 @@ class RoutingStatistics:
     """How sparse a call was.
 
     selected_per_token:  [B, T, Hkv] int32, selected chunks of every token, the own chunk included.
-    available_per_token: [T] int32, chunks a token could select: the earlier ones and its own.
+    available_per_token: [T] int32, chunks a token could select: the earlier ones of its document and its own.
     """
 
     selected_per_token: torch.Tensor
@@ -117,11 +109,12 @@ class RoutingStatistics:
         return self.selected_per_token.sum(dtype=torch.float64) / available
 
 
-def routing_statistics(selected: torch.Tensor, query_chunks: ChunkIds, chunk_size: int) -> RoutingStatistics:
+def routing_statistics(selected: torch.Tensor, query_chunks: ChunkGrid) -> RoutingStatistics:
     """Statistics of the queries that `query_chunks` places in the sequence, from `Routing.selected`."""
-    seq_len = selected.shape[1]
-    available = query_chunks.on(selected.device) + 1
-    return RoutingStatistics(selected, available.repeat_interleave(chunk_size)[:seq_len])
+    ids, _, lengths, firsts = query_chunks.on(selected.device)
+    # With the output's size given, a GPU need not be asked for it.
+    available = (ids - firsts + 1).repeat_interleave(lengths, output_size=query_chunks.tokens)
+    return RoutingStatistics(selected, available)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

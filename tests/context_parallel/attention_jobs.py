@@ -86,6 +86,13 @@ def triton_parity() -> dict[str, float]:
     return differences_from_one_process(inputs, "zigzag", "ring", backend="triton", **SETTINGS)
 
 
+def interpreted_triton_parity() -> dict[str, float]:
+    """The kernels in float32 through Triton's interpreter, on a sequence that is small enough for it."""
+    inputs = same_inputs(2 * dist.get_world_size(), torch.float32, heads=(2, 1))
+    call: dict[str, Any] = {"chunk_size": CHUNK, "routing_scale": 6.0, "backend": "triton"}
+    return differences_from_one_process(inputs, "zigzag", "ring", **call)
+
+
 def first_token_reaches_the_last_rank() -> dict[str, float]:
     """By how much the last token of the last rank's shard changes with the sequence's first token, held by rank 0."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()

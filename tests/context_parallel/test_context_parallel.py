@@ -1,11 +1,13 @@
 """The distributed call against the one-process result, on 2 and 4 ranks (NCCL where there are as many GPUs)."""
 
+import itertools
+
 import pytest
 import torch
 from ranks import backend_for, run_ranks
 
 from dash_dist import dash_attention, join_sequence, shard_positions, split_sequence
-from dash_dist.context_parallel.layout import shard_chunks
+from dash_dist.context_parallel.layout import gathered_chunks, shard_chunks
 
 SIZES = [2, pytest.param(4, marks=pytest.mark.skipif(0 < torch.cuda.device_count() < 4, reason="needs 4 GPUs"))]
 
@@ -62,19 +64,28 @@ def test_bfloat16_kernels_under_nccl() -> None:
         assert max(differences.values()) < 2**-6  # a few roundings of bfloat16
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no interpreter")
+def test_interpreted_kernels_under_gloo() -> None:
+    for differences in run_ranks("attention_jobs:interpreted_triton_parity", 2):
+        assert differences.pop("density") < 0.95, "too dense to test a selection"
+        assert max(differences.values()) < 1e-5, differences
+
+
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_shards_partition_the_sequence_in_whole_chunks(layout: str) -> None:
     for size in (1, 2, 3, 8):
-        chunks = [shard_chunks(6, rank, size, layout).ids for rank in range(size)]
-        assert sorted(sum(chunks, ())) == list(range(6 * size))
+        chunks = [shard_chunks(6, 16, rank, size, layout).ids.tolist() for rank in range(size)]
+        in_rank_order = list(itertools.chain.from_iterable(chunks))
+        assert sorted(in_rank_order) == list(range(6 * size))
+        assert gathered_chunks(6, 16, size, layout).ids.tolist() == in_rank_order
         positions = [shard_positions(6 * size * 16, rank, size, layout) for rank in range(size)]
         for ids, own in zip(chunks, positions, strict=True):
             assert (own.view(6, 16)[:, 0] == torch.tensor(ids) * 16).all()
 
 
 def test_zigzag_pairs_the_first_piece_with_the_last() -> None:
-    assert shard_chunks(4, 0, 2, "zigzag").ids == (0, 1, 6, 7)
-    assert shard_chunks(4, 1, 2, "zigzag").ids == (2, 3, 4, 5)
+    assert shard_chunks(4, 16, 0, 2, "zigzag").ids.tolist() == [0, 1, 6, 7]
+    assert shard_chunks(4, 16, 1, 2, "zigzag").ids.tolist() == [2, 3, 4, 5]
 
 
 def test_without_a_group_the_call_is_the_one_device_call() -> None:
@@ -93,4 +104,4 @@ def test_lengths_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sequence length 100 is not a multiple of 8.*pad to 104"):
         shard_positions(100, 0, 4, "zigzag")
     with pytest.raises(ValueError, match="3 chunks cannot be cut into 2 pieces"):
-        shard_chunks(3, 0, 2, "zigzag")
+        shard_chunks(3, 16, 0, 2, "zigzag")

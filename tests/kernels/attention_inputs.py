@@ -6,6 +6,11 @@ from typing import Any
 
 import torch
 
+from dash_kernels import eager
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.reference import entmax
+from dash_kernels.spec import AttentionSpec
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("output", "q", "k", "v", "summary_query")
 
@@ -30,9 +35,12 @@ def random_inputs(
     head_dim: int = 32,
     batch: int = 1,
     dtype: torch.dtype = torch.float64,
+    seed: int | None = None,
 ) -> Inputs:
-    """Normal q, k, v, summary_query and output gradient; another draw at every call, its seed in a failure's output."""
-    seed = torch.seed()
+    """Normal q, k, v, summary_query and output gradient; without a seed another draw at every call. The seed is in a
+    failure's output.
+    """
+    seed = torch.seed() if seed is None else torch.manual_seed(seed).initial_seed()
     print(f"inputs drawn with seed {seed}")
     heads = (group * kv_heads, kv_heads, kv_heads)
     q, k, v = (torch.randn(batch, seq_len, count, head_dim, device=DEVICE, dtype=torch.float64) for count in heads)
@@ -54,3 +62,57 @@ def relative_errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.T
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     errors = relative_errors(actual, expected)
     assert max(errors.values()) <= tolerance, errors  # NaN fails as well
+
+
+def assert_near(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """As `assert_close`, for results that may be zero: without an earlier chunk, summary_query has no gradient."""
+    errors = {
+        name: ((actual[name].double() - wanted).norm() / wanted.norm().clamp(min=1)).item()
+        for name, wanted in expected.items()
+    }
+    assert max(errors.values()) <= tolerance, errors  # NaN fails as well
+
+
+def routing_gaps(inputs: Inputs, query_chunks: ChunkGrid, key_chunks: ChunkGrid, spec: AttentionSpec) -> torch.Tensor:
+    """x - tau of every query head and chunk in float64, by the reference's entmax [B, T, Hkv, G, n]: positive where a
+    head gives the chunk a probability, -inf where the chunk is not an earlier one of the query's document.
+
+    k is the whole sequence; alpha must be 1.5.
+    """
+    wide = inputs.to(torch.float64)
+    summaries = eager.summarize(wide.k, key_chunks, wide.summary_query, spec)
+    q = wide.q.unflatten(2, (wide.k.shape[2], -1))
+    z = torch.einsum("bthgd,bnhd->bthgn", q, summaries) * spec.routing_logit_scale
+    ids, _, lengths, firsts = query_chunks.on(q.device).long()
+    chunk, first = (x.repeat_interleave(lengths).unsqueeze(-1) for x in (ids, firsts))  # [T, 1]
+    candidates = torch.arange(len(key_chunks), device=q.device)
+    allowed = ((candidates >= first) & (candidates < chunk))[None, :, None, None].expand_as(z)
+    p = entmax(z, allowed, 1.5)
+    x = torch.where(allowed, z / 2, -torch.inf)
+    tau = x.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).sqrt()
+    return torch.where(allowed, x - tau, -torch.inf)
+
+
+def clear_inputs(
+    seq_len: int, call: dict[str, Any], margin: float = 1e-4, cu_seqlens: torch.Tensor | None = None, **shape: Any
+) -> Inputs:
+    """Random inputs, drawn again until no score is so close to its threshold that float32 cannot tell what is selected:
+    there the mean of log P jumps.
+    """
+    for _ in range(100):
+        inputs = random_inputs(seq_len, **shape)
+        if selection_margin(inputs, call, cu_seqlens) > margin:
+            return inputs
+    raise AssertionError(f"no inputs with a margin of {margin} in 100 draws")
+
+
+def selection_margin(inputs: Inputs, call: dict[str, Any], cu_seqlens: torch.Tensor | None = None) -> float:
+    """Least distance of a score from its threshold; call: the settings of `dash_attention`."""
+    bounds = [0, inputs.q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    grid = ChunkGrid.packed(bounds, call["chunk_size"])
+    return routing_gaps(inputs, grid, grid, spec_of(inputs, call)).abs().amin().item()
+
+
+def spec_of(inputs: Inputs, call: dict[str, Any]) -> AttentionSpec:
+    scale = inputs.q.shape[-1] ** -0.5
+    return AttentionSpec(call["chunk_size"], 1.5, call.get("routing_scale", 1.0), call.get("prior_sigma"), scale)

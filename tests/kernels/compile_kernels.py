@@ -1,62 +1,177 @@
 """Compiles every kernel for a Hopper GPU, which needs none: Triton brings its assembler. Run without the interpreter.
 
+    python compile_kernels.py NAME    # of a shape in SHAPES
+
 What the interpreter accepts and the compiler refuses (a variable that changes its type, too much shared memory) shows
-here. Prints one line per kernel: its name and the shared memory of a program, in bytes.
+here. The stages are called as they are, with tensors on the CPU that no kernel reads or writes, and what they would
+launch is compiled: no launch is written down twice. Prints one line of JSON per compiled kernel; see `Compiled`.
 """
 
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dash_kernels.spec import AttentionSpec
-from dash_kernels.triton_backend import backward, forward, routing, summary
-from dash_kernels.triton_backend.tiles import TileShape
+from dash_kernels import triton_backend
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import AttentionSpec, GradientSums, Part
 
 HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int8: "i8"}
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def compile_for_hopper(kernel: Any, scalars: str, options: dict[str, Any], pointers: dict[str, str]) -> None:
-    """scalars: types of the arguments after the pointers; options: compile-time constants and launch options."""
-    launch = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
-    constants = {name: value for name, value in options.items() if name not in launch}
-    names = kernel.arg_names
-    rest = iter(scalars.split())
-    signature = {}
-    for name in names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = pointers.get(name, "*fp32")
-        else:
-            signature[name] = next(rest)
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    compiled = triton.compile(source, target=HOPPER, options=launch)
-    print(kernel.__name__, compiled.metadata.shared, flush=True)
+@dataclass(frozen=True)
+class Shape:
+    """by_parts: also the kernels of K and V that come in parts, with prior_sigma; else those of a whole part only."""
+
+    dtype: torch.dtype
+    group: int
+    head_dim: int
+    chunk_size: int
+    by_parts: bool
+
+
+SHAPES = {
+    "model": Shape(torch.bfloat16, group=4, head_dim=128, chunk_size=64, by_parts=True),
+    "padded": Shape(torch.bfloat16, group=3, head_dim=96, chunk_size=48, by_parts=True),
+    "largest": Shape(torch.bfloat16, group=1, head_dim=256, chunk_size=128, by_parts=False),
+    "largest float32": Shape(torch.float32, group=4, head_dim=128, chunk_size=64, by_parts=False),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """variant: the kernel's compile-time flags; shared: bytes of shared memory of a program; serialised: the assembler
+    found matrix instructions that it could not let overlap, which costs a third of their speed and more.
+    """
+
+    kernel: str
+    variant: str
+    shared: int
+    serialised: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def variant(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.constants.items() if isinstance(value, bool))
+
+
+def type_of(name: str, value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, (int, float)):
+        return "i32" if isinstance(value, int) else "fp32"
+    raise TypeError(f"argument {name} is of type {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def noted(launches: list[Launch]) -> Iterator[None]:
+    """Kernels launched inside are noted instead of run."""
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in LAUNCH_OPTIONS if name in kwargs}
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        signature = {}
+        for parameter in kernel.params:
+            name = parameter.name
+            signature[name] = "constexpr" if parameter.is_constexpr else type_of(name, values[name])
+            if signature[name] == "i32" and not parameter.do_not_specialize:
+                raise TypeError(f"{kernel.__name__} would be compiled again for other values of {name}")
+        options = {name: value for name, value in options.items() if value is not None}
+        launches.append(Launch(kernel, signature, constants, options))
+
+    original = JITFunction.run
+    JITFunction.run = note
+    try:
+        yield
+    finally:
+        JITFunction.run = original
+
+
+def call_the_stages(shape: Shape, prior_sigma: float | None, whole: bool) -> None:
+    kv_heads, chunks = 2, 3
+    spec = AttentionSpec(shape.chunk_size, alpha=1.5, routing_scale=1.0, prior_sigma=prior_sigma, scale=0.1)
+    tokens = chunks * shape.chunk_size
+    grid = ChunkGrid.whole_sequence(tokens, shape.chunk_size)
+    q = torch.zeros(1, tokens, kv_heads * shape.group, shape.head_dim, dtype=shape.dtype)
+    k = q[:, :, :kv_heads].contiguous()
+    c = torch.zeros(kv_heads, shape.head_dim, dtype=shape.dtype)
+    part = Part(k, k, grid, whole)
+    summaries = triton_backend.summarize(k, grid, c, spec)
+    routing = triton_backend.route(q, grid, summaries, spec)
+    out, lse = triton_backend.attend(q, grid, part, summaries, routing, spec)
+    if whole:
+        triton_backend.backward_whole(q, q, grid, part, c, summaries, routing, out, lse, spec)
+        return
+    sums = GradientSums.zeros(q, summaries)
+    delta = triton_backend.row_dots(q, out)
+    triton_backend.attend_backward(q, q, grid, part, c, summaries, routing, lse, delta, spec, sums)
+    triton_backend.route_backward(q, grid, summaries, routing, spec, sums)
+    triton_backend.summarize_backward(summaries, k, grid, c, spec, torch.zeros(k.shape))
+
+
+def launches_of(shape: Shape) -> list[Launch]:
+    """Every kernel and variant once; those that take longest to compile, which come late in a call, first."""
+    launches: list[Launch] = []
+    with noted(launches):
+        call_the_stages(shape, prior_sigma=None, whole=True)
+        if shape.by_parts:
+            call_the_stages(shape, prior_sigma=1.0, whole=False)
+    return [launch for index, launch in enumerate(launches) if launch not in launches[:index]][::-1]
+
+
+def compiled(launch: Launch) -> Compiled:
+    """Raises what the compiler raises."""
+    names = list(launch.signature)
+    constants = {(names.index(name),): value for name, value in launch.constants.items()}
+    # As at a launch: torch's memory begins at multiples of 16 bytes.
+    pointers = [name for name, kind in launch.signature.items() if kind.startswith("*")]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = ASTSource(launch.kernel, launch.signature, constants, aligned)
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        binary = triton.compile(source, target=HOPPER, options=launch.options)
+    serialised = "wgmma.mma_async instructions are serialized" in log.getvalue()
+    return Compiled(launch.kernel.__name__, launch.variant, binary.metadata.shared, serialised)
+
+
+def compile_one(shape: str, index: int) -> Compiled:
+    return compiled(launches_of(SHAPES[shape])[index])
 
 
 def main() -> None:
-    kv_heads, group, head_dim = 2, 4, 96
-    spec = AttentionSpec(chunk_size=48, alpha=1.5, routing_scale=1.0, prior_sigma=1.0, scale=0.1)
-    q = torch.empty(1, 96, kv_heads * group, head_dim, dtype=torch.bfloat16)
-    tile = TileShape.of(q, kv_heads, spec)
-    stage1 = summary._constants(q[:, :, :kv_heads], spec)
-    stage2 = routing._options(tile)
-    stage3 = {**tile.constants, **tile.launch}
-    inputs = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "grad_ptr")}
-    ids = {name: "*i32" for name in ("ids_ptr", "query_ids_ptr", "key_ids_ptr", "selected_ptr")}
-    pointers = inputs | ids
-    compile_for_hopper(summary.summary_fwd_kernel, "i32 i32 fp32", stage1, pointers)
-    compile_for_hopper(summary.summary_bwd_kernel, "i32 i32 fp32", stage1, pointers | {"grad_ptr": "*fp32"})
-    compile_for_hopper(routing.route_fwd_kernel, "i32 i32 fp32", stage2 | {"HAS_SIGMA": True}, pointers)
-    compile_for_hopper(routing.route_bwd_dq_kernel, "i32 i32 fp32 fp32", stage2, pointers)
-    compile_for_hopper(routing.route_bwd_dsummary_kernel, "i32 i32 i32 fp32 fp32", stage2, pointers)
-    compile_for_hopper(forward.attend_fwd_kernel, "i32 i32 i32 i32 fp32 fp32 fp32", stage3, pointers)
-    scalars = "i32 i32 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32"
-    compile_for_hopper(backward.attend_bwd_dq_kernel, scalars, stage3, pointers)
-    compile_for_hopper(backward.attend_bwd_dkdv_kernel, scalars, stage3 | {"num_warps": 8}, pointers)
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # what the assembler says, on stdout
+    torch.set_num_threads(1)
+    # Each process notes all launches itself, for a kernel does not pickle.
+    shape = sys.argv[1]
+    indices = range(len(launches_of(SHAPES[shape])))
+    with multiprocessing.Pool(2) as pool:
+        for kernel in pool.imap_unordered(functools.partial(compile_one, shape), indices):
+            print(json.dumps(dataclasses.asdict(kernel)), flush=True)
 
 
 if __name__ == "__main__":

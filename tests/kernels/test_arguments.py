@@ -64,6 +64,6 @@ def test_float64_is_refused_by_name_and_falls_back_by_default(caplog: pytest.Log
     spec = backend.AttentionSpec(16, 1.5, 1.0, None, 1.0)
     backend._log_fallback.cache_clear()
     with caplog.at_level(logging.WARNING):
-        chosen = [backend.select_backend("auto", inputs.q, spec) for _ in range(2)]
+        chosen = [backend.select_backend("auto", inputs.q, inputs.k.shape[2], spec) for _ in range(2)]
     assert chosen == [eager, eager]
     assert len(caplog.records) == (1 if DEVICE == "cuda" else 0)  # without a GPU eager is the default: nothing to say

@@ -1,24 +1,68 @@
 """Every kernel compiles for a GPU, also where the tests run without one."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 SHARED_MEMORY_OF_HOPPER = 232_448  # bytes per program
+OF_A_WHOLE_PART = {
+    "summary_kernel": 1,
+    "route_kernel": 1,
+    "attend_kernel": 1,
+    "row_dots_kernel": 1,
+    "query_gradient_kernel": 1,
+    "query_bits_kernel": 1,
+    "key_gradient_kernel": 1,
+}
+# With and without a mean of log P, of a whole part and of one of several.
+OF_EVERY_CALL = OF_A_WHOLE_PART | {
+    "route_kernel": 2,
+    "attend_kernel": 2,
+    "row_dots_kernel": 2,
+    "query_gradient_kernel": 2,
+    "key_gradient_kernel": 2,
+    "route_queries_kernel": 1,
+    "route_summaries_kernel": 1,
+    "summary_backward_kernel": 1,
+}
 
 
-def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
+def compile_kernels(shape: str, cache: Path) -> list[dict[str, Any]]:
+    """A row per kernel and variant; see `compile_kernels.Compiled`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), shape],
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         timeout=280,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    shared = dict(line.split() for line in result.stdout.splitlines())
-    assert len(shared) == 8
-    assert all(int(size) <= SHARED_MEMORY_OF_HOPPER for size in shared.values()), shared
+    print(result.stdout)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("shape", "variants"),
+    [
+        ("model", OF_EVERY_CALL),
+        ("padded", OF_EVERY_CALL),
+        ("largest", OF_A_WHOLE_PART),
+        ("largest float32", OF_A_WHOLE_PART),
+    ],
+)
+def test_every_kernel_compiles_and_fits(shape: str, variants: dict[str, int], tmp_path: Path) -> None:
+    kernels = compile_kernels(shape, tmp_path)
+    names = [kernel["kernel"] for kernel in kernels]
+    assert {name: names.count(name) for name in names} == variants
+    too_large = {kernel["kernel"]: kernel["shared"] for kernel in kernels if kernel["shared"] > SHARED_MEMORY_OF_HOPPER}
+    assert not too_large
+    if shape == "model":  # the kernels were tuned for it
+        assert not [(kernel["kernel"], kernel["variant"]) for kernel in kernels if kernel["serialised"]]
+        assert any("MAPS=True" in kernel["variant"] for kernel in kernels)

@@ -1,110 +1,201 @@
-"""Stage 3 in Triton, forward: one program per tile walks the chunks of a part of the sequence and skips those that none
-of its tokens selected. Correct and linear in memory; the routing probability of every chunk is recomputed in place.
+"""Stage 3 in Triton, forward: a tile of queries attends to its own chunk, then walks the list of chunks that any of its
+tokens selected.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dash_kernels.spec import AttentionSpec, ChunkIds, Routing
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import AttentionSpec, Part, Routing
+from dash_kernels.triton_backend.launch import LaunchOptions, launch_options
+from dash_kernels.triton_backend.selection import chunk_lists, list_chunks, work_counter
 from dash_kernels.triton_backend.tiles import (
+    LN_2,
+    LOG2_E,
     TileShape,
-    biased_scores,
     chunk_offsets,
+    column_of,
+    load_chunk,
     load_rows,
-    route_one_chunk,
-    summary_offset,
+    load_slot,
+    mean_over_group,
+    prior_bias,
+    resident_programs,
+    routing_factor,
+    routing_scores,
+    split_summaries,
+    store_rows,
     tile_rows,
+    to_rows,
 )
 
-LOG2_E = math.log2(math.e)
-LN_2 = tl.constexpr(math.log(2))
+NOTHING = tl.constexpr(-1.0e30)  # running maximum of a row that has met no key: finite, so that no difference is NaN
 
 
 def attend(
     q: torch.Tensor,
-    query_chunks: ChunkIds,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_chunks: ChunkIds,
+    query_chunks: ChunkGrid,
+    part: Part,
     summaries: torch.Tensor,
     routing: Routing,
     spec: AttentionSpec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, seq_len = q.shape[:2]
     n, kv_heads = summaries.shape[1:3]
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     tile = TileShape.of(q, kv_heads, spec)
-    attend_fwd_kernel[tile.grid(len(query_chunks), batch, kv_heads, spec.chunk_size)](
-        q.contiguous(), query_chunks.on(q.device), k.contiguous(), v.contiguous(), key_chunks.on(q.device), summaries,
-        routing.tau, routing.log_mean, out, lse, seq_len, k.shape[1], n, len(key_chunks), *kernel_scales(spec),
-        **tile.constants, **tile.launch,
+    options = launch_options("attend", q)
+    out = torch.empty(q.shape, dtype=q.dtype if part.whole else torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    k, v = part.k.contiguous(), part.v.contiguous()
+    tiles = len(query_chunks) * tile.per_chunk
+    programs = min(resident_programs(q.device, options.resident), tiles * q.shape[0] * kv_heads)
+    attend_kernel[(programs,)](
+        q.contiguous(), query_chunks.on(q.device), k, v, *key_maps(k, v, tile, options),
+        part.chunks.starts_by_id(n, q.device), *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean,
+        routing.masks, chunk_lists(programs, n, q.device), work_counter(q.device), out, lse,
+        q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
+        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent,
+        BC=triton.next_power_of_2(spec.chunk_size), BN=options.block, HAS_SIGMA=spec.prior_sigma is not None,
+        MAPS=uses_maps(tile, options), **tile.constants, **options.launch,
     )  # fmt: skip
     return out, lse
 
 
-def kernel_scales(spec: AttentionSpec) -> tuple[float, float, float]:
-    """(factor of q . s in x, factor of q . k in base-2 scores, factor of log2 P in the bias)."""
-    return spec.routing_logit_scale * (spec.alpha - 1), spec.scale * LOG2_E, spec.prior_exponent
+def uses_maps(tile: TileShape, options: LaunchOptions) -> bool:
+    """Tensor maps take powers of two; other chunk sizes and head dims are loaded by address."""
+    whole = tile.head_dim == tile.padded_dim and tile.chunk_size == triton.next_power_of_2(tile.chunk_size)
+    return options.tensor_maps and whole
 
 
-@triton.jit(do_not_specialize=["T", "S", "n", "key_chunks"])
-def attend_fwd_kernel(
-    q_ptr, query_ids_ptr, k_ptr, v_ptr, key_ids_ptr, summary_ptr, tau_ptr, log_mean_ptr, out_ptr, lse_ptr,
-    T, S, n, key_chunks, factor, scale, prior_exponent,
-    HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr,
-    C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+def key_maps(
+    k: torch.Tensor, v: torch.Tensor, tile: TileShape, options: LaunchOptions
+) -> tuple[torch.Tensor | TensorDescriptor, torch.Tensor | TensorDescriptor]:
+    """Tensor maps of K and V, a chunk of one head at a time; where there are none, K and V in their place."""
+    if not uses_maps(tile, options):
+        return k, v
+    block = [tile.chunk_size, tile.head_dim]
+    k_map, v_map = (TensorDescriptor.from_tensor(x.view(-1, tile.kv_heads * tile.head_dim), block) for x in (k, v))
+    return k_map, v_map
+
+
+@triton.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
+def attend_kernel(
+    q_ptr, grid_ptr, k_ptr, v_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr, mask_ptr,
+    list_ptr, next_ptr, out_ptr, lse_ptr, T, S, n, slots, batch_heads, factor, scale2, prior_exponent,
+    HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
+    BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
+    MAPS: tl.constexpr,
 ):  # fmt: skip
-    tile, batch_head = tl.program_id(0), tl.program_id(1)
     M: tl.constexpr = BT * GP
-    column = tl.arange(0, BD)
-    token, row_offset, real = tile_rows(tile, batch_head, T, HQ, HK, G, GP, BT)
-    chunk = tl.load(query_ids_ptr + tile * BT // C)
-    q = load_rows(q_ptr, row_offset, real, D, BD)
-    q32 = q.to(tl.float32)
-    tau = tl.load(tau_ptr + row_offset, mask=real, other=0.0)
-    log2_mean = load_log2_mean(log_mean_ptr, tile, batch_head, T, HK, BT)
+    STEPS: tl.constexpr = C // BT
+    tiles = slots * STEPS
+    words = (n + 31) // 32
+    ids_ptr = list_ptr + tl.program_id(0).to(tl.int64) * 2 * n
+    list_starts_ptr = ids_ptr + n
+    work = tl.atomic_add(next_ptr, 1)  # handed out one by one: lists differ in length
+    while work < tiles * batch_heads:
+        batch_head = work // tiles
+        tile = tiles - 1 - work % tiles  # late chunks have the longest lists: they go first
+        chunk, start, length, first = load_slot(grid_ptr, slots, tile // STEPS)
+        if tile % STEPS * BT < length:
+            place, rows, real = tile_rows(start, length, tile % STEPS, batch_head, T, HQ, HK, G, GP, BT)
+            q = load_rows(q_ptr, rows, real, D, BD)
+            tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
+            log2_mean = load_log2_mean(log_mean_ptr, start, tile % STEPS, length, batch_head, T, HK, BT, HAS_SIGMA)
+            mask_row = mask_ptr + (batch_head.to(tl.int64) * tiles + tile) * words
+            count = list_chunks(mask_row, starts_ptr, ids_ptr, list_starts_ptr, first, chunk)
 
-    top = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    out = tl.zeros([M, BD], tl.float32)
-    for slot in range(0, key_chunks):
-        key_chunk = tl.load(key_ids_ptr + slot)
-        if key_chunk <= chunk:
-            is_own = key_chunk == chunk
-            summary_mask = (column < D) & (key_chunk < n)
-            summary_at = summary_offset(key_chunk, batch_head, n, HK, D) + column
-            summary = tl.load(summary_ptr + summary_at, mask=summary_mask, other=0.0)
-            _u, prior = route_one_chunk(q32, summary, tau, factor, G, GP, BT)
-            if is_own | (tl.max(prior, axis=0) > 0):
-                offsets, mask = chunk_offsets(slot, batch_head, S, HK, C, BC, D, BD)
-                k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
-                scores = biased_scores(
-                    q, k, prior, log2_mean, is_own, token, scale, prior_exponent, GP, BT, C, BC, PRECISION
+            top = tl.full([M], NOTHING, tl.float32)
+            total = tl.zeros([M], tl.float32)
+            out = tl.zeros([M, BD], tl.float32)
+            own = tl.load(starts_ptr + chunk)
+            if own >= 0:
+                k = load_chunk(k_ptr, own, length, batch_head, S, HK, BC, D, BD)
+                v = load_chunk(v_ptr, own, length, batch_head, S, HK, BC, D, BD)
+                scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
+                scores = tl.where(tl.arange(0, BC)[None, :] <= place[:, None], scores, -float("inf"))
+                top, total, out = softmax_step(scores, v, top, total, out)
+            for block in range(0, count, BN):
+                listed = block + tl.arange(0, BN)
+                ids = tl.load(ids_ptr + listed, mask=listed < count, other=0)
+                bias = bias_block(
+                    q, high_ptr, low_ptr, ids, listed < count, batch_head, n, tau, log2_mean, factor, prior_exponent,
+                    HK, G, GP, BT, D, BD, BN,
                 )  # fmt: skip
-                new_top = tl.maximum(top, tl.max(scores, axis=1))
-                finite_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # rows that selected nothing so far
-                weights = tl.exp2(scores - finite_top[:, None])
-                shrink = tl.exp2(top - finite_top)
-                total = total * shrink + tl.sum(weights, axis=1)
-                v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
-                out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-                top = new_top
-    empty = total == 0.0
-    out = out / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, -float("inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
-    tl.store(out_ptr + row_offset[:, None] * D + column[None, :], out, mask=real[:, None] & (column < D)[None, :])
-    tl.store(lse_ptr + row_offset, lse, mask=real)
+                for index in range(0, tl.minimum(count - block, BN)):
+                    at = tl.load(list_starts_ptr + block + index)
+                    k, v = load_keys(k_ptr, v_ptr, k_map, v_map, at, batch_head, S, HK, C, BC, D, BD, MAPS)
+                    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
+                    scores += column_of(bias, index, BN)[:, None]
+                    if BC != C:
+                        scores = tl.where((tl.arange(0, BC) < C)[None, :], scores, -float("inf"))
+                    top, total, out = softmax_step(scores, v, top, total, out)
+            tl.debug_barrier()  # the list is written anew for the next tile
+            # Read again, so that no address occupies registers during the loop.
+            _chunk, start, length, _first = load_slot(grid_ptr, slots, tile // STEPS)
+            _place, rows, real = tile_rows(start, length, tile % STEPS, batch_head, T, HQ, HK, G, GP, BT)
+            met = total > 0
+            out = out / tl.where(met, total, 1.0)[:, None]
+            store_rows(out_ptr, out, rows, real, D, BD)
+            lse = tl.where(met, (top + tl.log2(tl.where(met, total, 1.0))) * LN_2, -float("inf"))
+            tl.store(lse_ptr + rows, lse, mask=real)
+        work = tl.atomic_add(next_ptr, 1)
 
 
 @triton.jit
-def load_log2_mean(log_mean_ptr, tile, batch_head, T, HK: tl.constexpr, BT: tl.constexpr):
-    """Mean of log2 P of the tile's tokens.  [BT]"""
-    token = tile * BT + tl.arange(0, BT)
-    offset = ((batch_head // HK).to(tl.int64) * T + token) * HK + batch_head % HK
-    return tl.load(log_mean_ptr + offset, mask=token < T, other=0.0) / LN_2
+def softmax_step(scores, v, top, total, out):
+    """Adds keys with base-2 scores [M, BC] to a running softmax."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, axis=1)
+    out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="tf32x3")
+    return new_top, total, out
+
+
+@triton.jit
+def bias_block(
+    q, high_ptr, low_ptr, ids, mask, batch_head, n, tau, log2_mean, factor, prior_exponent,
+    HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Bias of the tile's rows for BN chunks in base 2, -inf where not selected.  [M, BN]"""
+    y, _high = routing_scores(q, high_ptr, low_ptr, ids, mask, batch_head, n, HK, D, BD, True)
+    u = tl.maximum(y * factor - tau[:, None], 0.0)
+    prior = mean_over_group(u * u, G, GP, BT, BN)
+    return to_rows(prior_bias(prior, log2_mean[:, None], prior_exponent), GP, BT, BN)
+
+
+@triton.jit
+def load_keys(
+    k_ptr, v_ptr, k_map, v_map, start, batch_head, S,
+    HK: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MAPS: tl.constexpr,
+):  # fmt: skip
+    """(K, V) of a complete chunk that starts at a token.  [BC, BD] each"""
+    if MAPS:
+        row = (batch_head // HK) * S + start
+        column = (batch_head % HK) * D
+        k = k_map.load([row, column])
+        v = v_map.load([row, column])
+    else:
+        offsets, mask = chunk_offsets(start, C, batch_head, S, HK, BC, D, BD)
+        k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
+        v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+    return k, v
+
+
+@triton.jit
+def load_log2_mean(
+    log_mean_ptr, start, step, length, batch_head, T, HK: tl.constexpr, BT: tl.constexpr, HAS_SIGMA: tl.constexpr
+):
+    """Mean of log2 P of a tile's tokens.  [BT]"""
+    if HAS_SIGMA:
+        place = step * BT + tl.arange(0, BT)
+        offset = ((batch_head // HK).to(tl.int64) * T + start + place) * HK + batch_head % HK
+        log2_mean = tl.load(log_mean_ptr + offset, mask=place < length, other=0.0) / LN_2
+    else:
+        log2_mean = tl.zeros([BT], tl.float32)
+    return log2_mean

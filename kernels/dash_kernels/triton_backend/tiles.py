@@ -1,13 +1,16 @@
-"""Tiles: the rows a GPU program works on, and the pieces of device code that several kernels share.
+"""Tiles: the rows a GPU program works on, and the device code that several kernels share.
 
 A tile holds BT neighbouring tokens of one chunk times the G query heads of one KV head (padded to GP, a power of two):
 row r is token r // GP, head r % GP. All rows of a tile therefore see the same earlier chunks. Tensors are contiguous;
 offsets are int64. Names in kernels: T tokens of the tensor, HQ / HK heads, C chunk size (BC its power of two), D head
-dim (BD likewise), n chunks with a summary.
+dim (BD likewise), n chunks of the sequence, grid the [4, slots] table of `ChunkGrid.on`, batch_head = batch x HK + KV
+head. `factor` turns q . s into x, `scale2` turns q . k into scores in base 2.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,74 +19,113 @@ import triton.language as tl
 
 from dash_kernels.spec import AttentionSpec
 
-TILE_ROWS, TILE_ROWS_WIDE = 64, 32  # wide: head dims above 128, where shared memory is what limits a tile
-CHUNK_BLOCK, CHUNK_BLOCK_WIDE = 32, 16  # summaries per step of a routing sweep; tl.dot takes no fewer than 16
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+
+TILE_ROWS = 64  # what one warp group's matrix instruction takes
 
 
 @dataclass(frozen=True)
 class TileShape:
     """Compile-time sizes of the kernels for one call; none depends on the sequence length."""
 
-    constants: dict[str, object]
+    query_heads: int
+    kv_heads: int
+    group: int
+    padded_group: int
     tokens: int
-    chunk_block: int
-    num_warps: int
-    num_stages: int
+    chunk_size: int
+    head_dim: int
+    padded_dim: int
 
     @classmethod
     def of(cls, q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> TileShape:
         query_heads, head_dim = q.shape[2:]
         group = query_heads // kv_heads
         padded_group = triton.next_power_of_2(group)
-        padded_dim = max(triton.next_power_of_2(head_dim), 16)
-        wide = padded_dim > 128
-        rows = TILE_ROWS_WIDE if wide else TILE_ROWS
         # At least 16 rows for tl.dot; a power of two that divides the chunk, so that no tile crosses a chunk's border.
         tokens = max(16 // padded_group, 1)
-        while tokens * 2 * padded_group <= rows and spec.chunk_size % (tokens * 2) == 0:
+        while tokens * 2 * padded_group <= TILE_ROWS and spec.chunk_size % (tokens * 2) == 0:
             tokens *= 2
-        constants = {
-            "HQ": query_heads,
-            "HK": kv_heads,
-            "G": group,
-            "GP": padded_group,
-            "BT": tokens,
-            "C": spec.chunk_size,
-            "BC": triton.next_power_of_2(spec.chunk_size),
-            "D": head_dim,
-            "BD": padded_dim,
-            # float32 inputs are multiplied in full float32; "ieee" is ignored for float16 and bfloat16 operands
-            "PRECISION": "ieee",
-        }
-        return cls(
-            constants,
-            tokens,
-            chunk_block=CHUNK_BLOCK_WIDE if wide else CHUNK_BLOCK,
-            num_warps=8 if wide else 4,
-            num_stages=1 if wide else 3,
-        )
+        padded_dim = max(triton.next_power_of_2(head_dim), 16)
+        return cls(query_heads, kv_heads, group, padded_group, tokens, spec.chunk_size, head_dim, padded_dim)
 
     @property
-    def launch(self) -> dict[str, int]:
-        """Options of a launch whose programs work on one tile each."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    def per_chunk(self) -> int:
+        """Tiles of a chunk."""
+        return self.chunk_size // self.tokens
 
-    def grid(self, query_chunks: int, batch: int, kv_heads: int, chunk_size: int) -> tuple[int, int]:
-        """One program per tile and (batch, KV head); tiles without a token of the tensor do nothing."""
-        return query_chunks * (chunk_size // self.tokens), batch * kv_heads
+    @property
+    def constants(self) -> dict[str, int]:
+        return {
+            "HQ": self.query_heads,
+            "HK": self.kv_heads,
+            "G": self.group,
+            "GP": self.padded_group,
+            "BT": self.tokens,
+            "C": self.chunk_size,
+            "D": self.head_dim,
+            "BD": self.padded_dim,
+        }
+
+
+def split_summaries(summaries: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 summaries as (high, low) of a 16-bit dtype with high + low = summary to 16 bits or more.
+
+    q . high + q . low on the tensor cores costs a sixth of a float32 product of that accuracy. Float32 queries need no
+    split: both are the summaries themselves, and the kernels leave the second one alone.
+    """
+    if dtype == torch.float32:
+        return summaries, summaries
+    high = summaries.to(dtype)
+    return high, (summaries - high.float()).to(dtype)
+
+
+def routing_factor(spec: AttentionSpec) -> float:
+    """Factor of q . s in x = (alpha - 1) z."""
+    return spec.routing_logit_scale * (spec.alpha - 1)
+
+
+@functools.cache
+def resident_programs(device: torch.device, per_multiprocessor: int) -> int:
+    """Programs of a persistent kernel: as many as the device holds at a time."""
+    if device.type != "cuda":
+        return 3  # the interpreter: a number that leaves unequal shares
+    return torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor
+
+
+@triton.jit
+def load_slot(grid_ptr, slots, slot):
+    """(id, start, length, first) of the chunk at a slot."""
+    chunk = tl.load(grid_ptr + slot)
+    start = tl.load(grid_ptr + slots + slot)
+    length = tl.load(grid_ptr + 2 * slots + slot)
+    first = tl.load(grid_ptr + 3 * slots + slot)
+    return chunk, start, length, first
 
 
 @triton.jit
 def tile_rows(
-    tile, batch_head, T, HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr
-):
-    """(token [M], offset of the row in a [B, T, HQ] tensor [M], row is real [M])."""
+    start, length, step, batch_head, T,
+    HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """(place in the chunk [M], index into [B, T, HQ] [M], is not padding [M]) of the rows of a chunk's step-th tile."""
     row = tl.arange(0, BT * GP)
-    token = tile * BT + row // GP
+    place = step * BT + row // GP
     head = row % GP
-    batch = (batch_head // HK).to(tl.int64)
-    query_head = (batch_head % HK) * G + head
-    return token, (batch * T + token) * HQ + query_head, (token < T) & (head < G)
+    return place, token_rows(start + place, head, batch_head, T, HQ, HK, G), (place < length) & (head < G)
+
+
+@triton.jit
+def token_rows(token, head, batch_head, T, HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr):
+    """Index into [B, T, HQ] of a head of the group at a token, int64."""
+    return ((batch_head // HK).to(tl.int64) * T + token) * HQ + (batch_head % HK) * G + head
+
+
+@triton.jit
+def token_offsets(token, batch_head, T, HK: tl.constexpr):
+    """Index into [B, T, HK] of tokens, int64."""
+    return ((batch_head // HK).to(tl.int64) * T + token) * HK + batch_head % HK
 
 
 @triton.jit
@@ -95,16 +137,27 @@ def load_rows(pointer, row_offset, real, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def chunk_offsets(
-    slot, batch_head, T, HK: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
-):
-    """(offsets into [B, T, HK, D] of the tokens of the chunk at a slot [BC, BD], mask of the real ones)."""
-    in_chunk = tl.arange(0, BC)
+def store_rows(pointer, values, row_offset, real, D: tl.constexpr, BD: tl.constexpr):
     column = tl.arange(0, BD)
-    token = slot * C + in_chunk
-    batch = (batch_head // HK).to(tl.int64)
-    offsets = ((batch * T + token) * HK + batch_head % HK)[:, None] * D + column[None, :]
-    return offsets, ((in_chunk < C) & (token < T))[:, None] & (column < D)[None, :]
+    offsets = row_offset[:, None] * D + column[None, :]
+    tl.store(pointer + offsets, values.to(pointer.dtype.element_ty), mask=real[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def load_chunk(
+    pointer, start, length, batch_head, T, HK: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):
+    """Tokens of a chunk from [B, T, HK, D], zeros beyond its length.  [BC, BD]"""
+    offsets, mask = chunk_offsets(start, length, batch_head, T, HK, BC, D, BD)
+    return tl.load(pointer + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def chunk_offsets(start, length, batch_head, T, HK: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    place = tl.arange(0, BC)
+    column = tl.arange(0, BD)
+    offsets = token_offsets(start + place, batch_head, T, HK)[:, None] * D + column[None, :]
+    return offsets, (place < length)[:, None] & (column < D)[None, :]
 
 
 @triton.jit
@@ -115,44 +168,46 @@ def summary_offset(chunk, batch_head, n, HK: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def mean_over_group(per_row, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr):
-    """[M] -> [BT]; padding rows must be zero."""
-    return tl.sum(tl.reshape(per_row, [BT, GP]), axis=1) / G
-
-
-@triton.jit
-def to_rows(per_token, GP: tl.constexpr, BT: tl.constexpr):
-    """[BT] -> [M]"""
-    return tl.reshape(tl.broadcast_to(per_token[:, None], [BT, GP]), [BT * GP])
-
-
-@triton.jit
-def route_one_chunk(q32, summary, tau, factor, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr):
-    """(u = sqrt(p) [M], prior P [BT]) of the tile for one chunk; q32 [M, BD] and summary [BD] in float32.
-
-    The forward and both backward kernels call this with the same shapes, so they agree on what is selected bit for bit.
-    """
-    x = tl.sum(q32 * summary[None, :], axis=1) * factor
-    u = tl.maximum(x - tau, 0.0)
-    return u, mean_over_group(u * u, G, GP, BT)
-
-
-@triton.jit
-def biased_scores(
-    q, k, prior, log_mean, is_own, token, scale, prior_exponent,
-    GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+def routing_scores(
+    q, high_ptr, low_ptr, chunk, mask, batch_head, n,
+    HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the tile against one chunk in base 2, -inf for keys that are not selected or in the future.  [M, BC]"""
-    bias = tl.where(prior > 0, (tl.log2(tl.where(prior > 0, prior, 1.0)) - log_mean) * prior_exponent, -float("inf"))
-    bias = tl.where(is_own, 0.0, bias)  # [BT]
-    in_chunk = tl.arange(0, BC)
-    visible = in_chunk[None, :] < tl.where(is_own, token % C + 1, C)[:, None]
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + to_rows(bias, GP, BT)[:, None]
-    return tl.where(visible, scores, -float("inf"))
+    """(q . s for chunks [BN], [M, BN], the summaries' high part [BN, BD]).
+
+    Every kernel multiplies with the same high and low parts, so that they agree on what is selected. Not EXACT leaves
+    the low part out: a relative error of 2^-9, good enough to come near a threshold.
+    """
+    column = tl.arange(0, BD)
+    offsets = summary_offset(chunk, batch_head, n, HK, D)[:, None] + column[None, :]
+    inside = mask[:, None] & (column < D)[None, :]
+    high = tl.load(high_ptr + offsets, mask=inside, other=0.0)
+    scores = tl.dot(q, tl.trans(high), input_precision="tf32x3")
+    if EXACT and q.dtype != tl.float32:
+        low = tl.load(low_ptr + offsets, mask=inside, other=0.0)
+        scores = tl.dot(q, tl.trans(low), scores)
+    return scores, high
 
 
 @triton.jit
-def prior_gradient(dscores, u, prior, prior_exponent, prior_floor, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr):
-    """u dp [M] of one chunk, from the gradient of the biased scores [M, BC]; dp is that of every head."""
-    dbias = mean_over_group(tl.sum(dscores, axis=1), G, GP, BT)
-    return u * to_rows(dbias * prior_exponent / tl.maximum(prior, prior_floor), GP, BT)
+def mean_over_group(rows, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
+    """[M, BN] -> [BT, BN]; padding rows must be zero."""
+    return tl.sum(tl.reshape(rows, [BT, GP, BN]), axis=1) / G
+
+
+@triton.jit
+def to_rows(tokens, GP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
+    """[BT, BN] -> [M, BN]"""
+    return tl.reshape(tl.broadcast_to(tokens[:, None, :], [BT, GP, BN]), [BT * GP, BN])
+
+
+@triton.jit
+def prior_bias(prior, log2_mean, prior_exponent):
+    """Bias of the scores in base 2, -inf where a token did not select the chunk."""
+    selected = prior > 0
+    return tl.where(selected, (tl.log2(tl.where(selected, prior, 1.0)) - log2_mean) * prior_exponent, -float("inf"))
+
+
+@triton.jit
+def column_of(block, index, BN: tl.constexpr):
+    """Column `index` of [M, BN].  [M]"""
+    return tl.max(tl.where(tl.arange(0, BN)[None, :] == index, block, -float("inf")), axis=1)

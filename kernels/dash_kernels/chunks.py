@@ -1,0 +1,94 @@
+"""Where the chunks of a tensor's tokens are: a whole sequence, documents packed into one, or some chunks of a sequence.
+
+Knows token offsets and chunk ids; does not know what is computed on them, nor that ranks exist.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+
+class ChunkGrid:
+    """The chunks that a tensor holds, one entry ("slot") per chunk, in the tensor's order.
+
+    A query in a chunk with (id, first) may be routed to the chunks first <= j < id, and attends causally to its own.
+
+    ids:     CPU int32 [slots], the chunk's id in the whole sequence.
+    starts:  CPU int32 [slots], offset in the tensor of its first token; the slots follow each other without gaps.
+    lengths: CPU int32 [slots], its tokens, 1 to chunk_size; an incomplete chunk is the last one of its document, so
+             nobody is ever routed to it.
+    firsts:  CPU int32 [slots], id of the first chunk of its document.
+    tokens:  tokens of the tensor.
+
+    Nothing here is changed after construction: calls share grids, and grids keep what they uploaded.
+    """
+
+    def __init__(self, ids: torch.Tensor, lengths: torch.Tensor, firsts: torch.Tensor):
+        self.ids = ids.to(torch.int32)
+        self.lengths = lengths.to(torch.int32)
+        self.firsts = firsts.to(torch.int32)
+        self.starts = (lengths.cumsum(0) - lengths).to(torch.int32)
+        self.tokens = int(lengths.sum())
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+        self._slots_by_id: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._starts_by_id: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """int32 [4, slots] on a device: ids, starts, lengths, firsts; uploaded once."""
+        if device not in self._on_device:
+            rows = torch.stack((self.ids, self.starts, self.lengths, self.firsts))
+            self._on_device[device] = rows.to(device)
+        return self._on_device[device]
+
+    def slots_by_id(self, count: int, device: torch.device) -> torch.Tensor:
+        """int32 [count] on a device: the slot that holds each chunk id, -1 where this tensor does not; uploaded once.
+
+        count is the number of chunks of the whole sequence.
+        """
+        key = count, device
+        if key not in self._slots_by_id:
+            slots = torch.full((count,), -1, dtype=torch.int32)
+            slots[self.ids.long()] = torch.arange(len(self), dtype=torch.int32)
+            self._slots_by_id[key] = slots.to(device)
+        return self._slots_by_id[key]
+
+    def starts_by_id(self, count: int, device: torch.device) -> torch.Tensor:
+        """int32 [count] on a device: the first token of each chunk id, -1 where it is not held; uploaded once."""
+        key = count, device
+        if key not in self._starts_by_id:
+            starts = torch.full((count,), -1, dtype=torch.int32)
+            starts[self.ids.long()] = self.starts
+            self._starts_by_id[key] = starts.to(device)
+        return self._starts_by_id[key]
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def whole_sequence(seq_len: int, chunk_size: int) -> ChunkGrid:
+        """A sequence of one document."""
+        return ChunkGrid.packed((0, seq_len), chunk_size)
+
+    @classmethod
+    def packed(cls, cu_seqlens: Sequence[int], chunk_size: int) -> ChunkGrid:
+        """Documents one after another: document i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1.
+
+        cu_seqlens starts at 0 and never decreases. Chunks restart at every document, chunk ids count on; an empty
+        document has no chunk.
+        """
+        sizes = torch.tensor(cu_seqlens, dtype=torch.int64).diff()
+        chunks = (sizes + chunk_size - 1) // chunk_size  # of every document
+        firsts = (chunks.cumsum(0) - chunks).repeat_interleave(chunks)
+        ids = torch.arange(len(firsts))
+        left = sizes.repeat_interleave(chunks) - (ids - firsts) * chunk_size  # tokens from the chunk's first on
+        return cls(ids, left.clamp(max=chunk_size), firsts)
+
+    @classmethod
+    def complete(cls, ids: Sequence[int], chunk_size: int) -> ChunkGrid:
+        """Complete chunks of a sequence of one document, in any order."""
+        chosen = torch.tensor(ids, dtype=torch.int64)
+        return cls(chosen, torch.full_like(chosen, chunk_size), torch.zeros_like(chosen))

@@ -1,0 +1,228 @@
+"""Gradients of keys and values: a program takes a chunk and gathers the queries that selected it, all heads of the
+group, from a piece of the sequence.
+
+So a chunk that every token selects is split, and its pieces are gathered in parallel; they are added to the gradient
+in their order, each waiting for its turn, so that the result is the same bits in every run.
+
+Stages 2 and 1 go backward in the same pass. A chunk's summary is s = sum_t w_t k_t, so x = q . s is the w-weighted sum
+of the chunk's scores, and the gradient dz of a query's routing score reaches key t as w_t dz beside the attention's own
+gradient of the score. Only the weights' own gradient needs dz (q . k_t), summed over the queries: a number per key.
+
+dK and dV are accumulated transposed: K x Q products whose first factor comes from shared memory as it was loaded, where
+the other order makes Triton transpose in registers and ptxas serialise every matrix instruction (docs/kernel-log.md).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Part, Routing
+from dash_kernels.triton_backend.launch import launch_options
+from dash_kernels.triton_backend.selection import list_queries, query_bits, slab_slots
+from dash_kernels.triton_backend.summary import summary_weights
+from dash_kernels.triton_backend.tiles import (
+    LN_2,
+    LOG2_E,
+    TileShape,
+    chunk_offsets,
+    load_rows,
+    load_slot,
+    resident_programs,
+    routing_factor,
+    split_summaries,
+    tile_rows,
+    token_rows,
+)
+
+LEAST_PRIOR = tl.constexpr(1e-30)  # of a selected chunk whose prior rounds to zero
+
+
+def key_gradients(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    query_chunks: ChunkGrid,
+    part: Part,
+    summary_query: torch.Tensor,
+    summaries: torch.Tensor,
+    routing: Routing,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    spec: AttentionSpec,
+    ratio: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradients of the part's k and v [2, *k.shape], of summary_query [Hkv, D]), float32; grad and q contiguous.
+
+    ratio [B, T, Hq] is sum(u dp) / sum(u) of every row; without it the term of the row sums is left out.
+    """
+    batch, _, kv_heads, head_dim = part.k.shape
+    n = summaries.shape[1]
+    tile = TileShape.of(q, kv_heads, spec)
+    options = launch_options("keys", q)
+    k, v = part.k.contiguous(), part.v.contiguous()
+    dkv = torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)
+    slots, key_slots = len(query_chunks), len(part.chunks)
+    # One share of the gradient of summary_query per chunk, summed in a fixed order.
+    shares = torch.zeros(batch, key_slots, kv_heads, head_dim, dtype=torch.float32, device=k.device)
+    split = split_summaries(summaries, q.dtype)
+    per_slab, piece = slab_slots(slots, tile, batch * kv_heads, n)
+    padded_chunk = triton.next_power_of_2(spec.chunk_size)
+    if tile.padded_dim > 128:
+        padded_chunk = max(padded_chunk, 64)  # Triton 3.6 multiplies wide heads by narrower chunks wrongly on Hopper
+    # No tile of a chunk's own here: a step takes the next queries of the list, as many as fill its rows.
+    constants = tile.constants | {"BT": max(options.rows // tile.padded_group, 1)}
+    for begin in range(0, slots, per_slab):
+        end = min(begin + per_slab, slots)
+        slab = query_bits(q, query_chunks, begin, end, piece, n, split, routing, spec)
+        work = slab.pieces * key_slots * batch * kv_heads
+        programs = min(resident_programs(q.device, options.resident), work)
+        tokens = torch.empty(programs, piece * spec.chunk_size, dtype=torch.int32, device=q.device)
+        # The next piece of work, then whose turn it is to add to each chunk.
+        turns = torch.zeros(1 + key_slots * batch * kv_heads, dtype=torch.int32, device=q.device)
+        key_gradient_kernel[(programs,)](
+            grad, q, query_chunks.on(q.device), query_chunks.slots_by_id(n, q.device), k, v,
+            part.chunks.on(q.device), summary_query.contiguous(), routing.tau, routing.log_mean, lse, delta,
+            delta if ratio is None else ratio, slab.words, tokens, turns, dkv[0], dkv[1], shares,
+            q.shape[1], k.shape[1], n, slots, begin, end, piece, slab.pieces, key_slots, batch * kv_heads,
+            routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale,
+            spec.routing_logit_scale, PRIOR_FLOOR, BC=padded_chunk,
+            HAS_SIGMA=spec.prior_sigma is not None, HAS_RATIO=ratio is not None, **constants, **options.launch,
+        )  # fmt: skip
+    return dkv, shares.sum((0, 1))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "S", "n", "slots", "slab_begin", "slab_end", "piece_slots", "pieces", "key_slots", "batch_heads"
+    ]
+)  # fmt: skip
+def key_gradient_kernel(
+    grad_ptr, q_ptr, grid_ptr, query_slots_ptr, k_ptr, v_ptr, key_grid_ptr, query_ptr, tau_ptr, log_mean_ptr, lse_ptr,
+    delta_ptr, ratio_ptr, words_ptr, tokens_ptr, turns_ptr, dk_ptr, dv_ptr, share_ptr,
+    T, S, n, slots, slab_begin, slab_end, piece_slots, pieces, key_slots, batch_heads,
+    factor, scale2, prior_exponent, scale, logit_scale, prior_floor,
+    HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
+    BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HAS_SIGMA: tl.constexpr, HAS_RATIO: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BD)
+    row = tl.arange(0, BT * GP)
+    HALF: tl.constexpr = BT * GP // 16
+    my_tokens_ptr = tokens_ptr + tl.program_id(0).to(tl.int64) * piece_slots * C
+    piece_words = piece_slots * C // 32
+    chunks = key_slots * batch_heads
+    # Work is handed out in order, so whoever has to wait for its turn waits for a program that is running.
+    work = tl.atomic_add(turns_ptr, 1)
+    while work < pieces * chunks:
+        piece = work // chunks
+        batch_head = work % chunks // key_slots
+        key_slot = work % key_slots
+        turn_ptr = turns_ptr + 1 + work % chunks
+        begin = slab_begin + piece * piece_slots
+        end = tl.minimum(begin + piece_slots, slab_end)
+        chunk, key_start, length, _first = load_slot(key_grid_ptr, key_slots, key_slot)
+        bits = words_ptr + (batch_head.to(tl.int64) * n + chunk) * pieces * piece_words + piece * piece_words
+        count = list_queries(bits, grid_ptr, my_tokens_ptr, slots, begin, piece_words, C)
+        own = tl.load(query_slots_ptr + chunk)
+        own_here = (own >= begin) & (own < end)
+        if own_here | (count > 0):
+            offsets, mask = chunk_offsets(key_start, length, batch_head, S, HK, BC, D, BD)
+            k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
+            v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+            query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
+            weights = summary_weights(k.to(tl.float32), query, scale, C, BC)
+            dk = tl.zeros([BD, BC], tl.float32)
+            dv = tl.zeros([BD, BC], tl.float32)
+            # Reduced over the rows of a warp's fragment only: the last sum, over HALF x 8 rows, waits until the end.
+            along = tl.zeros([HALF, 8, BC], tl.float32)
+            if own_here:
+                _chunk, start, own_length, _own_first = load_slot(grid_ptr, slots, own)
+                for step in range(0, (own_length + BT - 1) // BT):
+                    place, rows, real = tile_rows(start, own_length, step, batch_head, T, HQ, HK, G, GP, BT)
+                    q = load_rows(q_ptr, rows, real, D, BD)
+                    grad = load_rows(grad_ptr, rows, real, D, BD)
+                    lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * LOG2_E
+                    delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
+                    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
+                    visible = tl.arange(0, BC)[None, :] <= place[:, None]
+                    p = tl.exp2(tl.where(visible, scores, -float("inf")) - lse2[:, None])
+                    dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
+                    ds = p * (dp - delta[:, None])
+                    dv = tl.dot(tl.trans(grad), p.to(grad.dtype), dv, input_precision="tf32x3")
+                    dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision="tf32x3")
+            # Read a step ahead: what the loads of the next step address must be at hand when they start.
+            next_token = tl.load(my_tokens_ptr + row // GP, mask=row // GP < count, other=0)
+            for at in range(0, count, BT):
+                listed = at + row // GP
+                real = (listed < count) & (row % GP < G)
+                token = next_token
+                next_token = tl.load(my_tokens_ptr + listed + BT, mask=listed + BT < count, other=0)
+                rows = token_rows(token, row % GP, batch_head, T, HQ, HK, G)
+                q = load_rows(q_ptr, rows, real, D, BD)
+                grad = load_rows(grad_ptr, rows, real, D, BD)
+                tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
+                lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * LOG2_E  # weigh nothing
+                delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
+                raw = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [M, BC]
+                u = tl.maximum(tl.sum(raw * weights[None, :], axis=1) * factor - tau, 0.0)
+                prior = _mean_over_group(u * u, G, GP, BT)
+                bias = tl.log2(tl.maximum(prior, LEAST_PRIOR))
+                if HAS_SIGMA:
+                    group_offset = ((batch_head // HK).to(tl.int64) * T + token) * HK + batch_head % HK
+                    bias -= tl.load(log_mean_ptr + group_offset, mask=listed < count, other=0.0) / LN_2
+                scores = raw * scale2 + (bias * prior_exponent - lse2)[:, None]
+                if BC != C:
+                    scores = tl.where((tl.arange(0, BC) < C)[None, :], scores, -float("inf"))
+                p = tl.exp2(scores)
+                dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
+                ds = p * (dp - delta[:, None])
+                dprior = _mean_over_group(tl.sum(ds, axis=1), G, GP, BT)
+                dz = dprior * prior_exponent / tl.maximum(prior, prior_floor)
+                if HAS_RATIO:
+                    dz -= tl.load(ratio_ptr + rows, mask=real, other=0.0)
+                dz *= u
+                along += tl.sum(tl.reshape(raw * dz[:, None], [HALF, 2, 8, BC]), axis=1)
+                ds += weights[None, :] * (dz * (logit_scale / scale))[:, None]
+                dv = tl.dot(tl.trans(grad), p.to(grad.dtype), dv, input_precision="tf32x3")
+                dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision="tf32x3")
+            tl.debug_barrier()  # the list is written anew for the next chunk
+            # Read again, so that neither keys nor addresses occupy registers during the loop.
+            _chunk, key_start, length, _first = load_slot(key_grid_ptr, key_slots, key_slot)
+            offsets, mask = chunk_offsets(key_start, length, batch_head, S, HK, BC, D, BD)
+            k = tl.load(k_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
+            along_key = tl.sum(tl.sum(along, axis=0), axis=0) * logit_scale
+            dlogits = weights * (along_key - tl.sum(weights * along_key, axis=0)) * scale
+            dk = tl.trans(dk) * scale + dlogits[:, None] * query[None, :]
+            dv = tl.trans(dv)
+            _wait_for_turn(turn_ptr, piece)
+            # Other multiprocessors wrote these: not from the first-level cache.
+            dk += tl.load(dk_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+            dv += tl.load(dv_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(dk_ptr + offsets, dk, mask=mask)
+            tl.store(dv_ptr + offsets, dv, mask=mask)
+            share = share_ptr + (((batch_head // HK).to(tl.int64) * key_slots + key_slot) * HK + batch_head % HK) * D
+            dquery = tl.sum(dlogits[:, None] * k, axis=0)
+            before = tl.load(share + column, mask=column < D, other=0.0, cache_modifier=".cg")
+            tl.store(share + column, before + dquery, mask=column < D)
+        else:
+            _wait_for_turn(turn_ptr, piece)
+        tl.debug_barrier()  # every thread's part is written before the next piece's turn
+        tl.atomic_add(turn_ptr, 1)
+        work = tl.atomic_add(turns_ptr, 1)
+
+
+@triton.jit
+def _wait_for_turn(turn_ptr, piece):
+    """Until all earlier pieces have been added to a chunk: the order of additions never varies."""
+    turn = tl.atomic_add(turn_ptr, 0)
+    while turn < piece:
+        turn = tl.atomic_add(turn_ptr, 0)
+
+
+@triton.jit
+def _mean_over_group(rows, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr):
+    """Mean over the heads of a token, for each of its rows.  [M] -> [M]"""
+    mean = tl.sum(tl.reshape(rows, [BT, GP]), axis=1) / G
+    return tl.reshape(tl.broadcast_to(mean[:, None], [BT, GP]), [BT * GP])

@@ -1,0 +1,177 @@
+"""Gradient of the queries: a tile walks its list as in the forward pass, then its summaries for the routing's share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Part, Routing
+from dash_kernels.triton_backend.forward import key_maps, load_keys, load_log2_mean, uses_maps
+from dash_kernels.triton_backend.launch import launch_options
+from dash_kernels.triton_backend.selection import chunk_lists, list_chunks, work_counter
+from dash_kernels.triton_backend.tiles import (
+    LOG2_E,
+    TileShape,
+    column_of,
+    load_chunk,
+    load_rows,
+    load_slot,
+    mean_over_group,
+    prior_bias,
+    resident_programs,
+    routing_factor,
+    routing_scores,
+    split_summaries,
+    store_rows,
+    tile_rows,
+    to_rows,
+)
+
+
+def query_gradients(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    query_chunks: ChunkGrid,
+    part: Part,
+    summaries: torch.Tensor,
+    routing: Routing,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    spec: AttentionSpec,
+    *,
+    dq: torch.Tensor,
+    row_sum: torch.Tensor,
+    whole: bool,
+) -> None:
+    """Gradient of q [B, T, Hq, D] from one part of K and V; grad and q contiguous.
+
+    whole: writes all of it to dq, and sum(u dp) / sum(u) of every row to row_sum [B, T, Hq]. Else: adds the part's
+    share without the term of the row sums to dq (float32), and sum(u dp) over the part to row_sum.
+    """
+    n, kv_heads = summaries.shape[1:3]
+    tile = TileShape.of(q, kv_heads, spec)
+    options = launch_options("queries", q)
+    k, v = part.k.contiguous(), part.v.contiguous()
+    tiles = len(query_chunks) * tile.per_chunk
+    programs = min(resident_programs(q.device, options.resident), tiles * q.shape[0] * kv_heads)
+    dprior = torch.empty(programs, n, tile.tokens, dtype=torch.float32, device=q.device)
+    query_gradient_kernel[(programs,)](
+        grad, q, query_chunks.on(q.device), k, v, *key_maps(k, v, tile, options),
+        part.chunks.starts_by_id(n, q.device), *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean,
+        routing.masks, lse, delta, chunk_lists(programs, n, q.device), work_counter(q.device), dprior, dq, row_sum,
+        q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
+        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale, spec.routing_logit_scale,
+        PRIOR_FLOOR, 1.0, BC=triton.next_power_of_2(spec.chunk_size), BN=options.block,
+        HAS_SIGMA=spec.prior_sigma is not None, MAPS=uses_maps(tile, options), WHOLE=whole,
+        **tile.constants, **options.launch,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
+def query_gradient_kernel(
+    grad_ptr, q_ptr, grid_ptr, k_ptr, v_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr,
+    mask_ptr, lse_ptr, delta_ptr, list_ptr, next_ptr, dprior_ptr, dq_ptr, row_sum_ptr,
+    T, S, n, slots, batch_heads, factor, scale2, prior_exponent, scale, logit_scale, prior_floor, one,
+    HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
+    BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
+    MAPS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = BT * GP
+    STEPS: tl.constexpr = C // BT
+    tiles = slots * STEPS
+    words = (n + 31) // 32
+    ids_ptr = list_ptr + tl.program_id(0).to(tl.int64) * 2 * n
+    list_starts_ptr = ids_ptr + n
+    my_dprior_ptr = dprior_ptr + tl.program_id(0).to(tl.int64) * n * BT
+    work = tl.atomic_add(next_ptr, 1)  # handed out one by one: lists differ in length
+    while work < tiles * batch_heads:
+        batch_head = work // tiles
+        tile = tiles - 1 - work % tiles
+        chunk, start, length, first = load_slot(grid_ptr, slots, tile // STEPS)
+        if tile % STEPS * BT < length:
+            place, rows, real = tile_rows(start, length, tile % STEPS, batch_head, T, HQ, HK, G, GP, BT)
+            q = load_rows(q_ptr, rows, real, D, BD)
+            grad = load_rows(grad_ptr, rows, real, D, BD)
+            tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
+            lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * LOG2_E  # and weigh nothing
+            delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
+            log2_mean = load_log2_mean(log_mean_ptr, start, tile % STEPS, length, batch_head, T, HK, BT, HAS_SIGMA)
+            mask_row = mask_ptr + (batch_head.to(tl.int64) * tiles + tile) * words
+            count = list_chunks(mask_row, starts_ptr, ids_ptr, list_starts_ptr, first, chunk)
+
+            dq = tl.zeros([M, BD], tl.float32)
+            weighted_sum = tl.zeros([M], tl.float32)
+            slope_sum = tl.zeros([M], tl.float32)
+            own = tl.load(starts_ptr + chunk)
+            if own >= 0:
+                k = load_chunk(k_ptr, own, length, batch_head, S, HK, BC, D, BD)
+                v = load_chunk(v_ptr, own, length, batch_head, S, HK, BC, D, BD)
+                scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
+                scores = tl.where(tl.arange(0, BC)[None, :] <= place[:, None], scores, -float("inf"))
+                dscores = score_gradient(scores, grad, v, lse2, delta)
+                dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="tf32x3")
+            for block in range(0, count, BN):
+                listed = block + tl.arange(0, BN)
+                ids = tl.load(ids_ptr + listed, mask=listed < count, other=0)
+                y, _high = routing_scores(q, high_ptr, low_ptr, ids, listed < count, batch_head, n, HK, D, BD, True)
+                u = tl.where((listed < count)[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0)
+                prior = mean_over_group(u * u, G, GP, BT, BN)
+                bias = to_rows(prior_bias(prior, log2_mean[:, None], prior_exponent), GP, BT, BN)
+                sums = tl.zeros([M, BN], tl.float32)
+                for index in range(0, tl.minimum(count - block, BN)):
+                    at = tl.load(list_starts_ptr + block + index)
+                    k, v = load_keys(k_ptr, v_ptr, k_map, v_map, at, batch_head, S, HK, C, BC, D, BD, MAPS)
+                    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
+                    scores += column_of(bias, index, BN)[:, None]
+                    if BC != C:
+                        scores = tl.where((tl.arange(0, BC) < C)[None, :], scores, -float("inf"))
+                    dscores = score_gradient(scores, grad, v, lse2, delta)
+                    dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="tf32x3")
+                    dq *= one  # ends the product here: in flight, it makes ptxas serialise the next ones
+                    sums = tl.where(tl.arange(0, BN)[None, :] == index, tl.sum(dscores, axis=1)[:, None], sums)
+                dprior = mean_over_group(sums, G, GP, BT, BN) * prior_exponent / tl.maximum(prior, prior_floor)
+                weighted_sum += tl.sum(u * to_rows(dprior, GP, BT, BN), axis=1)
+                slope_sum += tl.sum(u, axis=1)
+                at_dprior = listed[None, :] * BT + tl.arange(0, BT)[:, None]
+                tl.store(my_dprior_ptr + at_dprior, dprior, mask=(listed < count)[None, :])
+            tl.debug_barrier()  # other threads read what this one wrote
+
+            # The routing's share, dz . s with dz = u (dp - ratio): ratio is known only now.
+            dq *= scale
+            ratio = tl.zeros([M], tl.float32)
+            if WHOLE:
+                ratio = weighted_sum / tl.where(slope_sum > 0, slope_sum, 1.0)
+            for block in range(0, count, BN):
+                listed = block + tl.arange(0, BN)
+                inside = listed < count
+                ids = tl.load(ids_ptr + listed, mask=inside, other=0)
+                y, high = routing_scores(q, high_ptr, low_ptr, ids, inside, batch_head, n, HK, D, BD, True)
+                u = tl.where(inside[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0)
+                at_dprior = listed[None, :] * BT + tl.arange(0, BT)[:, None]
+                dprior = tl.load(my_dprior_ptr + at_dprior, mask=inside[None, :], other=0.0)
+                dz = u * (to_rows(dprior, GP, BT, BN) - ratio[:, None]) * logit_scale
+                if q.dtype == tl.bfloat16:
+                    dq = tl.dot(dz.to(tl.bfloat16), high, dq)
+                else:  # float16 has too small a range for dz
+                    dq = tl.dot(dz, high.to(tl.float32), dq, input_precision="tf32x3")
+            tl.debug_barrier()  # the list is written anew for the next tile
+            # Read again, so that no address occupies registers during the loops.
+            _chunk, start, length, _first = load_slot(grid_ptr, slots, tile // STEPS)
+            _place, rows, real = tile_rows(start, length, tile % STEPS, batch_head, T, HQ, HK, G, GP, BT)
+            if WHOLE:
+                tl.store(row_sum_ptr + rows, ratio, mask=real)
+            else:
+                dq += load_rows(dq_ptr, rows, real, D, BD)
+                before = tl.load(row_sum_ptr + rows, mask=real, other=0.0)
+                tl.store(row_sum_ptr + rows, before + weighted_sum, mask=real)
+            store_rows(dq_ptr, dq, rows, real, D, BD)
+        work = tl.atomic_add(next_ptr, 1)
+
+
+@triton.jit
+def score_gradient(scores, grad, v, lse2, delta):
+    """Gradient of the (natural) scores [M, BC] from base-2 scores; zero where a score is -inf."""
+    weights = tl.exp2(scores - lse2[:, None])
+    return weights * (tl.dot(grad, tl.trans(v), input_precision="tf32x3") - delta[:, None])

@@ -1,0 +1,189 @@
+"""From bits to lists: what a program walks. Lists lie in memory, in a scratch row of each resident program, because
+Triton can only fetch ahead what it finds by a loop's counter.
+
+A tile's bits (written by routing) become a list of chunks. The other way round, the queries of a chunk, is not kept in
+memory: a slab of the queries at a time, `query_bits_kernel` finds the bits again from the thresholds, transposed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import AttentionSpec, Routing
+from dash_kernels.triton_backend.launch import launch_options
+from dash_kernels.triton_backend.tiles import (
+    TileShape,
+    load_rows,
+    load_slot,
+    routing_factor,
+    routing_scores,
+    tile_rows,
+)
+
+
+def chunk_lists(programs: int, n: int, device: torch.device) -> torch.Tensor:
+    """Scratch for `list_chunks`: chunk ids and starts for each program."""
+    return torch.empty(programs, 2, max(n, 1), dtype=torch.int32, device=device)
+
+
+def work_counter(device: torch.device) -> torch.Tensor:
+    """The number of the next tile, from which the programs of a persistent kernel help themselves."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def tile_efficiency(routing: Routing, query_chunks: ChunkGrid, spec: AttentionSpec) -> float:
+    """Selected / walked pairs of a token and an earlier chunk: a tile walks what any of its tokens selected."""
+    assert routing.masks is not None
+    device = routing.masks.device
+    ids, _, lengths, firsts = query_chunks.on(device).long()
+    per_chunk = routing.masks.shape[2] // len(query_chunks)
+    tokens = spec.chunk_size // per_chunk
+    first_token = torch.arange(per_chunk, device=device) * tokens
+    held = (lengths[:, None] - first_token).clamp(0, tokens).flatten()  # tokens of a tile
+    word = torch.arange(routing.masks.shape[3], device=device) * 32
+    walked = 0
+    for bit in range(32):
+        chunk = word + bit
+        inside = (chunk >= firsts[:, None]) & (chunk < ids[:, None])
+        on = (routing.masks >> bit) & 1
+        walked += int((on * inside.repeat_interleave(per_chunk, 0)).sum(-1).mul(held).sum())
+    earlier = int(routing.selected.sum(dtype=torch.int64)) - routing.selected.numel()
+    return earlier / walked if walked else 1.0
+
+
+@triton.jit
+def list_chunks(mask_ptr, starts_ptr, ids_ptr, list_starts_ptr, first, chunk):
+    """Writes ids and starts of a tile's selected chunks that the part holds (starts_ptr: -1 where not), ascending;
+    returns their number.
+    """
+    WORDS: tl.constexpr = 32
+    count = 0
+    end = (chunk + 31) // 32
+    for at in range(first // 32, end, WORDS):
+        word_at = at + tl.arange(0, WORDS)
+        word = tl.load(mask_ptr + word_at, mask=word_at < end, other=0)
+        bits = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, [WORDS * 32])
+        ids = at * 32 + tl.arange(0, WORDS * 32)
+        inside = (ids >= first) & (ids < chunk)
+        starts = tl.load(starts_ptr + ids, mask=inside & (bits > 0), other=-1)
+        keep = (starts >= 0).to(tl.int32)
+        place = count + tl.cumsum(keep, axis=0) - keep
+        tl.store(ids_ptr + place, ids, mask=keep > 0)
+        tl.store(list_starts_ptr + place, starts, mask=keep > 0)
+        count += tl.sum(keep, axis=0)
+    tl.debug_barrier()  # other threads read what this one wrote
+    return count
+
+
+PIECE_ROWS = 131_072  # of a piece: its tokens times the heads of a group
+MAX_SLAB_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class QuerySlab:
+    """Consecutive slots of the queries, and which of their tokens selected which chunk.
+
+    begin, end: the slots.
+    piece:      slots of a piece, of which the last may be shorter: what one program gathers from at a time.
+    words:      int32 [B, Hkv, n, pieces x words of a piece], a bit per place (slot - begin) x C + place in the chunk.
+    """
+
+    begin: int
+    end: int
+    piece: int
+    words: torch.Tensor
+
+    @property
+    def pieces(self) -> int:
+        return -(-(self.end - self.begin) // self.piece)
+
+
+def slab_slots(slots: int, tile: TileShape, batch_heads: int, n: int) -> tuple[int, int]:
+    """(slots of a slab, slots of a piece), multiples of 8: then a row of bits is whole words for any chunk size.
+
+    The bits of a slab stay within MAX_SLAB_BYTES: a slab has fewer slots where there are more chunks.
+    """
+    longest = MAX_SLAB_BYTES * 8 // (batch_heads * n * tile.chunk_size)
+    piece = min(PIECE_ROWS // tile.padded_group // tile.chunk_size, longest, slots + 7) // 8 * 8
+    piece = max(piece, 8)
+    return max(min(longest, slots + piece - 1) // piece, 1) * piece, piece
+
+
+def query_bits(
+    q: torch.Tensor,
+    query_chunks: ChunkGrid,
+    begin: int,
+    end: int,
+    piece: int,
+    n: int,
+    split: tuple[torch.Tensor, torch.Tensor],
+    routing: Routing,
+    spec: AttentionSpec,
+) -> QuerySlab:
+    """The slab of the slots begin to end."""
+    tile = TileShape.of(q, split[0].shape[2], spec)
+    batch, kv_heads = q.shape[0], tile.kv_heads
+    options = launch_options("route", q)
+    tokens = 8  # of a program: a byte
+    while tokens * 2 * tile.padded_group <= options.rows and spec.chunk_size % (tokens * 2) == 0:
+        tokens *= 2
+    places = -(-(end - begin) // piece) * piece * spec.chunk_size
+    bits = torch.zeros(batch, kv_heads, n, places // 8, dtype=torch.int8, device=q.device)
+    constants = tile.constants | {"BT": tokens}
+    query_bits_kernel[((end - begin) * (spec.chunk_size // tokens), batch * kv_heads)](
+        q, query_chunks.on(q.device), *split, routing.tau, bits, q.shape[1], n, len(query_chunks), begin, places // 8,
+        routing_factor(spec), BN=options.block, **constants, **options.launch,
+    )  # fmt: skip
+    return QuerySlab(begin, end, piece, bits.view(torch.int32))
+
+
+@triton.jit(do_not_specialize=["T", "n", "slots", "begin", "row_bytes"])
+def query_bits_kernel(
+    q_ptr, grid_ptr, high_ptr, low_ptr, tau_ptr, bits_ptr, T, n, slots, begin, row_bytes, factor,
+    HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    program, batch_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    BYTES: tl.constexpr = BT // 8
+    chunk, start, length, first = load_slot(grid_ptr, slots, begin + program // (C // BT))
+    _place, rows, real = tile_rows(start, length, program % (C // BT), batch_head, T, HQ, HK, G, GP, BT)
+    q = load_rows(q_ptr, rows, real, D, BD)
+    tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))
+    for at in range(tl.where(chunk > first, first // BN * BN, chunk), chunk, BN):
+        ids = at + tl.arange(0, BN)
+        inside = (ids >= first) & (ids < chunk)
+        y, _high = routing_scores(q, high_ptr, low_ptr, ids, inside, batch_head, n, HK, D, BD, True)
+        u = tl.maximum(tl.where(inside[None, :], y, -float("inf")) * factor - tau[:, None], 0.0)
+        hit = (tl.sum(tl.reshape(u * u, [BT, GP, BN]), axis=1) > 0).to(tl.int32)
+        bits = hit << (tl.arange(0, BT) % 8)[:, None]
+        by_byte = tl.sum(tl.reshape(bits, [BYTES, 8, BN]), axis=1)
+        row = (batch_head.to(tl.int64) * n + ids) * row_bytes
+        byte = program * BYTES + tl.arange(0, BYTES)
+        tl.store(bits_ptr + row[None, :] + byte[:, None], by_byte.to(tl.int8), mask=inside[None, :])
+
+
+@triton.jit
+def list_queries(words_ptr, grid_ptr, tokens_ptr, slots, begin, words, C: tl.constexpr):
+    """Writes the tokens of a slab that selected a chunk, ascending; returns their number.
+
+    words_ptr: the chunk's row of bits.
+    """
+    WORDS: tl.constexpr = 32
+    count = 0
+    for at in range(0, words, WORDS):
+        word_at = at + tl.arange(0, WORDS)
+        word = tl.load(words_ptr + word_at, mask=word_at < words, other=0)
+        if tl.max((word != 0).to(tl.int32), axis=0) > 0:
+            bits = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, [WORDS * 32])
+            place = at * 32 + tl.arange(0, WORDS * 32)
+            token = tl.load(grid_ptr + slots + begin + place // C, mask=bits > 0, other=0) + place % C
+            at_list = count + tl.cumsum(bits, axis=0) - bits
+            tl.store(tokens_ptr + at_list, token, mask=bits > 0)
+            count += tl.sum(bits, axis=0)
+    tl.debug_barrier()  # other threads read what this one wrote
+    return count

@@ -1,0 +1,178 @@
+"""Times DashAttention's kernels on one GPU against dense attention, and against the released DashAttention.
+
+    python tools/bench_kernels.py --out docs/results/h100.json --plot docs/results/h100.png
+    python tools/bench_kernels.py --seq-len 1048576 --heads 16,2 --density 0.05
+    python tools/bench_kernels.py --peer ../dash-attention --heads 32,2
+    python tools/bench_kernels.py --plot-only docs/results/h100.json        (no GPU needed)
+
+A row is one sequence length, pair of head counts, kind of inputs and density. All columns of a row run on the same
+tensors, in this process; the released kernels run in a second process, which draws those tensors again. Batch size 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_benchmark.inputs import DTYPES, NEIGHBOUR_CORRELATION, SEED, Case
+from kernel_benchmark.results import Row, read_json, tables, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    if options.plot_only:
+        environment, rows = read_json(options.plot_only)
+        print(tables(rows))
+        draw(options.plot or options.plot_only.with_suffix(".png"), environment, rows)
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: run this on a machine with a GPU, or --plot-only with a results file")
+    from kernel_benchmark.run import Extent, run_row  # imports Triton, which drawing a file's plot does not need
+
+    extent = Extent(0 if options.no_dense else options.dense_max_seq_len, options.forward_only, options.peer)
+    environment = describe_environment(options, arguments)
+    print(", ".join(f"{name} {value}" for name, value in environment.items()), flush=True)
+    rows = []
+    for case in cases(options):
+        rows.append(run_row(case, extent))
+        print(f"\n{tables(rows[-1:])}\n", flush=True)
+        if options.out:  # after every row: a run that is stopped keeps what it has
+            write_json(options.out, environment, rows)
+    print(tables(rows))
+    if options.plot:
+        draw(options.plot, environment, rows)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; exits with a message where it asks for what cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq-len", type=int, nargs="+", default=[65536], metavar="T")
+    parser.add_argument("--heads", type=_heads, nargs="+", default=[(32, 2), (32, 8)], metavar="QUERY,KV")
+    parser.add_argument(
+        "--density",
+        type=_density,
+        nargs="+",
+        default=[0.25, 0.05],
+        help="selected / available chunks, hit to within 10 %% by a search of routing_scale; 1: all earlier chunks",
+    )
+    parser.add_argument(
+        "--inputs",
+        choices=tuple(NEIGHBOUR_CORRELATION),
+        nargs="+",
+        default=["smooth"],
+        help="all components have unit variance; heads of a KV head share 0.8 of their queries' variance, tokens of a "
+        "chunk 0.7 of their keys'; values, summary queries and output gradients are independent normal numbers. "
+        "smooth: every query component is an AR(1) process over tokens, rho 0.98. iid: rho 0, no correlation between "
+        "neighbouring queries",
+    )
+    parser.add_argument("--chunk-size", type=int, default=64, help="tokens")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--prior-sigma", type=float, help="of our columns; default None, the bias log P")
+    parser.add_argument("--forward-only", action="store_true", help="no backward passes")
+    parser.add_argument("--no-dense", action="store_true", help="no cuDNN and FlashAttention-2 columns")
+    parser.add_argument("--dense-max-seq-len", type=int, default=131072, help="longest sequence with dense columns")
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of github.com/fasa-org/dash-attention")
+    parser.add_argument("--commit", help="what the results call this tree; default: git's HEAD")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="results, written after every row")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    parser.add_argument("--plot-only", type=Path, metavar="FILE.json", help="print and draw an earlier run, no GPU")
+    options = parser.parse_args(arguments)
+    if options.peer and not (options.peer / "dash_attn" / "__init__.py").is_file():
+        parser.error(f"--peer {options.peer}: no package dash_attn in it; give the root of the checkout")
+    return options
+
+
+def _heads(text: str) -> tuple[int, int]:
+    try:
+        query, kv = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give QUERY,KV heads, such as 32,2") from None
+    if kv < 1 or query < 1 or query % kv:
+        raise argparse.ArgumentTypeError(f"{text!r}: the query heads must be a positive multiple of the KV heads")
+    return query, kv
+
+
+def _density(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number in (0, 1]")
+    return value
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Every combination of the options that take several values."""
+    combinations = itertools.product(options.seq_len, options.heads, options.inputs, options.density)
+    return [
+        Case(
+            seq_len=seq_len,
+            query_heads=query_heads,
+            kv_heads=kv_heads,
+            head_dim=options.head_dim,
+            chunk_size=options.chunk_size,
+            dtype=options.dtype,
+            inputs=inputs,
+            asked_density=density,
+            prior_sigma=options.prior_sigma,
+        )
+        for seq_len, (query_heads, kv_heads), inputs, density in combinations
+    ]
+
+
+def describe_environment(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """What a reader of the results needs to know of the machine, the software and the command."""
+    import triton
+
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory,
+        "driver": driver.splitlines()[0] if driver else "unknown",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "commit": options.commit or commit_of(ROOT),
+        "peer_commit": commit_of(options.peer) if options.peer else None,
+        "command": shlex.join(["python", "tools/bench_kernels.py", *arguments]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": SEED,
+    }
+
+
+def commit_of(directory: Path) -> str:
+    """HEAD of the checkout at a directory, marked where its files were changed; "unknown" without git's data."""
+    if not (directory / ".git").exists():  # git itself would go on to a repository around the directory
+        return "unknown"
+    head = _output("git", "-C", str(directory), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(directory), "status", "--porcelain", "--untracked-files=no")
+    return f"{head or 'unknown'}{' with changes' if changed else ''}"
+
+
+def _output(*command: str) -> str:
+    """What a command prints, stripped; empty where it cannot run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def draw(path: Path, environment: dict[str, Any], rows: list[Row]) -> None:
+    """The plot, as a PNG."""
+    from kernel_benchmark.plot import plot  # matplotlib comes with the development tools only
+
+    plot(path, environment, rows)
+    print(f"{path}: {path.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
