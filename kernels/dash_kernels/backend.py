@@ -25,6 +25,9 @@ MAX_TRITON_HEAD_DIM = 256
 # Elements of a chunk's keys or a tile's queries, sizes rounded up to powers of two; what fits into shared memory.
 MAX_TRITON_FLOAT32_CHUNK = 64 * 128
 MAX_TRITON_GROUP = 16
+# The kernels round a query's scores of a chunk in two ways (see backward_keys.py), which a sharp routing magnifies.
+MAX_TRITON_SHARPNESS = 200.0
+HOPPER = 9
 
 
 class Backend(Protocol):
@@ -125,6 +128,8 @@ def _triton_obstacle(q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> str
         return "triton is not installed"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors are on {q.device}, which needs TRITON_INTERPRET=1 set before Triton is imported"
+    if torch.version.hip is not None:
+        return "the kernels are made for CUDA GPUs"
     if q.dtype == torch.float64:
         return "float64 is computed by the eager backend"
     if spec.alpha != 1.5:
@@ -132,10 +137,19 @@ def _triton_obstacle(q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> str
     query_heads, head_dim = q.shape[2:]
     if head_dim > MAX_TRITON_HEAD_DIM:
         return f"head_dim is {head_dim}, the kernels take up to {MAX_TRITON_HEAD_DIM}"
+    sharpness = spec.routing_scale * max(1.0, spec.prior_exponent)
+    if sharpness > MAX_TRITON_SHARPNESS:
+        limit = f"{MAX_TRITON_SHARPNESS:g}"
+        return f"routing_scale x max(1, 1 / prior_sigma) is {sharpness:g}, the kernels take up to {limit}"
     if q.dtype == torch.float32 and _padded(head_dim) * max(_padded(spec.chunk_size), 64) > MAX_TRITON_FLOAT32_CHUNK:
         return f"float32 with head_dim {head_dim} and chunk_size {spec.chunk_size} does not fit into shared memory"
     if query_heads // kv_heads > MAX_TRITON_GROUP:
         return f"{query_heads // kv_heads} query heads share a KV head, the kernels take up to {MAX_TRITON_GROUP}"
+    other_gpu = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != HOPPER
+    if other_gpu and (
+        q.dtype == torch.float32 or _padded(head_dim) * _padded(spec.chunk_size) > MAX_TRITON_FLOAT32_CHUNK
+    ):
+        return f"{q.dtype} with head_dim {head_dim} and chunk_size {spec.chunk_size} is only fitted to Hopper GPUs"
     return None
 
 

@@ -1,6 +1,7 @@
 """The Triton kernels against the float64 reference: through the interpreter without a GPU, compiled with one."""
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -280,8 +281,9 @@ def test_pieces_and_slabs_of_queries_add_up_to_the_same_bits(sizes: list[int], m
     call["cu_seqlens"] = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
     results = []
-    for piece_rows, slab_bytes, pieces_of_slabs in ((2**17, 2**28, [1]), (8 * C, 2**28, [2]), (8 * C, 1, [1, 1])):
-        monkeypatch.setattr(selection, "PIECE_ROWS", piece_rows)
+    for piece_tokens, slab_bytes, pieces_of_slabs in ((2**13, 2**28, [1]), (8 * C, 2**28, [2]), (8 * C, 1, [1, 1])):
+        monkeypatch.setattr(selection, "LEAST_PIECE_TOKENS", piece_tokens)
+        monkeypatch.setattr(selection, "LEAST_PIECE_ROWS", piece_tokens)
         monkeypatch.setattr(selection, "MAX_SLAB_BYTES", slab_bytes)
         made = []
         monkeypatch.setattr(
@@ -326,6 +328,11 @@ def test_statistics() -> None:
             {"chunk_size": 80},
             r"float32 with head_dim 96 and chunk_size 80 does not fit into shared memory",
         ),
+        (
+            {"dtype": torch.float32},
+            {"routing_scale": 30.0, "prior_sigma": 0.1},
+            r"routing_scale x max(1, 1 / prior_sigma) is 300, the kernels take up to 200",
+        ),
         ({"dtype": torch.float16, "group": 32}, {}, r"32 query heads share a KV head, the kernels take up to 16"),
     ],
 )
@@ -339,7 +346,7 @@ def test_calls_beyond_the_kernels_fall_back_and_say_so_once(
     inputs = random_inputs(40, kv_heads=1, **shape)
     tensors = inputs.q, inputs.k, inputs.v, inputs.summary_query
     call = {"chunk_size": C} | change
-    with pytest.raises(ValueError, match=f"backend 'triton' cannot take this call: {obstacle}"):
+    with pytest.raises(ValueError, match=re.escape(f"backend 'triton' cannot take this call: {obstacle}")):
         dash_attention(*tensors, backend="triton", **call)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # "auto" thinks of Triton on a GPU only
     backend._log_fallback.cache_clear()

@@ -76,7 +76,12 @@ def key_gradients(
     for begin in range(0, slots, per_slab):
         end = min(begin + per_slab, slots)
         slab = query_bits(q, query_chunks, begin, end, piece, n, split, routing, spec)
-        work = slab.pieces * key_slots * batch * kv_heads
+        # The keys of the slots from `met` on come after all of the slab's queries.
+        not_later = (part.chunks.ids <= query_chunks.ids[begin:end].max()).nonzero().flatten()
+        if len(not_later) == 0:
+            continue
+        met = int(not_later[-1]) + 1
+        work = slab.pieces * met * batch * kv_heads
         programs = min(resident_programs(q.device, options.resident), work)
         tokens = torch.empty(programs, piece * spec.chunk_size, dtype=torch.int32, device=q.device)
         # The next piece of work, then whose turn it is to add to each chunk.
@@ -85,7 +90,7 @@ def key_gradients(
             grad, q, query_chunks.on(q.device), query_chunks.slots_by_id(n, q.device), k, v,
             part.chunks.on(q.device), summary_query.contiguous(), routing.tau, routing.log_mean, lse, delta,
             delta if ratio is None else ratio, slab.words, tokens, turns, dkv[0], dkv[1], shares,
-            q.shape[1], k.shape[1], n, slots, begin, end, piece, slab.pieces, key_slots, batch * kv_heads,
+            q.shape[1], k.shape[1], n, slots, begin, end, piece, slab.pieces, met, key_slots, batch * kv_heads,
             routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale,
             spec.routing_logit_scale, PRIOR_FLOOR, BC=padded_chunk,
             HAS_SIGMA=spec.prior_sigma is not None, HAS_RATIO=ratio is not None, **constants, **options.launch,
@@ -95,13 +100,13 @@ def key_gradients(
 
 @triton.jit(
     do_not_specialize=[
-        "T", "S", "n", "slots", "slab_begin", "slab_end", "piece_slots", "pieces", "key_slots", "batch_heads"
+        "T", "S", "n", "slots", "slab_begin", "slab_end", "piece_slots", "pieces", "met", "key_slots", "batch_heads"
     ]
 )  # fmt: skip
 def key_gradient_kernel(
     grad_ptr, q_ptr, grid_ptr, query_slots_ptr, k_ptr, v_ptr, key_grid_ptr, query_ptr, tau_ptr, log_mean_ptr, lse_ptr,
     delta_ptr, ratio_ptr, words_ptr, tokens_ptr, turns_ptr, dk_ptr, dv_ptr, share_ptr,
-    T, S, n, slots, slab_begin, slab_end, piece_slots, pieces, key_slots, batch_heads,
+    T, S, n, slots, slab_begin, slab_end, piece_slots, pieces, met, key_slots, batch_heads,
     factor, scale2, prior_exponent, scale, logit_scale, prior_floor,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HAS_SIGMA: tl.constexpr, HAS_RATIO: tl.constexpr,
@@ -111,13 +116,13 @@ def key_gradient_kernel(
     HALF: tl.constexpr = BT * GP // 16
     my_tokens_ptr = tokens_ptr + tl.program_id(0).to(tl.int64) * piece_slots * C
     piece_words = piece_slots * C // 32
-    chunks = key_slots * batch_heads
+    chunks = met * batch_heads
     # Work is handed out in order, so whoever has to wait for its turn waits for a program that is running.
     work = tl.atomic_add(turns_ptr, 1)
     while work < pieces * chunks:
         piece = work // chunks
-        batch_head = work % chunks // key_slots
-        key_slot = work % key_slots
+        batch_head = work % chunks // met
+        key_slot = work % met
         turn_ptr = turns_ptr + 1 + work % chunks
         begin = slab_begin + piece * piece_slots
         end = tl.minimum(begin + piece_slots, slab_end)
@@ -166,7 +171,7 @@ def key_gradient_kernel(
                 delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
                 raw = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [M, BC]
                 u = tl.maximum(tl.sum(raw * weights[None, :], axis=1) * factor - tau, 0.0)
-                prior = _mean_over_group(u * u, G, GP, BT)
+                prior = _mean_of_token(u * u, G, GP, BT)
                 bias = tl.log2(tl.maximum(prior, LEAST_PRIOR))
                 if HAS_SIGMA:
                     group_offset = ((batch_head // HK).to(tl.int64) * T + token) * HK + batch_head % HK
@@ -177,7 +182,7 @@ def key_gradient_kernel(
                 p = tl.exp2(scores)
                 dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
                 ds = p * (dp - delta[:, None])
-                dprior = _mean_over_group(tl.sum(ds, axis=1), G, GP, BT)
+                dprior = _mean_of_token(tl.sum(ds, axis=1), G, GP, BT)
                 dz = dprior * prior_exponent / tl.maximum(prior, prior_floor)
                 if HAS_RATIO:
                     dz -= tl.load(ratio_ptr + rows, mask=real, other=0.0)
@@ -222,7 +227,7 @@ def _wait_for_turn(turn_ptr, piece):
 
 
 @triton.jit
-def _mean_over_group(rows, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr):
+def _mean_of_token(rows, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr):
     """Mean over the heads of a token, for each of its rows.  [M] -> [M]"""
     mean = tl.sum(tl.reshape(rows, [BT, GP]), axis=1) / G
     return tl.reshape(tl.broadcast_to(mean[:, None], [BT, GP]), [BT * GP])

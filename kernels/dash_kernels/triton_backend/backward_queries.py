@@ -8,7 +8,7 @@ import triton.language as tl
 
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Part, Routing
-from dash_kernels.triton_backend.forward import key_maps, load_keys, load_log2_mean, uses_maps
+from dash_kernels.triton_backend.forward import key_maps, load_keys, load_log2_mean, routing_block
 from dash_kernels.triton_backend.launch import launch_options
 from dash_kernels.triton_backend.selection import chunk_lists, list_chunks, work_counter
 from dash_kernels.triton_backend.tiles import (
@@ -19,7 +19,6 @@ from dash_kernels.triton_backend.tiles import (
     load_rows,
     load_slot,
     mean_over_group,
-    prior_bias,
     resident_programs,
     routing_factor,
     routing_scores,
@@ -54,17 +53,18 @@ def query_gradients(
     tile = TileShape.of(q, kv_heads, spec)
     options = launch_options("queries", q)
     k, v = part.k.contiguous(), part.v.contiguous()
+    k_map, v_map, maps = key_maps(k, v, tile, options)
     tiles = len(query_chunks) * tile.per_chunk
     programs = min(resident_programs(q.device, options.resident), tiles * q.shape[0] * kv_heads)
     dprior = torch.empty(programs, n, tile.tokens, dtype=torch.float32, device=q.device)
     query_gradient_kernel[(programs,)](
-        grad, q, query_chunks.on(q.device), k, v, *key_maps(k, v, tile, options),
+        grad, q, query_chunks.on(q.device), k, v, k_map, v_map,
         part.chunks.starts_by_id(n, q.device), *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean,
         routing.masks, lse, delta, chunk_lists(programs, n, q.device), work_counter(q.device), dprior, dq, row_sum,
         q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
         routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale, spec.routing_logit_scale,
         PRIOR_FLOOR, 1.0, BC=triton.next_power_of_2(spec.chunk_size), BN=options.block,
-        HAS_SIGMA=spec.prior_sigma is not None, MAPS=uses_maps(tile, options), WHOLE=whole,
+        HAS_SIGMA=spec.prior_sigma is not None, MAPS=maps, WHOLE=whole,
         **tile.constants, **options.launch,
     )  # fmt: skip
 
@@ -115,10 +115,10 @@ def query_gradient_kernel(
             for block in range(0, count, BN):
                 listed = block + tl.arange(0, BN)
                 ids = tl.load(ids_ptr + listed, mask=listed < count, other=0)
-                y, _high = routing_scores(q, high_ptr, low_ptr, ids, listed < count, batch_head, n, HK, D, BD, True)
-                u = tl.where((listed < count)[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0)
-                prior = mean_over_group(u * u, G, GP, BT, BN)
-                bias = to_rows(prior_bias(prior, log2_mean[:, None], prior_exponent), GP, BT, BN)
+                u, prior, bias = routing_block(
+                    q, high_ptr, low_ptr, ids, listed < count, batch_head, n, tau, log2_mean, factor, prior_exponent,
+                    HK, G, GP, BT, D, BD, BN,
+                )  # fmt: skip
                 sums = tl.zeros([M, BN], tl.float32)
                 for index in range(0, tl.minimum(count - block, BN)):
                     at = tl.load(list_starts_ptr + block + index)

@@ -50,35 +50,33 @@ def attend(
     out = torch.empty(q.shape, dtype=q.dtype if part.whole else torch.float32, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     k, v = part.k.contiguous(), part.v.contiguous()
+    k_map, v_map, maps = key_maps(k, v, tile, options)
     tiles = len(query_chunks) * tile.per_chunk
     programs = min(resident_programs(q.device, options.resident), tiles * q.shape[0] * kv_heads)
     attend_kernel[(programs,)](
-        q.contiguous(), query_chunks.on(q.device), k, v, *key_maps(k, v, tile, options),
+        q.contiguous(), query_chunks.on(q.device), k, v, k_map, v_map,
         part.chunks.starts_by_id(n, q.device), *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean,
         routing.masks, chunk_lists(programs, n, q.device), work_counter(q.device), out, lse,
         q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
         routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent,
         BC=triton.next_power_of_2(spec.chunk_size), BN=options.block, HAS_SIGMA=spec.prior_sigma is not None,
-        MAPS=uses_maps(tile, options), **tile.constants, **options.launch,
+        MAPS=maps, **tile.constants, **options.launch,
     )  # fmt: skip
     return out, lse
 
 
-def uses_maps(tile: TileShape, options: LaunchOptions) -> bool:
-    """Tensor maps take powers of two; other chunk sizes and head dims are loaded by address."""
-    whole = tile.head_dim == tile.padded_dim and tile.chunk_size == triton.next_power_of_2(tile.chunk_size)
-    return options.tensor_maps and whole
-
-
 def key_maps(
     k: torch.Tensor, v: torch.Tensor, tile: TileShape, options: LaunchOptions
-) -> tuple[torch.Tensor | TensorDescriptor, torch.Tensor | TensorDescriptor]:
-    """Tensor maps of K and V, a chunk of one head at a time; where there are none, K and V in their place."""
-    if not uses_maps(tile, options):
-        return k, v
+) -> tuple[torch.Tensor | TensorDescriptor, torch.Tensor | TensorDescriptor, bool]:
+    """(tensor map of K, of V, True), a chunk of one head at a time; (K, V, False) where they are loaded by address:
+    tensor maps take powers of two and addresses that are multiples of 16 bytes.
+    """
+    sizes = tile.head_dim == tile.padded_dim and tile.chunk_size == triton.next_power_of_2(tile.chunk_size)
+    if not (options.tensor_maps and sizes and k.data_ptr() % 16 == 0 and v.data_ptr() % 16 == 0):
+        return k, v, False
     block = [tile.chunk_size, tile.head_dim]
     k_map, v_map = (TensorDescriptor.from_tensor(x.view(-1, tile.kv_heads * tile.head_dim), block) for x in (k, v))
-    return k_map, v_map
+    return k_map, v_map, True
 
 
 @triton.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
@@ -121,7 +119,7 @@ def attend_kernel(
             for block in range(0, count, BN):
                 listed = block + tl.arange(0, BN)
                 ids = tl.load(ids_ptr + listed, mask=listed < count, other=0)
-                bias = bias_block(
+                _u, _prior, bias = routing_block(
                     q, high_ptr, low_ptr, ids, listed < count, batch_head, n, tau, log2_mean, factor, prior_exponent,
                     HK, G, GP, BT, D, BD, BN,
                 )  # fmt: skip
@@ -157,16 +155,18 @@ def softmax_step(scores, v, top, total, out):
 
 
 @triton.jit
-def bias_block(
+def routing_block(
     q, high_ptr, low_ptr, ids, mask, batch_head, n, tau, log2_mean, factor, prior_exponent,
     HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """Bias of the tile's rows for BN chunks in base 2, -inf where not selected.  [M, BN]"""
+    """(u = sqrt(p) [M, BN], prior [BT, BN], bias in base 2 [M, BN], -inf where a token did not select the chunk) of the
+    tile for BN chunks.
+    """
     y, _high = routing_scores(q, high_ptr, low_ptr, ids, mask, batch_head, n, HK, D, BD, True)
-    u = tl.maximum(y * factor - tau[:, None], 0.0)
+    u = tl.where(mask[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0)
     prior = mean_over_group(u * u, G, GP, BT, BN)
-    return to_rows(prior_bias(prior, log2_mean[:, None], prior_exponent), GP, BT, BN)
+    return u, prior, to_rows(prior_bias(prior, log2_mean[:, None], prior_exponent), GP, BT, BN)
 
 
 @triton.jit

@@ -56,7 +56,7 @@ _ANYWHERE = {
 
 
 def launch_options(kernel: str, q: torch.Tensor) -> LaunchOptions:
-    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= HOPPER
+    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] == HOPPER
     if hopper and q.element_size() == 2:
         padded_dim = max(1 << (q.shape[-1] - 1).bit_length(), 64)
         return _HOPPER.get((kernel, padded_dim), _ANYWHERE[kernel])

@@ -80,7 +80,8 @@ def list_chunks(mask_ptr, starts_ptr, ids_ptr, list_starts_ptr, first, chunk):
     return count
 
 
-PIECE_ROWS = 131_072  # of a piece: its tokens times the heads of a group
+# Of a piece: small ones split a hot chunk, large ones cost less per piece, of which small groups have more.
+LEAST_PIECE_TOKENS, LEAST_PIECE_ROWS = 8192, 65_536
 MAX_SLAB_BYTES = 256 * 2**20
 
 
@@ -106,10 +107,12 @@ class QuerySlab:
 def slab_slots(slots: int, tile: TileShape, batch_heads: int, n: int) -> tuple[int, int]:
     """(slots of a slab, slots of a piece), multiples of 8: then a row of bits is whole words for any chunk size.
 
-    The bits of a slab stay within MAX_SLAB_BYTES: a slab has fewer slots where there are more chunks.
+    The bits of a slab stay within MAX_SLAB_BYTES, or what 8 slots take: a slab has fewer slots where there are more
+    chunks.
     """
     longest = MAX_SLAB_BYTES * 8 // (batch_heads * n * tile.chunk_size)
-    piece = min(PIECE_ROWS // tile.padded_group // tile.chunk_size, longest, slots + 7) // 8 * 8
+    tokens = max(LEAST_PIECE_TOKENS, LEAST_PIECE_ROWS // tile.padded_group)
+    piece = min(tokens // tile.chunk_size, longest, slots + 7) // 8 * 8
     piece = max(piece, 8)
     return max(min(longest, slots + piece - 1) // piece, 1) * piece, piece
 
