@@ -89,7 +89,7 @@ def triton_parity() -> dict[str, float]:
 def interpreted_triton_parity() -> dict[str, float]:
     """The kernels in float32 through Triton's interpreter, on a sequence that is small enough for it."""
     inputs = same_inputs(2 * dist.get_world_size(), torch.float32, heads=(2, 1))
-    call: dict[str, Any] = {"chunk_size": CHUNK, "routing_scale": 6.0, "backend": "triton"}
+    call: dict[str, Any] = {"chunk_size": CHUNK, "routing_scale": 30.0, "backend": "triton"}
     return differences_from_one_process(inputs, "zigzag", "ring", **call)
 
 
