@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "eager")
 MAX_TRITON_HEAD_DIM = 256
-# Elements of a chunk's keys or a tile's queries, sizes rounded up to powers of two; what fits into shared memory.
-MAX_TRITON_FLOAT32_CHUNK = 64 * 128
+# Tokens x head_dim of a chunk, rounded up to powers of two: what fits into shared memory in float32, and in 16 bits on
+# GPUs with less of it than Hopper's.
+SMALL_CHUNK = 64 * 128
 MAX_TRITON_GROUP = 16
 # The kernels round a query's scores of a chunk in two ways (see backward_keys.py), which a sharp routing magnifies.
 MAX_TRITON_SHARPNESS = 200.0
-HOPPER = 9
 
 
 class Backend(Protocol):
@@ -141,16 +141,19 @@ def _triton_obstacle(q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> str
     if sharpness > MAX_TRITON_SHARPNESS:
         limit = f"{MAX_TRITON_SHARPNESS:g}"
         return f"routing_scale x max(1, 1 / prior_sigma) is {sharpness:g}, the kernels take up to {limit}"
-    if q.dtype == torch.float32 and _padded(head_dim) * max(_padded(spec.chunk_size), 64) > MAX_TRITON_FLOAT32_CHUNK:
-        return f"float32 with head_dim {head_dim} and chunk_size {spec.chunk_size} does not fit into shared memory"
     if query_heads // kv_heads > MAX_TRITON_GROUP:
         return f"{query_heads // kv_heads} query heads share a KV head, the kernels take up to {MAX_TRITON_GROUP}"
-    other_gpu = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != HOPPER
-    if other_gpu and (
-        q.dtype == torch.float32 or _padded(head_dim) * _padded(spec.chunk_size) > MAX_TRITON_FLOAT32_CHUNK
-    ):
-        return f"{q.dtype} with head_dim {head_dim} and chunk_size {spec.chunk_size} is only fitted to Hopper GPUs"
+    float32, hopper = q.dtype == torch.float32, is_hopper(q)
+    if (float32 or not hopper) and _padded(head_dim) * max(_padded(spec.chunk_size), 64) > SMALL_CHUNK:
+        return f"head_dim {head_dim} with chunk_size {spec.chunk_size} in {q.dtype} does not fit into shared memory"
+    if float32 and not hopper:
+        return "float32 fits into the shared memory of Hopper GPUs only"
     return None
+
+
+def is_hopper(q: torch.Tensor) -> bool:
+    """Whether the kernels run as on an H100; so does Triton's interpreter."""
+    return not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def _padded(size: int) -> int:

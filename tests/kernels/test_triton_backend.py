@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ from attention_inputs import (
 )
 
 from dash_kernels import backend, dash_attention, reference_dash_attention, triton_backend
+from dash_kernels.backend import is_hopper
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import Routing
 from dash_kernels.triton_backend import backward_keys, forward, selection
-from dash_kernels.triton_backend.launch import HOPPER, launch_options
+from dash_kernels.triton_backend.launch import launch_options
 from dash_kernels.triton_backend.tiles import TileShape
 
 # (group, head_dim, chunk_size, prior_sigma, tokens): every group, head dim, chunk size and prior mode; tokens never a
@@ -75,10 +77,18 @@ def test_float16_with_and_without_tensor_maps(
     call = {"chunk_size": chunk_size, "prior_sigma": prior_sigma, "routing_scale": 2.0}
     inputs = clear_inputs(seq_len, call, kv_heads=1, group=group, head_dim=head_dim, dtype=torch.float16)
     tile = TileShape.of(inputs.q, 1, spec_of(inputs, call))
-    maps &= DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= HOPPER
-    assert forward.uses_maps(tile, launch_options("attend", inputs.q)) == maps
-    assert forward.uses_maps(tile, launch_options("queries", inputs.q)) == maps
+    maps &= is_hopper(inputs.q)
+    for kernel in ("attend", "queries"):
+        assert forward.key_maps(inputs.k, inputs.v, tile, launch_options(kernel, inputs.q))[2] == maps
     check_against_the_reference(inputs, 2e-3, **call)
+
+
+def test_keys_off_the_addresses_of_tensor_maps_are_loaded_one_by_one() -> None:
+    call = {"chunk_size": 16, "routing_scale": 2.0}
+    inputs = clear_inputs(40, call, kv_heads=1, group=2, head_dim=32, dtype=torch.float16)
+    shifted = torch.cat((inputs.k.new_zeros(1), inputs.k.flatten()))[1:].view(inputs.k.shape)
+    assert shifted.data_ptr() % 16
+    check_against_the_reference(replace(inputs, k=shifted), 2e-3, **call)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -308,6 +318,14 @@ def test_statistics() -> None:
     assert wanted.density < 1
 
 
+def test_other_gpus_take_what_fits_into_less_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "is_hopper", lambda q: False)
+    for dtype, chunk_size, fits in ((torch.float16, 64, True), (torch.float16, 80, False), (torch.float32, 16, False)):
+        inputs = random_inputs(20, kv_heads=1, head_dim=128, dtype=dtype)
+        spec = spec_of(inputs, {"chunk_size": chunk_size})
+        assert (backend._triton_obstacle(inputs.q, 1, spec) is None) == fits
+
+
 @pytest.mark.parametrize(
     ("shape", "change", "obstacle"),
     [
@@ -321,12 +339,12 @@ def test_statistics() -> None:
         (
             {"dtype": torch.float32, "head_dim": 129},
             {},
-            r"float32 with head_dim 129 and chunk_size 16 does not fit into shared memory",
+            r"head_dim 129 with chunk_size 16 in torch.float32 does not fit into shared memory",
         ),
         (
             {"dtype": torch.float32, "head_dim": 96},
             {"chunk_size": 80},
-            r"float32 with head_dim 96 and chunk_size 80 does not fit into shared memory",
+            r"head_dim 96 with chunk_size 80 in torch.float32 does not fit into shared memory",
         ),
         (
             {"dtype": torch.float32},
@@ -349,6 +367,7 @@ def test_calls_beyond_the_kernels_fall_back_and_say_so_once(
     with pytest.raises(ValueError, match=re.escape(f"backend 'triton' cannot take this call: {obstacle}")):
         dash_attention(*tensors, backend="triton", **call)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # "auto" thinks of Triton on a GPU only
+    monkeypatch.setattr(backend, "is_hopper", lambda q: True)
     backend._log_fallback.cache_clear()
     with caplog.at_level(logging.WARNING):
         outs = [dash_attention(*tensors, **call) for _ in range(2)]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dash_kernels.backend import is_hopper
+
 
 @dataclass(frozen=True)
 class LaunchOptions:
@@ -31,7 +33,6 @@ class LaunchOptions:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
-HOPPER = 9
 # By kernel and padded head dim, for 16-bit inputs.
 _HOPPER = {
     ("route", 64): LaunchOptions(8, 2, 64, rows=128, max_registers=128),
@@ -56,8 +57,7 @@ _ANYWHERE = {
 
 
 def launch_options(kernel: str, q: torch.Tensor) -> LaunchOptions:
-    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] == HOPPER
-    if hopper and q.element_size() == 2:
+    if is_hopper(q) and q.element_size() == 2:
         padded_dim = max(1 << (q.shape[-1] - 1).bit_length(), 64)
         return _HOPPER.get((kernel, padded_dim), _ANYWHERE[kernel])
     return _ANYWHERE[kernel]
