@@ -9,6 +9,7 @@ import pickle
 import socket
 import time
 import traceback
+from collections.abc import Collection
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -35,12 +36,17 @@ def backend_for(world_size: int) -> str:
 
 
 def run_ranks(
-    job: str, world_size: int, *arguments: Any, time_limit: float = 240.0, cpu_only: bool = False
+    job: str,
+    world_size: int,
+    *arguments: Any,
+    time_limit: float = 240.0,
+    cpu_only: bool = False,
+    dying: Collection[int] = (),
 ) -> list[Any]:
     """Calls "module:function"(*arguments) in `world_size` processes of one group; one alone is left without a group.
 
     Returns what each rank returned. The first failure, or the time limit in seconds, ends them all. `cpu_only` hides
-    GPUs from the ranks.
+    GPUs from the ranks. The death of a rank in `dying` is no failure; its result is None.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -67,6 +73,9 @@ def run_ranks(
                 try:
                     error, results[rank] = pickle.loads(pipes[rank][0].recv_bytes())
                 except EOFError:
+                    if rank in dying:
+                        results[rank] = None
+                        continue
                     raise RuntimeError(f"rank {rank} died") from None
                 if error is not None:
                     raise RuntimeError(f"rank {rank} failed:\n{error}")

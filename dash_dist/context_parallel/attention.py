@@ -1,11 +1,15 @@
 """DashAttention over a context-parallel group: one differentiable call on the ranks' shards.
 
-Summaries are all-gathered and routing is computed against all of them, then the exchange takes over. Knows what the
-ranks must agree on; the exchanges know when which tensor moves.
+Summaries are all-gathered and routing is computed against all of them; then every rank knows which chunks it needs, and
+the exchange brings them while the stages compute on what is there. Knows what the ranks must agree on and what is
+computed when; the exchanges know how tensors move.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -13,15 +17,19 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from dash_dist.context_parallel.agreement import check_together
-from dash_dist.context_parallel.exchanges import EXCHANGES, Call, Exchange, check_exchange
+from dash_dist.context_parallel.exchanges import Delivery, check_exchange, from_plan, without_a_plan
 from dash_dist.context_parallel.layout import check_layout, pieces_of
+from dash_dist.context_parallel.recompute import ForwardMemory, Found
 from dash_dist.context_parallel.shard import Shard
+from dash_dist.context_parallel.topology import Topology
+from dash_dist.context_parallel.traffic import Traffic
 from dash_kernels import RoutingStatistics
 from dash_kernels import dash_attention as dash_attention_one_device
 from dash_kernels.arguments import check_arguments
-from dash_kernels.attention import without_autocast
+from dash_kernels.attention import packed_chunks, without_autocast
 from dash_kernels.backend import Backend, select_backend
-from dash_kernels.spec import AttentionSpec, Routing, routing_statistics
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries, Routing, routing_statistics
 
 
 @overload
@@ -38,9 +46,13 @@ def dash_attention(
     softmax_scale: float | None = ...,
     backend: str = ...,
     return_routing: Literal[False] = ...,
+    cu_seqlens: torch.Tensor | None = ...,
     cp_group: dist.ProcessGroup | None = ...,
     layout: str = ...,
     exchange: str = ...,
+    ranks_per_node: int | None = ...,
+    traffic: Traffic | None = ...,
+    memory: ForwardMemory | None = ...,
 ) -> torch.Tensor: ...
 
 
@@ -58,9 +70,13 @@ def dash_attention(
     softmax_scale: float | None = ...,
     backend: str = ...,
     return_routing: Literal[True],
+    cu_seqlens: torch.Tensor | None = ...,
     cp_group: dist.ProcessGroup | None = ...,
     layout: str = ...,
     exchange: str = ...,
+    ranks_per_node: int | None = ...,
+    traffic: Traffic | None = ...,
+    memory: ForwardMemory | None = ...,
 ) -> tuple[torch.Tensor, RoutingStatistics]: ...
 
 
@@ -77,21 +93,33 @@ def dash_attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
     return_routing: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
     layout: str = "zigzag",
-    exchange: str = "ring",
+    exchange: str = "auto",
+    ranks_per_node: int | None = None,
+    traffic: Traffic | None = None,
+    memory: ForwardMemory | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, RoutingStatistics]:
     """`dash_kernels.dash_attention` of a sequence that is split over the ranks of cp_group.
 
     q, k, v are this rank's shard [B, T / size, heads, D] as `split_sequence` gives it, the same shape at every rank;
     summary_query is the same at every rank. The result is this rank's shard of the output. The gradient of
-    summary_query is this rank's part of it: sum it over the group, as for any replicated weight. The sequence is one
-    document: packed documents (cu_seqlens) are computed on one device only.
+    summary_query is this rank's part of it: sum it over the group, as for any replicated weight.
 
     Args beyond those of `dash_kernels.dash_attention`:
+        cu_seqlens: as there, of the whole sequence before it was split, and the same at every rank; with a cp_group
+            every document must be whole chunks. Documents may cross the borders of shards.
         cp_group: the context-parallel group; None computes on this device alone.
         layout: "zigzag" or "contiguous"; must be the one the sequence was split with.
-        exchange: "ring" (K and V pass from rank to rank) or "allgather" (every rank holds all of K and V meanwhile).
+        exchange: "selective" (only chunks that routing selected travel), "allgather" (every rank holds all of K and V
+            meanwhile), "ring" (K and V pass from rank to rank; the least memory), or "auto": the one that the plan of
+            what was selected makes cheapest, see docs/context-parallelism.md. All give the same result.
+        ranks_per_node: consecutive ranks of cp_group that share a fast link; None has them found by host name. The
+            selective exchange sends a chunk once to every node that needs it, and on from there.
+        traffic: adds up what this call, and its backward pass, send and wait for.
+        memory: for a layer that is recomputed in the backward pass: the pass without gradients leaves its plan there,
+            and the recomputation finds it, and keeps what it received for the backward pass.
 
     With return_routing, the statistics are those of this rank's tokens.
 
@@ -99,6 +127,7 @@ def dash_attention(
         ValueError: at every rank of the group, when an argument is not allowed at any of them or when they differ. On
             GPUs, calls are compared the first time a rank meets their shapes and settings; a rank that later calls
             differently from the others fails alone, and they by the group's timeout.
+        ExchangeError: a rank of the group died, or did not answer within the group's timeout.
     """
     settings: dict[str, Any] = {
         "chunk_size": chunk_size,
@@ -110,37 +139,98 @@ def dash_attention(
     if cp_group is None:
         check_layout(layout)
         check_exchange(exchange)
-        call = (q, k, v, summary_query)
+        tensors = (q, k, v, summary_query)
         if return_routing:
-            return dash_attention_one_device(*call, **settings, backend=backend, return_routing=True)
-        return dash_attention_one_device(*call, **settings, backend=backend)
+            return dash_attention_one_device(
+                *tensors, **settings, cu_seqlens=cu_seqlens, backend=backend, return_routing=True
+            )
+        return dash_attention_one_device(*tensors, **settings, cu_seqlens=cu_seqlens, backend=backend)
 
-    def check() -> tuple[AttentionSpec, Backend, Shard]:
+    size = dist.get_world_size(cp_group)
+
+    def check() -> tuple[tuple[AttentionSpec, Backend, Shard], str | None]:
         spec = check_arguments(q, k, v, summary_query, **settings)
         check_exchange(exchange)
-        chunks_per_rank = _chunks_per_rank(q.shape[1], chunk_size, dist.get_world_size(cp_group), layout)
-        return spec, select_backend(backend, q, k.shape[2], spec), Shard(cp_group, layout, chunks_per_rank, chunk_size)
+        check_layout(layout)
+        if ranks_per_node is not None:
+            Topology(size, ranks_per_node)
+        sequence = _whole_chunks(q, cu_seqlens, chunk_size, size, layout)
+        shard = Shard(cp_group, layout, sequence, chunk_size)
+        documents = None if cu_seqlens is None else _fingerprint(sequence)
+        return (spec, select_backend(backend, q, k.shape[2], spec), shard), documents
 
     shapes = tuple(tuple(x.shape) for x in (q, k, v, summary_query))
-    call_of_rank = (shapes, str(q.dtype), layout, exchange, backend, *settings.items())
+    call_of_rank = (shapes, str(q.dtype), layout, exchange, ranks_per_node, backend, *settings.items())
     spec, stages, shard = check_together(check, call_of_rank, cp_group, once=q.is_cuda)
-    out, selected = _ContextParallelAttention.apply(q, k, v, summary_query, shard, spec, stages, EXCHANGES[exchange])
+    recomputed = memory.recall() if memory is not None and torch.is_grad_enabled() else None
+    call = _Call(shard, spec, stages, exchange, Topology.of(cp_group, ranks_per_node), traffic or Traffic(), recomputed)
+    out, selected, found = _attend(q, k, v, summary_query, call)
+    if memory is not None and not torch.is_grad_enabled():
+        memory.remember(found)
     if not return_routing:
         return out
     return out, routing_statistics(selected, shard.chunks)
 
 
-def _chunks_per_rank(shard_len: int, chunk_size: int, size: int, layout: str) -> int:
-    pieces, _ = pieces_of(0, size, layout)
-    step = chunk_size * len(pieces)
-    if shard_len % step:
-        whole = shard_len * size
-        unit = step * size
-        factors = f"{'2 x ' if len(pieces) == 2 else ''}cp x chunk_size"
+def _whole_chunks(
+    q: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int, size: int, layout: str
+) -> ChunkGrid:
+    """All chunks of the sequence that q is a shard of. Raises ValueError where a piece or document is not whole."""
+    seq_len = q.shape[1] * size
+    _, pieces = pieces_of(0, size, layout)
+    if seq_len % (pieces * chunk_size):
+        unit = pieces * chunk_size
+        factors = f"{'2 x ' if pieces == 2 * size else ''}cp x chunk_size"
         raise ValueError(
-            f"sequence length {whole} is not a multiple of {factors} = {unit}: pad to {-(-whole // unit) * unit}"
+            f"sequence length {seq_len} is not a multiple of {factors} = {unit}: pad to {-(-seq_len // unit) * unit}"
         )
-    return shard_len // chunk_size
+    if cu_seqlens is None:
+        return ChunkGrid.whole_sequence(seq_len, chunk_size)
+    sequence = packed_chunks(cu_seqlens, q, seq_len, chunk_size)
+    incomplete = (sequence.lengths < chunk_size).nonzero().flatten()
+    if len(incomplete):
+        slot = int(incomplete[0])
+        end = int(sequence.starts[slot] + sequence.lengths[slot])
+        raise ValueError(
+            f"cu_seqlens has a document that ends at token {end} with a chunk of {int(sequence.lengths[slot])} tokens: "
+            f"with a context-parallel group, pad every document to a multiple of chunk_size = {chunk_size}"
+        )
+    return sequence
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint(sequence: ChunkGrid) -> str:
+    """Equal for equal documents."""
+    return hashlib.sha1(sequence.firsts.numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call is besides its tensors. recomputed: what the first pass of a recomputed one has found."""
+
+    shard: Shard
+    spec: AttentionSpec
+    stages: Backend
+    exchange: str
+    topology: Topology
+    traffic: Traffic
+    recomputed: Found | None
+
+
+class _Kept:
+    """What the forward pass leaves beside tensors: filled in `forward`, since autograd passes only tensors out."""
+
+    found: Found
+    delivery: Delivery | None = None
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, summary_query: torch.Tensor, call: _Call
+) -> tuple[torch.Tensor, torch.Tensor, Found]:
+    """(output, selected chunks per token, what the pass has found)"""
+    kept = _Kept()
+    out, selected = _ContextParallelAttention.apply(q, k, v, summary_query, call, kept)
+    return out, selected, kept.found
 
 
 class _ContextParallelAttention(torch.autograd.Function):
@@ -152,18 +242,37 @@ class _ContextParallelAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         summary_query: torch.Tensor,
-        shard: Shard,
-        spec: AttentionSpec,
-        stages: Backend,
-        exchange: Exchange,
+        call: _Call,
+        kept: _Kept,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        shard, spec, stages, traffic = call.shard, call.spec, call.stages, call.traffic
+        exchange = call.recomputed.exchange if call.recomputed else without_a_plan(call.exchange, shard, call.topology)
+        # Without a plan to wait for, K and V leave before routing.
+        delivery = None if exchange is None else exchange.deliver(k, v, traffic)
         summaries = shard.gather_summaries(stages.summarize(k, shard.chunks, summary_query, spec))
-        routing = stages.route(q, shard.chunks, summaries, spec)
-        out, lse = exchange.attend(Call(q, k, v, summary_query, summaries, routing, shard, spec, stages))
+        routing = call.recomputed.routing if call.recomputed else stages.route(q, shard.chunks, summaries, spec)
+        queries = Queries(q, shard.chunks, summaries, routing)
+        if exchange is None:
+            reached = stages.reached(routing, shard.chunks, summaries.shape[1], spec)
+            exchange = from_plan(call.exchange, reached, k, shard, call.topology)
+        if delivery is None:
+            delivery = exchange.deliver(k, v, traffic)
+        state = None
+        for part, last in delivery.parts():
+            state = stages.attend(queries, part, spec, before=state, last=last)
+        assert state is not None  # there is at least the own part
+        out, lse = state
+        traffic.call(exchange.name, routing.selected, exchange.needed, exchange.reachable)
+        kept.found = Found(routing, exchange)
+        if call.recomputed:
+            ctx.delivery = delivery  # the backward pass is next: nothing travels twice
+        else:
+            ctx.delivery = None
         ctx.save_for_backward(
             q, k, v, summary_query, out, lse, summaries, routing.tau, routing.log_mean, routing.selected, routing.masks
         )
-        ctx.call = shard, spec, stages, exchange
+        ctx.call = call
+        ctx.exchange = exchange
         ctx.mark_non_differentiable(routing.selected)
         return out, routing.selected
 
@@ -172,8 +281,23 @@ class _ContextParallelAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, summary_query, out, lse, summaries, *of_routing = ctx.saved_tensors
-        shard, spec, stages, exchange = ctx.call
-        call = Call(q, k, v, summary_query, summaries, Routing(*of_routing), shard, spec, stages)
-        dq, (dk, dv), dsummary_query = exchange.backward(call, grad, out, lse)
+        shard, spec, stages, traffic = ctx.call.shard, ctx.call.spec, ctx.call.stages, ctx.call.traffic
+        delivery = ctx.delivery or ctx.exchange.deliver(k, v, traffic)
+        queries = Queries(q, shard.chunks, summaries, Routing(*of_routing))
+        upstream = OutputGradient(grad, lse, stages.row_dots(grad, out))
+        sums = None
+        for part, last in delivery.parts():
+            if last:
+                dq, ratio = stages.finish_query_gradient(queries, upstream, part, spec, sums)
+            else:
+                sums = stages.query_gradient(queries, upstream, part, spec, sums)
+        dsummary_query = torch.zeros(summary_query.shape, dtype=summaries.dtype, device=q.device)
+
+        def contribution_to(part: Part | Blocks) -> torch.Tensor:
+            dkv, of_part = stages.key_gradient(queries, upstream, ratio, part, summary_query, spec)
+            dsummary_query.add_(of_part)
+            return dkv
+
+        dk, dv = delivery.gradients(contribution_to)
         grads = dq, dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
-        return *grads, None, None, None, None
+        return *grads, None, None

@@ -1,112 +1,64 @@
-"""The stages of `dash_kernels` composed with each way that K and V travel: what is computed when which tensor is there.
+"""The ways that K and V travel, behind one interface, and the choice of one.
 
-`ring` and `allgather` know how the tensors move, the backends what is computed on them.
+`ring`, `allgather` and `selective` know how tensors move; what is computed when which of them is there: `attention`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 
-from dash_dist.context_parallel import allgather, ring
+from dash_dist.context_parallel import cost
+from dash_dist.context_parallel.allgather import AllGather
+from dash_dist.context_parallel.plan import make_plan
+from dash_dist.context_parallel.ring import Ring
+from dash_dist.context_parallel.selective import Selective
 from dash_dist.context_parallel.shard import Shard
-from dash_kernels.backend import Backend
-from dash_kernels.spec import AttentionSpec, GradientSums, Part, Routing
+from dash_dist.context_parallel.topology import Topology
+from dash_dist.context_parallel.traffic import Traffic
+from dash_kernels.spec import Blocks, Part, accumulation_dtype
+
+EXCHANGES = ("auto", "selective", "allgather", "ring")
+MEMORY_BUDGET = 8 * 2**30
+"""Bytes that "auto" lets K, V and gradients of other ranks take: a constant, since all ranks must decide alike."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """One rank's call: its shard of q [B, S, Hq, D], k and v [B, S, Hkv, D], and summary_query [Hkv, D]; the summaries
-    [B, n, Hkv, D] of the whole sequence, and the routing of q.
-    """
+class Delivery(Protocol):
+    """K and V of one pass, forward or backward. Every method is a collective call."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    summary_query: torch.Tensor
-    summaries: torch.Tensor
-    routing: Routing
-    shard: Shard
-    spec: AttentionSpec
-    stages: Backend
-
-
-class Exchange(Protocol):
-    def attend(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output of the rank's queries [B, S, Hq, D], in q's dtype, and its log-sum-exp [B, S, Hq]."""
+    def parts(self) -> Iterator[tuple[Part | Blocks, bool]]:
+        """What the rank's queries may attend to, part by part, with whether it is the last; the rank's own chunks are
+        in the first one. What comes next is under way while the caller uses a part. May be called again.
+        """
         ...
 
-    def backward(
-        self, call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The gradients of the rank's q, in its dtype, of its k and v [2, *k.shape], summed over all ranks' queries,
-        and this rank's part of that of summary_query [Hkv, D], the last two in the accumulation dtype.
+    def gradients(self, contribution_to: Callable[[Part | Blocks], torch.Tensor]) -> torch.Tensor:
+        """Gradient [2, B, S, Hkv, D] of this rank's k and v, summed over all ranks' queries.
+
+        contribution_to(part) gives what this rank's queries add to the gradient of a part, like the part; it is called
+        once for each.
         """
         ...
 
 
-class Ring:
-    """K and V come part by part. Outputs merge by log-sum-exp; the gradients that need whole rows wait for the end."""
+class Exchange(Protocol):
+    """How K and V of one call travel: holds no tensor of them, so that forward, backward and recomputation share it.
 
-    def attend(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        merged: tuple[torch.Tensor, torch.Tensor] | None = None
-        for part in ring.parts(call.k, call.v, call.shard):
-            result = call.stages.attend(call.q, call.shard.chunks, part, call.summaries, call.routing, call.spec)
-            merged = result if merged is None else _merge(*merged, *result)
-        assert merged is not None  # the ring has at least one rank
-        return merged[0].to(call.q.dtype), merged[1]
+    needed, reachable: blocks of other ranks that its plan asks for, and could have asked for; 0 without a plan.
+    """
 
-    def backward(
-        self, call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, chunks, summaries, routing, spec = call.q, call.shard.chunks, call.summaries, call.routing, call.spec
-        sums = GradientSums.zeros(q, summaries)
-        delta = call.stages.row_dots(grad, out)
-        dsummary_query = torch.zeros_like(call.summary_query, dtype=summaries.dtype)
+    @property
+    def name(self) -> str: ...
+    @property
+    def needed(self) -> int: ...
+    @property
+    def reachable(self) -> int: ...
 
-        def contribution(part: Part) -> torch.Tensor:
-            dkv, part_dsummary_query = call.stages.attend_backward(
-                grad, q, chunks, part, call.summary_query, summaries, routing, lse, delta, spec, sums
-            )
-            dsummary_query.add_(part_dsummary_query)
-            return dkv
-
-        dkv = ring.backward(call.k, call.v, call.shard, contribution)
-        call.stages.route_backward(q, chunks, summaries, routing, spec, sums)
-        dsummaries = call.shard.reduce_summary_gradient(sums.dsummaries)
-        dsummary_query += call.stages.summarize_backward(dsummaries, call.k, chunks, call.summary_query, spec, dkv[0])
-        return sums.dq.to(q.dtype), dkv, dsummary_query
-
-
-class AllGather:
-    """Every rank holds all of K and V while it computes; in the backward pass they are gathered again, not kept."""
-
-    def attend(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        everything = allgather.gather(call.k, call.v, call.shard)
-        return call.stages.attend(call.q, call.shard.chunks, everything, call.summaries, call.routing, call.spec)
-
-    def backward(
-        self, call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        everything = allgather.gather(call.k, call.v, call.shard)
-        dq, contribution, dsummary_query = call.stages.backward_whole(
-            grad,
-            call.q,
-            call.shard.chunks,
-            everything,
-            call.summary_query,
-            call.summaries,
-            call.routing,
-            out,
-            lse,
-            call.spec,
-        )
-        return dq, allgather.reduce(contribution, call.shard), dsummary_query
-
-
-EXCHANGES: dict[str, Exchange] = {"ring": Ring(), "allgather": AllGather()}
+    def deliver(self, k: torch.Tensor, v: torch.Tensor, traffic: Traffic) -> Delivery:
+        """k, v: this rank's shard [B, S, Hkv, D]. A collective call."""
+        ...
 
 
 def check_exchange(exchange: str) -> None:
@@ -114,10 +66,27 @@ def check_exchange(exchange: str) -> None:
         raise ValueError(f"exchange is {exchange!r}: give one of {', '.join(EXCHANGES)}")
 
 
-def _merge(
-    out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds a part to a result whose lse is finite; the first part is the own one, where a token finds itself."""
-    total = torch.logaddexp(lse, part_lse)
-    weight, part_weight = torch.exp(lse - total).unsqueeze(-1), torch.exp(part_lse - total).unsqueeze(-1)
-    return out * weight + part_out * part_weight, total
+def without_a_plan(name: str, shard: Shard, topology: Topology) -> Exchange | None:
+    """The exchange, where it does not depend on what was selected."""
+    if name == "ring":
+        return Ring(shard, topology)
+    return AllGather(shard, topology) if name == "allgather" else None
+
+
+def from_plan(name: str, reached: torch.Tensor, k: torch.Tensor, shard: Shard, topology: Topology) -> Exchange:
+    """The selective exchange of what was `reached` (bool [B, Hkv, n]) or, for "auto", the one that `cost` prefers."""
+    plan = make_plan(reached, shard, topology)
+    if name == "auto":
+        costs = cost.predict(
+            plan.busiest,
+            topology,
+            blocks_per_rank=reached.shape[0] * reached.shape[1] * shard.chunks_per_rank,
+            block_size=2 * shard.chunk_size * k.shape[-1],
+            element_size=k.element_size(),
+            gradient_element_size=accumulation_dtype(k.dtype).itemsize,
+            planned=True,
+        )
+        other = without_a_plan(cost.cheapest(costs, cost.Links(), MEMORY_BUDGET), shard, topology)
+        if other is not None:
+            return other
+    return Selective(shard, plan)

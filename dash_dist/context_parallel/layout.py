@@ -33,26 +33,33 @@ def pieces_of(rank: int, size: int, layout: str) -> tuple[list[int], int]:
 
 
 @functools.lru_cache(maxsize=256)
-def shard_chunks(chunks_per_rank: int, chunk_size: int, rank: int, size: int, layout: str) -> ChunkGrid:
-    """The chunks that a rank holds, in shard order. Raises ValueError where a piece is not whole chunks."""
-    return ChunkGrid.complete(_chunk_ids(chunks_per_rank, rank, size, layout), chunk_size)
+def shard_chunks(sequence: ChunkGrid, rank: int, size: int, layout: str) -> ChunkGrid:
+    """A rank's chunks of a sequence, in shard order. Raises ValueError where a piece is not whole chunks."""
+    return sequence.take(_chunk_ids(len(sequence), rank, size, layout))
 
 
-@functools.lru_cache(maxsize=256)
-def gathered_chunks(chunks_per_rank: int, chunk_size: int, size: int, layout: str) -> ChunkGrid:
+@functools.lru_cache(maxsize=64)
+def gathered_chunks(sequence: ChunkGrid, size: int, layout: str) -> ChunkGrid:
     """The chunks of all shards, in rank order. Raises ValueError where a piece is not whole chunks."""
-    ids = [_chunk_ids(chunks_per_rank, rank, size, layout) for rank in range(size)]
-    return ChunkGrid.complete(list(itertools.chain.from_iterable(ids)), chunk_size)
+    ids = [_chunk_ids(len(sequence), rank, size, layout) for rank in range(size)]
+    return sequence.take(list(itertools.chain.from_iterable(ids)))
 
 
-def _chunk_ids(chunks_per_rank: int, rank: int, size: int, layout: str) -> list[int]:
-    pieces, _ = pieces_of(rank, size, layout)
-    if chunks_per_rank % len(pieces):
+@functools.lru_cache(maxsize=64)
+def other_chunks(sequence: ChunkGrid, rank: int, size: int, layout: str) -> ChunkGrid:
+    """`gathered_chunks` without those of a rank, where they are in the tensor that holds all of them."""
+    slots = len(sequence) // size
+    return gathered_chunks(sequence, size, layout).without(rank * slots, (rank + 1) * slots)
+
+
+def _chunk_ids(chunks: int, rank: int, size: int, layout: str) -> list[int]:
+    pieces, count = pieces_of(rank, size, layout)
+    if chunks % count:
         raise ValueError(
-            f"a shard of {chunks_per_rank} chunks cannot be cut into {len(pieces)} pieces of whole chunks for layout "
-            f"{layout!r}: make the sequence a multiple of {len(pieces) * size} chunks or use layout 'contiguous'"
+            f"a sequence of {chunks} chunks cannot be cut into {count} pieces of whole chunks for layout {layout!r} at "
+            f"context-parallel size {size}: pad it to {-(-chunks // count) * count} chunks or use layout 'contiguous'"
         )
-    length = chunks_per_rank // len(pieces)
+    length = chunks // count
     return [piece * length + offset for piece in pieces for offset in range(length)]
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from dash_dist.context_parallel.attention import dash_attention
 from dash_dist.context_parallel.exchanges import check_exchange
 from dash_dist.context_parallel.layout import check_layout
+from dash_dist.context_parallel.recompute import ForwardMemory
+from dash_dist.context_parallel.traffic import Traffic
 from dash_kernels import RoutingStatistics
 
 
@@ -17,6 +19,9 @@ class DashAttention(nn.Module):
 
     `summary_query` [num_kv_heads, head_dim] starts as zeros: a summary starts as the mean of its keys. While
     `record_routing` is True, `routing` holds the statistics of the last forward, over this rank's tokens.
+    `traffic` adds up what forward and backward passes sent and waited for until it is asked. `recompute` says that the
+    module runs under reentrant activation checkpointing, as Megatron-core's: first without gradients, then again with
+    them just before the backward pass.
     For the settings see `dash_dist.dash_attention`.
     """
 
@@ -32,8 +37,10 @@ class DashAttention(nn.Module):
         softmax_scale: float | None = None,
         backend: str = "auto",
         layout: str = "zigzag",
-        exchange: str = "ring",
+        exchange: str = "auto",
         cp_group: dist.ProcessGroup | None = None,
+        ranks_per_node: int | None = None,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -50,10 +57,15 @@ class DashAttention(nn.Module):
         self.layout = layout
         self.exchange = exchange
         self.cp_group = cp_group
+        self.ranks_per_node = ranks_per_node
+        self.traffic = Traffic()
+        self.memory = ForwardMemory() if recompute else None
         self.record_routing = False
         self.routing: RoutingStatistics | None = None
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         out, routing = dash_attention(
             q,
             k,
@@ -66,9 +78,13 @@ class DashAttention(nn.Module):
             softmax_scale=self.softmax_scale,
             backend=self.backend,
             return_routing=True,
+            cu_seqlens=cu_seqlens,
             cp_group=self.cp_group,
             layout=self.layout,
             exchange=self.exchange,
+            ranks_per_node=self.ranks_per_node,
+            traffic=self.traffic,
+            memory=self.memory if self.training else None,
         )
         self.routing = routing if self.record_routing else None
         return out

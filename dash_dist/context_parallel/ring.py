@@ -1,6 +1,7 @@
 """The ring exchange: K and V go round by point-to-point sends, the next shard in flight while the current one is used.
 
-Knows who sends what to whom and when; does not know what is computed in between.
+Knows who sends what to whom and when; does not know what is computed in between. K and V go round twice in a backward
+pass: once for the gradients of queries, and once, with their own gradients a step behind, for those of keys.
 """
 
 from __future__ import annotations
@@ -10,57 +11,76 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
+from dash_dist.context_parallel.errors import naming_the_exchange
+from dash_dist.context_parallel.flight import Flight, Journey
 from dash_dist.context_parallel.shard import Shard
+from dash_dist.context_parallel.topology import Topology
+from dash_dist.context_parallel.traffic import Traffic
 from dash_kernels.spec import Part
 
-KEYS_AND_VALUES, GRADIENTS = 0, 1  # tags: both kinds of message are on their way at once in the backward pass
+KEYS_AND_VALUES, GRADIENTS = 0, 1  # tags: both kinds of message are on their way at once
+NAMES = ("K and V on their way round the ring", "gradients on their way round the ring")
 
 
-def parts(k: torch.Tensor, v: torch.Tensor, shard: Shard) -> Iterator[Part]:
-    """Every rank's k and v, the own ones first; the next arrive while the caller uses the yielded ones."""
-    current = torch.stack((k, v))
-    for step in range(shard.size):
-        is_last = step == shard.size - 1
-        flight = None if is_last else _Flight(current, shard, KEYS_AND_VALUES)
-        yield Part(current[0], current[1], shard.chunks_of((shard.rank - step) % shard.size), whole=False)
-        if flight is not None:
-            current = flight.land()
+class Ring:
+    """An `exchanges.Exchange`: every rank meets every shard, and holds two of them at a time."""
+
+    name = "ring"
+    needed = reachable = 0
+
+    def __init__(self, shard: Shard, topology: Topology):
+        self._shard, self._topology = shard, topology
+
+    def deliver(self, k: torch.Tensor, v: torch.Tensor, traffic: Traffic) -> RingDelivery:
+        return RingDelivery(k, v, self._shard, self._topology, traffic)
 
 
-def backward(
-    k: torch.Tensor, v: torch.Tensor, shard: Shard, contribution_to: Callable[[Part], torch.Tensor]
-) -> torch.Tensor:
-    """Gradient [2, *k.shape] of this rank's k and v, summed over all ranks' queries.
+class RingDelivery:
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, shard: Shard, topology: Topology, traffic: Traffic):
+        self._k, self._v, self._shard, self._topology, self._traffic = k, v, shard, topology, traffic
 
-    contribution_to(part) returns what this rank's queries add to the gradients of a part. The sum for a part follows
-    the part around the ring, one step behind, and is complete when it reaches its owner.
-    """
-    flight = None
-    for part in parts(k, v, shard):
-        contribution = contribution_to(part)
-        if flight is not None:
-            contribution += flight.land()
-        flight = _Flight(contribution, shard, GRADIENTS)
-    assert flight is not None  # the ring has at least one rank
-    return flight.land()
+    def parts(self) -> Iterator[tuple[Part, bool]]:
+        shard = self._shard
+        current = torch.stack((self._k, self._v))
+        for step in range(shard.size):
+            last = step == shard.size - 1
+            flight = None if last else self._send_on(current, KEYS_AND_VALUES)
+            yield Part(current[0], current[1], shard.chunks_of((shard.rank - step) % shard.size)), last
+            if flight is not None:
+                current = flight.land()
+
+    def gradients(self, contribution_to: Callable[[Part], torch.Tensor]) -> torch.Tensor:
+        """The sum for a part follows the part around the ring, one step behind, and is complete at its owner."""
+        flight = None
+        for part, last in self.parts():
+            contribution = contribution_to(part)
+            if flight is not None:
+                contribution += flight.land()
+            if not last or self._shard.size > 1:
+                flight = self._send_on(contribution, GRADIENTS)
+        return contribution if flight is None else flight.land()
+
+    def _send_on(self, outgoing: torch.Tensor, tag: int) -> Flight:
+        shard, topology = self._shard, self._topology
+        flight = Flight(_to_the_next_rank(outgoing, shard, tag), (outgoing,))
+        rows = [0] * shard.size
+        rows[(shard.rank + 1) % shard.size] = 1
+        self._traffic.sent_rows(rows, outgoing.nbytes, shard.rank, topology)
+        self._traffic.planned(outgoing.nbytes, dense=outgoing.nbytes)
+        self._traffic.under_way(flight.timing)
+        return flight
 
 
-class _Flight:
-    """A tensor on its way to the next rank while one like it comes from the previous rank."""
-
-    def __init__(self, outgoing: torch.Tensor, shard: Shard, tag: int):
-        self._outgoing = outgoing  # kept alive until the send is done
-        if shard.size == 1:
-            self._incoming, self._requests = outgoing, []
-            return
-        self._incoming = torch.empty_like(outgoing)
-        to = dist.get_global_rank(shard.group, (shard.rank + 1) % shard.size)
-        source = dist.get_global_rank(shard.group, (shard.rank - 1) % shard.size)
+def _to_the_next_rank(outgoing: torch.Tensor, shard: Shard, tag: int) -> Journey:
+    incoming = torch.empty_like(outgoing)
+    to = dist.get_global_rank(shard.group, (shard.rank + 1) % shard.size)
+    source = dist.get_global_rank(shard.group, (shard.rank - 1) % shard.size)
+    with naming_the_exchange(shard.group, NAMES[tag]):
         send = dist.P2POp(dist.isend, outgoing, to, shard.group, tag)
-        receive = dist.P2POp(dist.irecv, self._incoming, source, shard.group, tag)
-        self._requests = dist.batch_isend_irecv([send, receive])
-
-    def land(self) -> torch.Tensor:
-        for request in self._requests:
+        receive = dist.P2POp(dist.irecv, incoming, source, shard.group, tag)
+        requests = dist.batch_isend_irecv([send, receive])
+    yield
+    with naming_the_exchange(shard.group, NAMES[tag]):
+        for request in requests:
             request.wait()
-        return self._incoming
+    return incoming

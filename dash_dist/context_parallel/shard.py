@@ -7,17 +7,21 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dash_dist.context_parallel.layout import gathered_chunks, shard_chunks
+from dash_dist.context_parallel.errors import naming_the_exchange
+from dash_dist.context_parallel.layout import gathered_chunks, other_chunks, shard_chunks
 from dash_kernels.chunks import ChunkGrid
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a sequence of size x chunks_per_rank complete chunks that this rank of the group holds."""
+    """The part of a sequence of complete chunks that this rank of the group holds.
+
+    sequence: all chunks of the sequence, in order.
+    """
 
     group: dist.ProcessGroup
     layout: str
-    chunks_per_rank: int
+    sequence: ChunkGrid
     chunk_size: int
 
     @property
@@ -29,28 +33,32 @@ class Shard:
         return dist.get_world_size(self.group)
 
     @property
+    def chunks_per_rank(self) -> int:
+        return len(self.sequence) // self.size
+
+    @property
     def chunks(self) -> ChunkGrid:
         return self.chunks_of(self.rank)
 
     @property
     def gathered_chunks(self) -> ChunkGrid:
         """The chunks of all shards, in rank order."""
-        return gathered_chunks(self.chunks_per_rank, self.chunk_size, self.size, self.layout)
+        return gathered_chunks(self.sequence, self.size, self.layout)
+
+    @property
+    def other_chunks(self) -> ChunkGrid:
+        """`gathered_chunks` without those of this rank."""
+        return other_chunks(self.sequence, self.rank, self.size, self.layout)
 
     def chunks_of(self, rank: int) -> ChunkGrid:
-        return shard_chunks(self.chunks_per_rank, self.chunk_size, rank, self.size, self.layout)
+        return shard_chunks(self.sequence, rank, self.size, self.layout)
 
     def gather_summaries(self, summaries: torch.Tensor) -> torch.Tensor:
         """[B, chunks_per_rank, Hkv, D] of this shard -> [B, n, Hkv, D] of the whole sequence, by chunk id."""
-        in_rank_order = gather_shards(summaries, self.group).transpose(0, 1).flatten(1, 2)
+        with naming_the_exchange(self.group, "the summaries of all chunks"):
+            in_rank_order = gather_shards(summaries, self.group).transpose(0, 1).flatten(1, 2)
         slots = self.gathered_chunks.slots_by_id(in_rank_order.shape[1], summaries.device)
         return in_rank_order[:, slots].contiguous()
-
-    def reduce_summary_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Sums [B, n, Hkv, D] over the group; every rank gets its own chunks' part [B, chunks_per_rank, Hkv, D]."""
-        ids = self.gathered_chunks.on(gradient.device)[0]
-        by_rank = gradient[:, ids].unflatten(1, (self.size, -1)).transpose(0, 1)
-        return reduce_to_owners(by_rank, self.group)
 
 
 def gather_shards(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -58,10 +66,3 @@ def gather_shards(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     gathered = x.new_empty(dist.get_world_size(group), *x.shape)
     dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
     return gathered
-
-
-def reduce_to_owners(by_rank: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """by_rank [size, ...] summed over the group; rank r gets entry r."""
-    own = by_rank.new_empty(by_rank.shape[1:])
-    dist.reduce_scatter_tensor(own, by_rank.flatten(0, 1).contiguous(), group=group)
-    return own

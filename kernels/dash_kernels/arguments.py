@@ -90,8 +90,9 @@ def check_arguments(
     )
 
 
-def check_cu_seqlens(cu_seqlens: object, q: torch.Tensor) -> list[int]:
-    """Raises ValueError unless cu_seqlens [documents + 1] cuts the tokens of q [1, T, Hq, D]; returns its values.
+def check_cu_seqlens(cu_seqlens: object, q: torch.Tensor, seq_len: int) -> list[int]:
+    """Raises ValueError unless cu_seqlens [documents + 1] cuts a sequence of seq_len tokens, of which q [1, T, Hq, D]
+    holds all or a shard; returns its values.
 
     Reading a tensor on a GPU waits for it.
     """
@@ -106,9 +107,8 @@ def check_cu_seqlens(cu_seqlens: object, q: torch.Tensor) -> list[int]:
         cu_seqlens.device in (torch.device("cpu"), q.device),
         f"cu_seqlens is on {cu_seqlens.device}: put it on the CPU or on q's device, {q.device}",
     )
-    batch, seq_len = q.shape[:2]
     _require(
-        batch == 1,
+        q.shape[0] == 1,
         f"cu_seqlens was given for q of shape {tuple(q.shape)}: packed documents need batch 1, [1, total tokens, ...]",
     )
     bounds = cu_seqlens.tolist()
@@ -120,7 +120,7 @@ def check_cu_seqlens(cu_seqlens: object, q: torch.Tensor) -> list[int]:
         )
     _require(
         bounds[-1] == seq_len,
-        f"cu_seqlens ends at {bounds[-1]} but q has {seq_len} tokens: its last entry must be the number of tokens",
+        f"cu_seqlens ends at {bounds[-1]} but the sequence has {seq_len} tokens: its last entry must be their number",
     )
     return bounds
 

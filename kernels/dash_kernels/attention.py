@@ -13,7 +13,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dash_kernels.arguments import check_arguments, check_cu_seqlens
 from dash_kernels.backend import Backend, select_backend
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import AttentionSpec, Part, Routing, RoutingStatistics, routing_statistics
+from dash_kernels.spec import (
+    AttentionSpec,
+    OutputGradient,
+    Part,
+    Queries,
+    Routing,
+    RoutingStatistics,
+    routing_statistics,
+)
 
 
 @overload
@@ -110,7 +118,7 @@ def dash_attention(
     if cu_seqlens is None:
         chunks = ChunkGrid.whole_sequence(q.shape[1], chunk_size)
     else:
-        chunks = _packed_chunks(cu_seqlens, q, chunk_size)
+        chunks = packed_chunks(cu_seqlens, q, q.shape[1], chunk_size)
     out, selected = _DashAttention.apply(
         q, k, v, summary_query, chunks, spec, select_backend(backend, q, k.shape[2], spec)
     )
@@ -119,22 +127,24 @@ def dash_attention(
     return out, routing_statistics(selected, chunks)
 
 
-# By cu_seqlens tensor, for as long as it lives: its version, and the grid by shape of q and chunk size.
+# By cu_seqlens tensor, for as long as it lives: its version, and the grid by length of the sequence and chunk size.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _packed_chunks(cu_seqlens: torch.Tensor, q: torch.Tensor, chunk_size: int) -> ChunkGrid:
-    """The grid of packed documents; raises ValueError for a cu_seqlens that does not fit q."""
+def packed_chunks(cu_seqlens: torch.Tensor, q: torch.Tensor, seq_len: int, chunk_size: int) -> ChunkGrid:
+    """The grid of packed documents, the same object for the same tensor; q [1, T, Hq, D] holds all tokens of the
+    sequence or a shard of them. Raises ValueError for a cu_seqlens that does not fit.
+    """
     # An inference tensor has no version, and what is no tensor is refused by the check.
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.is_inference():
-        return ChunkGrid.packed(check_cu_seqlens(cu_seqlens, q), chunk_size)
+        return ChunkGrid.packed(check_cu_seqlens(cu_seqlens, q, seq_len), chunk_size)
     version, grids = _packed.get(cu_seqlens, (None, {}))
     if version != cu_seqlens._version:
         grids = {}
         _packed[cu_seqlens] = cu_seqlens._version, grids
-    key = q.shape[:2], q.device, chunk_size
+    key = q.shape[0], seq_len, q.device, chunk_size
     if key not in grids:
-        grids[key] = ChunkGrid.packed(check_cu_seqlens(cu_seqlens, q), chunk_size)
+        grids[key] = ChunkGrid.packed(check_cu_seqlens(cu_seqlens, q, seq_len), chunk_size)
     return grids[key]
 
 
@@ -164,7 +174,8 @@ class _DashAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         summaries = backend.summarize(k, chunks, summary_query, spec)
         routing = backend.route(q, chunks, summaries, spec)
-        out, lse = backend.attend(q, chunks, Part(k, v, chunks, whole=True), summaries, routing, spec)
+        queries = Queries(q, chunks, summaries, routing)
+        out, lse = backend.attend(queries, Part(k, v, chunks), spec, before=None, last=True)
         ctx.save_for_backward(
             q, k, v, summary_query, out, lse, summaries, routing.tau, routing.log_mean, routing.selected, routing.masks
         )
@@ -178,9 +189,9 @@ class _DashAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, summary_query, out, lse, summaries, *of_routing = ctx.saved_tensors
         chunks, spec, backend = ctx.call
-        part, routing = Part(k, v, chunks, whole=True), Routing(*of_routing)
-        dq, (dk, dv), dsummary_query = backend.backward_whole(
-            grad, q, chunks, part, summary_query, summaries, routing, out, lse, spec
-        )
+        part, queries = Part(k, v, chunks), Queries(q, chunks, summaries, Routing(*of_routing))
+        upstream = OutputGradient(grad, lse, backend.row_dots(grad, out))
+        dq, ratio = backend.finish_query_gradient(queries, upstream, part, spec, None)
+        (dk, dv), dsummary_query = backend.key_gradient(queries, upstream, ratio, part, summary_query, spec)
         grads = dq, dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
         return *grads, None, None, None

@@ -1,6 +1,6 @@
 """Which implementation of the stages computes a call.
 
-Both backends offer the same eight functions (documented in `eager.py`), and every caller, on one device or many,
+Both backends offer the same functions (documented in `eager.py`), and every caller, on one device or many,
 composes only these.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from dash_kernels import eager
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import AttentionSpec, GradientSums, Part, Routing
+from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries, QueryGradient, Routing
 
 logger = logging.getLogger(__name__)
 
@@ -37,70 +37,51 @@ class Backend(Protocol):
         self, k: torch.Tensor, chunks: ChunkGrid, summary_query: torch.Tensor, spec: AttentionSpec
     ) -> torch.Tensor: ...
 
-    def summarize_backward(
-        self,
-        grad: torch.Tensor,
-        k: torch.Tensor,
-        chunks: ChunkGrid,
-        summary_query: torch.Tensor,
-        spec: AttentionSpec,
-        dk: torch.Tensor,
-    ) -> torch.Tensor: ...
-
     def route(
         self, q: torch.Tensor, query_chunks: ChunkGrid, summaries: torch.Tensor, spec: AttentionSpec
     ) -> Routing: ...
 
-    def route_backward(
-        self,
-        q: torch.Tensor,
-        query_chunks: ChunkGrid,
-        summaries: torch.Tensor,
-        routing: Routing,
-        spec: AttentionSpec,
-        sums: GradientSums,
-    ) -> None: ...
+    def reached(self, routing: Routing, query_chunks: ChunkGrid, n: int, spec: AttentionSpec) -> torch.Tensor: ...
 
     def attend(
         self,
-        q: torch.Tensor,
-        query_chunks: ChunkGrid,
-        part: Part,
-        summaries: torch.Tensor,
-        routing: Routing,
+        queries: Queries,
+        part: Part | Blocks,
         spec: AttentionSpec,
+        *,
+        before: tuple[torch.Tensor, torch.Tensor] | None,
+        last: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def row_dots(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor: ...
 
-    def attend_backward(
+    def query_gradient(
         self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        query_chunks: ChunkGrid,
-        part: Part,
-        summary_query: torch.Tensor,
-        summaries: torch.Tensor,
-        routing: Routing,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
+        queries: Queries,
+        upstream: OutputGradient,
+        part: Part | Blocks,
         spec: AttentionSpec,
-        sums: GradientSums,
+        before: QueryGradient | None,
+    ) -> QueryGradient: ...
+
+    def finish_query_gradient(
+        self,
+        queries: Queries,
+        upstream: OutputGradient,
+        part: Part | Blocks,
+        spec: AttentionSpec,
+        before: QueryGradient | None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def backward_whole(
+    def key_gradient(
         self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        query_chunks: ChunkGrid,
-        part: Part,
+        queries: Queries,
+        upstream: OutputGradient,
+        ratio: torch.Tensor,
+        part: Part | Blocks,
         summary_query: torch.Tensor,
-        summaries: torch.Tensor,
-        routing: Routing,
-        out: torch.Tensor,
-        lse: torch.Tensor,
         spec: AttentionSpec,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def select_backend(name: str, q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> Backend:

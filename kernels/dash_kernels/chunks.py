@@ -17,7 +17,8 @@ class ChunkGrid:
     A query in a chunk with (id, first) may be routed to the chunks first <= j < id, and attends causally to its own.
 
     ids:     CPU int32 [slots], the chunk's id in the whole sequence.
-    starts:  CPU int32 [slots], offset in the tensor of its first token; the slots follow each other without gaps.
+    starts:  CPU int32 [slots], offset in the tensor of its first token, ascending. Of queries, slots follow each other
+             without gaps; of keys, the tensor may hold tokens of other chunks between them.
     lengths: CPU int32 [slots], its tokens, 1 to chunk_size; an incomplete chunk is the last one of its document, so
              nobody is ever routed to it.
     firsts:  CPU int32 [slots], id of the first chunk of its document.
@@ -86,6 +87,18 @@ class ChunkGrid:
         ids = torch.arange(len(firsts))
         left = sizes.repeat_interleave(chunks) - (ids - firsts) * chunk_size  # tokens from the chunk's first on
         return cls(ids, left.clamp(max=chunk_size), firsts)
+
+    def take(self, slots: Sequence[int]) -> ChunkGrid:
+        """The chunks at some slots, in this order, as a tensor that holds only them."""
+        chosen = torch.tensor(slots, dtype=torch.int64)
+        return ChunkGrid(self.ids[chosen], self.lengths[chosen], self.firsts[chosen])
+
+    def without(self, begin: int, end: int) -> ChunkGrid:
+        """The same tensor of keys, but for the chunks at the slots from begin to end - 1."""
+        kept = torch.cat((torch.arange(begin), torch.arange(end, len(self))))
+        grid = ChunkGrid(self.ids[kept], self.lengths[kept], self.firsts[kept])
+        grid.starts, grid.tokens = self.starts[kept], self.tokens
+        return grid
 
     @classmethod
     def complete(cls, ids: Sequence[int], chunk_size: int) -> ChunkGrid:

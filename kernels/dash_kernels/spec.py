@@ -41,17 +41,27 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the sequence's K and V.
+    """A part of the sequence's K and V: all heads of some chunks.
 
     k, v:   [B, S, Hkv, D]
     chunks: where their chunks are, S tokens.
-    whole:  every chunk that any of the queries may attend to is in it.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     chunks: ChunkGrid
-    whole: bool
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A part of the sequence's K and V: single blocks, each a complete chunk of one KV head of one sequence.
+
+    kv:        [blocks, 2, C, D], contiguous: K, then V.
+    addresses: int64 [blocks], (batch x Hkv + KV head) x n + chunk id, each at most once; n chunks in the sequence.
+    """
+
+    kv: torch.Tensor
+    addresses: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -61,33 +71,57 @@ class Routing:
     tau:       [B, T, Hq] threshold in the space of x = (alpha - 1) z; p = max(0, x - tau)^(1 / (alpha - 1)).
     log_mean:  [B, T, Hkv] mean of log P over the routed chunks, zeros unless prior_sigma is set.
     selected:  [B, T, Hkv] int32, number of selected chunks, the own chunk included.
-    masks:     what the Triton backend keeps of the selection: a bit per tile of queries and chunk; None in eager.
+    masks:     what a backend keeps of the selection beside them, for its own later stages: a bit per tile of queries
+               and chunk in Triton, bool [B, Hkv, n] over all queries in eager.
     """
 
     tau: torch.Tensor
     log_mean: torch.Tensor
     selected: torch.Tensor
-    masks: torch.Tensor | None = None
+    masks: torch.Tensor
 
 
 @dataclass(frozen=True)
-class GradientSums:
-    """What all parts of K and V add to in the backward pass, in place; contiguous, in the accumulation dtype.
+class Queries:
+    """Queries that have been routed.
 
-    dq:           [B, T, Hq, D]
-    dsummaries:   [B, n, Hkv, D] by chunk id: what `route_backward` adds, the term with the row sums.
-    weighted_sum: [B, T, Hq] sum over chunks of u dp, where u = p^(2 - alpha); see `eager.route_backward`.
+    q:         [B, T, Hq, D]
+    chunks:    where their chunks are, T tokens.
+    summaries: [B, n, Hkv, D] of the whole sequence, by chunk id, in the accumulation dtype.
+    """
+
+    q: torch.Tensor
+    chunks: ChunkGrid
+    summaries: torch.Tensor
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class OutputGradient:
+    """What the backward pass knows of every row before it begins.
+
+    grad:  [B, T, Hq, D] of the finished output.
+    lse:   [B, T, Hq] log-sum-exp over all parts, never -inf: a token attends to itself.
+    delta: [B, T, Hq] `row_dots` of grad and the output.
+    """
+
+    grad: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
+
+
+@dataclass(frozen=True)
+class QueryGradient:
+    """The gradient of the queries as far as the parts so far give it, in the accumulation dtype.
+
+    dq:           [B, T, Hq, D] without the term of the row sums, see `eager.query_gradients`.
+    weighted_sum: [B, T, Hq] sum of u dp over the chunks of these parts.
+    slope_sum:    [B, T, Hq] sum of u over the chunks of these parts.
     """
 
     dq: torch.Tensor
-    dsummaries: torch.Tensor
     weighted_sum: torch.Tensor
-
-    @classmethod
-    def zeros(cls, q: torch.Tensor, summaries: torch.Tensor) -> GradientSums:
-        # Not zeros_like, which would take over the strides of a transposed q: the kernels address contiguous memory.
-        shapes = (q.shape, summaries.shape, q.shape[:3])
-        return cls(*(torch.zeros(shape, dtype=summaries.dtype, device=q.device) for shape in shapes))
+    slope_sum: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dash_kernels import dash_attention as dash_attention_one_device
 
 CHUNK = 16
 LAYOUTS = ("zigzag", "contiguous")
-EXCHANGES = ("ring", "allgather")
+EXCHANGES = ("selective", "allgather", "ring")
 SETTINGS: dict[str, Any] = {"chunk_size": CHUNK, "routing_scale": 12.0}
 
 

@@ -8,6 +8,7 @@ from ranks import backend_for, run_ranks
 
 from dash_dist import dash_attention, join_sequence, shard_positions, split_sequence
 from dash_dist.context_parallel.layout import gathered_chunks, shard_chunks
+from dash_kernels.chunks import ChunkGrid
 
 SIZES = [2, pytest.param(4, marks=pytest.mark.skipif(0 < torch.cuda.device_count() < 4, reason="needs 4 GPUs"))]
 
@@ -25,7 +26,7 @@ def test_every_layout_and_exchange_equals_one_process(job: str, size: int) -> No
 @pytest.mark.parametrize("size", SIZES)
 def test_first_token_reaches_the_last_rank(size: int) -> None:
     changes = run_ranks("attention_jobs:first_token_reaches_the_last_rank", size)[size - 1]
-    assert len(changes) == 4
+    assert len(changes) == 6
     assert min(changes.values()) > 1e-6, changes
 
 
@@ -42,7 +43,7 @@ def test_a_mistake_at_one_rank_is_an_error_at_all() -> None:
         "different lengths": "must call with equal shapes and settings",
         "different layouts": "must call with equal shapes and settings",
         "unknown layout": "layout is 'spiral': give one of zigzag, contiguous",
-        "unknown exchange": "exchange is 'pigeon': give one of ring, allgather",
+        "unknown exchange": "exchange is 'pigeon': give one of auto, selective, allgather, ring",
         "good afterwards": "no error",
     }
     for messages in run_ranks("attention_jobs:errors_at_every_rank", 2):
@@ -74,18 +75,21 @@ def test_interpreted_kernels_under_gloo() -> None:
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_shards_partition_the_sequence_in_whole_chunks(layout: str) -> None:
     for size in (1, 2, 3, 8):
-        chunks = [shard_chunks(6, 16, rank, size, layout).ids.tolist() for rank in range(size)]
-        in_rank_order = list(itertools.chain.from_iterable(chunks))
+        sequence = ChunkGrid.packed([0, 32, 32 + 64 * size, 96 * size], 16)
+        chunks = [shard_chunks(sequence, rank, size, layout) for rank in range(size)]
+        in_rank_order = list(itertools.chain.from_iterable(shard.ids.tolist() for shard in chunks))
         assert sorted(in_rank_order) == list(range(6 * size))
-        assert gathered_chunks(6, 16, size, layout).ids.tolist() == in_rank_order
+        assert gathered_chunks(sequence, size, layout).ids.tolist() == in_rank_order
         positions = [shard_positions(6 * size * 16, rank, size, layout) for rank in range(size)]
-        for ids, own in zip(chunks, positions, strict=True):
-            assert (own.view(6, 16)[:, 0] == torch.tensor(ids) * 16).all()
+        for shard, own in zip(chunks, positions, strict=True):
+            assert (own.view(6, 16)[:, 0] == shard.ids * 16).all()
+            assert torch.equal(shard.firsts, sequence.firsts[shard.ids.long()])
 
 
 def test_zigzag_pairs_the_first_piece_with_the_last() -> None:
-    assert shard_chunks(4, 16, 0, 2, "zigzag").ids.tolist() == [0, 1, 6, 7]
-    assert shard_chunks(4, 16, 1, 2, "zigzag").ids.tolist() == [2, 3, 4, 5]
+    sequence = ChunkGrid.whole_sequence(8 * 16, 16)
+    assert shard_chunks(sequence, 0, 2, "zigzag").ids.tolist() == [0, 1, 6, 7]
+    assert shard_chunks(sequence, 1, 2, "zigzag").ids.tolist() == [2, 3, 4, 5]
 
 
 def test_without_a_group_the_call_is_the_one_device_call() -> None:
@@ -103,5 +107,5 @@ def test_without_a_group_the_call_is_the_one_device_call() -> None:
 def test_lengths_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sequence length 100 is not a multiple of 8.*pad to 104"):
         shard_positions(100, 0, 4, "zigzag")
-    with pytest.raises(ValueError, match="3 chunks cannot be cut into 2 pieces"):
-        shard_chunks(3, 16, 0, 2, "zigzag")
+    with pytest.raises(ValueError, match=r"6 chunks cannot be cut into 4 pieces.*pad it to 8 chunks"):
+        shard_chunks(ChunkGrid.whole_sequence(6 * 16, 16), 0, 2, "zigzag")

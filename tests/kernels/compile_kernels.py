@@ -28,10 +28,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_kernels import triton_backend
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import AttentionSpec, GradientSums, Part
+from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
 
 HOPPER = GPUTarget("cuda", 90, 32)
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int8: "i8"}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -121,18 +128,23 @@ def call_the_stages(shape: Shape, prior_sigma: float | None, whole: bool) -> Non
     q = torch.zeros(1, tokens, kv_heads * shape.group, shape.head_dim, dtype=shape.dtype)
     k = q[:, :, :kv_heads].contiguous()
     c = torch.zeros(kv_heads, shape.head_dim, dtype=shape.dtype)
-    part = Part(k, k, grid, whole)
+    part = Part(k, k, grid)
     summaries = triton_backend.summarize(k, grid, c, spec)
-    routing = triton_backend.route(q, grid, summaries, spec)
-    out, lse = triton_backend.attend(q, grid, part, summaries, routing, spec)
+    queries = Queries(q, grid, summaries, triton_backend.route(q, grid, summaries, spec))
+    out, lse = triton_backend.attend(queries, part, spec, before=None, last=whole)
+    upstream = OutputGradient(q, lse, triton_backend.row_dots(q, out))
     if whole:
-        triton_backend.backward_whole(q, q, grid, part, c, summaries, routing, out, lse, spec)
+        _, ratio = triton_backend.finish_query_gradient(queries, upstream, part, spec, None)
+        triton_backend.key_gradient(queries, upstream, ratio, part, c, spec)
         return
-    sums = GradientSums.zeros(q, summaries)
-    delta = triton_backend.row_dots(q, out)
-    triton_backend.attend_backward(q, q, grid, part, c, summaries, routing, lse, delta, spec, sums)
-    triton_backend.route_backward(q, grid, summaries, routing, spec, sums)
-    triton_backend.summarize_backward(summaries, k, grid, c, spec, torch.zeros(k.shape))
+    blocks = Blocks(q.new_zeros(2, 2, shape.chunk_size, shape.head_dim), torch.arange(2))
+    triton_backend.reached(queries.routing, grid, chunks, spec)
+    before = triton_backend.attend(queries, part, spec, before=(out, lse), last=False)  # of a ring
+    triton_backend.attend(queries, blocks, spec, before=before, last=True)
+    sums = triton_backend.query_gradient(queries, upstream, part, spec, None)
+    sums = triton_backend.query_gradient(queries, upstream, part, spec, sums)
+    _, ratio = triton_backend.finish_query_gradient(queries, upstream, blocks, spec, sums)
+    triton_backend.key_gradient(queries, upstream, ratio, blocks, c, spec)
 
 
 def launches_of(shape: Shape) -> list[Launch]:

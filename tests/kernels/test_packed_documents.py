@@ -130,8 +130,8 @@ def test_a_changed_document_changes_nothing_in_the_others(backend: str, dtype: t
         (torch.zeros(2, dtype=torch.int32, device="meta"), r"cu_seqlens is on meta: put it on the CPU or on q's"),
         (torch.tensor([1, 40], dtype=torch.int32), r"cu_seqlens starts at 1: its first entry must be 0"),
         (torch.tensor([0, 30, 20, 40], dtype=torch.int32), r"cu_seqlens falls from 30 to 20 at entry 2"),
-        (torch.tensor([0, 39], dtype=torch.int32), r"cu_seqlens ends at 39 but q has 40 tokens"),
-        (torch.tensor([0, 41], dtype=torch.int32), r"cu_seqlens ends at 41 but q has 40 tokens"),
+        (torch.tensor([0, 39], dtype=torch.int32), r"cu_seqlens ends at 39 but the sequence has 40 tokens"),
+        (torch.tensor([0, 41], dtype=torch.int32), r"cu_seqlens ends at 41 but the sequence has 40 tokens"),
     ],
 )
 def test_refusals(cu_seqlens: Any, message: str) -> None:
@@ -168,7 +168,9 @@ def test_a_tensor_is_read_once_until_it_changes() -> None:
         check.reset_mock()  # which holds on to the arguments of its calls
     expected, _ = reference_dash_attention(*tensors, chunk_size=C, cu_seqlens=cu_seqlens)
     torch.testing.assert_close(changed, expected)
-    with pytest.raises(ValueError, match="ends at 60 but q has 59 tokens"):  # not answered from what was kept
+    with pytest.raises(
+        ValueError, match="ends at 60 but the sequence has 59 tokens"
+    ):  # not answered from what was kept
         dash_attention(*(x[:, :59] for x in tensors[:3]), tensors[3], chunk_size=C, cu_seqlens=cu_seqlens)
     kept = len(attention._packed)
     del cu_seqlens

@@ -1,6 +1,7 @@
 """The stages over shards of a sequence, as the ranks of a group hold them, against the call on all of it."""
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from attention_inputs import DEVICE, assert_near, clear_inputs, output_and_gradi
 from dash_kernels import dash_attention, eager, triton_backend
 from dash_kernels.arguments import check_arguments
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import GradientSums, Part
+from dash_kernels.spec import Blocks, OutputGradient, Part, Queries
 
 C = 16
 # The stages, what they run in, how close they must come, and the query heads of a KV head.
-BACKENDS = {
+BACKENDS: dict[str, tuple[ModuleType, torch.dtype, float, int]] = {
     "eager": (eager, torch.float64, 1e-10, 4),
     "triton float32": (triton_backend, torch.float32, 2e-5, 2),
     "triton float16": (triton_backend, torch.float16, 3e-3, 2),
@@ -28,6 +29,34 @@ def shards_of(grid: ChunkGrid, count: int) -> list[tuple[ChunkGrid, torch.Tensor
         tokens = [torch.arange(int(grid.starts[slot]), int(grid.starts[slot] + grid.lengths[slot])) for slot in slots]
         shards.append((ChunkGrid(grid.ids[slots], grid.lengths[slots], grid.firsts[slots]), torch.cat(tokens)))
     return shards
+
+
+def by_parts(
+    stages: ModuleType,
+    queries: Queries,
+    grad: torch.Tensor,
+    parts: list[Part | Blocks],
+    summary_query: torch.Tensor,
+    spec: Any,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """(output, gradient of q, of every part, of summary_query), the first part that of the queries themselves."""
+    state = None
+    for part in parts:
+        last = part is parts[-1]
+        state = stages.attend(queries, part, spec, before=state, last=last)
+        assert state[0].dtype == (queries.q.dtype if last else queries.summaries.dtype)
+    out, lse = state
+    upstream = OutputGradient(grad, lse, stages.row_dots(grad, out))
+    sums = None
+    for part in parts[:-1]:
+        sums = stages.query_gradient(queries, upstream, part, spec, sums)
+    dq, ratio = stages.finish_query_gradient(queries, upstream, parts[-1], spec, sums)
+    assert dq.dtype == queries.q.dtype
+    dparts, dsummary_queries = zip(
+        *(stages.key_gradient(queries, upstream, ratio, part, summary_query, spec) for part in parts), strict=True
+    )
+    assert all(x.dtype == queries.summaries.dtype for x in (*dparts, *dsummary_queries))
+    return out, dq, list(dparts), sum(dsummary_queries)
 
 
 @pytest.mark.parametrize(
@@ -55,69 +84,87 @@ def test_shards_together_are_the_whole(backend: str, sizes: list[int], prior_sig
     spec = check_arguments(inputs.q, inputs.k, inputs.v, c, **call)
     grid = ChunkGrid.packed(bounds.tolist(), C)
     places = shards_of(grid, 3)
-    parts = [Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks, whole=False) for chunks, tokens in places]
+    parts = [Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks) for chunks, tokens in places]
     summaries = stages.summarize(inputs.k, grid, c, spec)
     for part in parts:
         torch.testing.assert_close(stages.summarize(part.k, part.chunks, c, spec), summaries[:, part.chunks.ids])
 
     actual = {name: torch.zeros_like(wanted, dtype=summaries.dtype) for name, wanted in expected.items()}
-    dsummaries = torch.zeros_like(summaries)
-    dkv = [torch.zeros(2, *part.k.shape, dtype=summaries.dtype, device=DEVICE) for part in parts]
-    for chunks, tokens in places:
-        q, grad = inputs.q[:, tokens], inputs.grad[:, tokens]
-        routing = stages.route(q, chunks, summaries, spec)
-        outs, sums_of_exp = zip(
-            *(stages.attend(q, chunks, part, summaries, routing, spec) for part in parts), strict=True
+    for index, (chunks, tokens) in enumerate(places):
+        q = inputs.q[:, tokens]
+        queries = Queries(q, chunks, summaries, stages.route(q, chunks, summaries, spec))
+        order = [index, *(other for other in range(3) if other != index)]
+        out, dq, dparts, dc = by_parts(
+            stages, queries, inputs.grad[:, tokens], [parts[place] for place in order], c, spec
         )
-        assert all(out.dtype == summaries.dtype for out in outs)
-        lse = torch.stack(sums_of_exp).logsumexp(0)
-        out = sum((part * (own - lse).exp().unsqueeze(-1) for part, own in zip(outs, sums_of_exp, strict=True)))
-        sums = GradientSums.zeros(q, summaries)
-        delta = stages.row_dots(grad, out)
-        for part, total in zip(parts, dkv, strict=True):
-            contribution, dc = stages.attend_backward(
-                grad, q, chunks, part, c, summaries, routing, lse, delta, spec, sums
-            )
-            total += contribution
-            actual["summary_query"] += dc
-        assert not sums.dsummaries.any()
-        stages.route_backward(q, chunks, summaries, routing, spec, sums)
-        dsummaries += sums.dsummaries
-        actual["output"][:, tokens], actual["q"][:, tokens] = out, sums.dq
-    for (chunks, tokens), part, total in zip(places, parts, dkv, strict=True):
-        actual["summary_query"] += stages.summarize_backward(
-            dsummaries[:, chunks.ids], part.k, chunks, c, spec, total[0]
-        )
-        actual["k"][:, tokens], actual["v"][:, tokens] = total
+        actual["output"][:, tokens], actual["q"][:, tokens] = out.to(summaries.dtype), dq.to(summaries.dtype)
+        for place, (dk, dv) in zip(order, dparts, strict=True):
+            actual["k"][:, places[place][1]] += dk
+            actual["v"][:, places[place][1]] += dv
+        actual["summary_query"] += dc
     assert_near(actual, expected, tolerance)
 
 
-@pytest.mark.parametrize(("stages", "dtype", "tolerance", "group"), BACKENDS.values(), ids=BACKENDS.keys())
-def test_queries_of_a_shard_against_everything_in_another_order(
-    stages: ModuleType, dtype: torch.dtype, tolerance: float, group: int
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("batch", "prior_sigma"), [(1, None), (2, 1.5)])
+def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(
+    backend: str, batch: int, prior_sigma: float | None
 ) -> None:
-    """What the all-gather exchange does: the part is whole, its chunks in the order of the shards."""
-    inputs = random_inputs(6 * C, kv_heads=1, group=group, batch=2, dtype=dtype)
-    call = {"chunk_size": C, "alpha": 1.5, "routing_scale": 6.0, "prior_sigma": None, "softmax_scale": None}
+    """What the selective exchange does: beside the own part, single heads' chunks that any query selected."""
+    stages, dtype, tolerance, group = BACKENDS[backend]
+    call = {"chunk_size": C, "alpha": 1.5, "routing_scale": 20.0, "prior_sigma": prior_sigma, "softmax_scale": None}
+    chunks_in_all = 6 if backend == "eager" else 5
+    inputs = clear_inputs(chunks_in_all * C, call, kv_heads=2, group=group, batch=batch, dtype=dtype)
     expected = output_and_gradients(dash_attention, inputs.to(torch.float64), backend="eager", **call)
     c = inputs.summary_query
     spec = check_arguments(inputs.q, inputs.k, inputs.v, c, **call)
-    grid = ChunkGrid.whole_sequence(6 * C, C)
-    places = shards_of(grid, 3)
-    order = torch.cat([tokens for _, tokens in places])
-    ids = torch.cat([chunks.ids for chunks, _ in places])
-    part = Part(inputs.k[:, order], inputs.v[:, order], ChunkGrid.complete(ids.tolist(), C), whole=True)
+    grid = ChunkGrid.whole_sequence(chunks_in_all * C, C)
+    n = len(grid)
+    kv = torch.stack((inputs.k, inputs.v), 1).unflatten(2, (n, C)).permute(0, 4, 2, 1, 3, 5).flatten(0, 2)
     summaries = stages.summarize(inputs.k, grid, c, spec)
     actual = {name: torch.zeros_like(wanted, dtype=summaries.dtype) for name, wanted in expected.items()}
-    for chunks, tokens in places:
-        q, grad = inputs.q[:, tokens], inputs.grad[:, tokens]
-        routing = stages.route(q, chunks, summaries, spec)
-        out, lse = stages.attend(q, chunks, part, summaries, routing, spec)
-        assert out.dtype == q.dtype
-        dq, dkv, dc = stages.backward_whole(grad, q, chunks, part, c, summaries, routing, out, lse, spec)
-        assert (dq.dtype, dkv.dtype, dc.dtype) == (q.dtype, summaries.dtype, summaries.dtype)
+    dkv = torch.zeros_like(kv, dtype=summaries.dtype)  # by address
+    left_out = 0
+    for chunks, tokens in shards_of(grid, 2):
+        q = inputs.q[:, tokens]
+        queries = Queries(q, chunks, summaries, stages.route(q, chunks, summaries, spec))
+        own = Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks)
+        reached = stages.reached(queries.routing, chunks, n, spec)
+        assert reached.shape == (batch, 2, n)
+        assert reached.dtype == torch.bool
+        reached[:, :, chunks.ids] = False
+        addresses = reached.flatten().nonzero().flatten()
+        left_out += (n - len(chunks)) * 2 * batch - len(addresses)
+        addresses = addresses[torch.randperm(len(addresses), device=DEVICE)]
+        blocks = Blocks(kv[addresses].clone(), addresses)
+        out, dq, (down, dblocks), dc = by_parts(stages, queries, inputs.grad[:, tokens], [own, blocks], c, spec)
+        assert dblocks.shape == blocks.kv.shape
         actual["output"][:, tokens], actual["q"][:, tokens] = out.to(summaries.dtype), dq.to(summaries.dtype)
-        actual["k"][:, order] += dkv[0]
-        actual["v"][:, order] += dkv[1]
+        actual["k"][:, tokens] += down[0]
+        actual["v"][:, tokens] += down[1]
+        dkv[addresses] += dblocks
         actual["summary_query"] += dc
+    assert left_out > 0, "every block was reached: nothing is tested"
+    dk, dv = dkv.unflatten(0, (batch, 2, n)).permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
+    actual["k"] += dk
+    actual["v"] += dv
     assert_near(actual, expected, tolerance)
+
+
+def test_nothing_but_the_own_part_is_needed_without_a_remote_block() -> None:
+    """A rank that asks for nothing gets no block, and the last part is empty."""
+    inputs = random_inputs(C, kv_heads=1, group=2, dtype=torch.float32)
+    call = {"chunk_size": C, "alpha": 1.5, "routing_scale": 1.0, "prior_sigma": None, "softmax_scale": None}
+    expected = output_and_gradients(dash_attention, inputs.to(torch.float64), backend="eager", **call)
+    spec = check_arguments(inputs.q, inputs.k, inputs.v, inputs.summary_query, **call)
+    grid = ChunkGrid.whole_sequence(C, C)
+    none = Blocks(inputs.k.new_empty(0, 2, C, 32), torch.empty(0, dtype=torch.int64, device=DEVICE))
+    for stages in (eager, triton_backend):
+        summaries = stages.summarize(inputs.k, grid, inputs.summary_query, spec)
+        queries = Queries(inputs.q, grid, summaries, stages.route(inputs.q, grid, summaries, spec))
+        assert not stages.reached(queries.routing, grid, 1, spec).any()
+        own = Part(inputs.k, inputs.v, grid)
+        out, dq, (dkv, dblocks), dc = by_parts(stages, queries, inputs.grad, [own, none], inputs.summary_query, spec)
+        assert len(dblocks) == 0
+        actual = {"output": out, "q": dq, "k": dkv[0], "v": dkv[1], "summary_query": dc}
+        assert_near(actual, expected, 2e-5)

@@ -24,9 +24,11 @@ from attention_inputs import (
 from dash_kernels import backend, dash_attention, reference_dash_attention, triton_backend
 from dash_kernels.backend import is_hopper
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import Routing
-from dash_kernels.triton_backend import backward_keys, forward, selection
+from dash_kernels.spec import Part, Routing
+from dash_kernels.triton_backend import backward_keys, selection
+from dash_kernels.triton_backend.keys import KeyRows
 from dash_kernels.triton_backend.launch import launch_options
+from dash_kernels.triton_backend.masks import tile_efficiency
 from dash_kernels.triton_backend.tiles import TileShape
 
 # (group, head_dim, chunk_size, prior_sigma, tokens): every group, head dim, chunk size and prior mode; tokens never a
@@ -77,9 +79,12 @@ def test_float16_with_and_without_tensor_maps(
     call = {"chunk_size": chunk_size, "prior_sigma": prior_sigma, "routing_scale": 2.0}
     inputs = clear_inputs(seq_len, call, kv_heads=1, group=group, head_dim=head_dim, dtype=torch.float16)
     tile = TileShape.of(inputs.q, 1, spec_of(inputs, call))
+    grid = ChunkGrid.whole_sequence(seq_len, chunk_size)
+    summaries = torch.Size([1, len(grid), 1, head_dim])
+    rows = KeyRows.of(Part(inputs.k, inputs.v, grid), summaries, tile)
     maps &= is_hopper(inputs.q)
     for kernel in ("attend", "queries"):
-        assert forward.key_maps(inputs.k, inputs.v, tile, launch_options(kernel, inputs.q))[2] == maps
+        assert rows.maps(tile, launch_options(kernel, inputs.q))[2] == maps
     check_against_the_reference(inputs, 2e-3, **call)
 
 
@@ -182,7 +187,6 @@ def changed_inputs(scores: str, tokens: int, dtype: torch.dtype, **shape: int) -
 
 def tile_bits(routing: Routing, query_chunks: ChunkGrid, n: int) -> torch.Tensor:
     """For every token whether its tile's bit of a chunk is set, [B, T, Hkv, n]."""
-    assert routing.masks is not None
     per_chunk = routing.masks.shape[2] // len(query_chunks)
     bits = ((routing.masks.unsqueeze(-1) >> torch.arange(32, device=DEVICE)) & 1).flatten(-2)[..., :n].bool()
     return bits[:, :, tile_of_tokens(query_chunks, per_chunk)].transpose(1, 2)
@@ -223,14 +227,13 @@ def check_routing(inputs: Inputs, query_chunks: ChunkGrid, key_chunks: ChunkGrid
 
     bits = tile_bits(routing, query_chunks, len(key_chunks))
     assert bits[surely].all()
-    assert routing.masks is not None
     per_chunk = routing.masks.shape[2] // len(query_chunks)
     tiles = tile_of_tokens(query_chunks, per_chunk)
     walked = torch.zeros_like(bits)
     for tile in tiles.unique():
         walked[:, tiles == tile] = perhaps[:, tiles == tile].any(1, keepdim=True)
     assert not (bits & allowed.any(3) & ~walked).any()
-    efficiency = triton_backend.tile_efficiency(routing, query_chunks, spec)
+    efficiency = tile_efficiency(routing, query_chunks, spec)
     if torch.equal(surely, perhaps):
         assert efficiency == pytest.approx((surely.sum() / walked.sum()).item())
     return efficiency

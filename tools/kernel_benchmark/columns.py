@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dash_kernels import dash_attention, triton_backend
+from dash_kernels import dash_attention
 from dash_kernels.backend import select_backend
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import AttentionSpec, Part
+from dash_kernels.spec import AttentionSpec, OutputGradient, Part, Queries
+from dash_kernels.triton_backend.masks import tile_efficiency
 from kernel_benchmark.inputs import Case, Inputs
 from kernel_benchmark.measure import Cell, Function, measure
 
@@ -83,7 +84,7 @@ class Stages:
         self._case, self._inputs = case, inputs
         self._backend = select_backend(BACKEND, inputs.q, inputs.k.shape[2], self._spec(1.0))
         self._grid = ChunkGrid.whole_sequence(case.seq_len, case.chunk_size)
-        self._part = Part(inputs.k, inputs.v, self._grid, whole=True)
+        self._part = Part(inputs.k, inputs.v, self._grid)
         self._summaries = self._backend.summarize(inputs.k, self._grid, inputs.summary_query, self._spec(1.0))
 
     def selected(self, routing_scale: float) -> int:
@@ -95,7 +96,7 @@ class Stages:
         """Selected / walked (token, chunk) pairs of the forward pass."""
         spec = self._spec(routing_scale)
         routing = self._backend.route(self._inputs.q, self._grid, self._summaries, spec)
-        return triton_backend.tile_efficiency(routing, self._grid, spec)
+        return tile_efficiency(routing, self._grid, spec)
 
     def split(self, routing_scale: float, *, forward_only: bool) -> dict[str, Cell]:
         """Every stage timed on the results of the one before it."""
@@ -109,24 +110,29 @@ class Stages:
         def route() -> tuple[torch.Tensor, ...]:
             return tuple(x for x in vars(backend.route(q, grid, summaries, spec)).values() if torch.is_tensor(x))
 
-        routing = backend.route(q, grid, summaries, spec)
+        queries = Queries(q, grid, summaries, backend.route(q, grid, summaries, spec))
 
         def attend() -> tuple[torch.Tensor, torch.Tensor]:
-            return backend.attend(q, grid, part, summaries, routing, spec)
+            return backend.attend(queries, part, spec, before=None, last=True)
 
         cells = {"summarize": measure(summarize), "route": measure(route), "attend": measure(attend)}
         if forward_only:
             return cells
         out, lse = attend()
-        out = out.to(q.dtype)
 
-        def backward() -> tuple[torch.Tensor, ...]:
-            dq, (dk, dv), dsummary_query = backend.backward_whole(
-                grad, q, grid, part, summary_query, summaries, routing, out, lse, spec
-            )
-            return dq, dk, dv, dsummary_query
+        def upstream() -> OutputGradient:
+            return OutputGradient(grad, lse, backend.row_dots(grad, out))
 
-        return cells | {"backward": measure(backward)}
+        def query_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+            return backend.finish_query_gradient(queries, upstream(), part, spec, None)
+
+        _, ratio = query_gradient()
+        of_output = upstream()
+
+        def key_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+            return backend.key_gradient(queries, of_output, ratio, part, summary_query, spec)
+
+        return cells | {"query gradient": measure(query_gradient), "key gradient": measure(key_gradient)}
 
     def _spec(self, routing_scale: float) -> AttentionSpec:
         return AttentionSpec(

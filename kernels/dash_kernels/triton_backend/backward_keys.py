@@ -14,12 +14,15 @@ the other order makes Triton transpose in registers and ptxas serialise every ma
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Part, Routing
+from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Blocks, OutputGradient, Part, Queries
+from dash_kernels.triton_backend.keys import KeyRows, key_offsets, load_own_keys
 from dash_kernels.triton_backend.launch import launch_options
 from dash_kernels.triton_backend.selection import list_queries, query_bits, slab_slots
 from dash_kernels.triton_backend.summary import summary_weights
@@ -27,114 +30,144 @@ from dash_kernels.triton_backend.tiles import (
     LN_2,
     LOG2_E,
     TileShape,
-    chunk_offsets,
     load_rows,
     load_slot,
     resident_programs,
     routing_factor,
     split_summaries,
+    summary_offset,
     tile_rows,
+    token_offsets,
     token_rows,
 )
 
 LEAST_PRIOR = tl.constexpr(1e-30)  # of a selected chunk whose prior rounds to zero
 
 
-def key_gradients(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    query_chunks: ChunkGrid,
-    part: Part,
+def key_gradient(
+    queries: Queries,
+    upstream: OutputGradient,
+    ratio: torch.Tensor,
+    part: Part | Blocks,
     summary_query: torch.Tensor,
-    summaries: torch.Tensor,
-    routing: Routing,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
     spec: AttentionSpec,
-    ratio: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradients of the part's k and v [2, *k.shape], of summary_query [Hkv, D]), float32; grad and q contiguous.
-
-    ratio [B, T, Hq] is sum(u dp) / sum(u) of every row; without it the term of the row sums is left out.
-    """
-    batch, _, kv_heads, head_dim = part.k.shape
-    n = summaries.shape[1]
+    q, grad, chunks = queries.q.contiguous(), upstream.grad.contiguous(), queries.chunks
+    summaries, routing = queries.summaries, queries.routing
+    batch, n, kv_heads, head_dim = summaries.shape
     tile = TileShape.of(q, kv_heads, spec)
     options = launch_options("keys", q)
-    k, v = part.k.contiguous(), part.v.contiguous()
-    dkv = torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)
-    slots, key_slots = len(query_chunks), len(part.chunks)
+    keys = KeyRows.of(part, summaries.shape, tile)
+    work_of_part = _WorkOfPart.of(part, batch * kv_heads, q.device)
     # One share of the gradient of summary_query per chunk, summed in a fixed order.
-    shares = torch.zeros(batch, key_slots, kv_heads, head_dim, dtype=torch.float32, device=k.device)
+    shares = torch.zeros(batch, n, kv_heads, head_dim, dtype=torch.float32, device=q.device)
     split = split_summaries(summaries, q.dtype)
-    per_slab, piece = slab_slots(slots, tile, batch * kv_heads, n)
+    per_slab, piece = slab_slots(len(chunks), tile, batch * kv_heads, n)
     padded_chunk = triton.next_power_of_2(spec.chunk_size)
     if tile.padded_dim > 128:
         padded_chunk = max(padded_chunk, 64)  # Triton 3.6 multiplies wide heads by narrower chunks wrongly on Hopper
     # No tile of a chunk's own here: a step takes the next queries of the list, as many as fill its rows.
     constants = tile.constants | {"BT": max(options.rows // tile.padded_group, 1)}
-    for begin in range(0, slots, per_slab):
-        end = min(begin + per_slab, slots)
-        slab = query_bits(q, query_chunks, begin, end, piece, n, split, routing, spec)
-        # The keys of the slots from `met` on come after all of the slab's queries.
-        not_later = (part.chunks.ids <= query_chunks.ids[begin:end].max()).nonzero().flatten()
-        if len(not_later) == 0:
+    dkv = work_of_part.dkv
+    for begin in range(0, len(chunks), per_slab):
+        end = min(begin + per_slab, len(chunks))
+        met = work_of_part.met_by(chunks, begin, end)
+        if met == 0:
             continue
-        met = int(not_later[-1]) + 1
-        work = slab.pieces * met * batch * kv_heads
+        slab = query_bits(queries, split, keys, begin, end, piece, spec)
+        work = slab.pieces * met * work_of_part.rows
         programs = min(resident_programs(q.device, options.resident), work)
         tokens = torch.empty(programs, piece * spec.chunk_size, dtype=torch.int32, device=q.device)
         # The next piece of work, then whose turn it is to add to each chunk.
-        turns = torch.zeros(1 + key_slots * batch * kv_heads, dtype=torch.int32, device=q.device)
+        turns = torch.zeros(1 + met * work_of_part.rows, dtype=torch.int32, device=q.device)
         key_gradient_kernel[(programs,)](
-            grad, q, query_chunks.on(q.device), query_chunks.slots_by_id(n, q.device), k, v,
-            part.chunks.on(q.device), summary_query.contiguous(), routing.tau, routing.log_mean, lse, delta,
-            delta if ratio is None else ratio, slab.words, tokens, turns, dkv[0], dkv[1], shares,
-            q.shape[1], k.shape[1], n, slots, begin, end, piece, slab.pieces, met, key_slots, batch * kv_heads,
+            grad, q, chunks.on(q.device), chunks.slots_by_id(n, q.device), keys.k, keys.v,
+            work_of_part.table, summary_query.contiguous(), routing.tau, routing.log_mean, upstream.lse,
+            upstream.delta, ratio, slab.words, tokens, turns, *work_of_part.dk_and_dv(spec.chunk_size), shares,
+            q.shape[1], keys.tokens, n, len(chunks), begin, end, piece, slab.pieces, met,
+            work_of_part.slots, work_of_part.rows,
             routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale,
             spec.routing_logit_scale, PRIOR_FLOOR, BC=padded_chunk,
-            HAS_SIGMA=spec.prior_sigma is not None, HAS_RATIO=ratio is not None, **constants, **options.launch,
+            HAS_SIGMA=spec.prior_sigma is not None, BLOCKS=keys.blocks, **constants, **options.launch,
         )  # fmt: skip
     return dkv, shares.sum((0, 1))
 
 
+@dataclass(frozen=True)
+class _WorkOfPart:
+    """The chunks of a part as the kernel numbers them: `slots` in each of `rows`.
+
+    Of a `Part`, slots of its grid in rows of batch x Hkv; of `Blocks`, all blocks in one row.
+    table: int32 [4, slots] of `ChunkGrid.on`, or the addresses of the blocks.
+    dkv:   the gradient, as the part is.
+    """
+
+    part: Part | Blocks
+    table: torch.Tensor
+    slots: int
+    rows: int
+    dkv: torch.Tensor
+
+    @classmethod
+    def of(cls, part: Part | Blocks, batch_heads: int, device: torch.device) -> _WorkOfPart:
+        if isinstance(part, Blocks):
+            dkv = torch.zeros(part.kv.shape, dtype=torch.float32, device=device)
+            return cls(part, part.addresses, len(part.addresses), 1, dkv)
+        dkv = torch.zeros(2, *part.k.shape, dtype=torch.float32, device=device)
+        return cls(part, part.chunks.on(device), len(part.chunks), batch_heads, dkv)
+
+    def met_by(self, chunks: ChunkGrid, begin: int, end: int) -> int:
+        """How many of a row's chunks the queries of the slots begin to end may meet: later ones come after all of them.
+
+        Blocks are what some query asked for.
+        """
+        if isinstance(self.part, Blocks):
+            return self.slots
+        not_later = (self.part.chunks.ids <= chunks.ids[begin:end].max()).nonzero().flatten()
+        return int(not_later[-1]) + 1 if len(not_later) else 0
+
+    def dk_and_dv(self, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(self.part, Part):
+            return self.dkv[0], self.dkv[1]
+        rows = self.dkv.flatten(0, 2)
+        return rows, rows[chunk_size:]
+
+
 @triton.jit(
     do_not_specialize=[
-        "T", "S", "n", "slots", "slab_begin", "slab_end", "piece_slots", "pieces", "met", "key_slots", "batch_heads"
+        "T", "S", "n", "slots", "slab_begin", "slab_end", "piece_slots", "pieces", "met", "key_slots", "key_rows"
     ]
 )  # fmt: skip
 def key_gradient_kernel(
-    grad_ptr, q_ptr, grid_ptr, query_slots_ptr, k_ptr, v_ptr, key_grid_ptr, query_ptr, tau_ptr, log_mean_ptr, lse_ptr,
+    grad_ptr, q_ptr, grid_ptr, query_slots_ptr, k_ptr, v_ptr, key_table_ptr, query_ptr, tau_ptr, log_mean_ptr, lse_ptr,
     delta_ptr, ratio_ptr, words_ptr, tokens_ptr, turns_ptr, dk_ptr, dv_ptr, share_ptr,
-    T, S, n, slots, slab_begin, slab_end, piece_slots, pieces, met, key_slots, batch_heads,
+    T, S, n, slots, slab_begin, slab_end, piece_slots, pieces, met, key_slots, key_rows,
     factor, scale2, prior_exponent, scale, logit_scale, prior_floor,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
-    BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HAS_SIGMA: tl.constexpr, HAS_RATIO: tl.constexpr,
+    BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HAS_SIGMA: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BD)
     row = tl.arange(0, BT * GP)
     HALF: tl.constexpr = BT * GP // 16
     my_tokens_ptr = tokens_ptr + tl.program_id(0).to(tl.int64) * piece_slots * C
     piece_words = piece_slots * C // 32
-    chunks = met * batch_heads
+    chunks = met * key_rows
     # Work is handed out in order, so whoever has to wait for its turn waits for a program that is running.
     work = tl.atomic_add(turns_ptr, 1)
     while work < pieces * chunks:
         piece = work // chunks
-        batch_head = work % chunks // met
+        key_row = work % chunks // met
         key_slot = work % met
         turn_ptr = turns_ptr + 1 + work % chunks
         begin = slab_begin + piece * piece_slots
         end = tl.minimum(begin + piece_slots, slab_end)
-        chunk, key_start, length, _first = load_slot(key_grid_ptr, key_slots, key_slot)
+        batch_head, chunk, key_start, length = load_key_slot(key_table_ptr, key_slots, key_row, key_slot, n, C, BLOCKS)
         bits = words_ptr + (batch_head.to(tl.int64) * n + chunk) * pieces * piece_words + piece * piece_words
         count = list_queries(bits, grid_ptr, my_tokens_ptr, slots, begin, piece_words, C)
         own = tl.load(query_slots_ptr + chunk)
         own_here = (own >= begin) & (own < end)
         if own_here | (count > 0):
-            offsets, mask = chunk_offsets(key_start, length, batch_head, S, HK, BC, D, BD)
-            k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
-            v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+            k, v = load_own_keys(k_ptr, v_ptr, key_start, length, batch_head, S, HK, BC, D, BD, BLOCKS)
             query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
             weights = summary_weights(k.to(tl.float32), query, scale, C, BC)
             dk = tl.zeros([BD, BC], tl.float32)
@@ -174,7 +207,7 @@ def key_gradient_kernel(
                 prior = _mean_of_token(u * u, G, GP, BT)
                 bias = tl.log2(tl.maximum(prior, LEAST_PRIOR))
                 if HAS_SIGMA:
-                    group_offset = ((batch_head // HK).to(tl.int64) * T + token) * HK + batch_head % HK
+                    group_offset = token_offsets(token, batch_head, T, HK)
                     bias -= tl.load(log_mean_ptr + group_offset, mask=listed < count, other=0.0) / LN_2
                 scores = raw * scale2 + (bias * prior_exponent - lse2)[:, None]
                 if BC != C:
@@ -184,17 +217,17 @@ def key_gradient_kernel(
                 ds = p * (dp - delta[:, None])
                 dprior = _mean_of_token(tl.sum(ds, axis=1), G, GP, BT)
                 dz = dprior * prior_exponent / tl.maximum(prior, prior_floor)
-                if HAS_RATIO:
-                    dz -= tl.load(ratio_ptr + rows, mask=real, other=0.0)
-                dz *= u
+                dz = (dz - tl.load(ratio_ptr + rows, mask=real, other=0.0)) * u
                 along += tl.sum(tl.reshape(raw * dz[:, None], [HALF, 2, 8, BC]), axis=1)
                 ds += weights[None, :] * (dz * (logit_scale / scale))[:, None]
                 dv = tl.dot(tl.trans(grad), p.to(grad.dtype), dv, input_precision="tf32x3")
                 dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision="tf32x3")
             tl.debug_barrier()  # the list is written anew for the next chunk
             # Read again, so that neither keys nor addresses occupy registers during the loop.
-            _chunk, key_start, length, _first = load_slot(key_grid_ptr, key_slots, key_slot)
-            offsets, mask = chunk_offsets(key_start, length, batch_head, S, HK, BC, D, BD)
+            batch_head, chunk, key_start, length = load_key_slot(
+                key_table_ptr, key_slots, key_row, key_slot, n, C, BLOCKS
+            )
+            offsets, mask = key_offsets(key_start, length, batch_head, S, HK, BC, D, BD, BLOCKS)
             k = tl.load(k_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
             along_key = tl.sum(tl.sum(along, axis=0), axis=0) * logit_scale
@@ -207,7 +240,7 @@ def key_gradient_kernel(
             dv += tl.load(dv_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
             tl.store(dk_ptr + offsets, dk, mask=mask)
             tl.store(dv_ptr + offsets, dv, mask=mask)
-            share = share_ptr + (((batch_head // HK).to(tl.int64) * key_slots + key_slot) * HK + batch_head % HK) * D
+            share = share_ptr + summary_offset(chunk, batch_head, n, HK, D)
             dquery = tl.sum(dlogits[:, None] * k, axis=0)
             before = tl.load(share + column, mask=column < D, other=0.0, cache_modifier=".cg")
             tl.store(share + column, before + dquery, mask=column < D)
@@ -216,6 +249,21 @@ def key_gradient_kernel(
         tl.debug_barrier()  # every thread's part is written before the next piece's turn
         tl.atomic_add(turn_ptr, 1)
         work = tl.atomic_add(turns_ptr, 1)
+
+
+@triton.jit
+def load_key_slot(table_ptr, key_slots, key_row, key_slot, n, C: tl.constexpr, BLOCKS: tl.constexpr):
+    """(batch x HK + KV head, chunk id, start, length) of a chunk of `_WorkOfPart`."""
+    if BLOCKS:
+        address = tl.load(table_ptr + key_slot)
+        batch_head = (address // n).to(tl.int32)
+        chunk = (address % n).to(tl.int32)
+        start = key_slot * 2 * C
+        length = C + key_slot * 0  # not a constant in one variant and a tensor in the other
+    else:
+        batch_head = key_row
+        chunk, start, length, _first = load_slot(table_ptr, key_slots, key_slot)
+    return batch_head, chunk, start, length
 
 
 @triton.jit

@@ -6,16 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Part, Routing
-from dash_kernels.triton_backend.forward import key_maps, load_keys, load_log2_mean, routing_block
+from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Blocks, OutputGradient, Part, Queries, QueryGradient
+from dash_kernels.triton_backend.forward import load_log2_mean, routing_block
+from dash_kernels.triton_backend.keys import KeyRows, load_keys, load_own_keys, starts_of
 from dash_kernels.triton_backend.launch import launch_options
 from dash_kernels.triton_backend.selection import chunk_lists, list_chunks, work_counter
 from dash_kernels.triton_backend.tiles import (
     LOG2_E,
     TileShape,
     column_of,
-    load_chunk,
     load_rows,
     load_slot,
     mean_over_group,
@@ -29,54 +28,70 @@ from dash_kernels.triton_backend.tiles import (
 )
 
 
-def query_gradients(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    query_chunks: ChunkGrid,
-    part: Part,
-    summaries: torch.Tensor,
-    routing: Routing,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    spec: AttentionSpec,
-    *,
-    dq: torch.Tensor,
-    row_sum: torch.Tensor,
-    whole: bool,
-) -> None:
-    """Gradient of q [B, T, Hq, D] from one part of K and V; grad and q contiguous.
+def query_gradient(
+    queries: Queries, upstream: OutputGradient, part: Part | Blocks, spec: AttentionSpec, before: QueryGradient | None
+) -> QueryGradient:
+    if before is None:
+        sums = torch.empty(2, *queries.q.shape[:3], dtype=torch.float32, device=queries.q.device)
+        result = QueryGradient(torch.empty(queries.q.shape, dtype=torch.float32, device=queries.q.device), *sums)
+    else:
+        result = before
+    _walk(queries, upstream, part, spec, before or result, result, first=before is None, last=False)
+    return result
 
-    whole: writes all of it to dq, and sum(u dp) / sum(u) of every row to row_sum [B, T, Hq]. Else: adds the part's
-    share without the term of the row sums to dq (float32), and sum(u dp) over the part to row_sum.
-    """
+
+def finish_query_gradient(
+    queries: Queries, upstream: OutputGradient, part: Part | Blocks, spec: AttentionSpec, before: QueryGradient | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dq = torch.empty(queries.q.shape, dtype=queries.q.dtype, device=queries.q.device)
+    ratio = torch.empty(queries.q.shape[:3], dtype=torch.float32, device=queries.q.device)
+    result = QueryGradient(dq, ratio, ratio)
+    _walk(queries, upstream, part, spec, before or result, result, first=before is None, last=True)
+    return dq, ratio
+
+
+def _walk(
+    queries: Queries,
+    upstream: OutputGradient,
+    part: Part | Blocks,
+    spec: AttentionSpec,
+    before: QueryGradient,
+    result: QueryGradient,
+    *,
+    first: bool,
+    last: bool,
+) -> None:
+    """first: `before` is not read. last: the result is complete, and its weighted_sum takes sum(u dp) / sum(u)."""
+    q, chunks, summaries, routing = queries.q, queries.chunks, queries.summaries, queries.routing
     n, kv_heads = summaries.shape[1:3]
     tile = TileShape.of(q, kv_heads, spec)
     options = launch_options("queries", q)
-    k, v = part.k.contiguous(), part.v.contiguous()
-    k_map, v_map, maps = key_maps(k, v, tile, options)
-    tiles = len(query_chunks) * tile.per_chunk
+    keys = KeyRows.of(part, summaries.shape, tile)
+    k_map, v_map, maps = keys.maps(tile, options)
+    tiles = len(chunks) * tile.per_chunk
     programs = min(resident_programs(q.device, options.resident), tiles * q.shape[0] * kv_heads)
     dprior = torch.empty(programs, n, tile.tokens, dtype=torch.float32, device=q.device)
     query_gradient_kernel[(programs,)](
-        grad, q, query_chunks.on(q.device), k, v, k_map, v_map,
-        part.chunks.starts_by_id(n, q.device), *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean,
-        routing.masks, lse, delta, chunk_lists(programs, n, q.device), work_counter(q.device), dprior, dq, row_sum,
-        q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
-        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale, spec.routing_logit_scale,
-        PRIOR_FLOOR, 1.0, BC=triton.next_power_of_2(spec.chunk_size), BN=options.block,
-        HAS_SIGMA=spec.prior_sigma is not None, MAPS=maps, WHOLE=whole,
-        **tile.constants, **options.launch,
+        upstream.grad.contiguous(), q.contiguous(), chunks.on(q.device), keys.k, keys.v, k_map, v_map, keys.starts,
+        *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean, routing.masks, upstream.lse,
+        upstream.delta, chunk_lists(programs, n, q.device), work_counter(q.device), dprior,
+        before.dq, before.weighted_sum, before.slope_sum, result.dq, result.weighted_sum, result.slope_sum,
+        q.shape[1], keys.tokens, n, len(chunks), q.shape[0] * kv_heads, routing_factor(spec),
+        spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale, spec.routing_logit_scale, PRIOR_FLOOR, 1.0,
+        BC=triton.next_power_of_2(spec.chunk_size), BN=options.block, HAS_SIGMA=spec.prior_sigma is not None,
+        MAPS=maps, BLOCKS=keys.blocks, FIRST=first, LAST=last, **tile.constants, **options.launch,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
 def query_gradient_kernel(
     grad_ptr, q_ptr, grid_ptr, k_ptr, v_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr,
-    mask_ptr, lse_ptr, delta_ptr, list_ptr, next_ptr, dprior_ptr, dq_ptr, row_sum_ptr,
+    mask_ptr, lse_ptr, delta_ptr, list_ptr, next_ptr, dprior_ptr, before_dq_ptr, before_weighted_ptr,
+    before_slope_ptr, dq_ptr, weighted_ptr, slope_ptr,
     T, S, n, slots, batch_heads, factor, scale2, prior_exponent, scale, logit_scale, prior_floor, one,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
-    MAPS: tl.constexpr, WHOLE: tl.constexpr,
+    MAPS: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = BT * GP
     STEPS: tl.constexpr = C // BT
@@ -99,15 +114,15 @@ def query_gradient_kernel(
             delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
             log2_mean = load_log2_mean(log_mean_ptr, start, tile % STEPS, length, batch_head, T, HK, BT, HAS_SIGMA)
             mask_row = mask_ptr + (batch_head.to(tl.int64) * tiles + tile) * words
-            count = list_chunks(mask_row, starts_ptr, ids_ptr, list_starts_ptr, first, chunk)
+            starts = starts_of(starts_ptr, batch_head, n, BLOCKS)
+            count = list_chunks(mask_row, starts, ids_ptr, list_starts_ptr, first, chunk, True)
 
             dq = tl.zeros([M, BD], tl.float32)
             weighted_sum = tl.zeros([M], tl.float32)
             slope_sum = tl.zeros([M], tl.float32)
-            own = tl.load(starts_ptr + chunk)
+            own = tl.load(starts + chunk)
             if own >= 0:
-                k = load_chunk(k_ptr, own, length, batch_head, S, HK, BC, D, BD)
-                v = load_chunk(v_ptr, own, length, batch_head, S, HK, BC, D, BD)
+                k, v = load_own_keys(k_ptr, v_ptr, own, length, batch_head, S, HK, BC, D, BD, BLOCKS)
                 scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
                 scores = tl.where(tl.arange(0, BC)[None, :] <= place[:, None], scores, -float("inf"))
                 dscores = score_gradient(scores, grad, v, lse2, delta)
@@ -122,7 +137,7 @@ def query_gradient_kernel(
                 sums = tl.zeros([M, BN], tl.float32)
                 for index in range(0, tl.minimum(count - block, BN)):
                     at = tl.load(list_starts_ptr + block + index)
-                    k, v = load_keys(k_ptr, v_ptr, k_map, v_map, at, batch_head, S, HK, C, BC, D, BD, MAPS)
+                    k, v = load_keys(k_ptr, v_ptr, k_map, v_map, at, batch_head, S, HK, C, BC, D, BD, MAPS, BLOCKS)
                     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
                     scores += column_of(bias, index, BN)[:, None]
                     if BC != C:
@@ -138,34 +153,47 @@ def query_gradient_kernel(
                 tl.store(my_dprior_ptr + at_dprior, dprior, mask=(listed < count)[None, :])
             tl.debug_barrier()  # other threads read what this one wrote
 
-            # The routing's share, dz . s with dz = u (dp - ratio): ratio is known only now.
+            # The routing's share, dz . s with dz = u (dp - ratio): ratio is known only when all parts have been met.
             dq *= scale
+            if not FIRST:
+                weighted_sum += tl.load(before_weighted_ptr + rows, mask=real, other=0.0)
+                slope_sum += tl.load(before_slope_ptr + rows, mask=real, other=0.0)
             ratio = tl.zeros([M], tl.float32)
-            if WHOLE:
+            if LAST:
                 ratio = weighted_sum / tl.where(slope_sum > 0, slope_sum, 1.0)
             for block in range(0, count, BN):
                 listed = block + tl.arange(0, BN)
                 inside = listed < count
                 ids = tl.load(ids_ptr + listed, mask=inside, other=0)
-                y, high = routing_scores(q, high_ptr, low_ptr, ids, inside, batch_head, n, HK, D, BD, True)
-                u = tl.where(inside[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0)
                 at_dprior = listed[None, :] * BT + tl.arange(0, BT)[:, None]
                 dprior = tl.load(my_dprior_ptr + at_dprior, mask=inside[None, :], other=0.0)
-                dz = u * (to_rows(dprior, GP, BT, BN) - ratio[:, None]) * logit_scale
-                if q.dtype == tl.bfloat16:
-                    dq = tl.dot(dz.to(tl.bfloat16), high, dq)
-                else:  # float16 has too small a range for dz
-                    dq = tl.dot(dz, high.to(tl.float32), dq, input_precision="tf32x3")
-            tl.debug_barrier()  # the list is written anew for the next tile
+                dp = to_rows(dprior, GP, BT, BN) - ratio[:, None]
+                dq = add_routing_gradient(
+                    dq, dp, q, high_ptr, low_ptr, ids, inside, batch_head, n, tau, factor, logit_scale, HK, D, BD
+                )
+            tl.debug_barrier()  # the list is written anew
+            if LAST and not FIRST:
+                # The chunks of the parts before have had their share of dp, and wait for that of the ratio.
+                count = list_chunks(mask_row, starts, ids_ptr, list_starts_ptr, first, chunk, False)
+                for block in range(0, count, BN):
+                    listed = block + tl.arange(0, BN)
+                    inside = listed < count
+                    ids = tl.load(ids_ptr + listed, mask=inside, other=0)
+                    dp = tl.zeros([M, BN], tl.float32) - ratio[:, None]
+                    dq = add_routing_gradient(
+                        dq, dp, q, high_ptr, low_ptr, ids, inside, batch_head, n, tau, factor, logit_scale, HK, D, BD
+                    )
+                tl.debug_barrier()
             # Read again, so that no address occupies registers during the loops.
             _chunk, start, length, _first = load_slot(grid_ptr, slots, tile // STEPS)
             _place, rows, real = tile_rows(start, length, tile % STEPS, batch_head, T, HQ, HK, G, GP, BT)
-            if WHOLE:
-                tl.store(row_sum_ptr + rows, ratio, mask=real)
+            if not FIRST:
+                dq += load_rows(before_dq_ptr, rows, real, D, BD)
+            if LAST:
+                tl.store(weighted_ptr + rows, ratio, mask=real)
             else:
-                dq += load_rows(dq_ptr, rows, real, D, BD)
-                before = tl.load(row_sum_ptr + rows, mask=real, other=0.0)
-                tl.store(row_sum_ptr + rows, before + weighted_sum, mask=real)
+                tl.store(weighted_ptr + rows, weighted_sum, mask=real)
+                tl.store(slope_ptr + rows, slope_sum, mask=real)
             store_rows(dq_ptr, dq, rows, real, D, BD)
         work = tl.atomic_add(next_ptr, 1)
 
@@ -175,3 +203,18 @@ def score_gradient(scores, grad, v, lse2, delta):
     """Gradient of the (natural) scores [M, BC] from base-2 scores; zero where a score is -inf."""
     weights = tl.exp2(scores - lse2[:, None])
     return weights * (tl.dot(grad, tl.trans(v), input_precision="tf32x3") - delta[:, None])
+
+
+@triton.jit
+def add_routing_gradient(
+    dq, dp, q, high_ptr, low_ptr, ids, mask, batch_head, n, tau, factor, logit_scale,
+    HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dq [M, BD] plus the share of u dp, [M, BN], through the scores of the chunks `ids` [BN]."""
+    y, high = routing_scores(q, high_ptr, low_ptr, ids, mask, batch_head, n, HK, D, BD, True)
+    dz = tl.where(mask[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0) * dp * logit_scale
+    if q.dtype == tl.bfloat16:
+        dq = tl.dot(dz.to(tl.bfloat16), high, dq)
+    else:  # float16 has too small a range for dz
+        dq = tl.dot(dz, high.to(tl.float32), dq, input_precision="tf32x3")
+    return dq

@@ -7,19 +7,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import AttentionSpec, Part, Routing
-from dash_kernels.triton_backend.launch import LaunchOptions, launch_options
+from dash_kernels.spec import AttentionSpec, Blocks, Part, Queries
+from dash_kernels.triton_backend.keys import KeyRows, load_keys, load_own_keys, starts_of
+from dash_kernels.triton_backend.launch import launch_options
 from dash_kernels.triton_backend.selection import chunk_lists, list_chunks, work_counter
 from dash_kernels.triton_backend.tiles import (
     LN_2,
     LOG2_E,
     TileShape,
-    chunk_offsets,
     column_of,
-    load_chunk,
     load_rows,
     load_slot,
     mean_over_group,
@@ -31,61 +28,51 @@ from dash_kernels.triton_backend.tiles import (
     store_rows,
     tile_rows,
     to_rows,
+    token_offsets,
 )
 
 NOTHING = tl.constexpr(-1.0e30)  # running maximum of a row that has met no key: finite, so that no difference is NaN
 
 
 def attend(
-    q: torch.Tensor,
-    query_chunks: ChunkGrid,
-    part: Part,
-    summaries: torch.Tensor,
-    routing: Routing,
+    queries: Queries,
+    part: Part | Blocks,
     spec: AttentionSpec,
+    *,
+    before: tuple[torch.Tensor, torch.Tensor] | None,
+    last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    q, chunks, summaries, routing = queries.q, queries.chunks, queries.summaries, queries.routing
     n, kv_heads = summaries.shape[1:3]
     tile = TileShape.of(q, kv_heads, spec)
     options = launch_options("attend", q)
-    out = torch.empty(q.shape, dtype=q.dtype if part.whole else torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype if last else torch.float32, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    k, v = part.k.contiguous(), part.v.contiguous()
-    k_map, v_map, maps = key_maps(k, v, tile, options)
-    tiles = len(query_chunks) * tile.per_chunk
+    keys = KeyRows.of(part, summaries.shape, tile)
+    k_map, v_map, maps = keys.maps(tile, options)
+    tiles = len(chunks) * tile.per_chunk
     programs = min(resident_programs(q.device, options.resident), tiles * q.shape[0] * kv_heads)
+    before_out, before_lse = (out, lse) if before is None else before
     attend_kernel[(programs,)](
-        q.contiguous(), query_chunks.on(q.device), k, v, k_map, v_map,
-        part.chunks.starts_by_id(n, q.device), *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean,
-        routing.masks, chunk_lists(programs, n, q.device), work_counter(q.device), out, lse,
-        q.shape[1], k.shape[1], n, len(query_chunks), q.shape[0] * kv_heads,
+        q.contiguous(), chunks.on(q.device), keys.k, keys.v, k_map, v_map, keys.starts,
+        *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean, routing.masks,
+        chunk_lists(programs, n, q.device), work_counter(q.device), before_out, before_lse, out, lse,
+        q.shape[1], keys.tokens, n, len(chunks), q.shape[0] * kv_heads,
         routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent,
         BC=triton.next_power_of_2(spec.chunk_size), BN=options.block, HAS_SIGMA=spec.prior_sigma is not None,
-        MAPS=maps, **tile.constants, **options.launch,
+        MAPS=maps, BLOCKS=keys.blocks, FIRST=before is None, **tile.constants, **options.launch,
     )  # fmt: skip
     return out, lse
-
-
-def key_maps(
-    k: torch.Tensor, v: torch.Tensor, tile: TileShape, options: LaunchOptions
-) -> tuple[torch.Tensor | TensorDescriptor, torch.Tensor | TensorDescriptor, bool]:
-    """(tensor map of K, of V, True), a chunk of one head at a time; (K, V, False) where they are loaded by address:
-    tensor maps take powers of two and addresses that are multiples of 16 bytes.
-    """
-    sizes = tile.head_dim == tile.padded_dim and tile.chunk_size == triton.next_power_of_2(tile.chunk_size)
-    if not (options.tensor_maps and sizes and k.data_ptr() % 16 == 0 and v.data_ptr() % 16 == 0):
-        return k, v, False
-    block = [tile.chunk_size, tile.head_dim]
-    k_map, v_map = (TensorDescriptor.from_tensor(x.view(-1, tile.kv_heads * tile.head_dim), block) for x in (k, v))
-    return k_map, v_map, True
 
 
 @triton.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
 def attend_kernel(
     q_ptr, grid_ptr, k_ptr, v_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr, mask_ptr,
-    list_ptr, next_ptr, out_ptr, lse_ptr, T, S, n, slots, batch_heads, factor, scale2, prior_exponent,
+    list_ptr, next_ptr, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr, T, S, n, slots, batch_heads, factor, scale2,
+    prior_exponent,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
-    MAPS: tl.constexpr,
+    MAPS: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = BT * GP
     STEPS: tl.constexpr = C // BT
@@ -104,15 +91,23 @@ def attend_kernel(
             tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
             log2_mean = load_log2_mean(log_mean_ptr, start, tile % STEPS, length, batch_head, T, HK, BT, HAS_SIGMA)
             mask_row = mask_ptr + (batch_head.to(tl.int64) * tiles + tile) * words
-            count = list_chunks(mask_row, starts_ptr, ids_ptr, list_starts_ptr, first, chunk)
+            starts = starts_of(starts_ptr, batch_head, n, BLOCKS)
+            count = list_chunks(mask_row, starts, ids_ptr, list_starts_ptr, first, chunk, True)
 
-            top = tl.full([M], NOTHING, tl.float32)
-            total = tl.zeros([M], tl.float32)
-            out = tl.zeros([M, BD], tl.float32)
-            own = tl.load(starts_ptr + chunk)
+            if FIRST:
+                top = tl.full([M], NOTHING, tl.float32)
+                total = tl.zeros([M], tl.float32)
+                out = tl.zeros([M, BD], tl.float32)
+            else:
+                # The log-sum-exp as the maximum makes the output so far one of weight 1.
+                before = tl.load(before_lse_ptr + rows, mask=real, other=-float("inf"))
+                met = before > -float("inf")
+                top = tl.where(met, before * LOG2_E, NOTHING)
+                total = met.to(tl.float32)
+                out = load_rows(before_out_ptr, rows, real, D, BD)
+            own = tl.load(starts + chunk)
             if own >= 0:
-                k = load_chunk(k_ptr, own, length, batch_head, S, HK, BC, D, BD)
-                v = load_chunk(v_ptr, own, length, batch_head, S, HK, BC, D, BD)
+                k, v = load_own_keys(k_ptr, v_ptr, own, length, batch_head, S, HK, BC, D, BD, BLOCKS)
                 scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
                 scores = tl.where(tl.arange(0, BC)[None, :] <= place[:, None], scores, -float("inf"))
                 top, total, out = softmax_step(scores, v, top, total, out)
@@ -125,7 +120,7 @@ def attend_kernel(
                 )  # fmt: skip
                 for index in range(0, tl.minimum(count - block, BN)):
                     at = tl.load(list_starts_ptr + block + index)
-                    k, v = load_keys(k_ptr, v_ptr, k_map, v_map, at, batch_head, S, HK, C, BC, D, BD, MAPS)
+                    k, v = load_keys(k_ptr, v_ptr, k_map, v_map, at, batch_head, S, HK, C, BC, D, BD, MAPS, BLOCKS)
                     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
                     scores += column_of(bias, index, BN)[:, None]
                     if BC != C:
@@ -170,31 +165,13 @@ def routing_block(
 
 
 @triton.jit
-def load_keys(
-    k_ptr, v_ptr, k_map, v_map, start, batch_head, S,
-    HK: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MAPS: tl.constexpr,
-):  # fmt: skip
-    """(K, V) of a complete chunk that starts at a token.  [BC, BD] each"""
-    if MAPS:
-        row = (batch_head // HK) * S + start
-        column = (batch_head % HK) * D
-        k = k_map.load([row, column])
-        v = v_map.load([row, column])
-    else:
-        offsets, mask = chunk_offsets(start, C, batch_head, S, HK, BC, D, BD)
-        k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
-        v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
-    return k, v
-
-
-@triton.jit
 def load_log2_mean(
     log_mean_ptr, start, step, length, batch_head, T, HK: tl.constexpr, BT: tl.constexpr, HAS_SIGMA: tl.constexpr
 ):
     """Mean of log2 P of a tile's tokens.  [BT]"""
     if HAS_SIGMA:
         place = step * BT + tl.arange(0, BT)
-        offset = ((batch_head // HK).to(tl.int64) * T + start + place) * HK + batch_head % HK
+        offset = token_offsets(start + place, batch_head, T, HK)
         log2_mean = tl.load(log_mean_ptr + offset, mask=place < length, other=0.0) / LN_2
     else:
         log2_mean = tl.zeros([BT], tl.float32)

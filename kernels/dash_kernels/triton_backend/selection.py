@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import AttentionSpec, Routing
+from dash_kernels.spec import AttentionSpec, Queries
+from dash_kernels.triton_backend.keys import KeyRows, starts_of
 from dash_kernels.triton_backend.launch import launch_options
 from dash_kernels.triton_backend.tiles import (
     TileShape,
@@ -28,7 +28,7 @@ from dash_kernels.triton_backend.tiles import (
 
 def chunk_lists(programs: int, n: int, device: torch.device) -> torch.Tensor:
     """Scratch for `list_chunks`: chunk ids and starts for each program."""
-    return torch.empty(programs, 2, max(n, 1), dtype=torch.int32, device=device)
+    return torch.empty(programs, 2, n, dtype=torch.int32, device=device)
 
 
 def work_counter(device: torch.device) -> torch.Tensor:
@@ -36,30 +36,10 @@ def work_counter(device: torch.device) -> torch.Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
-def tile_efficiency(routing: Routing, query_chunks: ChunkGrid, spec: AttentionSpec) -> float:
-    """Selected / walked pairs of a token and an earlier chunk: a tile walks what any of its tokens selected."""
-    assert routing.masks is not None
-    device = routing.masks.device
-    ids, _, lengths, firsts = query_chunks.on(device).long()
-    per_chunk = routing.masks.shape[2] // len(query_chunks)
-    tokens = spec.chunk_size // per_chunk
-    first_token = torch.arange(per_chunk, device=device) * tokens
-    held = (lengths[:, None] - first_token).clamp(0, tokens).flatten()  # tokens of a tile
-    word = torch.arange(routing.masks.shape[3], device=device) * 32
-    walked = 0
-    for bit in range(32):
-        chunk = word + bit
-        inside = (chunk >= firsts[:, None]) & (chunk < ids[:, None])
-        on = (routing.masks >> bit) & 1
-        walked += int((on * inside.repeat_interleave(per_chunk, 0)).sum(-1).mul(held).sum())
-    earlier = int(routing.selected.sum(dtype=torch.int64)) - routing.selected.numel()
-    return earlier / walked if walked else 1.0
-
-
 @triton.jit
-def list_chunks(mask_ptr, starts_ptr, ids_ptr, list_starts_ptr, first, chunk):
-    """Writes ids and starts of a tile's selected chunks that the part holds (starts_ptr: -1 where not), ascending;
-    returns their number.
+def list_chunks(mask_ptr, starts_ptr, ids_ptr, list_starts_ptr, first, chunk, HELD: tl.constexpr):
+    """Writes ids and starts of a tile's selected chunks that the part holds (starts_ptr: -1 where not), or of those
+    that it lacks, ascending; returns their number.
     """
     WORDS: tl.constexpr = 32
     count = 0
@@ -69,9 +49,9 @@ def list_chunks(mask_ptr, starts_ptr, ids_ptr, list_starts_ptr, first, chunk):
         word = tl.load(mask_ptr + word_at, mask=word_at < end, other=0)
         bits = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, [WORDS * 32])
         ids = at * 32 + tl.arange(0, WORDS * 32)
-        inside = (ids >= first) & (ids < chunk)
-        starts = tl.load(starts_ptr + ids, mask=inside & (bits > 0), other=-1)
-        keep = (starts >= 0).to(tl.int32)
+        on = (bits > 0) & (ids >= first) & (ids < chunk)
+        starts = tl.load(starts_ptr + ids, mask=on, other=-1)
+        keep = (on & ((starts >= 0) == HELD)).to(tl.int32)
         place = count + tl.cumsum(keep, axis=0) - keep
         tl.store(ids_ptr + place, ids, mask=keep > 0)
         tl.store(list_starts_ptr + place, starts, mask=keep > 0)
@@ -87,21 +67,15 @@ MAX_SLAB_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class QuerySlab:
-    """Consecutive slots of the queries, and which of their tokens selected which chunk.
+    """Which tokens of consecutive slots of the queries selected which chunk.
 
-    begin, end: the slots.
-    piece:      slots of a piece, of which the last may be shorter: what one program gathers from at a time.
-    words:      int32 [B, Hkv, n, pieces x words of a piece], a bit per place (slot - begin) x C + place in the chunk.
+    pieces: what one program gathers from at a time; the last may have fewer slots.
+    words:  int32 [B, Hkv, n, pieces x words of a piece], a bit per place (slot - first) x C + place in the chunk; not
+            written where a part lacks the chunk.
     """
 
-    begin: int
-    end: int
-    piece: int
+    pieces: int
     words: torch.Tensor
-
-    @property
-    def pieces(self) -> int:
-        return -(-(self.end - self.begin) // self.piece)
 
 
 def slab_slots(slots: int, tile: TileShape, batch_heads: int, n: int) -> tuple[int, int]:
@@ -118,38 +92,38 @@ def slab_slots(slots: int, tile: TileShape, batch_heads: int, n: int) -> tuple[i
 
 
 def query_bits(
-    q: torch.Tensor,
-    query_chunks: ChunkGrid,
+    queries: Queries,
+    split: tuple[torch.Tensor, torch.Tensor],
+    keys: KeyRows,
     begin: int,
     end: int,
     piece: int,
-    n: int,
-    split: tuple[torch.Tensor, torch.Tensor],
-    routing: Routing,
     spec: AttentionSpec,
 ) -> QuerySlab:
-    """The slab of the slots begin to end."""
-    tile = TileShape.of(q, split[0].shape[2], spec)
-    batch, kv_heads = q.shape[0], tile.kv_heads
+    """The slab of the slots begin to end, with bits where the part has the chunk."""
+    q, chunks, routing = queries.q, queries.chunks, queries.routing
+    batch, n, kv_heads, _ = queries.summaries.shape
+    tile = TileShape.of(q, kv_heads, spec)
     options = launch_options("route", q)
     tokens = 8  # of a program: a byte
     while tokens * 2 * tile.padded_group <= options.rows and spec.chunk_size % (tokens * 2) == 0:
         tokens *= 2
-    places = -(-(end - begin) // piece) * piece * spec.chunk_size
+    pieces = -(-(end - begin) // piece)
+    places = pieces * piece * spec.chunk_size
     bits = torch.zeros(batch, kv_heads, n, places // 8, dtype=torch.int8, device=q.device)
     constants = tile.constants | {"BT": tokens}
     query_bits_kernel[((end - begin) * (spec.chunk_size // tokens), batch * kv_heads)](
-        q, query_chunks.on(q.device), *split, routing.tau, bits, q.shape[1], n, len(query_chunks), begin, places // 8,
-        routing_factor(spec), BN=options.block, **constants, **options.launch,
+        q.contiguous(), chunks.on(q.device), *split, routing.tau, keys.starts, bits, q.shape[1], n, len(chunks), begin,
+        places // 8, routing_factor(spec), BN=options.block, BLOCKS=keys.blocks, **constants, **options.launch,
     )  # fmt: skip
-    return QuerySlab(begin, end, piece, bits.view(torch.int32))
+    return QuerySlab(pieces, bits.view(torch.int32))
 
 
 @triton.jit(do_not_specialize=["T", "n", "slots", "begin", "row_bytes"])
 def query_bits_kernel(
-    q_ptr, grid_ptr, high_ptr, low_ptr, tau_ptr, bits_ptr, T, n, slots, begin, row_bytes, factor,
+    q_ptr, grid_ptr, high_ptr, low_ptr, tau_ptr, starts_ptr, bits_ptr, T, n, slots, begin, row_bytes, factor,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     program, batch_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     BYTES: tl.constexpr = BT // 8
@@ -157,17 +131,20 @@ def query_bits_kernel(
     _place, rows, real = tile_rows(start, length, program % (C // BT), batch_head, T, HQ, HK, G, GP, BT)
     q = load_rows(q_ptr, rows, real, D, BD)
     tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))
+    starts = starts_of(starts_ptr, batch_head, n, BLOCKS)
     for at in range(tl.where(chunk > first, first // BN * BN, chunk), chunk, BN):
         ids = at + tl.arange(0, BN)
         inside = (ids >= first) & (ids < chunk)
-        y, _high = routing_scores(q, high_ptr, low_ptr, ids, inside, batch_head, n, HK, D, BD, True)
-        u = tl.maximum(tl.where(inside[None, :], y, -float("inf")) * factor - tau[:, None], 0.0)
-        hit = (tl.sum(tl.reshape(u * u, [BT, GP, BN]), axis=1) > 0).to(tl.int32)
-        bits = hit << (tl.arange(0, BT) % 8)[:, None]
-        by_byte = tl.sum(tl.reshape(bits, [BYTES, 8, BN]), axis=1)
-        row = (batch_head.to(tl.int64) * n + ids) * row_bytes
-        byte = program * BYTES + tl.arange(0, BYTES)
-        tl.store(bits_ptr + row[None, :] + byte[:, None], by_byte.to(tl.int8), mask=inside[None, :])
+        held = tl.load(starts + ids, mask=inside, other=-1) >= 0
+        if tl.max(held.to(tl.int32), axis=0) > 0:
+            y, _high = routing_scores(q, high_ptr, low_ptr, ids, inside, batch_head, n, HK, D, BD, True)
+            u = tl.maximum(tl.where(inside[None, :], y, -float("inf")) * factor - tau[:, None], 0.0)
+            hit = (tl.sum(tl.reshape(u * u, [BT, GP, BN]), axis=1) > 0).to(tl.int32)
+            bits = hit << (tl.arange(0, BT) % 8)[:, None]
+            by_byte = tl.sum(tl.reshape(bits, [BYTES, 8, BN]), axis=1)
+            row = (batch_head.to(tl.int64) * n + ids) * row_bytes
+            byte = program * BYTES + tl.arange(0, BYTES)
+            tl.store(bits_ptr + row[None, :] + byte[:, None], by_byte.to(tl.int8), mask=inside[None, :])
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec
-from dash_kernels.triton_backend.tiles import chunk_offsets, load_chunk, load_slot
+from dash_kernels.triton_backend.tiles import load_chunk, load_slot, summary_offset
 
 
 def summarize(k: torch.Tensor, chunks: ChunkGrid, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
@@ -19,24 +19,6 @@ def summarize(k: torch.Tensor, chunks: ChunkGrid, summary_query: torch.Tensor, s
         **_constants(k, spec),
     )  # fmt: skip
     return summaries
-
-
-def summarize_backward(
-    grad: torch.Tensor,
-    k: torch.Tensor,
-    chunks: ChunkGrid,
-    summary_query: torch.Tensor,
-    spec: AttentionSpec,
-    dk: torch.Tensor,
-) -> torch.Tensor:
-    batch, seq_len, kv_heads, _ = k.shape
-    # One share of the gradient of summary_query per chunk, summed in a fixed order: no atomics.
-    shares = torch.zeros(grad.shape, dtype=torch.float32, device=grad.device)
-    summary_backward_kernel[(len(chunks), batch * kv_heads)](
-        k.contiguous(), chunks.on(k.device), summary_query.contiguous(), grad.contiguous(), dk, shares, seq_len,
-        len(chunks), spec.scale, **_constants(k, spec),
-    )  # fmt: skip
-    return shares.sum((0, 1))
 
 
 def _constants(k: torch.Tensor, spec: AttentionSpec) -> dict[str, int]:
@@ -61,30 +43,7 @@ def summary_kernel(
     query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
     summary = tl.sum(summary_weights(k, query, scale, C, BC)[:, None] * k, axis=0)  # [BD]
     summary = tl.where(length == C, summary, 0.0)  # nobody is routed to an incomplete chunk
-    tl.store(summary_ptr + _slot_offset(slot, slots, batch_head, HK, D) + column, summary, mask=column < D)
-
-
-@triton.jit(do_not_specialize=["T", "slots"])
-def summary_backward_kernel(
-    k_ptr, grid_ptr, query_ptr, grad_ptr, dk_ptr, share_ptr, T, slots, scale,
-    HK: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    slot, batch_head = tl.program_id(0), tl.program_id(1)
-    column = tl.arange(0, BD)
-    _chunk, start, length, _first = load_slot(grid_ptr, slots, slot)
-    if length == C:
-        offsets, mask = chunk_offsets(start, length, batch_head, T, HK, BC, D, BD)
-        k = tl.load(k_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
-        weights = summary_weights(k, query, scale, C, BC)
-        share = _slot_offset(slot, slots, batch_head, HK, D) + column
-        grad = tl.load(grad_ptr + share, mask=column < D, other=0.0)
-        along = tl.sum(k * grad[None, :], axis=1)  # [BC]
-        dlogits = weights * (along - tl.sum(weights * along, axis=0)) * scale
-        dk = tl.load(dk_ptr + offsets, mask=mask, other=0.0)
-        dk += weights[:, None] * grad[None, :] + dlogits[:, None] * query[None, :]
-        tl.store(dk_ptr + offsets, dk, mask=mask)
-        tl.store(share_ptr + share, tl.sum(dlogits[:, None] * k, axis=0), mask=column < D)
+    tl.store(summary_ptr + summary_offset(slot, batch_head, slots, HK, D) + column, summary, mask=column < D)
 
 
 @triton.jit
@@ -93,8 +52,3 @@ def summary_weights(k, query, scale, C: tl.constexpr, BC: tl.constexpr):
     logits = tl.where(tl.arange(0, BC) < C, tl.sum(k * query[None, :], axis=1) * scale, -float("inf"))
     weights = tl.exp(logits - tl.max(logits, axis=0))
     return weights / tl.sum(weights, axis=0)
-
-
-@triton.jit
-def _slot_offset(slot, slots, batch_head, HK: tl.constexpr, D: tl.constexpr):
-    return (((batch_head // HK).to(tl.int64) * slots + slot) * HK + batch_head % HK) * D

@@ -1,0 +1,123 @@
+"""What an exchange costs, predicted: `exchange="auto"` takes the cheapest one that fits in memory.
+
+Knows byte counts and links; does not know tensors. One line (`Cost.seconds`) holds the model:
+
+    seconds = messages x latency + fast bytes / fast bandwidth + slow bytes / slow bandwidth + copied / memory bandwidth
+
+for the busiest rank, over the forward and the backward pass: K and V travel in both, their gradients in the second.
+What computation hides of it is not counted, for any exchange. All inputs are equal at every rank of the group, so that
+the choice is, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dash_dist.context_parallel.plan import Busiest
+from dash_dist.context_parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Links:
+    """What moves how fast, per rank and direction. The defaults stand for Hopper GPUs on NVLink, and a 400 Gb/s network
+    adapter for each.
+
+    latency:          seconds from issuing a collective, or a step of the ring, to its first byte
+    fast_bandwidth:   bytes/s that a rank sends within its node in an all-to-all
+    slow_bandwidth:   bytes/s that a rank sends to other nodes
+    memory_bandwidth: bytes/s of reads and writes of a gather of blocks
+    """
+
+    latency: float = 20e-6
+    fast_bandwidth: float = 150e9
+    slow_bandwidth: float = 40e9
+    memory_bandwidth: float = 1.5e12
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an exchange asks of the busiest rank in a forward and a backward pass.
+
+    messages:               collectives, or steps of the ring, one after another
+    fast_bytes, slow_bytes: what goes through its links within the node, and to other nodes
+    copied_bytes:           reads and writes of packing and unpacking
+    held_bytes:             K, V and gradients that it holds at once in the backward pass, beside its own tensors
+    """
+
+    messages: int
+    fast_bytes: int
+    slow_bytes: int
+    copied_bytes: int
+    held_bytes: int
+
+    def seconds(self, links: Links) -> float:
+        return (
+            self.messages * links.latency
+            + self.fast_bytes / links.fast_bandwidth
+            + self.slow_bytes / links.slow_bandwidth
+            + self.copied_bytes / links.memory_bandwidth
+        )
+
+
+def predict(
+    busiest: Busiest,
+    topology: Topology,
+    *,
+    blocks_per_rank: int,
+    block_size: int,
+    element_size: int,
+    gradient_element_size: int,
+    planned: bool,
+) -> dict[str, Cost]:
+    """The cost of every exchange, by name.
+
+    Args:
+        busiest: of the plan.
+        blocks_per_rank: blocks that a rank holds, B x Hkv x its chunks.
+        block_size: numbers in a block, 2 x C x D.
+        element_size, gradient_element_size: bytes of a number of K and V, and of their gradients on their way.
+        planned: the plan has been made, and only what follows is counted: the right question once `busiest` is known.
+            False also counts the plan's collectives and its wait for the device.
+    """
+    size, ranks_per_node = topology.size, topology.ranks_per_node
+    travelling = block_size * (2 * element_size + gradient_element_size)  # of a block in both passes
+    held = block_size * (element_size + gradient_element_size)
+    shard = blocks_per_rank * travelling
+
+    hops = 2 if topology.is_two_level else 1
+    selective = Cost(
+        # An all-to-all per hop, three times; the plan's own, its all-reduce, and the wait for the device.
+        messages=3 * hops + (0 if planned else hops + 2),
+        fast_bytes=busiest.fast * travelling,
+        slow_bytes=busiest.slow * travelling,
+        copied_bytes=2 * (busiest.fast + busiest.slow) * travelling,
+        held_bytes=busiest.held * held,
+    )
+    # An all-gather takes every shard into a node once, shared by the links of the node's ranks.
+    gathered_from_afar = (size - ranks_per_node) * shard // ranks_per_node
+    allgather = Cost(
+        messages=3,
+        fast_bytes=(size - 1) * shard - gathered_from_afar,
+        slow_bytes=gathered_from_afar,
+        copied_bytes=0,
+        held_bytes=size * blocks_per_rank * held,
+    )
+    # A step of the ring takes as long as its slowest link. Gradients follow K and V one step behind.
+    passed_on = (size - 1) * shard
+    ring = Cost(
+        messages=2 * (size - 1) + 1,
+        fast_bytes=passed_on if topology.nodes == 1 else 0,
+        slow_bytes=passed_on if topology.nodes > 1 else 0,
+        copied_bytes=0,
+        held_bytes=2 * blocks_per_rank * held,
+    )
+    return {"selective": selective, "allgather": allgather, "ring": ring}
+
+
+def cheapest(costs: dict[str, Cost], links: Links, memory_budget: int) -> str:
+    """The exchange that takes the fewest seconds, the first of equals, of those that hold at most memory_budget bytes.
+
+    The ring is always allowed: no other exchange that sends everything holds less.
+    """
+    allowed = [name for name, cost in costs.items() if name == "ring" or cost.held_bytes <= memory_budget]
+    return min(allowed, key=lambda name: costs[name].seconds(links))

@@ -1,0 +1,106 @@
+"""What exchanges moved and how long ranks waited for it, added up over calls until somebody asks.
+
+Knows bytes, flights and counts of one rank; does not know layers, steps, nor other ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dash_dist.context_parallel.flight import Timing
+from dash_dist.context_parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class TrafficSummary:
+    """Of one rank, over the calls since the last `take`, forward and backward.
+
+    planned_bytes:    K, V and gradients that the plans had this rank send; of exchanges without one, what they send.
+    sent_bytes:       what it did send to other ranks.
+    slow_link_bytes:  the part of it that crossed the links between nodes.
+    dense_bytes:      what an exchange of everything with everybody would have sent.
+    needed_blocks, reachable_blocks: blocks of other ranks that plans asked for, and that they could have asked for.
+    flight_seconds:   how long tensors were under way.
+    waited_seconds:   how long this rank waited for them with nothing else to do.
+    selected_pairs:   selected (token, KV head, chunk) triples in forward passes: the rank's work.
+    exchanges:        name -> forward passes.
+    """
+
+    planned_bytes: int
+    sent_bytes: int
+    slow_link_bytes: int
+    dense_bytes: int
+    needed_blocks: int
+    reachable_blocks: int
+    flight_seconds: float
+    waited_seconds: float
+    selected_pairs: int
+    exchanges: Mapping[str, int]
+
+    @property
+    def coverage(self) -> float | None:
+        """Needed / reachable blocks: the union of what the rank's queries select. None where no plan was made."""
+        return self.needed_blocks / self.reachable_blocks if self.reachable_blocks else None
+
+    @property
+    def overlap(self) -> float | None:
+        """Share of the flights' time in which the rank had something to compute. None where nothing travelled."""
+        return max(0.0, 1.0 - self.waited_seconds / self.flight_seconds) if self.flight_seconds else None
+
+
+class Traffic:
+    """Adds up; no method but `take` waits for the device."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._bytes: Counter[str] = Counter()
+        self._blocks: Counter[str] = Counter()
+        self._flights: list[Timing] = []
+        self._selected: list[torch.Tensor] = []
+        self._exchanges: Counter[str] = Counter()
+
+    def planned(self, size: int, *, dense: int) -> None:
+        """Bytes of one flight, and of the flight of everything to everybody in its place."""
+        self._bytes.update(planned=size, dense=dense)
+
+    def sent_rows(self, rows: Sequence[int], row_bytes: int, rank: int, topology: Topology) -> None:
+        """rows[r] rows left this rank for rank r; what a rank keeps is not sent."""
+        near = topology.node_ranks(rank)
+        within = sum(rows[near.start : near.stop]) - rows[rank]
+        across = sum(rows) - rows[rank] - within
+        self._bytes.update(sent=(within + across) * row_bytes, slow=across * row_bytes)
+
+    def under_way(self, timing: Timing) -> None:
+        self._flights.append(timing)
+
+    def call(self, exchange: str, selected: torch.Tensor, needed: int, reachable: int) -> None:
+        """One forward pass; selected is `Routing.selected`."""
+        self._exchanges[exchange] += 1
+        self._selected.append(selected.sum(dtype=torch.int64))
+        self._blocks.update(needed=needed, reachable=reachable)
+
+    def take(self) -> TrafficSummary:
+        """What was added since the last call of it; waits for the device."""
+        if any(selected.is_cuda for selected in self._selected):
+            torch.cuda.current_stream().synchronize()
+        seconds = [timing.seconds() for timing in self._flights if timing.is_known()]
+        summary = TrafficSummary(
+            planned_bytes=self._bytes["planned"],
+            sent_bytes=self._bytes["sent"],
+            slow_link_bytes=self._bytes["slow"],
+            dense_bytes=self._bytes["dense"],
+            needed_blocks=self._blocks["needed"],
+            reachable_blocks=self._blocks["reachable"],
+            flight_seconds=sum(flight for flight, _ in seconds),
+            waited_seconds=sum(waited for _, waited in seconds),
+            selected_pairs=sum(int(selected) for selected in self._selected),
+            exchanges=dict(self._exchanges),
+        )
+        self._clear()
+        return summary

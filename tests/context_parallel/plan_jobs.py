@@ -1,0 +1,282 @@
+"""What the ranks of the selective exchange's tests do, and what they find, by words: an empty list is a success."""
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from attention_jobs import device
+
+from dash_dist.context_parallel.errors import ExchangeError
+from dash_dist.context_parallel.plan import make_plan
+from dash_dist.context_parallel.selective import fetch, send_home
+from dash_dist.context_parallel.shard import Shard
+from dash_dist.context_parallel.topology import Topology
+from dash_kernels.chunks import ChunkGrid
+
+BATCH, HEADS, CHUNKS_PER_RANK, CHUNK, HEAD_DIM = 2, 3, 4, 4, 6
+BLOCK_BYTES = 2 * CHUNK * HEAD_DIM * 8
+Block = tuple[int, int, int]  # index in the batch, KV head, chunk id
+
+
+def shard_of(group: dist.ProcessGroup, layout: str) -> Shard:
+    chunks = dist.get_world_size(group) * CHUNKS_PER_RANK
+    return Shard(group, layout, ChunkGrid.whole_sequence(chunks * CHUNK, CHUNK), CHUNK)
+
+
+def unnoticed(rows: Sequence[int], row_bytes: int) -> None:
+    """Bytes are counted where they leave."""
+
+
+def same_generator() -> torch.Generator:
+    """Fresh at every run, the same at every rank."""
+    seed = torch.tensor([torch.seed() % 2**62], device=device())
+    dist.broadcast(seed, 0)
+    return torch.Generator().manual_seed(int(seed))
+
+
+def masks_of_all_ranks(kind: str, shards: list[list[int]], generator: torch.Generator) -> torch.Tensor:
+    """bool [size, B, Hkv, n]: what every rank's queries reach."""
+    size = len(shards)
+    shape = size, BATCH, HEADS, size * CHUNKS_PER_RANK
+    someone = int(torch.randint(size, (), generator=generator))
+    if kind == "random":
+        return torch.rand(shape, generator=generator) < 0.3
+    if kind == "full":
+        return torch.ones(shape, dtype=torch.bool)
+    reached = torch.zeros(shape, dtype=torch.bool)
+    if kind == "one rank asks everything":
+        reached[someone] = True
+    elif kind == "everybody asks one rank":
+        reached[..., shards[someone]] = True
+    elif kind == "own chunks only":
+        for rank, ids in enumerate(shards):
+            reached[rank][..., ids] = True
+    elif kind == "neighbours only":  # within nodes of two
+        for rank in range(size):
+            reached[rank][..., shards[rank ^ 1]] = True
+    return reached
+
+
+KINDS = (
+    "random",
+    "full",
+    "empty",
+    "one rank asks everything",
+    "everybody asks one rank",
+    "own chunks only",
+    "neighbours only",
+)
+
+
+class Expected:
+    """What must travel, from everybody's masks, block by block in Python."""
+
+    def __init__(self, masks: torch.Tensor, shards: list[list[int]], topology: Topology):
+        size = len(shards)
+        owner = {chunk: rank for rank, ids in enumerate(shards) for chunk in ids}
+        self.needs: list[set[Block]] = []
+        for rank in range(size):
+            asked = [tuple(where) for where in masks[rank].nonzero().tolist()]
+            self.needs.append({where for where in asked if owner[where[2]] != rank})
+        # (sender, receiver, block), once each.
+        self.messages: set[tuple[int, int, Block]] = set()
+        for rank in range(size):
+            node = rank // topology.ranks_per_node
+            for block in self.needs[rank]:
+                source = owner[block[2]]
+                if source // topology.ranks_per_node != node:
+                    relay = node * topology.ranks_per_node + source % topology.ranks_per_node
+                    self.messages.add((source, relay, block))
+                    source = relay
+                if source != rank:
+                    self.messages.add((source, rank, block))
+        self.leaving = {(source, block) for source, _, block in self.messages if owner[block[2]] == source}
+        self._ranks_per_node = topology.ranks_per_node
+
+    def blocks(self, link: str, *, sender: int | None = None, receiver: int | None = None) -> int:
+        return sum(
+            (source // self._ranks_per_node == target // self._ranks_per_node) == (link == "fast")
+            and sender in (None, source)
+            and receiver in (None, target)
+            for source, target, _ in self.messages
+        )
+
+    def busiest(self, link: str) -> int:
+        ranks = range(len(self.needs))
+        return max(max(self.blocks(link, sender=r), self.blocks(link, receiver=r)) for r in ranks)
+
+
+@contextmanager
+def counted_bytes(topology: Topology) -> Iterator[dict[str, int]]:
+    """Bytes that this rank really gives to all_to_all_single for other ranks, by link."""
+    counts = {"fast": 0, "slow": 0}
+    original = dist.all_to_all_single
+
+    def counting(output: torch.Tensor, given: torch.Tensor, receive: list[int], send: list[int], **kwargs: Any) -> Any:
+        rank = dist.get_rank()
+        for target, rows in enumerate(send):
+            if target != rank:
+                near = target // topology.ranks_per_node == rank // topology.ranks_per_node
+                counts["fast" if near else "slow"] += rows * given[:1].nbytes
+        return original(output, given, receive, send, **kwargs)
+
+    dist.all_to_all_single = counting
+    try:
+        yield counts
+    finally:
+        dist.all_to_all_single = original
+
+
+def exchanges() -> list[str]:
+    """All kinds of masks, layouts and nodes."""
+    size = dist.get_world_size()
+    generator = same_generator()
+    found = []
+    divisors = [count for count in range(1, size + 1) if size % count == 0]
+    for kind, layout, ranks_per_node in itertools.product(KINDS, ("zigzag", "contiguous"), divisors):
+        wrong = one_exchange(kind, layout, Topology.of(dist.group.WORLD, ranks_per_node), generator)
+        found += [f"{kind}, {layout}, {ranks_per_node} ranks per node: {what}" for what in wrong]
+    return found
+
+
+def one_exchange(kind: str, layout: str, topology: Topology, generator: torch.Generator) -> list[str]:
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    n = size * CHUNKS_PER_RANK
+    shard = shard_of(group, layout)
+    shards = [shard.chunks_of(r).ids.tolist() for r in range(size)]
+    masks = masks_of_all_ranks(kind, shards, generator)
+    expected = Expected(masks, shards, topology)
+    wrong = []
+
+    def check(name: str, got: Any, wanted: Any) -> None:
+        if got != wanted:
+            wrong.append(f"{name} is {got}, not {wanted}")
+
+    reached = masks[rank].to(device())
+    plan = make_plan(reached.transpose(0, 2).contiguous().transpose(0, 2), shard, topology)
+    same = make_plan(reached, shard, topology)
+    check("strides", (plan.addresses.tolist(), plan.direct), (same.addresses.tolist(), same.direct))
+    blocks = [(a // n // HEADS, a // n % HEADS, a % n) for a in plan.addresses.tolist()]
+    check("needed", sorted(blocks), sorted(expected.needs[rank]))
+
+    # Whole K and V the same at every rank; this rank's shard, NaN where the plan leaves blocks at home.
+    whole = torch.randn(2, BATCH, HEADS, n, CHUNK, HEAD_DIM, generator=generator, dtype=torch.float64)
+    whole = whole.to(device())
+    own = whole[:, :, :, shards[rank]].clone()
+    for index, head, slot in itertools.product(range(BATCH), range(HEADS), range(CHUNKS_PER_RANK)):
+        if (rank, (index, head, shards[rank][slot])) not in expected.leaving:
+            own[:, index, head, slot] = torch.nan
+    k, v = own.permute(1, 3, 4, 0, 2, 5).flatten(1, 2).unbind(2)  # [B, S, Hkv, D], interleaved in memory
+    with counted_bytes(topology) as counted:
+        kv, addresses = fetch(k, v, plan, shard, unnoticed).land()
+    sent = plan.sent_bytes(CHUNK, HEAD_DIM, k.dtype)
+    for link in ("fast", "slow"):
+        wanted = expected.blocks(link, sender=rank) * BLOCK_BYTES
+        check(f"bytes sent over {link} links", (counted[link], getattr(sent, link)), (wanted, wanted))
+        check(f"blocks of the busiest over {link} links", getattr(plan.busiest, link), expected.busiest(link))
+    check("order", addresses.tolist(), plan.addresses.tolist())
+    check("contiguous", kv.is_contiguous(), True)
+    fetched = [torch.equal(kv[i], whole[:, index, head, chunk]) for i, (index, head, chunk) in enumerate(blocks)]
+    check("fetched", (len(kv), all(fetched)), (len(blocks), True))
+
+    # Gradients of everybody's blocks, whole numbers so that any order of sums is exact.
+    shape = size, *whole.shape
+    gradients = torch.randint(-99, 99, shape, generator=generator).to(torch.float64) * masks[:, None, ..., None, None]
+    gradients = gradients.to(device())
+    gradients[rank][:, :, :, shards[rank]] += 0.5  # the own share, which does not travel
+    given = torch.stack([gradients[rank][:, b, h, c] for b, h, c in blocks]) if blocks else kv
+    own_share = gradients[rank][:, :, :, shards[rank]].permute(0, 1, 3, 4, 2, 5).flatten(2, 3).contiguous()
+    dense = gradients.sum(0)[:, :, :, shards[rank]].permute(0, 1, 3, 4, 2, 5).flatten(2, 3)
+    with counted_bytes(topology) as counted:
+        summed = send_home(given, plan, shard, unnoticed).land(own_share)
+    returned = plan.returned_bytes(CHUNK, HEAD_DIM, given.dtype)
+    for link in ("fast", "slow"):
+        wanted = expected.blocks(link, receiver=rank) * BLOCK_BYTES
+        check(f"bytes returned over {link} links", (counted[link], getattr(returned, link)), (wanted, wanted))
+    check("gradients", torch.equal(summed, dense), True)
+    return wrong
+
+
+def same_bits_in_every_run() -> list[bool]:
+    """Gradients whose sums depend on their order, sent home several times."""
+    size, rank, generator = dist.get_world_size(), dist.get_rank(), same_generator()
+    shard = shard_of(dist.group.WORLD, "zigzag")
+    found = []
+    for ranks_per_node in (2, size):
+        masks = masks_of_all_ranks("full", [[]] * size, generator)
+        plan = make_plan(masks[rank].to(device()), shard, Topology(size, ranks_per_node))
+        gradient = torch.randn(len(plan.addresses), 2, CHUNK, HEAD_DIM, device=device())
+        own = torch.randn(2, BATCH, CHUNKS_PER_RANK * CHUNK, HEADS, HEAD_DIM, device=device())
+        first, *others = (send_home(gradient, plan, shard, unnoticed).land(own.clone()) for _ in range(3))
+        found += [torch.equal(first, other) for other in others]
+    return found
+
+
+def one_rank_alone() -> dict[str, Any]:
+    """A group of one: nothing travels, and the own gradient is what it was."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    shard = shard_of(groups[dist.get_rank()], "zigzag")
+    topology = Topology.of(shard.group)
+    with pytest.raises(ValueError, match="reached has 5 chunks, but 1 ranks hold 4 each"):
+        make_plan(torch.ones(1, HEADS, 5, dtype=torch.bool), shard, topology)
+    plan = make_plan(torch.ones(1, HEADS, CHUNKS_PER_RANK, dtype=torch.bool), shard, topology)
+    k = torch.randn(1, CHUNKS_PER_RANK * CHUNK, HEADS, HEAD_DIM)
+    kv, addresses = fetch(k, k, plan, shard, unnoticed).land()
+    own = torch.randn(2, *k.shape)
+    same = torch.equal(send_home(kv, plan, shard, unnoticed).land(own.clone()), own)
+    return {"blocks": len(addresses), "same": same, "idle": plan.is_idle, "coverage": plan.coverage}
+
+
+def topology_by_host_name() -> list[Any]:
+    """All ranks are on this machine."""
+    found = Topology.of(dist.group.WORLD)
+    return [found.ranks_per_node, found.is_two_level, Topology.of(dist.group.WORLD) is found]
+
+
+def timing_of_a_flight() -> list[float]:
+    """(known before landing, known after, flight, waited) while this rank computes for 0.2 s."""
+    shard = shard_of(dist.group.WORLD, "contiguous")
+    size = dist.get_world_size()
+    plan = make_plan(torch.ones(1, HEADS, size * CHUNKS_PER_RANK, dtype=torch.bool), shard, Topology(size, size))
+    k = torch.randn(1, CHUNKS_PER_RANK * CHUNK, HEADS, HEAD_DIM)
+    flight = fetch(k, k, plan, shard, unnoticed)
+    before = flight.timing.is_known()
+    time.sleep(0.2)
+    flight.land()
+    return [before, flight.timing.is_known(), *flight.timing.seconds()]
+
+
+def survivors(moment: str, dies: bool, timeout: float) -> list[Any]:
+    """The last rank dies or stops for long; what the others are told, and after how many seconds."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    group = dist.new_group(timeout=timedelta(seconds=timeout))
+    shard = shard_of(group, "contiguous")
+    reached = torch.ones(1, HEADS, size * CHUNKS_PER_RANK, dtype=torch.bool)
+    k = torch.randn(1, CHUNKS_PER_RANK * CHUNK, HEADS, HEAD_DIM)
+    topology = Topology(size, 2)
+
+    def be_lost(now: str) -> None:
+        if now == moment and rank == size - 1:
+            if dies:
+                os._exit(1)
+            time.sleep(timeout + 3)
+
+    make_plan(reached, shard, topology)  # the group's connections are there
+    start = time.monotonic()
+    try:
+        be_lost("plan")
+        plan = make_plan(reached, shard, topology)
+        be_lost("fetch")
+        kv, _ = fetch(k, k, plan, shard, unnoticed).land()
+        be_lost("gradients")
+        send_home(kv, plan, shard, unnoticed).land(torch.zeros(2, *k.shape))
+    except ExchangeError as error:
+        return [str(error), time.monotonic() - start]
+    return ["no error", time.monotonic() - start]
