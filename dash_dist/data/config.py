@@ -1,7 +1,7 @@
 """What the data is: where the documents come from and how they become tokens.
 
-Knows the options and which of them go together. Does not know files, the batch or ranks: whether a path
-exists is found out when the corpus is opened, on the machine that reads it.
+Knows the options and which of them go together, and with the sizes of a batch. Does not know files or ranks:
+whether a path exists is found out when the corpus is opened, on the machine that reads it.
 """
 
 from typing import Literal, Self
@@ -44,6 +44,11 @@ class DataConfig(BaseModel):
     undecodable: Literal["skip", "error"] = "skip"
     """What to do with a document whose bytes are not UTF-8: skip and count it, or raise with its name. Hub
     datasets are decoded by `datasets` itself, which raises."""
+
+    documents: Literal["joined", "separate"] = "joined"
+    """Whether attention may cross the borders of the documents in a sequence. joined: it may; documents follow each
+    other without padding, which suits documents that are short against a sequence, as in pretraining. separate: it may
+    not; each document is padded to whole chunks (`attention.chunk_size`), and computed as a sequence of its own."""
 
     shuffle_seed: int | None = Field(default=None, ge=0)
     """Shuffles the order of the files, anew in each epoch; None keeps them sorted. Documents inside a file
@@ -91,3 +96,18 @@ class DataConfig(BaseModel):
                 "token: drop the option or name another data.tokenizer"
             )
         return self
+
+
+def check_separate(*, sequence_length: int, micro_batch_size: int, chunk_size: int) -> None:
+    """Raises ValueError for sizes that data.documents=separate cannot be packed in."""
+    if micro_batch_size != 1:
+        raise ValueError(
+            f"training.micro_batch_size = {micro_batch_size} with data.documents = separate: sequences of separate "
+            "documents are computed one at a time; set training.micro_batch_size to 1, or data.documents to joined"
+        )
+    if sequence_length % chunk_size:
+        raise ValueError(
+            f"training.sequence_length = {sequence_length} is not a multiple of attention.chunk_size = {chunk_size}, "
+            f"and data.documents = separate pads documents to whole chunks: set training.sequence_length to "
+            f"{-(-sequence_length // chunk_size) * chunk_size}"
+        )

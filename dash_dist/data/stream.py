@@ -7,20 +7,23 @@ The position is kept per row of the global batch, never per rank: a checkpoint h
 (`merge_states`), and a run with another data-parallel or micro-batch size picks out the rows it needs.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from dash_dist.data.config import DataConfig
+from dash_dist.data.config import DataConfig, check_separate
 from dash_dist.data.corpus import Corpus, open_corpus
 from dash_dist.data.documents import RowDocuments
-from dash_dist.data.packing import DocumentPacker
+from dash_dist.data.packing import JoinedPacker, PackedSequence, Packer, SeparatePacker
 from dash_dist.data.tokenizer import ByteTokenizer, Tokenizer
 
-_IDENTITY = ("corpus", "tokenizer", "sequence_length", "global_batch_size")
+_IDENTITY = ("corpus", "tokenizer", "documents", "sequence_length", "global_batch_size")
+_UNWRITTEN = {"documents": "joined"}
+"""What a state means that was saved before there was a choice."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +35,40 @@ class Batch:
     labels: torch.Tensor
     """int64 [micro_batch_size, T]: the token after each token."""
     loss_mask: torch.Tensor
-    """float32 [micro_batch_size, T]: 1 where the label counts, which is everywhere: windows are always full."""
+    """bool [micro_batch_size, T]: where the label counts, which is everywhere but at padding."""
+    cu_seqlens: torch.Tensor | None
+    """int32 [documents + 1] on the CPU, where documents are separate: document i of the one sequence is its tokens
+    cu_seqlens[i] to cu_seqlens[i + 1] - 1, whole chunks, padding included. None where documents are joined."""
+
+    @property
+    def document_length(self) -> float:
+        """Tokens of the document that a token is in, on average over the tokens; T where documents are joined."""
+        if self.cu_seqlens is None:
+            return float(self.tokens.shape[1])
+        lengths = self.cu_seqlens.diff().double()
+        return float(lengths.square().sum() / lengths.sum())
 
 
 class _Row:
     """One row of the global batch: its documents, packed."""
 
-    def __init__(self, documents: RowDocuments, *, sequence_length: int, end_of_document: int):
+    def __init__(self, documents: RowDocuments, packer: Packer):
         self.documents = documents
-        self._packer = DocumentPacker(
-            documents.next_document, sequence_length=sequence_length, end_of_document=end_of_document
-        )
+        self._packer = packer
 
-    def next_window(self) -> np.ndarray:
-        return self._packer.next_window()
+    def next_sequence(self) -> PackedSequence:
+        return self._packer.next_sequence()
 
     def state_dict(self) -> dict[str, Any]:
         # Inside a document the position is before it, plus an offset: one document is read again on resume,
         # and none of its tokens is stored.
         inside = self._packer.inside_document
         position = self.documents.position_before() if inside else self.documents.position()
-        return {"position": position, "offset": self._packer.offset, "last_token": self._packer.last_token}
+        return {"position": position, **self._packer.position()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.documents.resume(state["position"])
-        self._packer.resume(offset=state["offset"], last_token=state["last_token"])
+        self._packer.resume(state)
 
 
 class DataStream:
@@ -75,15 +87,9 @@ class DataStream:
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch, rows in ascending order."""
-        windows = torch.from_numpy(np.stack([row.next_window() for row in self._rows.values()]))
-        return [
-            Batch(
-                tokens=window[:, :-1].contiguous(),
-                labels=window[:, 1:].contiguous(),
-                loss_mask=torch.ones(len(window), window.shape[1] - 1, dtype=torch.float32),
-            )
-            for window in windows.split(self._micro_batch_size)
-        ]
+        sequences = [row.next_sequence() for row in self._rows.values()]
+        size = self._micro_batch_size
+        return [_batch(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step: of this rank's rows, and of what it is a position in.
@@ -98,9 +104,10 @@ class DataStream:
         Raises ValueError if it is a position in other data, or if rows are missing.
         """
         for key in _IDENTITY:
-            if state.get(key) != self._identity[key]:
+            saved_with = state.get(key, _UNWRITTEN.get(key))
+            if saved_with != self._identity[key]:
                 raise ValueError(
-                    f"the checkpoint's position in the data was saved with {key} {state.get(key)}, this run has "
+                    f"the checkpoint's position in the data was saved with {key} {saved_with}, this run has "
                     f"{self._identity[key]}: restore what it was saved with, or start a new run from scratch"
                 )
         saved = {int(index): row_state for index, row_state in state["rows"].items()}
@@ -123,21 +130,28 @@ def build_data_stream(
     dp_rank: int,
     dp_size: int,
     micro_batch_size: int,
+    chunk_size: int,
 ) -> DataStream:
     """The data of rank `dp_rank` of `dp_size`: rows dp_rank x G / dp_size up to the next rank's of each global batch of
-    G = global_batch_size sequences of sequence_length tokens, in micro-batches.
+    G = global_batch_size sequences of sequence_length tokens, in micro-batches. Where documents are separate, each is
+    padded to a multiple of chunk_size tokens.
 
     Every rank looks up the first document of every row, not only of its own, so that a corpus that is too
     small or damaged at its beginning fails on all ranks alike.
 
-    Raises ValueError for sizes that do not divide, for fewer documents than rows, for a corpus without text and for
+    Raises ValueError for sizes that do not fit, for fewer documents than rows, for a corpus without text and for
     damaged files; FileNotFoundError or PermissionError for files that are missing or may not be read.
     """
     _check_sizes(sequence_length, global_batch_size, dp_rank, dp_size, micro_batch_size)
+    if config.documents == "separate":
+        check_separate(sequence_length=sequence_length, micro_batch_size=micro_batch_size, chunk_size=chunk_size)
     corpus = open_corpus(config)
     _check_first_documents(corpus, config, global_batch_size)
     reported: set[str] = set()
     rows_per_rank = global_batch_size // dp_size
+    packer_of: Callable[..., Packer] = JoinedPacker
+    if config.documents == "separate":
+        packer_of = functools.partial(SeparatePacker, chunk_size=chunk_size)
     rows = {}
     for row in range(dp_rank * rows_per_rank, (dp_rank + 1) * rows_per_rank):
         documents = RowDocuments(
@@ -148,10 +162,14 @@ def build_data_stream(
             undecodable=config.undecodable,
             reported=reported,
         )
-        rows[row] = _Row(documents, sequence_length=sequence_length, end_of_document=tokenizer.end_of_document)
+        packer = packer_of(
+            documents.next_document, sequence_length=sequence_length, end_of_document=tokenizer.end_of_document
+        )
+        rows[row] = _Row(documents, packer)
     identity = {
         "corpus": corpus.fingerprint,
         "tokenizer": tokenizer.fingerprint,
+        "documents": config.documents,
         "sequence_length": sequence_length,
         "global_batch_size": global_batch_size,
     }
@@ -184,6 +202,19 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"rows {missing} of the global batch are in none of the {len(states)} states: give all ranks'")
     merged["rows"] = dict(sorted(rows.items(), key=lambda item: int(item[0])))
     return merged
+
+
+def _batch(sequences: list[PackedSequence]) -> Batch:
+    def stack(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([getattr(sequence, name) for sequence in sequences]))
+
+    cu_seqlens = sequences[0].cu_seqlens
+    return Batch(
+        tokens=stack("tokens"),
+        labels=stack("labels"),
+        loss_mask=stack("loss_mask"),
+        cu_seqlens=None if cu_seqlens is None else torch.from_numpy(cu_seqlens),
+    )
 
 
 def _check_sizes(

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from dash_dist.context_parallel import shard_positions
 from dash_dist.megatron.parallel import ParallelDims
@@ -23,6 +24,9 @@ class MicroBatch(Protocol):
         tokens: int64.
         labels: int64, already shifted: labels[:, t] follows tokens[:, t].
         loss_mask: bool, or 0 and 1; whether labels[:, t] counts in the loss.
+        cu_seqlens: None where attention may go back to the beginning of the sequence. For documents packed into one
+            sequence, micro_batch_size 1, whose attention ends at their borders: int32 [documents + 1] on the CPU, where
+            document i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1 of the whole sequence, whole chunks each.
     """
 
     @property
@@ -31,15 +35,21 @@ class MicroBatch(Protocol):
     def labels(self) -> torch.Tensor: ...
     @property
     def loss_mask(self) -> torch.Tensor: ...
+    @property
+    def cu_seqlens(self) -> torch.Tensor | None: ...
 
 
 @dataclass(frozen=True)
 class ShardBatch:
-    """One context-parallel rank's part of one micro-batch, [micro_batch_size, T / cp], on the rank's device."""
+    """One context-parallel rank's part of one micro-batch, [micro_batch_size, T / cp], on the rank's device.
+
+    `documents` says where the documents of the whole sequence are, as the model takes it; None for one document.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
+    documents: PackedSeqParams | None
 
 
 def split_micro_batches(
@@ -52,13 +62,43 @@ def split_micro_batches(
             tokens=batch.tokens[:, positions].to(dims.device, torch.int64),
             labels=batch.labels[:, positions].to(dims.device, torch.int64),
             loss_mask=batch.loss_mask[:, positions].to(dims.device, torch.bool),
+            documents=packed_documents(batch.cu_seqlens, sequence_length),
         )
         for batch in micro_batches
     ]
 
 
+def packed_documents(cu_seqlens: torch.Tensor | None, sequence_length: int) -> PackedSeqParams | None:
+    """A micro-batch's documents, as Megatron-core hands them down to every core attention.
+
+    They are an argument of the forward pass, which recomputation closes over, so each of the micro-batches that are in
+    flight under pipeline parallelism keeps its own. All layers get the same tensor object, and it stays on the CPU: the
+    attention reads it once, and waits for no GPU.
+
+    Args:
+        cu_seqlens: of a `MicroBatch`; None gives None.
+        sequence_length: tokens of the whole sequence, for rotary positions. These go on across borders: scores depend
+            on differences of positions only, and every difference that counts is within a document.
+    """
+    if cu_seqlens is None:
+        return None
+    # The tensors stay [s, b, heads, dim]: with "thd", SelfAttention would drop b and cut the rotary angles itself.
+    return PackedSeqParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=sequence_length,
+        max_seqlen_kv=sequence_length,
+    )
+
+
 def count_loss_tokens(
-    micro_batches: Sequence[MicroBatch], dims: ParallelDims, *, sequence_length: int, vocab_size: int
+    micro_batches: Sequence[MicroBatch],
+    dims: ParallelDims,
+    *,
+    sequence_length: int,
+    vocab_size: int,
+    chunk_size: int,
 ) -> int:
     """Check one step's micro-batches against each other over all ranks. A collective: all ranks call it.
 
@@ -69,7 +109,7 @@ def count_loss_tokens(
         ValueError: at every rank: some rank's micro-batches are malformed, their number or size differs between
             ranks, ranks of one data-parallel index hold different data, or no token counts in the loss.
     """
-    problem = _find_problem(micro_batches, sequence_length, vocab_size)
+    problem = _find_problem(micro_batches, sequence_length, vocab_size, chunk_size)
     row = torch.zeros(6, dtype=torch.int64)
     row[0], row[1] = problem is not None, dims.dp_rank
     if problem is None:
@@ -104,7 +144,9 @@ def count_loss_tokens(
     return tokens
 
 
-def _find_problem(micro_batches: Sequence[MicroBatch], sequence_length: int, vocab_size: int) -> str | None:
+def _find_problem(
+    micro_batches: Sequence[MicroBatch], sequence_length: int, vocab_size: int, chunk_size: int
+) -> str | None:
     if not micro_batches:
         return "no micro-batch was given: a step needs at least one"
     shape = (micro_batches[0].tokens.shape[0], sequence_length)
@@ -122,14 +164,40 @@ def _find_problem(micro_batches: Sequence[MicroBatch], sequence_length: int, voc
                     f"micro-batch {index}: {name} range from {int(ids.min())} to {int(ids.max())}, and the "
                     f"vocabulary has {vocab_size} tokens: use the model's own tokenizer"
                 )
+        if batch.cu_seqlens is not None:
+            reason = _find_problem_of_documents(batch.cu_seqlens, shape, chunk_size)
+            if reason is not None:
+                return f"micro-batch {index}: cu_seqlens {reason}"
+    return None
+
+
+def _find_problem_of_documents(cu_seqlens: torch.Tensor, shape: tuple[int, int], chunk_size: int) -> str | None:
+    size, sequence_length = shape
+    if size != 1:
+        return f"is given for {size} sequences: packed documents need micro-batches of one sequence"
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        return f"is {cu_seqlens.dtype} {list(cu_seqlens.shape)}: give torch.int32 [documents + 1]"
+    if cu_seqlens.device.type != "cpu":
+        return f"is on {cu_seqlens.device}: leave it on the CPU, where it is read"
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != sequence_length:
+        return (
+            f"goes from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}: "
+            f"its entries must go from 0 to the sequence length, {sequence_length}"
+        )
+    if (cu_seqlens.diff() < 0).any():
+        return "decreases: its entries are where each document begins, in order"
+    partial = cu_seqlens[cu_seqlens % chunk_size != 0]
+    if len(partial):
+        return f"has the border {int(partial[0])}: pad documents to whole chunks, {chunk_size} tokens each"
     return None
 
 
 def _fingerprint(micro_batches: Sequence[MicroBatch]) -> int:
-    """A 64-bit sum that differs, in all likelihood, where any token, label or mask differs or moves."""
+    """A 64-bit sum that differs, in all likelihood, where any token, label, mask or border differs or moves."""
     total = 0
     for batch in micro_batches:
-        weights = torch.arange(1, 2 * batch.tokens.numel(), 2).view_as(batch.tokens)
-        for tensor in (batch.tokens, batch.labels, batch.loss_mask):
-            total = total * 1_000_003 + int((tensor.cpu().long() * weights).sum())
+        borders = torch.zeros(0) if batch.cu_seqlens is None else batch.cu_seqlens
+        weights = torch.arange(1, 2 * max(batch.tokens.numel(), borders.numel()), 2)
+        for tensor in (batch.tokens, batch.labels, batch.loss_mask, borders):
+            total = total * 1_000_003 + int((tensor.cpu().long().flatten() * weights[: tensor.numel()]).sum())
     return total % 2**63

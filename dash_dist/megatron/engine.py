@@ -154,7 +154,11 @@ class Engine:
             ValueError: at every rank: see `count_loss_tokens`.
         """
         tokens = count_loss_tokens(
-            micro_batches, self.dims, sequence_length=self._sequence_length, vocab_size=self._vocab_size
+            micro_batches,
+            self.dims,
+            sequence_length=self._sequence_length,
+            vocab_size=self._vocab_size,
+            chunk_size=self._attention.chunk_size,
         )
         loss = self._accumulate_gradients(micro_batches) / tokens
         grad_norm = self._optimizer.prepare()
@@ -184,8 +188,8 @@ class Engine:
         num_chunks = math.ceil(self._sequence_length / self._attention.chunk_size)
         return gather_routing(self.model, self.dims, num_chunks=num_chunks)
 
-    def flops_per_step(self, sequences: int, density: float = 1.0) -> float:
-        """Floating-point operations that a step on `sequences` sequences is worth, over all ranks.
+    def flops_per_step(self, tokens: int, *, document_length: float, density: float = 1.0) -> float:
+        """Floating-point operations that a step on `tokens` tokens is worth, over all ranks; padding is worth none.
 
         See `flops_per_token`; 1.0 as the density counts attention as if it were full.
         """
@@ -193,10 +197,10 @@ class Engine:
             self._model_config,
             self._attention,
             vocab_size=self._vocab_size,
-            sequence_length=self._sequence_length,
+            document_length=document_length,
             density=density,
         )
-        return sequences * self._sequence_length * per_token
+        return tokens * per_token
 
     def save(self, directory: Path) -> None:
         """Write model, optimizer and step; returns when the checkpoint is complete.
@@ -256,7 +260,7 @@ class Engine:
 
 def _forward_step(shards: Iterator[ShardBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     shard = next(shards)
-    output = model(shard.tokens, None, None, labels=shard.labels)
+    output = model(shard.tokens, None, None, labels=shard.labels, packed_seq_params=shard.documents)
     return output, functools.partial(_summed_loss, shard.loss_mask)
 
 

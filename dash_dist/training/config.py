@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from dash_dist.data.config import DataConfig
+from dash_dist.data.config import DataConfig, check_separate
 from dash_dist.megatron.config import (
     AttentionConfig,
     ModelConfig,
@@ -130,6 +130,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup_steps = {warmup} is not below training.steps = {steps}: "
                 f"lower it, to 0 if need be, or train longer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _documents_fit(self) -> "RunConfig":
+        if self.data.documents == "separate":
+            check_separate(
+                sequence_length=self.training.sequence_length,
+                micro_batch_size=self.training.micro_batch_size,
+                chunk_size=self.attention.chunk_size,
             )
         return self
 

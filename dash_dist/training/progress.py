@@ -20,7 +20,7 @@ class RunStart:
     """What is known before the first step.
 
     `layout` says the parallel layout in words; `start_step` counts the steps done before, `tokens_per_step` the tokens
-    of a global batch.
+    of a global batch, padding included.
     """
 
     name: str
@@ -51,11 +51,12 @@ class RunSummary:
         steps: optimizer steps the run has done, those before a resume included.
         completed: False if the run was asked to stop before its last step.
         first_loss, last_loss: mean loss per token in nats at step 1 and at the last step; None for no step at all.
-        tokens: tokens of all global batches so far, each counted once.
+        tokens: tokens of all global batches so far, each counted once, padding left out.
         tokens_per_second: of all ranks together, since this process started; 0.0 if it ran no step.
         density: per layer (0-based), the last recorded share of causally available chunks that were selected; empty if
             this process ran no step.
         skipped_documents: empty and undecodable ones passed over so far, at all ranks.
+        padding: share of the tokens of all global batches so far that are padding.
         tensorboard_directory, checkpoint_directory: where the run's curves and checkpoints are.
     """
 
@@ -69,6 +70,7 @@ class RunSummary:
     checkpoint_directory: Path
     density: Mapping[int, float] = field(default_factory=dict)
     skipped_documents: int = 0
+    padding: float = 0.0
 
 
 class ProgressReporter(Protocol):
@@ -199,6 +201,8 @@ def _summary_table(summary: RunSummary) -> Table:
         table.add_row(f"density, layer {layer}", f"{density:.3f}")
     if summary.skipped_documents:
         table.add_row("skipped documents", f"{summary.skipped_documents:,} empty or not UTF-8")
+    if summary.padding:
+        table.add_row("padding", f"{summary.padding:.1%} of the tokens computed")
     table.add_row("TensorBoard", str(summary.tensorboard_directory))
     table.add_row("checkpoints", str(summary.checkpoint_directory))
     return table

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from dash_dist.data import Batch, DataStream, build_data_stream, load_tokenizer, merge_states
 from dash_dist.megatron import Engine, ParallelDims, StepResult
@@ -70,6 +71,7 @@ class _Run:
         self._dims = dims
         self._reporter = reporter
         self._stop_requested = stop_requested
+        self._tokens_per_step = config.training.global_batch_size * config.training.sequence_length  # with padding
         self._control = ControlGroup(config.training.distributed_timeout)
         self._checkpoints = CheckpointManager(config.run.path, self._control, keep=config.checkpoint.keep)
         self._tensorboard = config.run.path / "tensorboard"
@@ -108,7 +110,7 @@ class _Run:
                     layout=dims.describe(),
                     start_step=self._state.step,
                     steps=config.training.steps,
-                    tokens_per_step=config.training.global_batch_size * config.training.sequence_length,
+                    tokens_per_step=self._tokens_per_step,
                     resumed_from=origin,
                 )
             )
@@ -176,7 +178,7 @@ class _Run:
         if with_routing:
             self._log_routing(step)
         if at_an_end or step % logging.interval == 0:
-            self._log_step(result, seconds)
+            self._log_step(result, seconds, [batch.document_length for batch in micro_batches])
         self._pace.leave_out_since_step()
 
     def _check_skipped(self, result: StepResult) -> None:
@@ -198,16 +200,20 @@ class _Run:
         if self._writer is not None:
             self._writer.routing(step, layers)
 
-    def _log_step(self, result: StepResult, seconds: float) -> None:
+    def _log_step(self, result: StepResult, seconds: float, document_lengths: list[float]) -> None:
         memory = memory_used(self._dims.device)
-        of_ranks = self._control.gather((memory, self._own_skipped_documents()))
+        of_ranks = self._control.gather((memory, self._own_skipped_documents(), fmean(document_lengths)))
         if self._writer is None:
             return
         config, world_size = self._config, self._dims.world_size
         density = sum(self._density.values()) / len(self._density) if self._density else None
         mfu = None
         if self._peak_flops is not None:
-            flops = self._engine.flops_per_step(config.training.global_batch_size, 1.0 if density is None else density)
+            flops = self._engine.flops_per_step(
+                result.tokens,
+                document_length=fmean(length for _, _, length in of_ranks),
+                density=1.0 if density is None else density,
+            )
             mfu = flops / (seconds * world_size * self._peak_flops)
         self._writer.step(
             StepMetrics(
@@ -219,8 +225,8 @@ class _Run:
                 step_seconds=seconds,
                 tokens_per_second_per_gpu=result.tokens / (seconds * world_size),
                 mfu=mfu,
-                skipped_documents=sum(skipped for _, skipped in of_ranks),
-                memory={name: max(used[name] for used, _ in of_ranks) for name in memory},
+                skipped_documents=sum(skipped for _, skipped, _ in of_ranks),
+                memory={name: max(used[name] for used, _, _ in of_ranks) for name in memory},
             )
         )
         self._writer.flush()
@@ -257,6 +263,7 @@ class _Run:
         return state if own else replace(state, origin=str(origin)), changes
 
     def _summary(self) -> RunSummary:
+        padding = 1.0 - self._state.tokens / (self._state.step * self._tokens_per_step) if self._state.step else 0.0
         return RunSummary(
             steps=self._state.step,
             completed=self._state.step >= self._config.training.steps,
@@ -268,6 +275,7 @@ class _Run:
             checkpoint_directory=self._checkpoints.directory,
             density=self._density,
             skipped_documents=sum(self._control.gather(self._own_skipped_documents())),
+            padding=padding,
         )
 
 
@@ -282,6 +290,7 @@ def _open_data(config: RunConfig, dims: ParallelDims) -> tuple[int, DataStream]:
         dp_rank=dims.dp_rank,
         dp_size=dims.dp_size,
         micro_batch_size=config.training.micro_batch_size,
+        chunk_size=config.attention.chunk_size,
     )
     return tokenizer.vocab_size, stream
 

@@ -1,4 +1,4 @@
-"""Streams over small corpora, and the windows of their steps put together again."""
+"""Streams over small corpora, and the sequences of their steps put together again."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from dash_dist.data import Batch, ByteTokenizer, DataConfig, DataStream, build_d
 
 # From one byte to many windows of the lengths the tests use.
 LENGTHS = (1, 70, 3, 15, 16, 17, 200, 2, 31, 64, 5)
+CHUNK_SIZE = 4
 TEXTS = [f"{i:x}" * length for i, length in enumerate(LENGTHS)]
 
 
@@ -29,15 +30,26 @@ def build(
         dp_rank=rank,
         dp_size=size,
         micro_batch_size=micro,
+        chunk_size=CHUNK_SIZE,
     )
 
 
 def join(micro_batches: list[Batch]) -> torch.Tensor:
-    """The windows of a step, int64 [rows, T + 1]."""
+    """The windows of a step of joined documents, int64 [rows, T + 1]."""
     tokens = torch.cat([batch.tokens for batch in micro_batches])
     labels = torch.cat([batch.labels for batch in micro_batches])
     assert torch.equal(tokens[:, 1:], labels[:, :-1])
     return torch.cat([tokens, labels[:, -1:]], dim=1)
+
+
+def join_all(micro_batches: list[Batch]) -> list[list[list[int]]]:
+    """All that a step holds, row by row: tokens, labels, loss mask and cu_seqlens."""
+    rows = []
+    for batch in micro_batches:
+        borders = [] if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
+        for tokens, labels, mask in zip(batch.tokens, batch.labels, batch.loss_mask, strict=True):
+            rows.append([tokens.tolist(), labels.tolist(), mask.tolist(), borders])
+    return rows
 
 
 def steps(stream: DataStream, count: int) -> list[torch.Tensor]:

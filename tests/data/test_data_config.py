@@ -24,6 +24,7 @@ from dash_dist.data import DataConfig
         ({"end_of_document": "</s>"}, "bytes tokenizer has its own"),
         ({"shuffle_seed": -1}, "greater than or equal to 0"),
         ({"undecodable": "ignore"}, "'skip' or 'error'"),
+        ({"documents": "packed"}, "'joined' or 'separate'"),
         ({"batch_size": 3}, "Extra inputs are not permitted"),
     ],
 )

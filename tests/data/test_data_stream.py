@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from data_streams import TEXTS, build, join, steps
+from data_streams import CHUNK_SIZE, TEXTS, build, join, join_all, steps
 
 from dash_dist.data import ByteTokenizer, merge_states
 
@@ -41,22 +41,41 @@ def test_batch_shapes_and_dtypes(corpus):
     for batch in batches:
         assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == (2, 8)
         assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
-        assert batch.loss_mask.dtype == torch.float32
-        assert bool((batch.loss_mask == 1).all())
+        assert batch.loss_mask.dtype == torch.bool
+        assert bool(batch.loss_mask.all())
+        assert batch.cu_seqlens is None
+        assert batch.document_length == 8
+
+
+def test_separate_documents_come_with_their_borders(corpus):
+    config = corpus("text", ["a" * 5, "b" * 4, "c" * 20], documents="separate")
+    (first,) = build(config, batch=1).next_step()
+    assert first.tokens.shape == first.labels.shape == first.loss_mask.shape == (1, 16)
+    assert (first.cu_seqlens.dtype, first.cu_seqlens.device.type) == (torch.int32, "cpu")
+    assert first.cu_seqlens.tolist() == [0, 8, 12, 16]
+    assert first.loss_mask[0].nonzero().flatten().tolist() == [*range(5), *range(8, 16)]
+    assert first.labels[0, [4, 11, 15]].tolist() == [256, 256, ord("c")]
+    assert first.document_length == (8 * 8 + 4 * 4 + 4 * 4) / 16
 
 
 @pytest.mark.parametrize(
-    ("file_format", "shuffle_seed"),
-    [*((file_format, None) for file_format in FORMATS), ("text", 7), ("jsonl", 7), ("parquet", 7)],
+    ("file_format", "shuffle_seed", "documents"),
+    [
+        *((file_format, None, "joined") for file_format in FORMATS),
+        ("text", 7, "joined"),
+        ("jsonl", 7, "separate"),
+        ("parquet", 7, "joined"),
+        ("hub", None, "separate"),
+    ],
 )
-def test_resume_is_exact_at_every_step_across_epochs(corpus, file_format, shuffle_seed):
+def test_resume_is_exact_at_every_step_across_epochs(corpus, file_format, shuffle_seed, documents):
     # 12 steps of 16 tokens: the shortest row repeats its documents several times, the longest is inside 200
     # bytes.
-    config = corpus(file_format, shuffle_seed=shuffle_seed)
+    config = corpus(file_format, shuffle_seed=shuffle_seed, documents=documents)
     stream = build(config)
-    windows, states = [], [saved(stream)]
+    expected, states = [], [saved(stream)]
     for _ in range(12):
-        windows.append(join(stream.next_step()))
+        expected.append(join_all(stream.next_step()))
         states.append(saved(stream))
     epochs = {row["position"]["epoch"] for row in states[-1]["rows"].values()}
     assert max(epochs) >= 1
@@ -64,16 +83,16 @@ def test_resume_is_exact_at_every_step_across_epochs(corpus, file_format, shuffl
     for step, state in enumerate(states):
         resumed = build(config)
         resumed.load_state_dict(state)
-        for window in windows[step:]:
-            assert torch.equal(join(resumed.next_step()), window)
+        for rows in expected[step:]:
+            assert join_all(resumed.next_step()) == rows
         assert resumed.skipped_documents == stream.skipped_documents
     # A run that is stopped after every step: each position is taken by a stream that was itself resumed.
     state = states[0]
-    for window in windows:
+    for rows in expected:
         resumed = build(config)
         resumed.load_state_dict(state)
         assert saved(resumed) == state
-        assert torch.equal(join(resumed.next_step()), window)
+        assert join_all(resumed.next_step()) == rows
         state = saved(resumed)
 
 
@@ -87,17 +106,22 @@ def test_data_parallel_ranks_share_out_the_same_global_batch(corpus, file_format
             assert torch.equal(torch.cat([rank[step] for rank in ranks]), window)
 
 
-def test_resume_at_other_data_parallel_sizes(corpus):
-    config = corpus("jsonl")
-    undisturbed = steps(build(config), 12)
+@pytest.mark.parametrize(
+    ("documents", "sizes"),
+    [("joined", ((2, 1), (4, 1), (1, 4), (2, 2))), ("separate", ((2, 1), (4, 1), (1, 1), (2, 1)))],
+)
+def test_resume_at_other_data_parallel_sizes(corpus, documents, sizes):
+    config = corpus("jsonl", documents=documents)
+    stream = build(config)
+    undisturbed = [join_all(stream.next_step()) for _ in range(12)]
     position, at = None, 0
-    for size, micro in ((2, 1), (4, 1), (1, 4), (2, 2)):
+    for size, micro in sizes:
         streams = [build(config, rank=rank, size=size, micro=micro) for rank in range(size)]
         for stream in streams if position else []:
             stream.load_state_dict(position)
         for _ in range(3):
-            together = torch.cat([join(stream.next_step()) for stream in streams])
-            assert torch.equal(together, undisturbed[at])
+            together = [row for stream in streams for row in join_all(stream.next_step())]
+            assert together == undisturbed[at]
             at += 1
         # Ranks that share a data-parallel index save the same rows, and the order does not matter.
         position = saved(*reversed(streams), streams[0])
@@ -123,7 +147,7 @@ def test_batches_do_not_depend_on_the_hash_seed(corpus):
     script = (
         "import sys, json; from dash_dist.data import *\n"
         "s = build_data_stream(DataConfig.model_validate_json(sys.argv[1]), tokenizer=ByteTokenizer(),\n"
-        "    sequence_length=16, global_batch_size=2, dp_rank=0, dp_size=1, micro_batch_size=2)\n"
+        "    sequence_length=16, global_batch_size=2, dp_rank=0, dp_size=1, micro_batch_size=2, chunk_size=16)\n"
         "b = [s.next_step()[0].tokens.tolist() for _ in range(5)]; print(json.dumps([b, s.state_dict()]))"
     )
     outputs = [
@@ -156,6 +180,19 @@ def test_a_position_in_other_data_is_refused(corpus, change, message):
         change["tokenizer"].fingerprint = "other"
     with pytest.raises(ValueError, match=message):
         build(config, **change).load_state_dict(state)
+
+
+def test_a_position_saved_before_documents_could_be_separate_is_one_in_joined_documents(corpus):
+    config = corpus("text")
+    stream = build(config)
+    stream.next_step()
+    state = saved(stream)
+    del state["documents"]
+    resumed = build(config)
+    resumed.load_state_dict(state)
+    assert join_all(resumed.next_step()) == join_all(stream.next_step())
+    with pytest.raises(ValueError, match="documents joined, this run has separate"):
+        build(config.model_copy(update={"documents": "separate"})).load_state_dict(state)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -210,3 +247,15 @@ def test_states_that_do_not_belong_together_are_not_merged(corpus):
 def test_sizes_that_do_not_fit_are_refused(corpus, sizes, message):
     with pytest.raises(ValueError, match=message):
         build(corpus("text"), **sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"micro": 2}, "set training.micro_batch_size to 1, or data.documents to joined"),
+        ({"length": 18}, f"18 is not a multiple of attention.chunk_size = {CHUNK_SIZE}, .* to 20"),
+    ],
+)
+def test_sizes_that_separate_documents_cannot_have_are_refused(corpus, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        build(corpus("text", documents="separate"), **sizes)
