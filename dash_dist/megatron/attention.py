@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
@@ -18,6 +17,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from dash_dist.context_parallel import DashAttention
 from dash_dist.megatron.config import AttentionConfig
+from dash_dist.megatron.documents import PackedDocuments
 
 
 class DashCoreAttention(MegatronModule):
@@ -74,7 +74,7 @@ class DashCoreAttention(MegatronModule):
         *,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedDocuments | None = None,
     ) -> torch.Tensor:
         """Attend within each sequence, or each of the documents packed into it, causally.
 
@@ -83,24 +83,20 @@ class DashCoreAttention(MegatronModule):
             key, value: [s, b, num_kv_heads / tp, head_dim].
             attention_mask, attention_bias: must be None.
             attn_mask_type: not read, the mask is causal.
-            packed_seq_params: from `packed_documents`; None for sequences of one document.
+            packed_seq_params: the documents packed into the sequence; None for sequences of one document.
 
         Returns:
             [s, b, num_attention_heads / tp x head_dim]
 
         Raises:
-            ValueError: a mask or a bias was given, or packed sequences of another format.
+            ValueError: a mask or a bias was given, or Megatron-core's own PackedSeqParams.
         """
         for name, argument in {"attention_mask": attention_mask, "attention_bias": attention_bias}.items():
             if argument is not None:
                 raise ValueError(f"{name} was given, and DashAttention is causal over each document: pass None")
-        cu_seqlens = None
-        if packed_seq_params is not None:
-            if packed_seq_params.qkv_format != "sbhd":
-                raise ValueError(
-                    f"packed_seq_params has qkv_format {packed_seq_params.qkv_format!r}: make it with packed_documents"
-                )
-            cu_seqlens = packed_seq_params.cu_seqlens_q
+        if packed_seq_params is not None and not isinstance(packed_seq_params, PackedDocuments):
+            raise ValueError(f"packed_seq_params is {type(packed_seq_params).__name__}: pass PackedDocuments or None")
+        cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens
         q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))  # [b, s, heads, dim]
         output = self.attention(q, k, v, cu_seqlens=cu_seqlens)
         return output.transpose(0, 1).flatten(start_dim=2).contiguous()

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from dash_dist.context_parallel import shard_positions
+from dash_dist.megatron.documents import PackedDocuments, packed_documents
 from dash_dist.megatron.parallel import ParallelDims
 
 
@@ -43,13 +43,13 @@ class MicroBatch(Protocol):
 class ShardBatch:
     """One context-parallel rank's part of one micro-batch, [micro_batch_size, T / cp], on the rank's device.
 
-    `documents` says where the documents of the whole sequence are, as the model takes it; None for one document.
+    `documents` says which documents are packed into the whole sequence; None for one.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
-    documents: PackedSeqParams | None
+    documents: PackedDocuments | None
 
 
 def split_micro_batches(
@@ -62,34 +62,12 @@ def split_micro_batches(
             tokens=batch.tokens[:, positions].to(dims.device, torch.int64),
             labels=batch.labels[:, positions].to(dims.device, torch.int64),
             loss_mask=batch.loss_mask[:, positions].to(dims.device, torch.bool),
-            documents=packed_documents(batch.cu_seqlens, sequence_length),
+            documents=(
+                None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens, positions, dims.device)
+            ),
         )
         for batch in micro_batches
     ]
-
-
-def packed_documents(cu_seqlens: torch.Tensor | None, sequence_length: int) -> PackedSeqParams | None:
-    """A micro-batch's documents, as Megatron-core hands them down to every core attention.
-
-    They are an argument of the forward pass, which recomputation closes over, so each of the micro-batches that are in
-    flight under pipeline parallelism keeps its own. All layers get the same tensor object, and it stays on the CPU: the
-    attention reads it once, and waits for no GPU.
-
-    Args:
-        cu_seqlens: of a `MicroBatch`; None gives None.
-        sequence_length: tokens of the whole sequence, for rotary positions. These go on across borders: scores depend
-            on differences of positions only, and every difference that counts is within a document.
-    """
-    if cu_seqlens is None:
-        return None
-    # The tensors stay [s, b, heads, dim]: with "thd", SelfAttention would drop b and cut the rotary angles itself.
-    return PackedSeqParams(
-        qkv_format="sbhd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=sequence_length,
-        max_seqlen_kv=sequence_length,
-    )
 
 
 def count_loss_tokens(

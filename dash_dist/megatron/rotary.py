@@ -12,10 +12,12 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from dash_dist.context_parallel import shard_positions
+from dash_dist.megatron.documents import PackedDocuments
 
 
 class ShardRotaryEmbedding(RotaryEmbedding):
-    """Megatron-core's rotary embedding at the positions of this rank's shard, whatever the layout.
+    """Megatron-core's rotary embedding at the positions of this rank's shard, whatever the layout; for packed documents
+    at the positions within each.
 
     Angles are computed in float64 and reduced to one turn before they are rounded to float32: at a million tokens the
     float32 product of position and frequency is off by up to 0.03 radians.
@@ -46,17 +48,36 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         self.cp_size = cp_size
         self._angles: tuple[int, torch.Tensor] | None = None
 
-    def forward(self, max_seq_len: int, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    def get_rotary_seq_len(
+        self,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Any,
+        transformer_config: Any,
+        packed_seq_params: PackedDocuments | None = None,
+    ) -> int | torch.Tensor:
+        """What GPTModel hands on to `forward`: packed documents' positions, or the tokens of the whole sequence."""
+        if packed_seq_params is not None:
+            return packed_seq_params.positions
+        return super().get_rotary_seq_len(inference_context, transformer, transformer_input, transformer_config)
+
+    def forward(self, sequence: int | torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         """Angles of this rank's tokens, in shard order.
 
         Args:
-            max_seq_len: tokens of the whole sequence. GPTModel passes more, about packed sequences, not read here.
+            sequence: tokens of the whole sequence (T), or the position of each of this rank's tokens, [T / cp].
+                GPTModel passes more, about packed sequences, not read here.
 
         Returns:
-            [max_seq_len / cp, 1, 1, head_dim] float32, radians in [0, 2 pi)
+            [T / cp, 1, 1, head_dim] float32, radians in [0, 2 pi)
         """
-        if self._angles is None or self._angles[0] != max_seq_len:
-            positions = shard_positions(max_seq_len, self.cp_rank, self.cp_size, self.layout)
-            angles = torch.outer(positions.to(self.inv_freq), self.inv_freq).remainder_(2 * math.pi).float()
-            self._angles = (max_seq_len, torch.cat((angles, angles), dim=-1)[:, None, None, :])
+        if isinstance(sequence, torch.Tensor):
+            return self._angles_at(sequence)
+        if self._angles is None or self._angles[0] != sequence:
+            positions = shard_positions(sequence, self.cp_rank, self.cp_size, self.layout)
+            self._angles = (sequence, self._angles_at(positions))
         return self._angles[1]
+
+    def _angles_at(self, positions: torch.Tensor) -> torch.Tensor:
+        angles = torch.outer(positions.to(self.inv_freq), self.inv_freq).remainder_(2 * math.pi).float()
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

@@ -103,7 +103,8 @@ def test_a_packer_goes_on_from_its_position_anywhere(lengths, chunks, chunk_size
 
     def counted() -> Iterator[np.ndarray]:
         nonlocal used
-        for used, document in enumerate(documents, start=1):
+        for document in documents:
+            used += 1
             yield document
 
     packer = pack(counted(), sequence_length, chunk_size)

@@ -1,5 +1,6 @@
 """The small model of the layout tests, the ways to compute its steps, and its batches. Nothing of Megatron-core."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,8 @@ SEQUENCE_LENGTH = 128
 CHUNK_SIZE = 16
 ROUTING_SCALE = 8.0  # sharp enough to leave chunks out
 SEQUENCES = 4
+DOCUMENTS = ((5, 37, 60), (128,), (70, 1, 30), (16, 16, 10, 20, 33))
+"""Tokens of the documents in each packed sequence, which they fill when each is padded to whole chunks."""
 STEPS_BEFORE_SAVE = 2
 STEPS_AFTER_LOAD = 3
 MODEL = ModelConfig(
@@ -39,6 +42,7 @@ class Case:
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     exchange: Literal["ring", "allgather"] = "ring"
     logits_per_piece: int | None = None
+    packed: bool = False  # documents of DOCUMENTS in each sequence
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
 
 
 @dataclass
@@ -74,3 +79,40 @@ def global_batch(step: int) -> Batch:
         labels=torch.randint(VOCAB_SIZE, shape, generator=generator),
         loss_mask=torch.rand(shape, generator=generator) < kept,
     )
+
+
+def packed_borders(sequence: int) -> list[int]:
+    """Where the documents of a packed sequence begin, and SEQUENCE_LENGTH."""
+    chunks = (-(-length // CHUNK_SIZE) for length in DOCUMENTS[sequence])
+    return [0, *(CHUNK_SIZE * end for end in itertools.accumulate(chunks))]
+
+
+def packed_batch(step: int) -> list[Batch]:
+    """The sequences of `global_batch` with their borders; padding does not count in the loss."""
+    whole = global_batch(step)
+    sequences = []
+    for index, lengths in enumerate(DOCUMENTS):
+        borders = packed_borders(index)
+        is_token = torch.zeros(1, SEQUENCE_LENGTH, dtype=torch.bool)
+        for start, length in zip(borders[:-1], lengths, strict=True):
+            is_token[:, start : start + length] = True
+        sequence = slice(index, index + 1)
+        sequences.append(
+            Batch(
+                whole.tokens[sequence],
+                whole.labels[sequence],
+                whole.loss_mask[sequence] & is_token,
+                torch.tensor(borders, dtype=torch.int32),
+            )
+        )
+    return sequences
+
+
+def packed_documents_alone(step: int) -> list[Batch]:
+    """Each document of `packed_batch` as a sequence of its own, [1, its length], without padding."""
+    documents = []
+    for index, batch in enumerate(packed_batch(step)):
+        for start, length in zip(packed_borders(index)[:-1], DOCUMENTS[index], strict=True):
+            part = slice(start, start + length)
+            documents.append(Batch(batch.tokens[:, part], batch.labels[:, part], batch.loss_mask[:, part]))
+    return documents

@@ -3,11 +3,13 @@
 The test process itself does not import this: it would load Megatron-core.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron_cases import (
@@ -22,18 +24,32 @@ from megatron_cases import (
     Case,
     Measured,
     global_batch,
+    packed_batch,
+    packed_documents_alone,
 )
 
-from dash_dist.context_parallel import shard_positions
+from dash_dist.context_parallel import DashAttention, shard_positions
 from dash_dist.megatron import AttentionConfig, Engine, OptimizerConfig, ParallelConfig, ParallelDims
 from dash_dist.megatron import model as model_module
 from dash_dist.megatron.weights import global_name
 
+BAD_BORDERS = {
+    "late": torch.tensor([16, 128], dtype=torch.int32),
+    "early": torch.tensor([0, 112], dtype=torch.int32),
+    "falling": torch.tensor([0, 64, 32, 128], dtype=torch.int32),
+    "partial": torch.tensor([0, 40, 128], dtype=torch.int32),
+    "int64": torch.tensor([0, 128]),
+    "one entry": torch.tensor([0], dtype=torch.int32),
+}
 
-def micro_batches(step: int, dims: ParallelDims, size: int) -> list[Batch]:
+
+def micro_batches(step: int, dims: ParallelDims, case: Case) -> list[Batch]:
+    if case.packed:
+        return packed_batch(step)[dims.dp_rank :: dims.dp_size]
     batch = global_batch(step)
     mine = [tensor[dims.dp_rank :: dims.dp_size] for tensor in (batch.tokens, batch.labels, batch.loss_mask)]
-    return [Batch(*pieces) for pieces in zip(*(tensor.split(size) for tensor in mine), strict=True)]
+    pieces = (tensor.split(case.micro_batch_size) for tensor in mine)
+    return [Batch(*of_one) for of_one in zip(*pieces, strict=True)]
 
 
 @contextmanager
@@ -71,9 +87,7 @@ def ranks_of(dims: ParallelDims) -> dict[str, int]:
 
 
 def train(engine: Engine, case: Case, steps: int) -> list[float]:
-    return [
-        engine.train_step(micro_batches(engine.step, engine.dims, case.micro_batch_size)).loss for _ in range(steps)
-    ]
+    return [engine.train_step(micro_batches(engine.step, engine.dims, case)).loss for _ in range(steps)]
 
 
 def measure_step(case: Case) -> Measured:
@@ -81,7 +95,7 @@ def measure_step(case: Case) -> Measured:
     with engine_of(case) as engine:
         measured = Measured(ranks_of(engine.dims))
         engine.record_routing = True
-        result = engine.train_step(micro_batches(0, engine.dims, case.micro_batch_size))
+        result = engine.train_step(micro_batches(0, engine.dims, case))
         measured.losses, measured.tokens, measured.grad_norm = [result.loss], result.tokens, result.grad_norm
         for routing in engine.routing_statistics():
             measured.density.append(routing.density)
@@ -145,15 +159,25 @@ def errors_and_skips(folder: Path) -> dict[str, Any]:
     case = Case(context=2, grad_clip=1.0, distributed_optimizer=True)
     with engine_of(case) as engine:
         rank = engine.dims.rank
-        good = micro_batches(0, engine.dims, 1)
-        short = [Batch(*(tensor[:, :-8] for tensor in vars(batch).values())) for batch in good]
+        good = micro_batches(0, engine.dims, case)
+        short = [Batch(batch.tokens[:, :-8], batch.labels[:, :-8], batch.loss_mask[:, :-8]) for batch in good]
         catch("short at rank 1", engine.train_step, short if rank == 1 else good)
         catch("one less at rank 1", engine.train_step, good[1:] if rank == 1 else good)
-        catch("other data at rank 1", engine.train_step, micro_batches(rank, engine.dims, 1))
+        catch("other data at rank 1", engine.train_step, micro_batches(rank, engine.dims, case))
         blank = [Batch(batch.tokens, batch.labels, torch.zeros_like(batch.loss_mask)) for batch in good]
         catch("no loss token", engine.train_step, blank)
         foreign = [Batch(batch.tokens + VOCAB_SIZE, batch.labels, batch.loss_mask) for batch in good]
         catch("foreign tokens", engine.train_step, foreign)
+        packed = packed_batch(0)
+        moved = [dataclasses.replace(packed[0], cu_seqlens=packed[1].cu_seqlens), *packed[1:]]
+        catch("other borders at rank 1", engine.train_step, moved if rank == 1 else packed)
+        joined = [dataclasses.replace(packed[0], cu_seqlens=None), *packed[1:]]
+        catch("no borders at rank 1", engine.train_step, joined if rank == 1 else packed)
+        for name, borders in BAD_BORDERS.items():
+            bad = [dataclasses.replace(packed[0], cu_seqlens=borders), *packed[1:]]
+            catch(name, engine.train_step, bad if rank == 1 else packed)
+        four = dataclasses.replace(global_batch(0), cu_seqlens=packed[0].cu_seqlens)
+        catch("borders for four sequences at rank 1", engine.train_step, [four] if rank == 1 else packed)
         catch("no routing", engine.routing_statistics)
         catch("no checkpoint", engine.load, folder / "nothing")
         (folder / "taken").mkdir(exist_ok=True)
@@ -178,6 +202,46 @@ def errors_and_skips(folder: Path) -> dict[str, Any]:
         catch("other model", engine.load, folder / "saved")
     catch("world size", lambda: engine_of(Case(tensor=2, context=2)).__enter__())
     return seen
+
+
+def documents_alone(case: Case) -> Measured:
+    """What `measure_step` measures of a packed case, from the documents one by one, without engine and schedule."""
+    with engine_of(case) as engine:
+        parameters = dict(engine.model.named_parameters())
+        documents = packed_documents_alone(0)
+        tokens = sum(int(document.loss_mask.sum()) for document in documents)
+        losses = [
+            engine.model(document.tokens, None, None, labels=document.labels)[document.loss_mask].sum()
+            for document in documents
+        ]
+        loss = torch.stack(losses).sum() / tokens
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        return Measured(
+            ranks_of(engine.dims),
+            losses=[loss.item()],
+            tokens=tokens,
+            grad_norm=torch.stack([gradient.norm() for gradient in gradients]).norm().item(),
+            gradients={
+                global_name(engine.model, name): (gradient, None)
+                for name, gradient in zip(parameters, gradients, strict=True)
+            },
+        )
+
+
+def borders_seen_by_the_attention(case: Case) -> list[list[bool]]:
+    """Per call of an attention in a step, in order: which micro-batches' cu_seqlens it was given, the same object."""
+    with engine_of(case) as engine:
+        given = packed_batch(0)
+        seen: list[list[bool]] = []
+        forward = DashAttention.forward
+
+        def recorded(self: DashAttention, *tensors: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+            seen.append([cu_seqlens is batch.cu_seqlens for batch in given])
+            return forward(self, *tensors, cu_seqlens=cu_seqlens)
+
+        with mock.patch.object(DashAttention, "forward", recorded):
+            engine.train_step(given)
+        return seen
 
 
 def undecayed_weights() -> set[str]:

@@ -105,7 +105,7 @@ def test_flops_count_weights_and_attention() -> None:
     attention = AttentionConfig(chunk_size=64)
 
     def flops(length: int, density: float) -> float:
-        return flops_per_token(model, attention, vocab_size=257, sequence_length=length, density=density)
+        return flops_per_token(model, attention, vocab_size=257, document_length=length, density=density)
 
     # One chunk: half of it is attended on average, and half a summary is looked at.
     assert flops(64, 1.0) == 6 * weights + 6 * (12 * 64 * 32 + 6 * 64 * 0.5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ ALONE = {
     "four micro-batches": Case(),
     "recompute": Case(recompute="full"),
     "logits in pieces": Case(micro_batch_size=2, logits_per_piece=2 * 64 * 24),
+    "packed": Case(packed=True),
+    "packed, recompute": Case(packed=True, recompute="full"),
 }
 ON_TWO = {
     "cp 2": Case(context=2, micro_batch_size=2),
@@ -35,10 +38,15 @@ ON_TWO = {
     "pp 2": Case(pipeline=2),
     "pp 2, tied": Case(pipeline=2, tie_embeddings=True),
     "dp 2": Case(),
+    "packed, tp 2, recompute": Case(packed=True, tensor=2, recompute="full"),
+    "packed, pp 2": Case(packed=True, pipeline=2),
+    "packed, pp 2, recompute": Case(packed=True, pipeline=2, recompute="full"),
+    "packed, dp 2": Case(packed=True),
 }
 ON_FOUR = {
     "tp 2, cp 2": Case(tensor=2, context=2, micro_batch_size=2),
     "cp 2, pp 2": Case(context=2, pipeline=2),
+    "packed, tp 2, pp 2, recompute": Case(packed=True, tensor=2, pipeline=2, recompute="full"),
 }
 SAVED = Case(micro_batch_size=2, distributed_optimizer=True, grad_clip=0.5)
 SAVED_ON_TWO = {
@@ -56,6 +64,7 @@ def measured() -> dict[str, list[Measured]]:
     for world_size, cases in ((1, ALONE), (2, ON_TWO), (4, ON_FOUR)):
         by_rank = run_ranks("megatron_jobs:measure_steps", world_size, cases, cpu_only=True)
         by_case |= {name: [rank[name] for rank in by_rank] for name in cases}
+    by_case["documents alone"] = run_ranks("megatron_jobs:documents_alone", 1, Case(), cpu_only=True)
     return by_case
 
 
@@ -92,9 +101,38 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 LAYOUTS = [*list(ALONE)[2:], *ON_TWO, *ON_FOUR]
+PACKED = [name for name in LAYOUTS if "packed" in name]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_documents_give_the_step_that_they_give_alone(measured: dict[str, list[Measured]], name: str) -> None:
+    (alone,) = measured["documents alone"]
+    for rank in measured[name]:
+        assert rank.losses == pytest.approx(alone.losses, rel=1e-6)
+        assert rank.tokens == alone.tokens
+        assert rank.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
+    assert_same(joined(measured[name], "gradients"), joined([alone], "gradients"), relative=1e-5)
+    assert_same(joined(measured[name], "weights"), joined(measured["packed"], "weights"), relative=1e-5)
+
+
+def test_documents_make_a_difference(measured: dict[str, list[Measured]]) -> None:
+    packed, whole = (joined(measured[name], "gradients") for name in ("packed", "four micro-batches"))
+    name = next(name for name in whole if "summary_query" in name)
+    assert (packed[name] - whole[name]).norm() > 0.1 * whole[name].norm()
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_all_layers_are_given_the_same_tensor_of_their_micro_batch(recompute: Literal["none", "full"]) -> None:
+    (calls,) = run_ranks(
+        "megatron_jobs:borders_seen_by_the_attention", 1, Case(packed=True, recompute=recompute), cpu_only=True
+    )
+    layers = 2 if recompute == "none" else 2 + 2  # forward, and again in the backward pass
+    assert calls == [
+        [batch == index for index in range(SEQUENCES)] for batch in range(SEQUENCES) for _ in range(layers)
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in PACKED])
 def test_step_equals_one_process(measured: dict[str, list[Measured]], name: str) -> None:
     reference = measured["tied" if "tied" in name else "reference"]
     ranks = measured[name]
@@ -170,11 +208,24 @@ def test_errors_reach_every_rank_and_bad_steps_change_nothing(tmp_path: Path) ->
     zero, one = run_ranks("megatron_jobs:errors_and_skips", 2, tmp_path, cpu_only=True)
     assert "tokens is [1, 120], expected [1, 128]" in one["short at rank 1"]
     assert "ranks [1] were given malformed micro-batches" in zero["short at rank 1"]
+    for name, message in {
+        "late": "cu_seqlens goes from 16 to 128: its entries must go from 0 to the sequence length, 128",
+        "early": "cu_seqlens goes from 0 to 112",
+        "falling": "cu_seqlens decreases",
+        "partial": "cu_seqlens has the border 40: pad documents to whole chunks, 16 tokens each",
+        "int64": "cu_seqlens is torch.int64 [2]: give torch.int32 [documents + 1]",
+        "one entry": "cu_seqlens is torch.int32 [1]",
+        "borders for four sequences at rank 1": "cu_seqlens is given for 4 sequences",
+    }.items():
+        assert message in one[name]
+        assert "ranks [1] were given malformed micro-batches" in zero[name]
     for seen in (zero, one):
         assert "{0: '4 of 1 sequences', 1: '3 of 1 sequences'}" in seen["one less at rank 1"]
         assert "ranks [0, 1] share data-parallel index 0" in seen["other data at rank 1"]
         assert "loss_mask is 0 for every token" in seen["no loss token"]
         assert "the vocabulary has 50 tokens" in seen["foreign tokens"]
+        for name in ("other borders at rank 1", "no borders at rank 1"):
+            assert "ranks [0, 1] share data-parallel index 0 and were given different sequences" in seen[name]
         assert "set record_routing = True" in seen["no routing"]
         assert "is not a checkpoint" in seen["no checkpoint"]
         assert "taken is not empty" in seen["taken directory"]
