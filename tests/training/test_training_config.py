@@ -73,6 +73,14 @@ def test_overrides_have_yaml_types(tiny):
             r"80 is not a multiple of cp x chunk_size = 64: pad to 128",
         ),
         (["training.micro_batch_size=4"], r"global_batch_size = 2 is not a multiple of .* 1 x 4: set it to 4"),
+        (
+            ["data.documents=separate", "training.micro_batch_size=2"],
+            r"training\.micro_batch_size = 2 with data\.documents = separate: .* to 1, or data\.documents to joined",
+        ),
+        (
+            ["data.documents=separate", "training.sequence_length=250", "parallel.context=1"],
+            r"250 is not a multiple of attention\.chunk_size = 32, .* set training\.sequence_length to 256",
+        ),
         (["attention.backend=triton", "attention.alpha=2.0"], r"attention\.alpha 1\.5 only, not 2\.0"),
         (["parallel.tensor=4"], r"num_kv_heads 2 is not a multiple of parallel\.tensor 4"),
         (["optimizer.warmup_steps=20"], r"warmup_steps = 20 is not below training\.steps = 20"),

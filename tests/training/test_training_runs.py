@@ -196,6 +196,18 @@ def test_skipped_documents_are_counted_once_and_shown(folder, of_two_ranks, layo
     assert curve[-1].value == 2 + 3
 
 
+def test_padding_between_separate_documents_is_no_token(of_two_ranks):
+    # A row's 768 tokens are documents of 300, cut every 256: the two ends among them, of 44 and 108, are padded to
+    # whole chunks of 32 by 20 each.
+    for rank in of_two_ranks:
+        summary = rank["separate, dp 2"].summary
+        assert summary.tokens == 2 * (768 - 40)
+        assert summary.padding == pytest.approx(40 / 768)
+        assert rank["skipping, dp 2"].summary.padding == 0
+    assert re.search(r"padding +5\.2% of the tokens computed", of_two_ranks[0]["separate, dp 2"].output)
+    assert "of the tokens computed" not in of_two_ranks[0]["skipping, dp 2"].output
+
+
 def test_triton_without_a_gpu_is_refused_at_every_rank(of_two_ranks):
     for rank in of_two_ranks:
         assert re.match(r"ConfigError: .*attention\.backend=triton needs a CUDA GPU", rank["triton"].error)

@@ -76,6 +76,9 @@ def runs_of_two_ranks(config: Path, folder: Path) -> dict[str, Outcome]:
         "triton": attempt(config, "run.name=triton", "attention.backend=triton"),
         "skipping, cp 2": attempt(config, "run.name=skipping_cp", *files),
         "skipping, dp 2": attempt(config, "run.name=skipping_dp", *files, "parallel.context=1"),
+        "separate, dp 2": attempt(
+            config, "run.name=separate_dp", *files, "parallel.context=1", "data.documents=separate"
+        ),
     }
 
     def next_step(stream):
