@@ -42,11 +42,15 @@ ON_TWO = {
     "packed, pp 2": Case(packed=True, pipeline=2),
     "packed, pp 2, recompute": Case(packed=True, pipeline=2, recompute="full"),
     "packed, dp 2": Case(packed=True),
+    "packed, cp 2": Case(packed=True, context=2),
+    "packed, cp 2, contiguous, recompute": Case(packed=True, context=2, layout="contiguous", recompute="full"),
 }
 ON_FOUR = {
     "tp 2, cp 2": Case(tensor=2, context=2, micro_batch_size=2),
     "cp 2, pp 2": Case(context=2, pipeline=2),
     "packed, tp 2, pp 2, recompute": Case(packed=True, tensor=2, pipeline=2, recompute="full"),
+    "packed, tp 2, cp 2": Case(packed=True, tensor=2, context=2),
+    "packed, cp 2, pp 2, recompute": Case(packed=True, context=2, pipeline=2, recompute="full"),
 }
 SAVED = Case(micro_batch_size=2, distributed_optimizer=True, grad_clip=0.5)
 SAVED_ON_TWO = {

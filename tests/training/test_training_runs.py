@@ -208,6 +208,14 @@ def test_padding_between_separate_documents_is_no_token(of_two_ranks):
     assert "of the tokens computed" not in of_two_ranks[0]["skipping, dp 2"].output
 
 
+def test_separate_documents_give_the_same_run_under_context_parallelism(folder, of_two_ranks):
+    for rank in of_two_ranks:
+        dp, cp = (rank[f"separate, {layout} 2"].summary for layout in ("dp", "cp"))
+        assert (cp.tokens, cp.padding) == (dp.tokens, dp.padding)
+    expected = losses(folder / "runs" / "separate_dp")
+    assert losses(folder / "runs" / "separate_cp") == pytest.approx(expected, rel=2e-5)
+
+
 def test_triton_without_a_gpu_is_refused_at_every_rank(of_two_ranks):
     for rank in of_two_ranks:
         assert re.match(r"ConfigError: .*attention\.backend=triton needs a CUDA GPU", rank["triton"].error)

@@ -79,6 +79,7 @@ def runs_of_two_ranks(config: Path, folder: Path) -> dict[str, Outcome]:
         "separate, dp 2": attempt(
             config, "run.name=separate_dp", *files, "parallel.context=1", "data.documents=separate"
         ),
+        "separate, cp 2": attempt(config, "run.name=separate_cp", *files, "data.documents=separate"),
     }
 
     def next_step(stream):
