@@ -31,6 +31,7 @@ class StepMetrics:
         tokens_per_second_per_gpu: tokens of the global batch / step_seconds / ranks (processes, where there is no GPU).
         mfu: model FLOPs utilisation, a share of the bf16 peak; None where that peak is unknown.
         skipped_documents: empty and undecodable ones passed over since the start of the run, at all ranks.
+        padding: share of the tokens of this global batch that are padding.
         memory: name -> GiB, the largest of all ranks.
     """
 
@@ -43,6 +44,7 @@ class StepMetrics:
     tokens_per_second_per_gpu: float
     mfu: float | None
     skipped_documents: int
+    padding: float
     memory: Mapping[str, float]
 
 
@@ -65,6 +67,7 @@ class MetricsWriter:
             "perf/step_seconds": metrics.step_seconds,
             "perf/tokens_per_second_per_gpu": metrics.tokens_per_second_per_gpu,
             "data/skipped_documents": metrics.skipped_documents,
+            "data/padding": metrics.padding,
             **{f"memory/{name}": gib for name, gib in metrics.memory.items()},
         }
         if metrics.mfu is not None:

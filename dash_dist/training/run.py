@@ -225,6 +225,7 @@ class _Run:
                 step_seconds=seconds,
                 tokens_per_second_per_gpu=result.tokens / (seconds * world_size),
                 mfu=mfu,
+                padding=1.0 - result.tokens / self._tokens_per_step,
                 skipped_documents=sum(skipped for _, skipped, _ in of_ranks),
                 memory={name: max(used[name] for used, _, _ in of_ranks) for name in memory},
             )

@@ -17,6 +17,7 @@ def step_metrics(step, *, loss=1.0, mfu=None):
         tokens_per_second_per_gpu=25.0,
         mfu=mfu,
         skipped_documents=3,
+        padding=0.125,
         memory={"rss_peak_gib": 0.25},
     )
 
@@ -36,6 +37,7 @@ def test_a_step_writes_exactly_these_curves(tmp_path):
             "perf/step_seconds": 2.0,
             "perf/tokens_per_second_per_gpu": 25.0,
             "data/skipped_documents": 3,
+            "data/padding": 0.125,
             "memory/rss_peak_gib": 0.25,
         }
     )

@@ -73,6 +73,7 @@ def test_the_whole_run_wrote_every_curve(folder):
         "perf/tokens_per_second_per_gpu",
         "perf/step_seconds",
         "data/skipped_documents",
+        "data/padding",
         "memory/rss_peak_gib",
         "routing/density/layer_0",
         "routing/density/layer_1",
@@ -196,7 +197,7 @@ def test_skipped_documents_are_counted_once_and_shown(folder, of_two_ranks, layo
     assert curve[-1].value == 2 + 3
 
 
-def test_padding_between_separate_documents_is_no_token(of_two_ranks):
+def test_padding_between_separate_documents_is_no_token(folder, of_two_ranks):
     # A row's 768 tokens are documents of 300, cut every 256: the two ends among them, of 44 and 108, are padded to
     # whole chunks of 32 by 20 each.
     for rank in of_two_ranks:
@@ -204,6 +205,8 @@ def test_padding_between_separate_documents_is_no_token(of_two_ranks):
         assert summary.tokens == 2 * (768 - 40)
         assert summary.padding == pytest.approx(40 / 768)
         assert rank["skipping, dp 2"].summary.padding == 0
+    curve = read_curves(folder / "runs" / "separate_dp").Scalars("data/padding")
+    assert [event.value for event in curve] == pytest.approx([0, 20 / 256, 20 / 256])
     assert re.search(r"padding +5\.2% of the tokens computed", of_two_ranks[0]["separate, dp 2"].output)
     assert "of the tokens computed" not in of_two_ranks[0]["skipping, dp 2"].output
 
