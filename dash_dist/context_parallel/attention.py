@@ -262,7 +262,7 @@ class _ContextParallelAttention(torch.autograd.Function):
             state = stages.attend(queries, part, spec, before=state, last=last)
         assert state is not None  # there is at least the own part
         out, lse = state
-        traffic.call(exchange.name, routing.selected, exchange.needed, exchange.reachable)
+        traffic.call(exchange.name, routing.selected, len(shard.chunks), exchange.needed, exchange.reachable)
         kept.found = Found(routing, exchange)
         if call.recomputed:
             ctx.delivery = delivery  # the backward pass is next: nothing travels twice

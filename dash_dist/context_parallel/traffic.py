@@ -26,7 +26,8 @@ class TrafficSummary:
     needed_blocks, reachable_blocks: blocks of other ranks that plans asked for, and that they could have asked for.
     flight_seconds:   how long tensors were under way.
     waited_seconds:   how long this rank waited for them with nothing else to do.
-    selected_pairs:   selected (token, KV head, chunk) triples in forward passes: the rank's work.
+    work:             int64 [chunks of the shard], CPU: chunks that its tokens selected in forward passes, summed over
+                      batch, tokens and KV heads; empty before the first call. See `layout.imbalance`.
     exchanges:        name -> forward passes.
     """
 
@@ -38,7 +39,7 @@ class TrafficSummary:
     reachable_blocks: int
     flight_seconds: float
     waited_seconds: float
-    selected_pairs: int
+    work: torch.Tensor
     exchanges: Mapping[str, int]
 
     @property
@@ -62,7 +63,7 @@ class Traffic:
         self._bytes: Counter[str] = Counter()
         self._blocks: Counter[str] = Counter()
         self._flights: list[Timing] = []
-        self._selected: list[torch.Tensor] = []
+        self._work: torch.Tensor | None = None
         self._exchanges: Counter[str] = Counter()
 
     def planned(self, size: int, *, dense: int) -> None:
@@ -79,16 +80,16 @@ class Traffic:
     def under_way(self, timing: Timing) -> None:
         self._flights.append(timing)
 
-    def call(self, exchange: str, selected: torch.Tensor, needed: int, reachable: int) -> None:
-        """One forward pass; selected is `Routing.selected`."""
+    def call(self, exchange: str, selected: torch.Tensor, chunks: int, needed: int, reachable: int) -> None:
+        """One forward pass over a shard of complete chunks; selected is `Routing.selected`."""
         self._exchanges[exchange] += 1
-        self._selected.append(selected.sum(dtype=torch.int64))
+        work = selected.unflatten(1, (chunks, -1)).sum((0, 2, 3), dtype=torch.int64)
+        self._work = work if self._work is None else self._work + work
         self._blocks.update(needed=needed, reachable=reachable)
 
     def take(self) -> TrafficSummary:
         """What was added since the last call of it; waits for the device."""
-        if any(selected.is_cuda for selected in self._selected):
-            torch.cuda.current_stream().synchronize()
+        work = torch.empty(0, dtype=torch.int64) if self._work is None else self._work.cpu()  # waits
         seconds = [timing.seconds() for timing in self._flights if timing.is_known()]
         summary = TrafficSummary(
             planned_bytes=self._bytes["planned"],
@@ -99,7 +100,7 @@ class Traffic:
             reachable_blocks=self._blocks["reachable"],
             flight_seconds=sum(flight for flight, _ in seconds),
             waited_seconds=sum(waited for _, waited in seconds),
-            selected_pairs=sum(int(selected) for selected in self._selected),
+            work=work,
             exchanges=dict(self._exchanges),
         )
         self._clear()

@@ -61,6 +61,8 @@ class DashCoreAttention(MegatronModule):
             backend=attention.backend,
             layout=attention.layout,
             exchange=attention.exchange,
+            ranks_per_node=attention.ranks_per_node,
+            recompute=config.recompute_granularity == "full",
             cp_group=pg_collection.cp if pg_collection.cp.size() > 1 else None,
         )
         set_tensor_model_parallel_attributes(self.attention.summary_query, is_parallel=True, dim=0, stride=1)

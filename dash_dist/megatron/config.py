@@ -67,7 +67,14 @@ class AttentionConfig(_Config):
     prior_sigma: float | None = Field(default=None, gt=0.0)
     backend: Literal["auto", "triton", "eager"] = "auto"
     layout: Literal["zigzag", "contiguous"] = "zigzag"
-    exchange: Literal["ring", "allgather"] = "ring"
+    exchange: Literal["auto", "selective", "allgather", "ring"] = Field(
+        default="auto", description="how K and V travel between context-parallel ranks; the result is the same"
+    )
+    ranks_per_node: int | None = Field(
+        default=None,
+        gt=0,
+        description="consecutive context-parallel ranks with fast links between them; None: found by host name",
+    )
 
 
 class ParallelConfig(_Config):
@@ -166,6 +173,11 @@ def check_combination(
         raise ValueError(
             f"num_layers {model.num_layers} is not a multiple of parallel.pipeline {parallel.pipeline}: set "
             f"parallel.pipeline to one of {_divisors(model.num_layers)}"
+        )
+    if attention.ranks_per_node is not None and parallel.context % attention.ranks_per_node:
+        raise ValueError(
+            f"attention.ranks_per_node {attention.ranks_per_node} does not divide parallel.context {parallel.context}: "
+            f"set it to one of {_divisors(parallel.context)}, or to null to have the nodes found by host name"
         )
     pieces = parallel.context * (2 if attention.layout == "zigzag" else 1)
     if parallel.context > 1 and sequence_length % (pieces * attention.chunk_size):

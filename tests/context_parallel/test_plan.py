@@ -113,12 +113,8 @@ def test_topologies() -> None:
 
 def test_reachable_chunks() -> None:
     sequence = ChunkGrid.whole_sequence(8 * 16, 16)
-    assert (
-        reachable_chunks(shard_chunks(sequence, 0, 2, "zigzag"), 8) == 4
-    )  # 0 1 6 7 reach 2 3 4 5
-    assert (
-        reachable_chunks(shard_chunks(sequence, 1, 2, "zigzag"), 8) == 2
-    )  # 2 3 4 5 reach 0 1
+    assert reachable_chunks(shard_chunks(sequence, 0, 2, "zigzag"), 8) == 4  # 0 1 6 7 reach 2 3 4 5
+    assert reachable_chunks(shard_chunks(sequence, 1, 2, "zigzag"), 8) == 2  # 2 3 4 5 reach 0 1
     assert reachable_chunks(shard_chunks(sequence, 0, 2, "contiguous"), 8) == 0
     # Chunks 2 3 6 7 of documents 0-2, 3-4, 5-7: 2 reaches 0 1, 3 starts a document, 6 and 7 reach 5.
     packed = ChunkGrid(torch.tensor([2, 3, 6, 7]), torch.full((4,), 16), torch.tensor([0, 3, 5, 5]))

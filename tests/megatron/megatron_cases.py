@@ -40,7 +40,7 @@ class Case:
     grad_clip: float | None = None
     recompute: Literal["none", "full"] = "none"
     layout: Literal["zigzag", "contiguous"] = "zigzag"
-    exchange: Literal["ring", "allgather"] = "ring"
+    exchange: Literal["auto", "selective", "allgather", "ring"] = "auto"
     logits_per_piece: int | None = None
     packed: bool = False  # documents of DOCUMENTS in each sequence
 
