@@ -64,8 +64,9 @@ def _chunk_ids(chunks: int, rank: int, size: int, layout: str) -> list[int]:
 
 
 def imbalance(work: torch.Tensor, size: int, layout: str) -> float:
-    """Largest / mean work of a rank when the chunks of a sequence, of work [n] by chunk id, are dealt out in a layout; 1
-    without work. A step takes as long as its busiest rank. Raises ValueError where a piece is not whole chunks.
+    """Largest / mean work of a rank where a layout deals out the chunks of a sequence, of work [n] by chunk id.
+
+    A step takes as long as its busiest rank. 1 without work. Raises ValueError where a piece is not whole chunks.
     """
     by_rank = torch.stack([work[_chunk_ids(len(work), rank, size, layout)].sum() for rank in range(size)]).double()
     return float(by_rank.max() / by_rank.mean()) if by_rank.any() else 1.0

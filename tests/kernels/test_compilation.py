@@ -19,16 +19,15 @@ OF_A_WHOLE_PART = {
     "query_bits_kernel": 1,
     "key_gradient_kernel": 1,
 }
-# With and without a mean of log P, of a whole part and of one of several.
+# With and without a mean of log P; the first, a middle and the last of several parts, of which the last is blocks.
 OF_EVERY_CALL = OF_A_WHOLE_PART | {
     "route_kernel": 2,
-    "attend_kernel": 2,
+    "reached_kernel": 1,
+    "attend_kernel": 4,
     "row_dots_kernel": 2,
-    "query_gradient_kernel": 2,
+    "query_gradient_kernel": 4,
+    "query_bits_kernel": 2,
     "key_gradient_kernel": 2,
-    "route_queries_kernel": 1,
-    "route_summaries_kernel": 1,
-    "summary_backward_kernel": 1,
 }
 
 
