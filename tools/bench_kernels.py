@@ -12,19 +12,16 @@ tensors, in this process; the released kernels run in a second process, which dr
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_benchmark.inputs import DTYPES, NEIGHBOUR_CORRELATION, SEED, Case
+from kernel_benchmark.environment import commit_of, describe_environment
+from kernel_benchmark.inputs import DTYPES, NEIGHBOUR_CORRELATION, Case
+from kernel_benchmark.options import density, heads
 from kernel_benchmark.results import Row, read_json, tables, write_json
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: list[str]) -> None:
@@ -39,7 +36,8 @@ def main(arguments: list[str]) -> None:
     from kernel_benchmark.run import Extent, run_row  # imports Triton, which drawing a file's plot does not need
 
     extent = Extent(0 if options.no_dense else options.dense_max_seq_len, options.forward_only, options.peer)
-    environment = describe_environment(options, arguments)
+    environment = describe_environment("tools/bench_kernels.py", arguments, commit=options.commit, device="cuda")
+    environment["peer_commit"] = commit_of(options.peer) if options.peer else None
     print(", ".join(f"{name} {value}" for name, value in environment.items()), flush=True)
     rows = []
     for case in cases(options):
@@ -56,10 +54,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; exits with a message where it asks for what cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, nargs="+", default=[65536], metavar="T")
-    parser.add_argument("--heads", type=_heads, nargs="+", default=[(32, 2), (32, 8)], metavar="QUERY,KV")
+    parser.add_argument("--heads", type=heads, nargs="+", default=[(32, 2), (32, 8)], metavar="QUERY,KV")
     parser.add_argument(
         "--density",
-        type=_density,
+        type=density,
         nargs="+",
         default=[0.25, 0.05],
         help="selected / available chunks, hit to within 10 %% by a search of routing_scale; 1: all earlier chunks",
@@ -92,23 +90,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _heads(text: str) -> tuple[int, int]:
-    try:
-        query, kv = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give QUERY,KV heads, such as 32,2") from None
-    if kv < 1 or query < 1 or query % kv:
-        raise argparse.ArgumentTypeError(f"{text!r}: the query heads must be a positive multiple of the KV heads")
-    return query, kv
-
-
-def _density(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number in (0, 1]")
-    return value
-
-
 def cases(options: argparse.Namespace) -> list[Case]:
     """Every combination of the options that take several values."""
     combinations = itertools.product(options.seq_len, options.heads, options.inputs, options.density)
@@ -126,44 +107,6 @@ def cases(options: argparse.Namespace) -> list[Case]:
         )
         for seq_len, (query_heads, kv_heads), inputs, density in combinations
     ]
-
-
-def describe_environment(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """What a reader of the results needs to know of the machine, the software and the command."""
-    import triton
-
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory,
-        "driver": driver.splitlines()[0] if driver else "unknown",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "commit": options.commit or commit_of(ROOT),
-        "peer_commit": commit_of(options.peer) if options.peer else None,
-        "command": shlex.join(["python", "tools/bench_kernels.py", *arguments]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seed": SEED,
-    }
-
-
-def commit_of(directory: Path) -> str:
-    """HEAD of the checkout at a directory, marked where its files were changed; "unknown" without git's data."""
-    if not (directory / ".git").exists():  # git itself would go on to a repository around the directory
-        return "unknown"
-    head = _output("git", "-C", str(directory), "rev-parse", "HEAD")
-    changed = _output("git", "-C", str(directory), "status", "--porcelain", "--untracked-files=no")
-    return f"{head or 'unknown'}{' with changes' if changed else ''}"
-
-
-def _output(*command: str) -> str:
-    """What a command prints, stripped; empty where it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
 
 
 def draw(path: Path, environment: dict[str, Any], rows: list[Row]) -> None:

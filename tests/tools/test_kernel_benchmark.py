@@ -8,6 +8,7 @@ import bench_kernels
 import pytest
 import torch
 from kernel_benchmark.density import TOLERANCE, find_routing_scale
+from kernel_benchmark.environment import commit_of
 from kernel_benchmark.inputs import Case, fingerprint, linear_recurrence, make_inputs
 from kernel_benchmark.measure import Cell
 from kernel_benchmark.results import CUDNN_FORWARD, FORWARD, STEP, Row, read_json, tables, write_json
@@ -143,4 +144,4 @@ def test_rows_are_all_combinations_and_mistakes_are_named(tmp_path: Path, capsys
         with pytest.raises(SystemExit):
             bench_kernels.parse(wrong)
         assert message in capsys.readouterr().err
-    assert bench_kernels.commit_of(tmp_path) == "unknown"
+    assert commit_of(tmp_path) == "unknown"

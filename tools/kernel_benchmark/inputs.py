@@ -78,9 +78,11 @@ class Inputs:
     grad: torch.Tensor
 
 
-def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """The inputs of a case: every component has unit variance, and the same case gives the same bits on one device."""
-    generator = torch.Generator(device).manual_seed(SEED)
+def make_inputs(case: Case, device: torch.device, seed: int = SEED) -> Inputs:
+    """The inputs of a case: every component has unit variance, and the same case and seed give the same bits on one
+    device.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
     rho = NEIGHBOUR_CORRELATION[case.inputs]
 

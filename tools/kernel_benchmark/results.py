@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_benchmark.inputs import Case
+from kernel_benchmark.markdown import number, table
 from kernel_benchmark.measure import Cell
 
 GIB = 2**30
@@ -120,12 +121,12 @@ def tables(rows: list[Row]) -> str:
             "Routing",
             rows,
             {
-                "density": lambda row: _number(row.density, 4),
-                "routing_scale": lambda row: _number(row.routing_scale, 5),
-                "tile efficiency": lambda row: _number(row.tile_efficiency, 3),
-                "TFLOP/s on selected chunks": lambda row: _number(row.teraflops, 1),
-                "released: density": lambda row: _number(row.peer_density, 4),
-                "released: output differs by": lambda row: _number(row.peer_difference, 4),
+                "density": lambda row: number(row.density, 4),
+                "routing_scale": lambda row: number(row.routing_scale, 5),
+                "tile efficiency": lambda row: number(row.tile_efficiency, 3),
+                "TFLOP/s on selected chunks": lambda row: number(row.teraflops, 1),
+                "released: density": lambda row: number(row.peer_density, 4),
+                "released: output differs by": lambda row: number(row.peer_difference, 4),
             },
         ),
         _table("Milliseconds, median", rows, {name: _time_of(name) for name in columns}),
@@ -133,14 +134,14 @@ def tables(rows: list[Row]) -> str:
             "Times faster, and that as a share of 1 / density",
             rows,
             {
-                "ideal": lambda row: _number(None if row.density is None else 1 / row.density, 2),
-                "fwd / cuDNN": lambda row: _number(row.speed_up(FORWARD, CUDNN_FORWARD), 2),
-                "share": lambda row: _number(row.of_ideal(FORWARD, CUDNN_FORWARD), 2),
-                "fwd+bwd / cuDNN": lambda row: _number(row.speed_up(STEP, CUDNN_STEP), 2),
-                "share ": lambda row: _number(row.of_ideal(STEP, CUDNN_STEP), 2),
-                "fwd / FA2": lambda row: _number(row.speed_up(FORWARD, FLASH_FORWARD), 2),
-                "fwd+bwd / FA2": lambda row: _number(row.speed_up(STEP, FLASH_STEP), 2),
-                "fwd sigma 1e6 / released": lambda row: _number(row.speed_up(FORWARD_PEER_SIGMA, PEER), 2),
+                "ideal": lambda row: number(None if row.density is None else 1 / row.density, 2),
+                "fwd / cuDNN": lambda row: number(row.speed_up(FORWARD, CUDNN_FORWARD), 2),
+                "share": lambda row: number(row.of_ideal(FORWARD, CUDNN_FORWARD), 2),
+                "fwd+bwd / cuDNN": lambda row: number(row.speed_up(STEP, CUDNN_STEP), 2),
+                "share ": lambda row: number(row.of_ideal(STEP, CUDNN_STEP), 2),
+                "fwd / FA2": lambda row: number(row.speed_up(FORWARD, FLASH_FORWARD), 2),
+                "fwd+bwd / FA2": lambda row: number(row.speed_up(STEP, FLASH_STEP), 2),
+                "fwd sigma 1e6 / released": lambda row: number(row.speed_up(FORWARD_PEER_SIGMA, PEER), 2),
             },
         ),
         _table(
@@ -156,14 +157,8 @@ def tables(rows: list[Row]) -> str:
 
 
 def _table(title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> str:
-    lines = [["T, heads, inputs, density asked", *columns]]
-    lines += [[row.label, *(show(row) for show in columns.values())] for row in rows]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    padded = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    padded.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([f"{title}:", *padded])
+    cells = [[row.label, *(show(row) for show in columns.values())] for row in rows]
+    return table(title, ["T, heads, inputs, density asked", *columns], cells)
 
 
 def _time_of(column: str) -> Callable[[Row], str]:
@@ -177,7 +172,7 @@ def _stage_of(stage: str) -> Callable[[Row], str]:
 def _memory_of(column: str) -> Callable[[Row], str]:
     def show(row: Row) -> str:
         gibibytes, multiple = _peak(row, column, GIB), _peak(row, column, row.case.qkv_bytes)
-        return f"{_number(gibibytes, 2)} ({_number(multiple, 2)})" if gibibytes is not None else "-"
+        return f"{number(gibibytes, 2)} ({number(multiple, 2)})" if gibibytes is not None else "-"
 
     return show
 
@@ -185,11 +180,7 @@ def _memory_of(column: str) -> Callable[[Row], str]:
 def _cell(cell: Cell | None) -> str:
     if cell is None:
         return "-"
-    return "error" if cell.error else _number(cell.median_ms, 3)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "error" if cell.error else number(cell.median_ms, 3)
 
 
 def _kernels(row: Row) -> str:
