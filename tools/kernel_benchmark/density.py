@@ -14,8 +14,8 @@ MAX_STEPS = 14
 FLAT_ROUTING_SCALE = 1e-4
 
 
-def find_routing_scale(density_at: Callable[[float], float], case: Case) -> float:
-    """The routing_scale with a density within TOLERANCE of case.asked_density.
+def find_routing_scale(density_at: Callable[[float], float], case: Case, aim: float = AIM) -> float:
+    """The routing_scale with a density within TOLERANCE, and within `aim` if that is found, of case.asked_density.
 
     density_at is one evaluation of the routing. Density falls as the scale grows: a bracket is found by factors of 2
     from the Gaussian estimate, then narrowed where a line in log scale and log density says, kept off its ends.
@@ -31,7 +31,7 @@ def find_routing_scale(density_at: Callable[[float], float], case: Case) -> floa
     place = math.log(gaussian_estimate(case))
     for _ in range(MAX_STEPS):
         measured[place] = math.log(density_at(math.exp(place)) / asked)
-        if abs(measured[place]) <= AIM:
+        if abs(measured[place]) <= aim:
             break
         place = _next_place(measured)
     best = min(measured, key=lambda at: abs(measured[at]))

@@ -33,6 +33,11 @@ class Cell:
     peak_bytes: int | None = None
     error: str | None = None
 
+    @classmethod
+    def of(cls, times: Sequence[float], peak_bytes: int | None = None) -> Cell:
+        """From the milliseconds of every repeat."""
+        return cls(statistics.median(times), min(times), max(times), len(times), peak_bytes)
+
 
 def measure(function: Function) -> Cell:
     """Median over calls that follow each other on the stream, by CUDA events; compilation and warm-up excluded.
@@ -59,7 +64,7 @@ def _measure(function: Function) -> Cell:
     results = function()
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() - held - _storage_bytes(results)
+    peak = torch.cuda.max_memory_allocated() - held - storage_bytes(results)
     del results
 
     repeats = min(MAX_REPEATS, max(MIN_REPEATS, int(SECONDS_PER_COLUMN / seconds)))
@@ -70,10 +75,11 @@ def _measure(function: Function) -> Cell:
         end.record()
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in events]
-    return Cell(statistics.median(times), min(times), max(times), repeats, peak)
+    return Cell.of(times, peak)
 
 
-def _storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
+def storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Memory that tensors keep, those that share it counted once."""
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 
