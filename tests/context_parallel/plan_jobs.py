@@ -97,6 +97,11 @@ class Expected:
                     source = relay
                 if source != rank:
                     self.messages.add((source, rank, block))
+        received = [{(source, block) for source, to, block in self.messages if to == rank} for rank in range(size)]
+        direct = [{block for source, block in blocks if owner[block[2]] == source} for blocks in received]
+        self.held = max(map(len, direct))
+        if any(owner[block[2]] != source for source, _, block in self.messages):  # what is forwarded lands elsewhere
+            self.held = max(len(direct[rank]) + len(self.needs[rank]) for rank in range(size))
         self.leaving = {(source, block) for source, _, block in self.messages if owner[block[2]] == source}
         self._ranks_per_node = topology.ranks_per_node
 
@@ -181,6 +186,7 @@ def one_exchange(kind: str, layout: str, topology: Topology, generator: torch.Ge
         wanted = expected.blocks(link, sender=rank) * BLOCK_BYTES
         check(f"bytes sent over {link} links", (counted[link], getattr(sent, link)), (wanted, wanted))
         check(f"blocks of the busiest over {link} links", getattr(plan.busiest, link), expected.busiest(link))
+    check("blocks held by the busiest", plan.busiest.held, expected.held)
     check("order", addresses.tolist(), plan.addresses.tolist())
     check("contiguous", kv.is_contiguous(), True)
     fetched = [torch.equal(kv[i], whole[:, index, head, chunk]) for i, (index, head, chunk) in enumerate(blocks)]
@@ -265,6 +271,7 @@ def survivors(moment: str, dies: bool, timeout: float) -> list[Any]:
     def be_lost(now: str) -> None:
         if now == moment and rank == size - 1:
             if dies:
+                time.sleep(1)  # until the others are through with what came before
                 os._exit(1)
             time.sleep(timeout + 3)
 
