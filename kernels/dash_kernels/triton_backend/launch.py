@@ -35,8 +35,8 @@ class LaunchOptions:
 
 # By kernel and padded head dim, for 16-bit inputs.
 _HOPPER = {
-    ("route", 64): LaunchOptions(8, 2, 64, rows=128, max_registers=128),
-    ("route", 128): LaunchOptions(8, 2, 64, rows=128, max_registers=128),
+    ("route", 64): LaunchOptions(8, 2, 64, rows=128, resident=2, max_registers=128),
+    ("route", 128): LaunchOptions(8, 2, 64, rows=128, resident=2, max_registers=128),
     ("attend", 64): LaunchOptions(4, 3, 32, resident=2, tensor_maps=True),
     ("attend", 128): LaunchOptions(4, 3, 32, resident=2, tensor_maps=True),
     ("attend", 256): LaunchOptions(4, 1, 32),
@@ -49,7 +49,7 @@ _HOPPER = {
 }
 # What fits everywhere: float32 inputs, head dims without a row above, other GPUs.
 _ANYWHERE = {
-    "route": LaunchOptions(4, 1, 32),
+    "route": LaunchOptions(4, 1, 32, resident=2),
     "attend": LaunchOptions(4, 1, 32, resident=2),
     "queries": LaunchOptions(4, 1, 16, resident=2),
     "keys": LaunchOptions(8, 1, 32, resident=1),
