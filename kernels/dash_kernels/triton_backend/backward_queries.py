@@ -115,7 +115,7 @@ def query_gradient_kernel(
             log2_mean = load_log2_mean(log_mean_ptr, start, tile % STEPS, length, batch_head, T, HK, BT, HAS_SIGMA)
             mask_row = mask_ptr + (batch_head.to(tl.int64) * tiles + tile) * words
             starts = starts_of(starts_ptr, batch_head, n, BLOCKS)
-            count = list_chunks(mask_row, starts, ids_ptr, list_starts_ptr, first, chunk, True)
+            count = list_chunks(mask_row, words, starts, ids_ptr, list_starts_ptr, first, chunk, True, 1)
 
             dq = tl.zeros([M, BD], tl.float32)
             weighted_sum = tl.zeros([M], tl.float32)
@@ -174,7 +174,7 @@ def query_gradient_kernel(
             tl.debug_barrier()  # the list is written anew
             if LAST and not FIRST:
                 # The chunks of the parts before have had their share of dp, and wait for that of the ratio.
-                count = list_chunks(mask_row, starts, ids_ptr, list_starts_ptr, first, chunk, False)
+                count = list_chunks(mask_row, words, starts, ids_ptr, list_starts_ptr, first, chunk, False, 1)
                 for block in range(0, count, BN):
                     listed = block + tl.arange(0, BN)
                     inside = listed < count

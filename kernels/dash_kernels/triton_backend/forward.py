@@ -92,7 +92,7 @@ def attend_kernel(
             log2_mean = load_log2_mean(log_mean_ptr, start, tile % STEPS, length, batch_head, T, HK, BT, HAS_SIGMA)
             mask_row = mask_ptr + (batch_head.to(tl.int64) * tiles + tile) * words
             starts = starts_of(starts_ptr, batch_head, n, BLOCKS)
-            count = list_chunks(mask_row, starts, ids_ptr, list_starts_ptr, first, chunk, True)
+            count = list_chunks(mask_row, words, starts, ids_ptr, list_starts_ptr, first, chunk, True, 1)
 
             if FIRST:
                 top = tl.full([M], NOTHING, tl.float32)

@@ -2,7 +2,8 @@
 Triton can only fetch ahead what it finds by a loop's counter.
 
 A tile's bits (written by routing) become a list of chunks. The other way round, the queries of a chunk, is not kept in
-memory: a slab of the queries at a time, `query_bits_kernel` finds the bits again from the thresholds, transposed.
+memory: a slab of the queries at a time, `query_bits_kernel` finds out which tokens of a tile selected its chunks from
+the thresholds, and writes that transposed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dash_kernels.triton_backend.tiles import (
     TileShape,
     load_rows,
     load_slot,
+    resident_programs,
     routing_factor,
     routing_scores,
     tile_rows,
@@ -37,9 +39,13 @@ def work_counter(device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def list_chunks(mask_ptr, starts_ptr, ids_ptr, list_starts_ptr, first, chunk, HELD: tl.constexpr):
-    """Writes ids and starts of a tile's selected chunks that the part holds (starts_ptr: -1 where not), or of those
-    that it lacks, ascending; returns their number.
+def list_chunks(
+    mask_ptr, words, starts_ptr, ids_ptr, list_starts_ptr, first, chunk, HELD: tl.constexpr, TILES: tl.constexpr
+):
+    """Writes ids and starts of the chunks that TILES neighbouring tiles selected and that the part holds (starts_ptr:
+    -1 where not), or of those that it lacks, ascending; returns their number.
+
+    mask_ptr: the first tile's row of words.
     """
     WORDS: tl.constexpr = 32
     count = 0
@@ -47,6 +53,8 @@ def list_chunks(mask_ptr, starts_ptr, ids_ptr, list_starts_ptr, first, chunk, HE
     for at in range(first // 32, end, WORDS):
         word_at = at + tl.arange(0, WORDS)
         word = tl.load(mask_ptr + word_at, mask=word_at < end, other=0)
+        for tile in tl.static_range(1, TILES):
+            word |= tl.load(mask_ptr + tile * words + word_at, mask=word_at < end, other=0)
         bits = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, [WORDS * 32])
         ids = at * 32 + tl.arange(0, WORDS * 32)
         on = (bits > 0) & (ids >= first) & (ids < chunk)
@@ -111,40 +119,61 @@ def query_bits(
     pieces = -(-(end - begin) // piece)
     places = pieces * piece * spec.chunk_size
     bits = torch.zeros(batch, kv_heads, n, places // 8, dtype=torch.int8, device=q.device)
+    work = (end - begin) * (spec.chunk_size // tokens) * batch * kv_heads
+    programs = min(resident_programs(q.device, options.resident), work)
     constants = tile.constants | {"BT": tokens}
-    query_bits_kernel[((end - begin) * (spec.chunk_size // tokens), batch * kv_heads)](
-        q.contiguous(), chunks.on(q.device), *split, routing.tau, keys.starts, bits, q.shape[1], n, len(chunks), begin,
-        places // 8, routing_factor(spec), BN=options.block, BLOCKS=keys.blocks, **constants, **options.launch,
+    query_bits_kernel[(programs,)](
+        q.contiguous(), chunks.on(q.device), *split, routing.tau, routing.masks, keys.starts,
+        chunk_lists(programs, n, q.device), work_counter(q.device), bits, q.shape[1], n, len(chunks), begin,
+        end - begin, batch * kv_heads, places // 8, routing_factor(spec),
+        BN=options.block, TILES=tokens // tile.tokens, BLOCKS=keys.blocks, **constants, **options.launch,
     )  # fmt: skip
     return QuerySlab(pieces, bits.view(torch.int32))
 
 
-@triton.jit(do_not_specialize=["T", "n", "slots", "begin", "row_bytes"])
+@triton.jit(do_not_specialize=["T", "n", "slots", "begin", "slab", "batch_heads", "row_bytes"])
 def query_bits_kernel(
-    q_ptr, grid_ptr, high_ptr, low_ptr, tau_ptr, starts_ptr, bits_ptr, T, n, slots, begin, row_bytes, factor,
+    q_ptr, grid_ptr, high_ptr, low_ptr, tau_ptr, mask_ptr, starts_ptr, list_ptr, next_ptr, bits_ptr,
+    T, n, slots, begin, slab, batch_heads, row_bytes, factor,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    program, batch_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    STEPS: tl.constexpr = C // BT
     BYTES: tl.constexpr = BT // 8
-    chunk, start, length, first = load_slot(grid_ptr, slots, begin + program // (C // BT))
-    _place, rows, real = tile_rows(start, length, program % (C // BT), batch_head, T, HQ, HK, G, GP, BT)
-    q = load_rows(q_ptr, rows, real, D, BD)
-    tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))
-    starts = starts_of(starts_ptr, batch_head, n, BLOCKS)
-    for at in range(tl.where(chunk > first, first // BN * BN, chunk), chunk, BN):
-        ids = at + tl.arange(0, BN)
-        inside = (ids >= first) & (ids < chunk)
-        held = tl.load(starts + ids, mask=inside, other=-1) >= 0
-        if tl.max(held.to(tl.int32), axis=0) > 0:
-            y, _high = routing_scores(q, high_ptr, low_ptr, ids, inside, batch_head, n, HK, D, BD, True)
-            u = tl.maximum(tl.where(inside[None, :], y, -float("inf")) * factor - tau[:, None], 0.0)
-            hit = (tl.sum(tl.reshape(u * u, [BT, GP, BN]), axis=1) > 0).to(tl.int32)
-            bits = hit << (tl.arange(0, BT) % 8)[:, None]
-            by_byte = tl.sum(tl.reshape(bits, [BYTES, 8, BN]), axis=1)
-            row = (batch_head.to(tl.int64) * n + ids) * row_bytes
-            byte = program * BYTES + tl.arange(0, BYTES)
-            tl.store(bits_ptr + row[None, :] + byte[:, None], by_byte.to(tl.int8), mask=inside[None, :])
+    words = (n + 31) // 32
+    ids_ptr = list_ptr + tl.program_id(0).to(tl.int64) * 2 * n
+    steps = slab * STEPS
+    work = tl.atomic_add(next_ptr, 1)  # handed out one by one: lists differ in length
+    while work < steps * batch_heads:
+        batch_head = work // steps
+        step = steps - 1 - work % steps  # late chunks have the longest lists: they go first
+        slot = begin + step // STEPS
+        chunk, start, length, first = load_slot(grid_ptr, slots, slot)
+        if step % STEPS * BT < length:
+            _place, rows, real = tile_rows(start, length, step % STEPS, batch_head, T, HQ, HK, G, GP, BT)
+            q = load_rows(q_ptr, rows, real, D, BD)
+            tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))
+            tile = (batch_head.to(tl.int64) * slots + slot) * STEPS + step % STEPS
+            starts = starts_of(starts_ptr, batch_head, n, BLOCKS)
+            count = list_chunks(
+                mask_ptr + tile * TILES * words, words, starts, ids_ptr, ids_ptr + n, first, chunk, True, TILES
+            )
+            column = tl.arange(0, BN)
+            ids = tl.load(ids_ptr + column, mask=column < count, other=0)
+            for at in range(0, count, BN):
+                inside = at + column < count
+                y, _high = routing_scores(q, high_ptr, low_ptr, ids, inside, batch_head, n, HK, D, BD, True)
+                u = tl.maximum(tl.where(inside[None, :], y, -float("inf")) * factor - tau[:, None], 0.0)
+                hit = (tl.sum(tl.reshape(u * u, [BT, GP, BN]), axis=1) > 0).to(tl.int32)
+                bits = hit << (tl.arange(0, BT) % 8)[:, None]
+                by_byte = tl.sum(tl.reshape(bits, [BYTES, 8, BN]), axis=1)
+                row = (batch_head.to(tl.int64) * n + ids) * row_bytes
+                byte = step * BYTES + tl.arange(0, BYTES)
+                tl.store(bits_ptr + row[None, :] + byte[:, None], by_byte.to(tl.int8), mask=inside[None, :])
+                # A step ahead: loads whose addresses come from a load of the same step are not fetched in advance.
+                ids = tl.load(ids_ptr + at + BN + column, mask=at + BN + column < count, other=0)
+            tl.debug_barrier()  # the list is written anew
+        work = tl.atomic_add(next_ptr, 1)
 
 
 @triton.jit
