@@ -72,6 +72,12 @@ def imbalance(work: torch.Tensor, size: int, layout: str) -> float:
     return float(by_rank.max() / by_rank.mean()) if by_rank.any() else 1.0
 
 
+def imbalance_by_layout(work: torch.Tensor, size: int) -> dict[str, float]:
+    """`imbalance` of every layout that cuts the sequence into pieces of whole chunks."""
+    possible = (layout for layout in LAYOUTS if len(work) % pieces_of(0, size, layout)[1] == 0)
+    return {layout: imbalance(work, size, layout) for layout in possible}
+
+
 def shard_positions(seq_len: int, rank: int, size: int, layout: str = "zigzag") -> torch.Tensor:
     """Positions in the sequence of a shard's tokens, int64 [seq_len / size], in shard order.
 

@@ -57,9 +57,10 @@ class Traffic:
     """Adds up; no method but `take` waits for the device."""
 
     def __init__(self) -> None:
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget what was added."""
         self._bytes: Counter[str] = Counter()
         self._blocks: Counter[str] = Counter()
         self._flights: list[Timing] = []
@@ -103,5 +104,5 @@ class Traffic:
             work=work,
             exchanges=dict(self._exchanges),
         )
-        self._clear()
+        self.clear()
         return summary

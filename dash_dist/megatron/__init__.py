@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from dash_dist.megatron.flops import flops_per_token
     from dash_dist.megatron.parallel import ParallelDims
     from dash_dist.megatron.routing import LayerRouting
+    from dash_dist.megatron.traffic import ExchangeStatistics
 
 _MODULE_OF = {
     "AttentionConfig": "config",
     "Engine": "engine",
+    "ExchangeStatistics": "traffic",
     "LayerRouting": "routing",
     "MicroBatch": "engine",
     "ModelConfig": "config",
@@ -53,6 +55,7 @@ _MODULE_OF = {
 __all__ = [
     "AttentionConfig",
     "Engine",
+    "ExchangeStatistics",
     "LayerRouting",
     "MicroBatch",
     "ModelConfig",

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.megatron.batch import MicroBatch, ShardBatch, count_loss_tokens, split_micro_batches
 from dash_dist.megatron.checkpoint import EngineState, load_checkpoint, save_checkpoint
 from dash_dist.megatron.config import (
@@ -32,6 +33,7 @@ from dash_dist.megatron.model import DashGPTModel, build_model, transformer_conf
 from dash_dist.megatron.optimizer import Optimizer, wrap_model
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.routing import LayerRouting, gather_routing, set_recording
+from dash_dist.megatron.traffic import ExchangeStatistics, gather_traffic
 
 __all__ = ["Engine", "MicroBatch", "StepResult"]
 
@@ -152,7 +154,9 @@ class Engine:
 
         Raises:
             ValueError: at every rank: see `count_loss_tokens`.
+            ExchangeError: a rank of this one's context-parallel group died or did not answer; names the step.
         """
+        self._forget_last_step()
         tokens = count_loss_tokens(
             micro_batches,
             self.dims,
@@ -160,7 +164,10 @@ class Engine:
             vocab_size=self._vocab_size,
             chunk_size=self._attention.chunk_size,
         )
-        loss = self._accumulate_gradients(micro_batches) / tokens
+        try:
+            loss = self._accumulate_gradients(micro_batches) / tokens
+        except ExchangeError as error:
+            raise ExchangeError(f"step {self.step + 1}: {error}") from error
         grad_norm = self._optimizer.prepare()
         finite = torch.tensor(
             [math.isfinite(loss) and math.isfinite(grad_norm)], dtype=torch.int32, device=self.dims.device
@@ -187,6 +194,20 @@ class Engine:
         """
         num_chunks = math.ceil(self._sequence_length / self._attention.chunk_size)
         return gather_routing(self.model, self.dims, num_chunks=num_chunks)
+
+    def exchange_statistics(self) -> ExchangeStatistics | None:
+        """What context parallelism moved in the last step, at every rank; None without context parallelism.
+
+        Waits for the device, and gives the counters away: ask once per step, after it, for the steps of interest. Every
+        step starts its own count, so that the numbers of one that nobody asked for are lost.
+
+        Raises:
+            RuntimeError: at every rank: there was no step since the last call.
+        """
+        if self.dims.cp_size == 1:
+            return None
+        num_chunks = self._sequence_length // self._attention.chunk_size  # all complete, see `check_combination`
+        return gather_traffic(self.model, self.dims, num_chunks=num_chunks, layout=self._attention.layout)
 
     def flops_per_step(self, tokens: int, *, document_length: float, density: float = 1.0) -> float:
         """Floating-point operations that a step on `tokens` tokens is worth, over all ranks; padding is worth none.
@@ -234,6 +255,13 @@ class Engine:
             for name, value in self._function.items()
             if value != run.function[name]
         ]
+
+    def _forget_last_step(self) -> None:
+        """Counters that nobody asked for, and what the layers of a step that failed kept for their recomputation."""
+        for _, attention in self.model.attentions():
+            attention.traffic.clear()
+            if attention.memory is not None:
+                attention.memory.clear()
 
     def _accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Leave the gradient of the mean loss in the buffers, and return the summed loss of the global batch."""

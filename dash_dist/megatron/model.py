@@ -6,6 +6,7 @@ Knows layers, positions and the loss per token. Does not know optimizers or batc
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
+from dash_dist.context_parallel import DashAttention
 from dash_dist.megatron.attention import DashCoreAttention
 from dash_dist.megatron.config import AttentionConfig, ModelConfig, ParallelConfig, padded_vocab_size
 from dash_dist.megatron.parallel import ParallelDims
@@ -34,6 +36,13 @@ class DashGPTModel(GPTModel):
     logits of the whole shard: where they would be more than `LOGITS_PER_PIECE`, output layer and loss are computed in
     pieces along the sequence, and computed again in the backward pass.
     """
+
+    def attentions(self) -> Iterator[tuple[int, DashAttention]]:
+        """This stage's, each with its layer, which counts from 0 at the first layer of the model."""
+        for layer in self.decoder.layers:
+            core_attention = layer.self_attention.core_attention
+            assert isinstance(core_attention, DashCoreAttention)
+            yield layer.layer_number - 1, core_attention.attention
 
     def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         if not self.post_process or labels is None:

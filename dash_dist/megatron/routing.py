@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dash_dist.megatron.attention import DashCoreAttention
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.parallel import ParallelDims
 
@@ -33,8 +32,8 @@ class LayerRouting:
 
 def set_recording(model: DashGPTModel, record: bool) -> None:
     """Keep, or stop keeping, each layer's routing of the last forward pass."""
-    for layer in model.decoder.layers:
-        _core_attention(layer).attention.record_routing = record
+    for _, attention in model.attentions():
+        attention.record_routing = record
 
 
 def gather_routing(model: DashGPTModel, dims: ParallelDims, *, num_chunks: int) -> list[LayerRouting]:
@@ -52,11 +51,11 @@ def gather_routing(model: DashGPTModel, dims: ParallelDims, *, num_chunks: int) 
     num_layers = model.config.num_layers
     available_column, recorded_column = num_chunks + 1, num_chunks + 2
     counts = torch.zeros(num_layers, num_chunks + 3, dtype=torch.int64, device=dims.device)
-    for layer in model.decoder.layers:
-        routing = _core_attention(layer).attention.routing
+    for layer, attention in model.attentions():
+        routing = attention.routing
         if routing is None:
             continue
-        row = counts[layer.layer_number - 1]
+        row = counts[layer]
         selected = routing.selected_per_token  # [b, s, kv_heads]
         row[:available_column] = torch.bincount(selected.flatten().long(), minlength=num_chunks + 1)
         pairs_per_token = selected.shape[0] * selected.shape[2]
@@ -78,9 +77,3 @@ def gather_routing(model: DashGPTModel, dims: ParallelDims, *, num_chunks: int) 
         )
         for index, row in enumerate(counts)
     ]
-
-
-def _core_attention(layer: torch.nn.Module) -> DashCoreAttention:
-    core_attention = layer.get_submodule("self_attention.core_attention")
-    assert isinstance(core_attention, DashCoreAttention)
-    return core_attention

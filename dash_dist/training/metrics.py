@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from dash_dist.megatron import LayerRouting
+from dash_dist.megatron import ExchangeStatistics, LayerRouting
 
 # Dense bf16 peak in FLOP/s as published by NVIDIA for the SXM form (L40S: PCIe), by a part of the device's name; the
 # first match counts.
@@ -93,6 +93,22 @@ class MetricsWriter:
                 bucket_counts=counts.tolist(),
                 global_step=step,
             )
+
+    def exchange(self, step: int, statistics: ExchangeStatistics) -> None:
+        """What context parallelism moved in a step, over all ranks; nothing of what that step did not have."""
+        scalars = {
+            "cp/planned_gib": statistics.planned_bytes / _GIB,
+            "cp/sent_gib": statistics.sent_bytes / _GIB,
+            "cp/slow_link_gib": statistics.slow_link_bytes / _GIB,
+            "cp/dense_gib": statistics.dense_bytes / _GIB,
+            **{f"cp/coverage/layer_{layer}": coverage for layer, coverage in statistics.coverage.items()},
+            **{f"cp/imbalance/{layout}": imbalance for layout, imbalance in statistics.imbalance.items()},
+            **{f"cp/exchange/{name}": share for name, share in statistics.exchanges.items()},
+        }
+        if statistics.overlap is not None:
+            scalars["cp/overlap"] = statistics.overlap
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
 
     def flush(self) -> None:
         """Make everything written so far visible to a reader."""

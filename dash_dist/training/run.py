@@ -203,6 +203,7 @@ class _Run:
     def _log_step(self, result: StepResult, seconds: float, document_lengths: list[float]) -> None:
         memory = memory_used(self._dims.device)
         of_ranks = self._control.gather((memory, self._own_skipped_documents(), fmean(document_lengths)))
+        exchange = self._engine.exchange_statistics()
         if self._writer is None:
             return
         config, world_size = self._config, self._dims.world_size
@@ -230,6 +231,8 @@ class _Run:
                 memory={name: max(used[name] for used, _, _ in of_ranks) for name in memory},
             )
         )
+        if exchange is not None:
+            self._writer.exchange(self._state.step, exchange)
         self._writer.flush()
         self._reporter.update(
             StepReport(

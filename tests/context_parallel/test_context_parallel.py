@@ -7,7 +7,7 @@ import torch
 from ranks import backend_for, run_ranks
 
 from dash_dist import dash_attention, join_sequence, shard_positions, split_sequence
-from dash_dist.context_parallel.layout import gathered_chunks, shard_chunks
+from dash_dist.context_parallel.layout import gathered_chunks, imbalance_by_layout, shard_chunks
 from dash_kernels.chunks import ChunkGrid
 
 SIZES = [2, pytest.param(4, marks=pytest.mark.skipif(0 < torch.cuda.device_count() < 4, reason="needs 4 GPUs"))]
@@ -90,6 +90,13 @@ def test_zigzag_pairs_the_first_piece_with_the_last() -> None:
     sequence = ChunkGrid.whole_sequence(8 * 16, 16)
     assert shard_chunks(sequence, 0, 2, "zigzag").ids.tolist() == [0, 1, 6, 7]
     assert shard_chunks(sequence, 1, 2, "zigzag").ids.tolist() == [2, 3, 4, 5]
+
+
+def test_imbalance_is_the_busiest_rank_over_the_mean_one() -> None:
+    causal = torch.arange(1, 9)
+    assert imbalance_by_layout(causal, 2) == {"zigzag": 1.0, "contiguous": (5 + 6 + 7 + 8) / 18}
+    assert imbalance_by_layout(causal, 8) == {"contiguous": 8 / 4.5}  # 8 chunks are not 16 pieces
+    assert imbalance_by_layout(torch.zeros(8), 2) == {"zigzag": 1.0, "contiguous": 1.0}
 
 
 def test_without_a_group_the_call_is_the_one_device_call() -> None:

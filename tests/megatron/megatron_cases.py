@@ -41,6 +41,8 @@ class Case:
     recompute: Literal["none", "full"] = "none"
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     exchange: Literal["auto", "selective", "allgather", "ring"] = "auto"
+    ranks_per_node: int | None = None
+    routing_scale: float = ROUTING_SCALE
     logits_per_piece: int | None = None
     packed: bool = False  # documents of DOCUMENTS in each sequence
 

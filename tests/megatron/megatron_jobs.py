@@ -15,7 +15,6 @@ import torch
 from megatron_cases import (
     CHUNK_SIZE,
     MODEL,
-    ROUTING_SCALE,
     SEQUENCE_LENGTH,
     STEPS_AFTER_LOAD,
     STEPS_BEFORE_SAVE,
@@ -68,7 +67,11 @@ def engine_of(case: Case) -> Iterator[Engine]:
         yield Engine(
             MODEL.model_copy(update={"tie_embeddings": case.tie_embeddings}),
             AttentionConfig(
-                chunk_size=CHUNK_SIZE, routing_scale=ROUTING_SCALE, layout=case.layout, exchange=case.exchange
+                chunk_size=CHUNK_SIZE,
+                routing_scale=case.routing_scale,
+                layout=case.layout,
+                exchange=case.exchange,
+                ranks_per_node=case.ranks_per_node,
             ),
             parallel,
             OptimizerConfig(lr=1e-2, warmup_steps=2, grad_clip=case.grad_clip),

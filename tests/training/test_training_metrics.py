@@ -2,7 +2,7 @@ import pytest
 import torch
 from training_runs import read_curves
 
-from dash_dist.megatron import LayerRouting
+from dash_dist.megatron import ExchangeStatistics, LayerRouting
 from dash_dist.training.metrics import MetricsWriter, StepMetrics, memory_used, peak_bf16_flops
 
 
@@ -63,6 +63,52 @@ def test_routing_is_a_density_and_a_histogram_per_layer(tmp_path):
     assert (histogram.min, histogram.max) == (1, 3)
     inside = {limit: count for limit, count in zip(histogram.bucket_limit, histogram.bucket, strict=True) if count}
     assert inside == {1.5: 3, 3.5: 1}
+
+
+def exchange_statistics(**changes):
+    values = {
+        "planned_bytes": 1 << 30,
+        "sent_bytes": 2 << 30,
+        "slow_link_bytes": 1 << 29,
+        "dense_bytes": 8 << 30,
+        "coverage": {0: 0.25, 5: 0.5},
+        "overlap": 0.75,
+        "imbalance": {"zigzag": 1.25, "contiguous": 1.5},
+        "exchanges": {"selective": 0.5, "allgather": 0.5, "ring": 0.0},
+    }
+    return ExchangeStatistics(**{**values, **changes})
+
+
+def test_an_exchange_writes_exactly_these_curves(tmp_path):
+    writer = MetricsWriter(tmp_path / "tensorboard", start_step=0)
+    writer.exchange(3, exchange_statistics())
+    writer.close()
+    curves = read_curves(tmp_path)
+    events = {tag: curves.Scalars(tag)[0] for tag in curves.Tags()["scalars"]}
+    assert {event.step for event in events.values()} == {3}
+    assert {tag: event.value for tag, event in events.items()} == {
+        "cp/planned_gib": 1.0,
+        "cp/sent_gib": 2.0,
+        "cp/slow_link_gib": 0.5,
+        "cp/dense_gib": 8.0,
+        "cp/coverage/layer_0": 0.25,
+        "cp/coverage/layer_5": 0.5,
+        "cp/overlap": 0.75,
+        "cp/imbalance/zigzag": 1.25,
+        "cp/imbalance/contiguous": 1.5,
+        "cp/exchange/selective": 0.5,
+        "cp/exchange/allgather": 0.5,
+        "cp/exchange/ring": 0.0,
+    }
+
+
+def test_what_an_exchange_did_not_have_is_not_written(tmp_path):
+    writer = MetricsWriter(tmp_path / "tensorboard", start_step=0)
+    writer.exchange(3, exchange_statistics(coverage={}, overlap=None, imbalance={"contiguous": 1.5}))
+    writer.close()
+    tags = read_curves(tmp_path).Tags()["scalars"]
+    assert len(tags) == 8
+    assert not any("coverage" in tag or "overlap" in tag or "zigzag" in tag for tag in tags)
 
 
 @pytest.mark.parametrize(("start_step", "kept"), [(2, [(1, 11.0), (2, 12.0)]), (0, [])])

@@ -77,6 +77,18 @@ def test_the_whole_run_wrote_every_curve(folder):
         "memory/rss_peak_gib",
         "routing/density/layer_0",
         "routing/density/layer_1",
+        "cp/planned_gib",
+        "cp/sent_gib",
+        "cp/slow_link_gib",
+        "cp/dense_gib",
+        "cp/coverage/layer_0",
+        "cp/coverage/layer_1",
+        "cp/overlap",
+        "cp/imbalance/zigzag",
+        "cp/imbalance/contiguous",
+        "cp/exchange/selective",
+        "cp/exchange/allgather",
+        "cp/exchange/ring",
     }
     assert set(curves.Tags()["histograms"]) == {
         "routing/selected_chunks/layer_0",
@@ -94,6 +106,35 @@ def test_the_whole_run_wrote_every_curve(folder):
         assert 0 < density <= 1
         assert histogram.num == 256 * 2  # (token, KV head) pairs of the last micro-batch
         assert histogram.sum == pytest.approx(density * 2 * sum(i // 32 + 1 for i in range(256)), rel=1e-5)
+
+
+def test_what_context_parallelism_moved_is_there_at_every_step(folder):
+    curves = read_curves(folder / "runs" / "whole")
+    cp = {
+        tag: {event.step: event.value for event in curves.Scalars(tag)}
+        for tag in curves.Tags()["scalars"]
+        if tag.startswith("cp/")
+    }
+    # K and V twice and their gradients once, of 2 layers and 2 sequences: 128 tokens of every rank for the other, 2 KV
+    # heads of 8 numbers. A zigzag of two needs at most six of the eight chunks.
+    dense = 3 * 2 * 2 * (2 * 2 * 128 * 2 * 8 * 4) / 2**30
+    for step in range(1, 21):
+        sent = cp["cp/sent_gib"][step]
+        coverage = (cp["cp/coverage/layer_0"][step] + cp["cp/coverage/layer_1"][step]) / 2
+        assert sent == pytest.approx(dense * coverage * 6 / 8)
+        assert cp["cp/planned_gib"][step] == sent
+        assert cp["cp/dense_gib"][step] == pytest.approx(dense)
+        assert cp["cp/slow_link_gib"][step] == 0
+        assert 0 <= cp["cp/overlap"][step] <= 1
+        assert 1 <= cp["cp/imbalance/zigzag"][step] <= cp["cp/imbalance/contiguous"][step]
+        assert cp["cp/exchange/selective"][step] == 1
+
+
+def test_without_context_parallelism_it_has_no_curves(folder, of_one_rank):
+    assert of_one_rank["first"].summary.completed
+    tags = read_curves(folder / "runs" / "short").Tags()["scalars"]
+    assert "train/loss" in tags
+    assert not [tag for tag in tags if tag.startswith("cp/")]
 
 
 def test_the_model_learns(folder):

@@ -21,7 +21,7 @@ TINY = {
         "num_attention_heads": 4,
         "num_kv_heads": 2,
     },
-    "attention": {"chunk_size": 32, "routing_scale": 8.0},
+    "attention": {"chunk_size": 32, "routing_scale": 8.0, "exchange": "selective"},
     "parallel": {"context": 2},
     "optimizer": {"lr": 1.0e-2, "warmup_steps": 2},
     "training": {
