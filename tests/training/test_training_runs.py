@@ -126,7 +126,8 @@ def test_what_context_parallelism_moved_is_there_at_every_step(folder):
         assert cp["cp/dense_gib"][step] == pytest.approx(dense)
         assert cp["cp/slow_link_gib"][step] == 0
         assert 0 <= cp["cp/overlap"][step] <= 1
-        assert 1 <= cp["cp/imbalance/zigzag"][step] <= cp["cp/imbalance/contiguous"][step]
+        for layout in ("zigzag", "contiguous"):
+            assert 1 <= cp[f"cp/imbalance/{layout}"][step] < 2  # one rank with all the work
         assert cp["cp/exchange/selective"][step] == 1
 
 
