@@ -9,7 +9,7 @@ Parts, for every sequence length, pair of head counts and density:
 exchanges: forward + backward over each exchange and over PyTorch's dense ring attention, on the same tensors.
 overlap:   the detailed exchange as it is, its flights alone and its computation alone, in turns.
 weak:      all GPUs at T against one GPU at T / GPUs that selects as many (token, chunk) pairs per GPU.
-layouts:   the detailed exchange in both layouts of the same sequence: times, bytes, balance.
+layouts:   the detailed exchange in every layout of the same sequence: times, bytes, balance.
 Batch size 1. A time is the slowest rank's, and a median over a few seconds of calls; a call longer than that is made
 once, after warming up at the sparsest routing.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from cp_benchmark.dense_ring import KERNELS
+from cp_benchmark.inputs import PIECES
 from cp_benchmark.predict import DEFAULT_RANKS, DEFAULT_SEQ_LENS, predictions
 from cp_benchmark.ranks import RanksFailedError, run_ranks
 from cp_benchmark.results import Results
@@ -32,6 +33,7 @@ from kernel_benchmark.inputs import DTYPES, NEIGHBOUR_CORRELATION, Case
 from kernel_benchmark.options import density, heads
 
 from dash_dist.context_parallel.exchanges import EXCHANGES
+from dash_dist.context_parallel.layout import LAYOUTS
 
 DETAILED = "selective"  # of the parts that measure one exchange, if it is among those asked for
 
@@ -51,6 +53,7 @@ def main(arguments: list[str]) -> None:
         parts=options.only,
         exchanges=options.exchange,
         detailed=options.detailed_exchange,
+        layout=options.layout,
         dense=options.dense,
         seconds=options.seconds,
         dense_max_seq_len=options.dense_max_seq_len,
@@ -84,7 +87,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--inputs",
         choices=tuple(NEIGHBOUR_CORRELATION),
         default="smooth",
-        help="as in bench_kernels.py; drawn in 2 x ranks pieces that are independent of each other",
+        help="as in bench_kernels.py; drawn in 4 x ranks pieces that are independent of each other",
     )
     parser.add_argument("--chunk-size", type=int, default=64, help="tokens")
     parser.add_argument("--head-dim", type=int, default=128)
@@ -92,6 +95,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--exchange", nargs="+", default=list(EXCHANGES), choices=list(EXCHANGES), help="columns of this project"
     )
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of all parts but layouts")
     parser.add_argument(
         "--detailed-exchange",
         choices=list(EXCHANGES),
@@ -126,10 +130,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.ranks = options.ranks or available
     if options.ranks < 2 or (options.device == "cuda" and options.ranks > available):
         parser.error(f"{options.ranks} ranks on {torch.cuda.device_count()} GPUs: give 2 or more, one per GPU")
-    unit = 2 * options.ranks * options.chunk_size
+    unit = PIECES * options.ranks * options.chunk_size
     for seq_len in options.seq_len:
         if seq_len < unit or seq_len % unit:
-            parser.error(f"--seq-len {seq_len}: give a multiple of 2 x ranks x chunk_size = {unit}")
+            parser.error(f"--seq-len {seq_len}: give a multiple of {PIECES} x ranks x chunk_size = {unit}")
     if options.plot and not options.out:
         parser.error("--plot is drawn from the results file: give --out as well")
     return options

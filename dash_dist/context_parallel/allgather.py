@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from dash_dist.context_parallel.errors import naming_the_exchange
 from dash_dist.context_parallel.flight import Flight, Journey
+from dash_dist.context_parallel.plan import Plan
 from dash_dist.context_parallel.shard import Shard
 from dash_dist.context_parallel.topology import Topology
 from dash_dist.context_parallel.traffic import Traffic
@@ -24,10 +25,9 @@ class AllGather:
     """An `exchanges.Exchange`: the other shards come as one part, while the rank computes on its own."""
 
     name = "allgather"
-    needed = reachable = 0
 
-    def __init__(self, shard: Shard, topology: Topology):
-        self._shard, self._topology = shard, topology
+    def __init__(self, shard: Shard, topology: Topology, plan: Plan | None = None):
+        self._shard, self._topology, self.plan = shard, topology, plan
 
     def deliver(self, k: torch.Tensor, v: torch.Tensor, traffic: Traffic) -> AllGatherDelivery:
         return AllGatherDelivery(k, v, self._shard, self._topology, traffic)

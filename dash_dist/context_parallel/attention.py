@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from dash_dist.context_parallel.agreement import check_together
-from dash_dist.context_parallel.exchanges import Delivery, check_exchange, from_plan, without_a_plan
+from dash_dist.context_parallel.exchanges import Delivery, check_exchange, from_plan, of_everything
 from dash_dist.context_parallel.layout import check_layout, pieces_of
 from dash_dist.context_parallel.recompute import ForwardMemory, Found
 from dash_dist.context_parallel.shard import Shard
@@ -111,7 +111,7 @@ def dash_attention(
         cu_seqlens: as there, of the whole sequence before it was split, and the same at every rank; with a cp_group
             every document must be whole chunks. Documents may cross the borders of shards.
         cp_group: the context-parallel group; None computes on this device alone.
-        layout: "zigzag" or "contiguous"; must be the one the sequence was split with.
+        layout: "zigzag", "double_zigzag" or "contiguous"; must be the one the sequence was split with.
         exchange: "selective" (only chunks that routing selected travel), "allgather" (every rank holds all of K and V
             meanwhile), "ring" (K and V pass from rank to rank; the least memory), or "auto": the one that the plan of
             what was selected makes cheapest, see docs/context-parallelism.md. All give the same result.
@@ -177,10 +177,10 @@ def _whole_chunks(
 ) -> ChunkGrid:
     """All chunks of the sequence that q is a shard of. Raises ValueError where a piece or document is not whole."""
     seq_len = q.shape[1] * size
-    _, pieces = pieces_of(0, size, layout)
+    own, pieces = pieces_of(0, size, layout)
     if seq_len % (pieces * chunk_size):
         unit = pieces * chunk_size
-        factors = f"{'2 x ' if pieces == 2 * size else ''}cp x chunk_size"
+        factors = f"{f'{len(own)} x ' if len(own) > 1 else ''}cp x chunk_size"
         raise ValueError(
             f"sequence length {seq_len} is not a multiple of {factors} = {unit}: pad to {-(-seq_len // unit) * unit}"
         )
@@ -246,7 +246,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         kept: _Kept,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shard, spec, stages, traffic = call.shard, call.spec, call.stages, call.traffic
-        exchange = call.recomputed.exchange if call.recomputed else without_a_plan(call.exchange, shard, call.topology)
+        exchange = call.recomputed.exchange if call.recomputed else of_everything(call.exchange, shard, call.topology)
         # Without a plan to wait for, K and V leave before routing.
         delivery = None if exchange is None else exchange.deliver(k, v, traffic)
         summaries = shard.gather_summaries(stages.summarize(k, shard.chunks, summary_query, spec))
@@ -254,7 +254,8 @@ class _ContextParallelAttention(torch.autograd.Function):
         queries = Queries(q, shard.chunks, summaries, routing)
         if exchange is None:
             reached = stages.reached(routing, shard.chunks, summaries.shape[1], spec)
-            exchange = from_plan(call.exchange, reached, k, shard, call.topology)
+            group = q.shape[2] // k.shape[2]
+            exchange = from_plan(call.exchange, reached, k, group, shard, call.topology)
         if delivery is None:
             delivery = exchange.deliver(k, v, traffic)
         state = None
@@ -262,7 +263,7 @@ class _ContextParallelAttention(torch.autograd.Function):
             state = stages.attend(queries, part, spec, before=state, last=last)
         assert state is not None  # there is at least the own part
         out, lse = state
-        traffic.call(exchange.name, routing.selected, len(shard.chunks), exchange.needed, exchange.reachable)
+        traffic.call(exchange.name, routing.selected, len(shard.chunks), exchange.plan)
         kept.found = Found(routing, exchange)
         if call.recomputed:
             ctx.delivery = delivery  # the backward pass is next: nothing travels twice

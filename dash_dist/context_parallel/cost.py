@@ -5,7 +5,7 @@ Knows byte counts and links; does not know tensors. One line (`Cost.seconds`) ho
     seconds = messages x latency + fast bytes / fast bandwidth + slow bytes / slow bandwidth + copied / memory bandwidth
 
 for the busiest rank, over the forward and the backward pass: K and V travel in both, their gradients in the second.
-What computation hides of it is not counted, for any exchange. All inputs are equal at every rank of the group, so that
+What computation hides of it is not subtracted, for any exchange: all hide alike. All inputs are equal at every rank of the group, so that
 the choice is, too.
 """
 
@@ -19,17 +19,17 @@ from dash_dist.context_parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Links:
-    """What moves how fast, per rank and direction. The defaults stand for Hopper GPUs on NVLink, and a 400 Gb/s network
-    adapter for each.
+    """What moves how fast, per rank and direction. The defaults stand for Hopper GPUs on NVLink (two H200 exchanged 324
+    GB/s each way in an all-to-all, see docs/results), and a 400 Gb/s network adapter for each.
 
     latency:          seconds from issuing a collective, or a step of the ring, to its first byte
     fast_bandwidth:   bytes/s that a rank sends within its node in an all-to-all
     slow_bandwidth:   bytes/s that a rank sends to other nodes
-    memory_bandwidth: bytes/s of reads and writes of a gather of blocks
+    memory_bandwidth: bytes/s of reads and writes of a copy
     """
 
     latency: float = 20e-6
-    fast_bandwidth: float = 150e9
+    fast_bandwidth: float = 300e9
     slow_bandwidth: float = 40e9
     memory_bandwidth: float = 1.5e12
 
@@ -40,7 +40,7 @@ class Cost:
 
     messages:               collectives, or steps of the ring, one after another
     fast_bytes, slow_bytes: what goes through its links within the node, and to other nodes
-    copied_bytes:           reads and writes of packing and unpacking
+    copied_bytes:           reads and writes of packing, and of merging what several parts of K and V give
     held_bytes:             K, V and gradients that it holds at once in the backward pass, beside its own tensors
     """
 
@@ -67,6 +67,7 @@ def predict(
     block_size: int,
     element_size: int,
     gradient_element_size: int,
+    group: int,
     planned: bool,
 ) -> dict[str, Cost]:
     """The cost of every exchange, by name.
@@ -76,6 +77,7 @@ def predict(
         blocks_per_rank: blocks that a rank holds, B x Hkv x its chunks.
         block_size: numbers in a block, 2 x C x D.
         element_size, gradient_element_size: bytes of a number of K and V, and of their gradients on their way.
+        group: query heads of a KV head.
         planned: the plan has been made, and only what follows is counted: the right question once `busiest` is known.
             False also counts the plan's collectives and its wait for the device.
     """
@@ -83,6 +85,8 @@ def predict(
     travelling = block_size * (2 * element_size + gradient_element_size)  # of a block in both passes
     held = block_size * (element_size + gradient_element_size)
     shard = blocks_per_rank * travelling
+    # A part of K and V after the first reads and writes the queries' output and gradient so far.
+    merge = 2 * 2 * gradient_element_size * group * blocks_per_rank * block_size // 2 if size > 1 else 0
 
     hops = 2 if topology.is_two_level else 1
     selective = Cost(
@@ -90,7 +94,7 @@ def predict(
         messages=3 * hops + (0 if planned else hops + 2),
         fast_bytes=busiest.fast * travelling,
         slow_bytes=busiest.slow * travelling,
-        copied_bytes=2 * (busiest.fast + busiest.slow) * travelling,
+        copied_bytes=2 * (busiest.fast + busiest.slow) * travelling + merge,
         held_bytes=busiest.held * held,
     )
     # An all-gather takes every shard into a node once, shared by the links of the node's ranks.
@@ -99,16 +103,18 @@ def predict(
         messages=3,
         fast_bytes=(size - 1) * shard - gathered_from_afar,
         slow_bytes=gathered_from_afar,
-        copied_bytes=0,
+        copied_bytes=merge,
         held_bytes=size * blocks_per_rank * held,
     )
-    # A step of the ring takes as long as its slowest link. Gradients follow K and V one step behind.
-    passed_on = (size - 1) * shard
+    # A step of the ring takes as long as its slowest link. In the backward pass K and V go round twice, the second time
+    # with their gradients one step behind.
+    rounds = 3 * (size - 1) * element_size + (size if size > 1 else 0) * gradient_element_size
+    passed_on = rounds * blocks_per_rank * block_size
     ring = Cost(
-        messages=2 * (size - 1) + 1,
+        messages=3 * (size - 1) + size,
         fast_bytes=passed_on if topology.nodes == 1 else 0,
         slow_bytes=passed_on if topology.nodes > 1 else 0,
-        copied_bytes=0,
+        copied_bytes=(size - 1) * merge,
         held_bytes=2 * blocks_per_rank * held,
     )
     return {"selective": selective, "allgather": allgather, "ring": ring}

@@ -12,7 +12,7 @@ import torch
 
 from dash_dist.context_parallel import cost
 from dash_dist.context_parallel.allgather import AllGather
-from dash_dist.context_parallel.plan import make_plan
+from dash_dist.context_parallel.plan import Plan, make_plan
 from dash_dist.context_parallel.ring import Ring
 from dash_dist.context_parallel.selective import Selective
 from dash_dist.context_parallel.shard import Shard
@@ -46,15 +46,13 @@ class Delivery(Protocol):
 class Exchange(Protocol):
     """How K and V of one call travel: holds no tensor of them, so that forward, backward and recomputation share it.
 
-    needed, reachable: blocks of other ranks that its plan asks for, and could have asked for; 0 without a plan.
+    plan: of what was selected; None where the exchange was chosen without one.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def needed(self) -> int: ...
-    @property
-    def reachable(self) -> int: ...
+    def plan(self) -> Plan | None: ...
 
     def deliver(self, k: torch.Tensor, v: torch.Tensor, traffic: Traffic) -> Delivery:
         """k, v: this rank's shard [B, S, Hkv, D]. A collective call."""
@@ -66,15 +64,19 @@ def check_exchange(exchange: str) -> None:
         raise ValueError(f"exchange is {exchange!r}: give one of {', '.join(EXCHANGES)}")
 
 
-def without_a_plan(name: str, shard: Shard, topology: Topology) -> Exchange | None:
+def of_everything(name: str, shard: Shard, topology: Topology, plan: Plan | None = None) -> Exchange | None:
     """The exchange, where it does not depend on what was selected."""
     if name == "ring":
-        return Ring(shard, topology)
-    return AllGather(shard, topology) if name == "allgather" else None
+        return Ring(shard, topology, plan)
+    return AllGather(shard, topology, plan) if name == "allgather" else None
 
 
-def from_plan(name: str, reached: torch.Tensor, k: torch.Tensor, shard: Shard, topology: Topology) -> Exchange:
-    """The selective exchange of what was `reached` (bool [B, Hkv, n]) or, for "auto", the one that `cost` prefers."""
+def from_plan(
+    name: str, reached: torch.Tensor, k: torch.Tensor, group: int, shard: Shard, topology: Topology
+) -> Exchange:
+    """The selective exchange of what was `reached` (bool [B, Hkv, n]) or, for "auto", the one that `cost` prefers for
+    `group` query heads of a KV head.
+    """
     plan = make_plan(reached, shard, topology)
     if name == "auto":
         costs = cost.predict(
@@ -84,9 +86,10 @@ def from_plan(name: str, reached: torch.Tensor, k: torch.Tensor, shard: Shard, t
             block_size=2 * shard.chunk_size * k.shape[-1],
             element_size=k.element_size(),
             gradient_element_size=accumulation_dtype(k.dtype).itemsize,
+            group=group,
             planned=True,
         )
-        other = without_a_plan(cost.cheapest(costs, cost.Links(), MEMORY_BUDGET), shard, topology)
+        other = of_everything(cost.cheapest(costs, cost.Links(), MEMORY_BUDGET), shard, topology, plan)
         if other is not None:
             return other
     return Selective(shard, plan)

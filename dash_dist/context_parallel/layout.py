@@ -1,8 +1,9 @@
 """Layouts: which chunks of the sequence each rank's shard holds, and moving a sequence in and out of shards.
 
-Knows ranks and chunk ids; does not know attention. In the zigzag layout the sequence is cut into 2 x size pieces and
-rank r holds pieces r and 2 x size - 1 - r, so that early (cheap) and late (expensive) queries are paired; in the
-contiguous layout rank r holds piece r of size pieces.
+Knows ranks and chunk ids; does not know attention. In the contiguous layout rank r holds piece r of size pieces. In the
+zigzag layout the sequence is cut into 2 x size pieces and rank r holds pieces r and 2 x size - 1 - r, so that early
+(cheap) and late (expensive) queries are paired; in the double zigzag layout so are the pieces of either half of the
+sequence, which balances work that levels off with the position two to four times as well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch.distributed as dist
 
 from dash_kernels.chunks import ChunkGrid
 
-LAYOUTS = ("zigzag", "contiguous")
+PIECES_PER_RANK = {"zigzag": 2, "double_zigzag": 4, "contiguous": 1}
+LAYOUTS = tuple(PIECES_PER_RANK)
 
 
 def check_layout(layout: str) -> None:
@@ -27,9 +29,12 @@ def check_layout(layout: str) -> None:
 def pieces_of(rank: int, size: int, layout: str) -> tuple[list[int], int]:
     """The pieces a rank holds, in shard order, and into how many pieces the sequence is cut."""
     check_layout(layout)
-    if layout == "contiguous" or size == 1:
+    count = PIECES_PER_RANK[layout]
+    if count == 1 or size == 1:
         return [rank], size
-    return [rank, 2 * size - 1 - rank], 2 * size
+    # There and back again: 0 1 2 3 3 2 1 0 for four ranks.
+    pairs = range(0, count * size, 2 * size)
+    return [piece for first in pairs for piece in (first + rank, first + 2 * size - 1 - rank)], count * size
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dash_dist.context_parallel.errors import naming_the_exchange
 from dash_dist.context_parallel.flight import Flight, Journey
+from dash_dist.context_parallel.plan import Plan
 from dash_dist.context_parallel.shard import Shard
 from dash_dist.context_parallel.topology import Topology
 from dash_dist.context_parallel.traffic import Traffic
@@ -26,10 +27,9 @@ class Ring:
     """An `exchanges.Exchange`: every rank meets every shard, and holds two of them at a time."""
 
     name = "ring"
-    needed = reachable = 0
 
-    def __init__(self, shard: Shard, topology: Topology):
-        self._shard, self._topology = shard, topology
+    def __init__(self, shard: Shard, topology: Topology, plan: Plan | None = None):
+        self._shard, self._topology, self.plan = shard, topology, plan
 
     def deliver(self, k: torch.Tensor, v: torch.Tensor, traffic: Traffic) -> RingDelivery:
         return RingDelivery(k, v, self._shard, self._topology, traffic)
@@ -40,11 +40,15 @@ class RingDelivery:
         self._k, self._v, self._shard, self._topology, self._traffic = k, v, shard, topology, traffic
 
     def parts(self) -> Iterator[tuple[Part, bool]]:
+        yield from self._round(dense=True)
+
+    def _round(self, *, dense: bool) -> Iterator[tuple[Part, bool]]:
+        """Every rank's K and V once; dense: whether an exchange of everything with everybody would send them, too."""
         shard = self._shard
         current = torch.stack((self._k, self._v))
         for step in range(shard.size):
             last = step == shard.size - 1
-            flight = None if last else self._send_on(current, KEYS_AND_VALUES)
+            flight = None if last else self._send_on(current, KEYS_AND_VALUES, dense=dense)
             yield Part(current[0], current[1], shard.chunks_of((shard.rank - step) % shard.size)), last
             if flight is not None:
                 current = flight.land()
@@ -52,21 +56,21 @@ class RingDelivery:
     def gradients(self, contribution_to: Callable[[Part], torch.Tensor]) -> torch.Tensor:
         """The sum for a part follows the part around the ring, one step behind, and is complete at its owner."""
         flight = None
-        for part, last in self.parts():
+        for part, last in self._round(dense=False):
             contribution = contribution_to(part)
             if flight is not None:
                 contribution += flight.land()
             if not last or self._shard.size > 1:
-                flight = self._send_on(contribution, GRADIENTS)
+                flight = self._send_on(contribution, GRADIENTS, dense=not last)
         return contribution if flight is None else flight.land()
 
-    def _send_on(self, outgoing: torch.Tensor, tag: int) -> Flight:
+    def _send_on(self, outgoing: torch.Tensor, tag: int, *, dense: bool) -> Flight:
         shard, topology = self._shard, self._topology
         flight = Flight(_to_the_next_rank(outgoing, shard, tag), (outgoing,))
         rows = [0] * shard.size
         rows[(shard.rank + 1) % shard.size] = 1
         self._traffic.sent_rows(rows, outgoing.nbytes, shard.rank, topology)
-        self._traffic.planned(outgoing.nbytes, dense=outgoing.nbytes)
+        self._traffic.planned(outgoing.nbytes, dense=outgoing.nbytes if dense else 0)
         self._traffic.under_way(flight.timing)
         return flight
 

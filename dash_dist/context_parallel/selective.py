@@ -118,14 +118,6 @@ class Selective:
     def __init__(self, shard: Shard, plan: Plan):
         self._shard, self.plan = shard, plan
 
-    @property
-    def needed(self) -> int:
-        return len(self.plan.addresses)
-
-    @property
-    def reachable(self) -> int:
-        return self.plan.reachable
-
     def deliver(self, k: torch.Tensor, v: torch.Tensor, traffic: Traffic) -> SelectiveDelivery:
         return SelectiveDelivery(k, v, self._shard, self.plan, traffic)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from dash_dist.context_parallel.flight import Timing
+from dash_dist.context_parallel.plan import Plan
 from dash_dist.context_parallel.topology import Topology
 
 
@@ -81,12 +82,13 @@ class Traffic:
     def under_way(self, timing: Timing) -> None:
         self._flights.append(timing)
 
-    def call(self, exchange: str, selected: torch.Tensor, chunks: int, needed: int, reachable: int) -> None:
+    def call(self, exchange: str, selected: torch.Tensor, chunks: int, plan: Plan | None) -> None:
         """One forward pass over a shard of complete chunks; selected is `Routing.selected`."""
         self._exchanges[exchange] += 1
         work = selected.unflatten(1, (chunks, -1)).sum((0, 2, 3), dtype=torch.int64)
         self._work = work if self._work is None else self._work + work
-        self._blocks.update(needed=needed, reachable=reachable)
+        if plan is not None:
+            self._blocks.update(needed=len(plan.addresses), reachable=plan.reachable)
 
     def take(self) -> TrafficSummary:
         """What was added since the last call of it; waits for the device."""

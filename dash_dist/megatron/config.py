@@ -66,7 +66,10 @@ class AttentionConfig(_Config):
     routing_scale: float = Field(default=1.0, gt=0.0)
     prior_sigma: float | None = Field(default=None, gt=0.0)
     backend: Literal["auto", "triton", "eager"] = "auto"
-    layout: Literal["zigzag", "contiguous"] = "zigzag"
+    layout: Literal["zigzag", "double_zigzag", "contiguous"] = Field(
+        default="zigzag",
+        description="which chunks a context-parallel rank holds; cp/imbalance says which balances best",
+    )
     exchange: Literal["auto", "selective", "allgather", "ring"] = Field(
         default="auto", description="how K and V travel between context-parallel ranks; the result is the same"
     )
@@ -179,15 +182,19 @@ def check_combination(
             f"attention.ranks_per_node {attention.ranks_per_node} does not divide parallel.context {parallel.context}: "
             f"set it to one of {_divisors(parallel.context)}, or to null to have the nodes found by host name"
         )
-    pieces = parallel.context * (2 if attention.layout == "zigzag" else 1)
+    pieces_per_rank = PIECES_PER_RANK[attention.layout]
+    pieces = parallel.context * pieces_per_rank
     if parallel.context > 1 and sequence_length % (pieces * attention.chunk_size):
-        factors = "2 x cp x chunk_size" if attention.layout == "zigzag" else "cp x chunk_size"
+        factors = f"{f'{pieces_per_rank} x ' if pieces_per_rank > 1 else ''}cp x chunk_size"
         multiple = pieces * attention.chunk_size
         raise ValueError(
             f"sequence length {sequence_length} is not a multiple of {factors} = {multiple}: pad to "
             f"{_next_multiple(sequence_length, multiple)}"
         )
 
+
+PIECES_PER_RANK = {"zigzag": 2, "double_zigzag": 4, "contiguous": 1}
+"""That of `dash_dist.context_parallel.layout`, which cannot be imported here without torch."""
 
 MAX_TRITON_HEAD_DIM = 256
 """That of `dash_kernels.backend`, which cannot be imported here without torch."""

@@ -25,7 +25,7 @@ class ShardRotaryEmbedding(RotaryEmbedding):
     Args:
         head_dim: channels of one head, all of them rotated.
         rotary_base: the slowest pair of channels turns once in 2 pi x rotary_base ** (1 - 2 / head_dim) tokens.
-        layout: "zigzag" or "contiguous", as for `shard_positions`.
+        layout: as for `shard_positions`.
         cp_rank, cp_size: this rank's place in the context-parallel group.
         device: where the angles are kept.
     """

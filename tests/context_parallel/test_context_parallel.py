@@ -7,7 +7,14 @@ import torch
 from ranks import backend_for, run_ranks
 
 from dash_dist import dash_attention, join_sequence, shard_positions, split_sequence
-from dash_dist.context_parallel.layout import gathered_chunks, imbalance_by_layout, shard_chunks
+from dash_dist.context_parallel.layout import (
+    LAYOUTS,
+    PIECES_PER_RANK,
+    gathered_chunks,
+    imbalance_by_layout,
+    shard_chunks,
+)
+from dash_dist.megatron import config
 from dash_kernels.chunks import ChunkGrid
 
 SIZES = [2, pytest.param(4, marks=pytest.mark.skipif(0 < torch.cuda.device_count() < 4, reason="needs 4 GPUs"))]
@@ -42,7 +49,7 @@ def test_a_mistake_at_one_rank_is_an_error_at_all() -> None:
         "one rank's alpha": "rank 1: alpha is 3.0: give a number in (1, 2]",
         "different lengths": "must call with equal shapes and settings",
         "different layouts": "must call with equal shapes and settings",
-        "unknown layout": "layout is 'spiral': give one of zigzag, contiguous",
+        "unknown layout": "layout is 'spiral': give one of zigzag, double_zigzag, contiguous",
         "unknown exchange": "exchange is 'pigeon': give one of auto, selective, allgather, ring",
         "good afterwards": "no error",
     }
@@ -72,17 +79,17 @@ def test_interpreted_kernels_under_gloo() -> None:
         assert max(differences.values()) < 1e-5, differences
 
 
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_shards_partition_the_sequence_in_whole_chunks(layout: str) -> None:
     for size in (1, 2, 3, 8):
-        sequence = ChunkGrid.packed([0, 32, 32 + 64 * size, 96 * size], 16)
+        sequence = ChunkGrid.packed([0, 32, 32 + 64 * size, 128 * size], 16)
         chunks = [shard_chunks(sequence, rank, size, layout) for rank in range(size)]
         in_rank_order = list(itertools.chain.from_iterable(shard.ids.tolist() for shard in chunks))
-        assert sorted(in_rank_order) == list(range(6 * size))
+        assert sorted(in_rank_order) == list(range(8 * size))
         assert gathered_chunks(sequence, size, layout).ids.tolist() == in_rank_order
-        positions = [shard_positions(6 * size * 16, rank, size, layout) for rank in range(size)]
+        positions = [shard_positions(8 * size * 16, rank, size, layout) for rank in range(size)]
         for shard, own in zip(chunks, positions, strict=True):
-            assert (own.view(6, 16)[:, 0] == shard.ids * 16).all()
+            assert (own.view(8, 16)[:, 0] == shard.ids * 16).all()
             assert torch.equal(shard.firsts, sequence.firsts[shard.ids.long()])
 
 
@@ -90,13 +97,27 @@ def test_zigzag_pairs_the_first_piece_with_the_last() -> None:
     sequence = ChunkGrid.whole_sequence(8 * 16, 16)
     assert shard_chunks(sequence, 0, 2, "zigzag").ids.tolist() == [0, 1, 6, 7]
     assert shard_chunks(sequence, 1, 2, "zigzag").ids.tolist() == [2, 3, 4, 5]
+    assert shard_chunks(sequence, 0, 2, "double_zigzag").ids.tolist() == [0, 3, 4, 7]
+    assert shard_chunks(sequence, 1, 2, "double_zigzag").ids.tolist() == [1, 2, 5, 6]
+
+
+def test_the_double_zigzag_balances_work_that_levels_off() -> None:
+    work = torch.arange(1, 1025).sqrt() * 1000
+    uneven = imbalance_by_layout(work, 8)
+    assert 1 < uneven["double_zigzag"] < uneven["zigzag"] < uneven["contiguous"]
+    assert (uneven["zigzag"] - 1) / (uneven["double_zigzag"] - 1) > 2
+    assert set(imbalance_by_layout(work[:16], 8)) == {"zigzag", "contiguous"}  # not enough chunks
+
+
+def test_the_configuration_knows_the_layouts() -> None:
+    assert config.PIECES_PER_RANK == PIECES_PER_RANK
 
 
 def test_imbalance_is_the_busiest_rank_over_the_mean_one() -> None:
     causal = torch.arange(1, 9)
-    assert imbalance_by_layout(causal, 2) == {"zigzag": 1.0, "contiguous": (5 + 6 + 7 + 8) / 18}
+    assert imbalance_by_layout(causal, 2) == {"zigzag": 1.0, "double_zigzag": 1.0, "contiguous": (5 + 6 + 7 + 8) / 18}
     assert imbalance_by_layout(causal, 8) == {"contiguous": 8 / 4.5}  # 8 chunks are not 16 pieces
-    assert imbalance_by_layout(torch.zeros(8), 2) == {"zigzag": 1.0, "contiguous": 1.0}
+    assert imbalance_by_layout(torch.zeros(4), 2) == {"zigzag": 1.0, "contiguous": 1.0}
 
 
 def test_without_a_group_the_call_is_the_one_device_call() -> None:

@@ -17,6 +17,7 @@ CALL: dict[str, Any] = {
     "block_size": 2 * 64 * 128,
     "element_size": 2,
     "gradient_element_size": 4,
+    "group": 4,
     "planned": True,
 }
 PLENTY = 2**60
@@ -38,9 +39,11 @@ def test_the_model_is_its_one_line() -> None:
 def test_bytes_of_two_ranks_by_hand() -> None:
     costs = predict(Busiest(fast=10, slow=0, held=10), Topology(2, 2), **CALL)
     block = 2 * 64 * 128
-    assert costs["selective"] == Cost(3, 10 * block * 8, 0, 20 * block * 8, 10 * block * 6)
-    assert costs["allgather"] == Cost(3, BLOCKS * block * 8, 0, 0, 2 * BLOCKS * block * 6)
-    assert costs["ring"] == Cost(3, BLOCKS * block * 8, 0, 0, 2 * BLOCKS * block * 6)
+    merge = 4 * BLOCKS * 64 * 128 * 2 * 2 * 4  # output and gradient of the queries, read and written, in float32
+    assert costs["selective"] == Cost(3, 10 * block * 8, 0, 20 * block * 8 + merge, 10 * block * 6)
+    assert costs["allgather"] == Cost(3, BLOCKS * block * 8, 0, merge, 2 * BLOCKS * block * 6)
+    # K and V make a step forward and two backward, gradients two.
+    assert costs["ring"] == Cost(5, BLOCKS * block * (3 * 2 + 2 * 4), 0, merge, 2 * BLOCKS * block * 6)
 
 
 @pytest.mark.parametrize(("size", "ranks_per_node"), [(2, 2), (8, 8), (64, 8), (512, 8), (8, 1)])

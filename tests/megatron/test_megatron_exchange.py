@@ -58,9 +58,9 @@ def statistics() -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["ring", "ring, tp 2", "ring, pp 2"])
 def test_the_ring_sends_every_shard_round(statistics: dict[str, Any], name: str) -> None:
     # Two ranks: K and V take a step forward, two backward; gradients take two, the second of them home.
-    sent = 5 * BLOCK * BLOCKS * CHUNKS
+    sent, dense = (steps * BLOCK * BLOCKS * CHUNKS for steps in (5, PASSES))
     got = statistics[name]
-    assert (got.planned_bytes, got.sent_bytes, got.dense_bytes, got.slow_link_bytes) == (sent, sent, sent, 0)
+    assert (got.planned_bytes, got.sent_bytes, got.dense_bytes, got.slow_link_bytes) == (sent, sent, dense, 0)
     assert got.coverage == {}
 
 

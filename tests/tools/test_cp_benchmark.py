@@ -24,6 +24,7 @@ from kernel_benchmark.measure import Cell
 from ranks import run_ranks as run_test_ranks
 
 from dash_dist import shard_positions
+from dash_dist.context_parallel.layout import LAYOUTS
 
 CPU = torch.device("cpu")
 CASE = Case(
@@ -81,11 +82,12 @@ def test_the_whole_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert overlapped.error is None
     assert [len(times) for times in vars(overlapped.times).values()] == [2, 2, 2]
     assert {layout.layout: sum(layout.selected) for layout in results.layouts} == {
-        "zigzag": sum(row.selected),  # the same sequence, cut differently
-        "contiguous": sum(row.selected),
+        layout: sum(row.selected)  # the same sequence, cut differently
+        for layout in LAYOUTS
     }
-    zigzag, contiguous = (layout.imbalance or 0 for layout in results.layouts)
-    assert 1 <= zigzag < contiguous < 2
+    imbalance = {layout.layout: layout.imbalance or 0 for layout in results.layouts}
+    assert 1 <= imbalance["double_zigzag"] < imbalance["contiguous"] < 2
+    assert 1 <= imbalance["zigzag"] < imbalance["contiguous"]
     assert results.link["gigabytes_per_second"] > 0
     assert results.environment["ranks"] == 2
 
@@ -137,17 +139,17 @@ def test_a_dead_rank_and_one_that_hangs_end_the_run() -> None:
 
 def test_layouts_cut_the_same_sequence() -> None:
     joined = {}
-    for layout in ("zigzag", "contiguous"):
+    for layout in LAYOUTS:
         shards = [shard_inputs(CASE, rank, 2, layout, CPU) for rank in range(2)]
         positions = torch.cat([shard_positions(CASE.seq_len, rank, 2, layout) for rank in range(2)]).argsort()
         assert torch.equal(shards[0].summary_query, shards[1].summary_query)
         joined[layout] = [
             torch.cat([vars(shard)[name] for shard in shards], 1)[:, positions] for name in ("q", "k", "v", "grad")
         ]
-    for zigzag, contiguous in zip(*joined.values(), strict=True):
-        assert torch.equal(zigzag, contiguous)
-        pieces = zigzag.unflatten(1, (4, -1))
-        assert not any(torch.equal(pieces[:, 0], pieces[:, other]) for other in (1, 2, 3))
+    for zigzag, *others in zip(*joined.values(), strict=True):
+        assert all(torch.equal(zigzag, other) for other in others)
+        pieces = zigzag.unflatten(1, (8, -1))
+        assert not any(torch.equal(pieces[:, 0], pieces[:, other]) for other in range(1, 8))
 
 
 def test_overlap_is_what_is_saved_of_the_shorter_time() -> None:

@@ -1,6 +1,6 @@
 """A rank's shard of a sequence, drawn piece by piece: no rank ever holds more than its shard and one piece.
 
-The sequence is cut into 2 x size pieces, whatever the layout, and a piece's numbers depend on its index alone: layouts
+The sequence is cut into 4 x size pieces, whatever the layout, and a piece's numbers depend on its index alone: layouts
 cut the same sequence differently. Pieces are independent of each other. For "smooth" queries that means that the AR(1)
 process over tokens starts anew at every piece, which at thousands of tokens a piece and a correlation length of about
 a hundred changes nothing that is measured.
@@ -15,10 +15,12 @@ from kernel_benchmark.inputs import DTYPES, SEED, Case, Inputs, make_inputs
 
 from dash_dist.context_parallel.layout import pieces_of
 
+PIECES = 4  # of a rank: what the finest layout cuts
+
 
 def shard_inputs(case: Case, rank: int, size: int, layout: str, device: torch.device) -> Inputs:
     """The inputs of the tokens that a rank holds of a case's sequence; summary_query is the same at every rank."""
-    piece = replace(case, seq_len=case.seq_len // (2 * size))
+    piece = replace(case, seq_len=case.seq_len // (PIECES * size))
     dtype = DTYPES[case.dtype]
     tokens = case.seq_len // size
 
@@ -26,7 +28,7 @@ def shard_inputs(case: Case, rank: int, size: int, layout: str, device: torch.de
         return torch.empty(1, tokens, heads, case.head_dim, dtype=dtype, device=device)
 
     q, k, v, grad = empty(case.query_heads), empty(case.kv_heads), empty(case.kv_heads), empty(case.query_heads)
-    for place, index in enumerate(_halves(rank, size, layout)):
+    for place, index in enumerate(_pieces(rank, size, layout)):
         drawn = make_inputs(piece, device, SEED + 1 + index)
         held = slice(place * piece.seq_len, (place + 1) * piece.seq_len)
         for whole, part in ((q, drawn.q), (k, drawn.k), (v, drawn.v), (grad, drawn.grad)):
@@ -36,9 +38,8 @@ def shard_inputs(case: Case, rank: int, size: int, layout: str, device: torch.de
     return Inputs(q, k, v, summary_query, grad)
 
 
-def _halves(rank: int, size: int, layout: str) -> list[int]:
-    """The rank's two of 2 x size pieces, in shard order."""
+def _pieces(rank: int, size: int, layout: str) -> list[int]:
+    """The rank's PIECES of PIECES x size pieces, in shard order."""
     pieces, count = pieces_of(rank, size, layout)
-    if count == 2 * size:
-        return pieces
-    return [half for piece in pieces for half in (2 * piece, 2 * piece + 1)]
+    finer = PIECES * size // count
+    return [piece * finer + part for piece in pieces for part in range(finer)]

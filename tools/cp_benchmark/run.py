@@ -36,7 +36,8 @@ OVERLAP_SECONDS = 20.0  # of rounds, if that many are asked for
 class Request:
     """What the command line asks for.
 
-    detailed: the exchange of the parts overlap, weak and layouts. seconds: of repeated calls for one median.
+    detailed: the exchange of the parts overlap, weak and layouts. layout: of all parts but layouts.
+    seconds: of repeated calls for one median.
     arguments: the command line; commit: what the results call this tree, None for git's HEAD.
     """
 
@@ -44,6 +45,7 @@ class Request:
     parts: Sequence[str]
     exchanges: Sequence[str]
     detailed: str
+    layout: str
     dense: Sequence[str]
     dense_max_seq_len: int
     seconds: float
@@ -110,7 +112,7 @@ class _Benchmark:
         self._keep()
 
     def measure_case(self, case: Case) -> None:
-        row = ExchangeRow(case, self._ranks.size, "zigzag")
+        row = ExchangeRow(case, self._ranks.size, self._request.layout)
         if "exchanges" in self._request.parts:
             self.results.exchanges.append(row)
         with self._recorded(row, "all ranks"):
@@ -138,7 +140,7 @@ class _Benchmark:
 
     def _together(self, row: ExchangeRow) -> None:
         parts = self._request.parts
-        problem = Problem(row.case, self._ranks)
+        problem = Problem(row.case, self._ranks, layout=row.layout)
         row.routing_scale = problem.find_routing_scale()
         row.selected = problem.selected(row.routing_scale)
         self.report(f"{row.label}: routing_scale {row.routing_scale:.4g}, density {row.density:.4f}")
@@ -251,11 +253,11 @@ class _Benchmark:
         efficiencies = f"{weak.efficiency}, without stages 1 and 2 {weak.efficiency_without_routing}"
         self.report(f"{row.label}: weak scaling {efficiencies}")
 
-    def _layouts(self, zigzag: ExchangeRow) -> None:
+    def _layouts(self, measured: ExchangeRow) -> None:
         exchange = self._request.detailed
         for layout in LAYOUTS:
             row = replace(
-                zigzag,
+                measured,
                 layout=layout,
                 columns={},
                 counters={},
@@ -266,9 +268,9 @@ class _Benchmark:
                 routing=Cell(),
             )
             self.results.layouts.append(row)
-            if layout == zigzag.layout:
-                row.columns[exchange] = zigzag.columns[exchange]
-                row.counters = {exchange: zigzag.counters[exchange]} if exchange in zigzag.counters else {}
+            if layout == measured.layout:
+                row.columns[exchange] = measured.columns[exchange]
+                row.counters = {exchange: measured.counters[exchange]} if exchange in measured.counters else {}
                 continue
             problem = Problem(row.case, self._ranks, layout=layout)
             assert row.routing_scale is not None  # the layouts cut the same sequence
