@@ -5,8 +5,8 @@ Knows byte counts and links; does not know tensors. One line (`Cost.seconds`) ho
     seconds = messages x latency + fast bytes / fast bandwidth + slow bytes / slow bandwidth + copied / memory bandwidth
 
 for the busiest rank, over the forward and the backward pass: K and V travel in both, their gradients in the second.
-What computation hides of it is not subtracted, for any exchange: all hide alike. All inputs are equal at every rank of the group, so that
-the choice is, too.
+What computation hides of it is not subtracted, for any exchange: all hide alike. All inputs are equal at every rank of
+the group, so that the choice is, too.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ def test_a_failing_call_is_a_cell_with_its_error() -> None:
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, message in (
-        (["--seq-len", "300"], "multiple of 2 x ranks x chunk_size = 64"),
+        (["--seq-len", "300"], "multiple of 4 x ranks x chunk_size = 128"),
         (["--ranks", "1"], "give 2 or more"),
         (["--plot", str(tmp_path / "x.png")], "give --out as well"),
         (["--exchange", "carrier-pigeon"], "invalid choice"),
