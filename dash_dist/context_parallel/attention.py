@@ -139,16 +139,16 @@ def dash_attention(
     if cp_group is None:
         check_layout(layout)
         check_exchange(exchange)
-        tensors = (q, k, v, summary_query)
+        whole = (q, k, v, summary_query)
         if return_routing:
             return dash_attention_one_device(
-                *tensors, **settings, cu_seqlens=cu_seqlens, backend=backend, return_routing=True
+                *whole, **settings, cu_seqlens=cu_seqlens, backend=backend, return_routing=True
             )
-        return dash_attention_one_device(*tensors, **settings, cu_seqlens=cu_seqlens, backend=backend)
+        return dash_attention_one_device(*whole, **settings, cu_seqlens=cu_seqlens, backend=backend)
 
     size = dist.get_world_size(cp_group)
 
-    def check() -> tuple[tuple[AttentionSpec, Backend, Shard], str | None]:
+    def check() -> tuple[tuple[AttentionSpec, Backend, Shard], tuple[str, str]]:
         spec = check_arguments(q, k, v, summary_query, **settings)
         check_exchange(exchange)
         check_layout(layout)
@@ -156,11 +156,13 @@ def dash_attention(
             Topology(size, ranks_per_node)
         sequence = _whole_chunks(q, cu_seqlens, chunk_size, size, layout)
         shard = Shard(cp_group, layout, sequence, chunk_size)
-        documents = None if cu_seqlens is None else _fingerprint(sequence)
-        return (spec, select_backend(backend, q, k.shape[2], spec), shard), documents
+        documents = "not given" if cu_seqlens is None else f"of documents {_fingerprint(sequence)}"
+        return (spec, select_backend(backend, q, k.shape[2], spec), shard), ("cu_seqlens", documents)
 
-    shapes = tuple(tuple(x.shape) for x in (q, k, v, summary_query))
-    call_of_rank = (shapes, str(q.dtype), layout, exchange, ranks_per_node, backend, *settings.items())
+    tensors = {"q": q, "k": k, "v": v, "summary_query": summary_query}
+    shapes = ((f"shape of {name}", tuple(x.shape)) for name, x in tensors.items())
+    how = {"layout": layout, "exchange": exchange, "ranks_per_node": ranks_per_node, "backend": backend}
+    call_of_rank = (*shapes, ("dtype", str(q.dtype)), *how.items(), *settings.items())
     spec, stages, shard = check_together(check, call_of_rank, cp_group, once=q.is_cuda)
     recomputed = memory.recall() if memory is not None and torch.is_grad_enabled() else None
     call = _Call(shard, spec, stages, exchange, Topology.of(cp_group, ranks_per_node), traffic or Traffic(), recomputed)
