@@ -1,153 +1,250 @@
-"""What the ranks of the attention tests do. Every job runs many cases in the same processes."""
+"""What the ranks of the attention's tests do. Every job runs many cases in the same processes."""
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from attention_cases import (
+    CHUNK,
+    HEAD_DIM,
+    LAYOUTS,
+    SETTINGS,
+    Inputs,
+    counted,
+    crossing_documents,
+    device,
+    joined,
+    name_of,
+    of_shard,
+    one_process,
+    padding_at,
+    recorded,
+    replaced,
+    same_inputs,
+    shun,
+    ways,
+)
 
-from dash_dist import DashAttention, dash_attention, join_sequence, shard_positions, split_sequence
+from dash_dist import DashAttention, join_sequence, shard_positions, split_sequence
+from dash_dist.context_parallel import blocks, cost, exchanges
+from dash_dist.context_parallel.topology import Topology
+from dash_dist.context_parallel.traffic import Traffic
 from dash_kernels import dash_attention as dash_attention_one_device
 
-CHUNK = 16
-LAYOUTS = ("zigzag", "contiguous")
-EXCHANGES = ("selective", "allgather", "ring")
-SETTINGS: dict[str, Any] = {"chunk_size": CHUNK, "routing_scale": 12.0}
+
+def parity() -> dict[str, dict[str, float]]:
+    """Every exchange, layout and kind of documents against one process."""
+    world, chunks = dist.group.WORLD, 16
+    settings: list[dict[str, Any]] = [{}, {"prior_sigma": 1.5}]
+    cases: list[tuple[str, Inputs, dict[str, Any], tuple[str, ...]]] = []
+    for setting in settings:
+        cases.append(("one document", same_inputs(chunks), setting, LAYOUTS))
+        packed = same_inputs(chunks, batch=1, bounds=crossing_documents(chunks))
+        cases.append(("packed", packed, setting, LAYOUTS))
+    cases.append(("alpha 1.8", same_inputs(chunks), {"alpha": 1.8}, ("zigzag",)))
+    cases.append(("packed, finer", packed, {}, ("double_zigzag",)))
+    for layout in LAYOUTS:
+        padded = same_inputs(chunks, batch=1, bounds=padding_at(1, chunks, layout))
+        cases.append(("a rank of padding", padded, {}, (layout,)))
+    found = {}
+    for name, inputs, setting, layouts in cases:
+        expected = one_process(inputs, **SETTINGS, **setting)
+        # With prior_sigma "auto" is left out: it is one of the others.
+        for layout, way in itertools.product(layouts, ways()[1:] if "prior_sigma" in setting else ways()):
+            result = joined(of_shard(inputs, world, layout, **way, **SETTINGS, **setting), world, layout)
+            differences = result.differences(expected)
+            found[name_of(layout, way, name, setting)] = differences | {"density": expected.density}
+    return found
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-
-def same_inputs(chunks: int, dtype: torch.dtype = torch.float64, heads: tuple[int, int] = (8, 2)) -> list[torch.Tensor]:
-    """q, k, v, summary_query and the output's gradient: fresh at every run, the same at every rank."""
-    seed = torch.tensor([torch.seed() % 2**62], device=device())
-    dist.broadcast(seed, 0)
-    generator = torch.Generator().manual_seed(int(seed))
-    shapes = [(2, chunks * CHUNK, count, 16) for count in (heads[0], heads[1], heads[1])]
-    shapes += [(heads[1], 16), shapes[0]]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device(), dtype) for shape in shapes]
-
-
-def differences_from_one_process(
-    inputs: list[torch.Tensor], layout: str, exchange: str, **settings: Any
-) -> dict[str, float]:
-    """Largest difference of the output and of every gradient, over all ranks' shards together, relative to the largest
-    element.
-    """
-    group = dist.group.WORLD
-    *leaves, grad = inputs
-    whole = [x.clone().requires_grad_() for x in leaves]
-    out, routing = dash_attention_one_device(*whole, return_routing=True, **settings)
-    expected = [out, *torch.autograd.grad(out, whole, grad)]
-
-    shards = [split_sequence(x, group, layout=layout).requires_grad_() for x in leaves[:3]]
-    shards.append(leaves[3].clone().requires_grad_())
-    own, own_routing = dash_attention(
-        *shards, cp_group=group, layout=layout, exchange=exchange, return_routing=True, **settings
-    )
-    *gradients, dsummary_query = torch.autograd.grad(own, shards, split_sequence(grad, group, layout=layout))
-    dist.all_reduce(dsummary_query)
-    joined = [join_sequence(x, group, layout=layout) for x in (own, *gradients)] + [dsummary_query]
-    names = ("output", "q", "k", "v", "summary_query")
-    result = {
-        name: ((got - wanted).abs().max() / wanted.abs().max()).item()
-        for name, got, wanted in zip(names, joined, expected, strict=True)
-    }
-    selected = join_sequence(own_routing.selected_per_token, group, layout=layout)
-    result["selected"] = (selected - routing.selected_per_token).abs().max().item()
-    result["density"] = routing.density.item()
-    return result
-
-
-def parity() -> dict[tuple[Any, ...], dict[str, float]]:
-    chunks = 4 * dist.get_world_size()
-    return {
-        (layout, exchange, prior_sigma, alpha): differences_from_one_process(
-            same_inputs(chunks), layout, exchange, prior_sigma=prior_sigma, alpha=alpha, **SETTINGS
-        )
-        for layout, exchange, (prior_sigma, alpha) in itertools.product(
-            LAYOUTS, EXCHANGES, ((None, 1.5), (1.0, 1.5), (None, 1.8))
-        )
-    }
-
-
-def parity_of_the_smallest_shards() -> dict[tuple[Any, ...], dict[str, float]]:
-    """One chunk per rank."""
-    inputs = same_inputs(dist.get_world_size(), heads=(3, 3))
-    sharp = {"chunk_size": CHUNK, "routing_scale": 100.0}
-    return {exchange: differences_from_one_process(inputs, "contiguous", exchange, **sharp) for exchange in EXCHANGES}
+def parity_of_the_smallest_shards() -> dict[str, dict[str, float]]:
+    """One chunk per rank, of one document, and of documents of one chunk each: nothing travels."""
+    world, size = dist.group.WORLD, dist.get_world_size()
+    found = {}
+    for bounds in (None, tuple(range(size + 1))):
+        inputs = same_inputs(size, heads=(3, 3), batch=1, bounds=bounds)
+        expected = one_process(inputs, **SETTINGS)
+        for way in ways():
+            traffic = Traffic()
+            shard = of_shard(inputs, world, "contiguous", traffic=traffic, **way, **SETTINGS)
+            differences = joined(shard, world, "contiguous").differences(expected)
+            found[name_of("contiguous", way, bounds)] = differences
+            summary = traffic.take()
+            if bounds is not None and summary.exchanges.get("selective"):
+                assert summary.sent_bytes == summary.planned_bytes == 0
+    return found
 
 
 def triton_parity() -> dict[str, float]:
     """bfloat16 kernels under NCCL against one GPU."""
-    inputs = same_inputs(64, torch.bfloat16)
-    return differences_from_one_process(inputs, "zigzag", "ring", backend="triton", **SETTINGS)
+    inputs, world = same_inputs(64, torch.bfloat16), dist.group.WORLD
+    call: dict[str, Any] = {"backend": "triton", **SETTINGS, "routing_scale": 12.0}
+    expected = one_process(inputs, **call)
+    result = joined(of_shard(inputs, world, "zigzag", exchange="ring", **call), world, "zigzag")
+    return result.differences(expected) | {"density": expected.density}
 
 
-def interpreted_triton_parity() -> dict[str, float]:
-    """The kernels in float32 through Triton's interpreter, on a sequence that is small enough for it."""
-    inputs = same_inputs(2 * dist.get_world_size(), torch.float32, heads=(2, 1))
-    call: dict[str, Any] = {"chunk_size": CHUNK, "routing_scale": 30.0, "backend": "triton"}
-    return differences_from_one_process(inputs, "zigzag", "ring", **call)
+def same_bits() -> dict[str, dict[str, bool]]:
+    """A call's output and gradients, again; and with NaN in every chunk that the plan does not send, where a sender
+    takes what it sends from, and in all memory in which nothing has arrived.
+    """
+    world, chunks = dist.group.WORLD, 4 * dist.get_world_size()
+    pack, poisoned = blocks.pack, []
+
+    def pack_from_poisoned(k: torch.Tensor, v: torch.Tensor, places: torch.Tensor, chunk_size: int) -> torch.Tensor:
+        stays = torch.ones(k.shape[0], k.shape[1] // chunk_size, k.shape[2], dtype=torch.bool, device=k.device)
+        stays[tuple(places)] = False
+        poisoned.append(int(stays.sum()))
+        tokens = stays.repeat_interleave(chunk_size, 1).unsqueeze(-1)
+        return pack(k.masked_fill(tokens, torch.nan), v.masked_fill(tokens, torch.nan), places, chunk_size)
+
+    found = {}
+    cases = zip(LAYOUTS, (None, crossing_documents(chunks)), strict=True)
+    for layout, bounds in cases:
+        inputs = same_inputs(chunks, torch.float32, batch=1 if bounds else 2, bounds=bounds)
+        shun(inputs, slice(1, None, 2))
+        for way in ways()[1:]:  # "auto" is one of the others
+            run = partial(of_shard, inputs, world, layout, prior_sigma=1.5, **way, **SETTINGS)
+            expected, again = run(), run()
+            torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
+            assert torch.empty(4).isnan().all()
+            with replaced(blocks, "pack", pack_from_poisoned):
+                with_poison = run()
+            torch.use_deterministic_algorithms(False)
+            found[name_of(layout, way)] = {
+                "again": again.same_bits_as(expected),
+                "with poison": with_poison.same_bits_as(expected),
+            }
+    assert any(poisoned), "the plan sent everything: nothing was poisoned"
+    return found
 
 
 def first_token_reaches_the_last_rank() -> dict[str, float]:
     """By how much the last token of the last rank's shard changes with the sequence's first token, held by rank 0."""
-    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
-    result = {}
-    for layout, exchange in itertools.product(LAYOUTS, EXCHANGES):
-        q, k, v, c, _ = same_inputs(4 * size)
-        observed = int(shard_positions(q.shape[1], size - 1, size, layout)[-1])
+    world, size = dist.group.WORLD, dist.get_world_size()
+    found = {}
+    for layout in LAYOUTS:
+        inputs = same_inputs(4 * size)
+        observed = int(shard_positions(inputs.q.shape[1], size - 1, size, layout)[-1])
         # Its routing is sure to select the first chunk.
-        k[:, :CHUNK] = q[:, observed].unflatten(1, (2, -1)).mean(2).unsqueeze(1) * 10
-        changed_v = v.clone()
-        changed_v[:, 0] += 1.0
-        out, changed = (
-            dash_attention(
-                *(split_sequence(x, group, layout=layout) for x in (q, k, values)),
-                c,
-                cp_group=group,
-                layout=layout,
-                exchange=exchange,
-                **SETTINGS,
+        inputs.k[:, :CHUNK] = inputs.q[:, observed].unflatten(1, (2, -1)).mean(2).unsqueeze(1) * 10
+        changed = Inputs(**vars(inputs) | {"v": inputs.v.clone()})
+        changed.v[:, 0] += 1.0
+        for way in ways():
+            before, after = (of_shard(x, world, layout, **way, **SETTINGS).tensors[0] for x in (inputs, changed))
+            if dist.get_rank() == size - 1:
+                found[name_of(layout, way)] = (before - after)[:, -1].abs().max().item()
+    return found
+
+
+def a_chunk_that_nobody_selected() -> dict[str, bool]:
+    """Keys far from all queries, then other keys and values in their place: what only the chunk's own tokens notice."""
+    world, size = dist.group.WORLD, dist.get_world_size()
+    chunks, chunk = 4 * size, 1  # held by rank 0 in both layouts, and followed by chunks of every rank
+    tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+    found = {}
+    for layout in LAYOUTS:
+        inputs = same_inputs(chunks)
+        shun(inputs, slice(chunk, chunk + 1))
+        changed = Inputs(**vars(inputs) | {"k": inputs.k.clone(), "v": inputs.v.clone()})
+        changed.k[:, tokens] += torch.linspace(-0.5, 0.5, CHUNK, device=device())[:, None, None]
+        changed.v[:, tokens] += 3.0
+        expected = one_process(changed, **SETTINGS)
+        elsewhere = torch.ones(chunks * CHUNK, dtype=torch.bool, device=device())
+        elsewhere[tokens] = False
+        for way in ways():
+            before, after = (
+                joined(of_shard(x, world, layout, **way, **SETTINGS), world, layout) for x in (inputs, changed)
             )
-            for values in (v, changed_v)
-        )
-        if rank == size - 1:
-            result[f"{layout}/{exchange}"] = (out - changed)[:, -1].abs().max().item()
-    return result
+            assert max(after.differences(expected).values()) < 1e-10
+            assert not torch.equal(before.tensors[0][:, tokens], after.tensors[0][:, tokens])
+            pairs = list(zip(before.tensors[:2], after.tensors[:2], strict=True))  # the output, the gradient of q
+            found[name_of(layout, way)] = torch.equal(before.selected, after.selected) and all(
+                torch.equal(a[:, elsewhere], b[:, elsewhere]) for a, b in pairs
+            )
+    return found
 
 
-def errors_at_every_rank() -> dict[str, str]:
-    """One rank's mistake is everybody's ValueError."""
-    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+def bytes_sent() -> dict[str, dict[str, int]]:
+    """Of one forward and backward pass, by traffic's count and by what all_to_all_single was given, over all ranks."""
+    world, chunks = dist.group.WORLD, 4 * dist.get_world_size()
+    packed = same_inputs(chunks, torch.float32, batch=1, bounds=crossing_documents(chunks))
+    shared = same_inputs(chunks, torch.float32, batch=1)
+    shun(shared, slice(1, None))  # all but the first chunk: every rank selects that one, and it alone
+    cases = {"False": same_inputs(chunks, torch.float32), "True": packed, "shared": shared}
+    found = {}
+    for layout, (name, inputs) in itertools.product(LAYOUTS, cases.items()):
+        results = []
+        for way in ways():
+            if way["exchange"] != "selective":
+                continue
+            traffic = Traffic()
+            with counted(Topology(dist.get_world_size(), 2)) as given:
+                results.append(of_shard(inputs, world, layout, traffic=traffic, **way, **SETTINGS))
+            summary = traffic.take()
+            assert summary.sent_bytes == summary.planned_bytes == given.fast + given.slow
+            assert summary.sent_bytes <= summary.dense_bytes
+            assert summary.slow_link_bytes == (given.slow if "ranks_per_node" in way else 0)
+            assert summary.exchanges == {"selective": 1}
+            totals = torch.tensor([given.fast + given.slow, given.slow, summary.dense_bytes])
+            dist.all_reduce(totals)
+            found[name_of(layout, way, name)] = dict(zip(("sent", "slow", "dense"), totals.tolist(), strict=True))
+        for other in results[1:]:
+            assert max(other.differences(results[0]).values()) < 1e-4
+    return found
 
-    def call(length: int, **change: Any) -> str:
-        q, k, v = (torch.randn(1, length, heads, 16, device=device()) for heads in (4, 2, 2))
-        settings = {"chunk_size": CHUNK, "cp_group": group} | change
-        try:
-            dash_attention(q, k, v, torch.zeros(2, 16, device=device()), **settings)
-        except ValueError as error:
-            return str(error)
-        return "no error"
 
-    return {
-        "not a multiple": call(3 * CHUNK),
-        "one rank's alpha": call(4 * CHUNK, alpha=3.0 if rank == size - 1 else 1.5),
-        "different lengths": call(4 * CHUNK if rank else 2 * CHUNK),
-        "different layouts": call(4 * CHUNK, layout="zigzag" if rank else "contiguous"),
-        "unknown layout": call(4 * CHUNK, layout="spiral"),
-        "unknown exchange": call(4 * CHUNK, exchange="pigeon"),
-        "good afterwards": call(4 * CHUNK),
+def automatic_choices() -> dict[str, list[str]]:
+    """What "auto" takes where the cost model's constants speak for each, and where its default ones do."""
+    world, size = dist.group.WORLD, dist.get_world_size()
+    inputs = same_inputs(4 * size)
+    shun(inputs, slice(1, None, 2))  # every other chunk is needed
+    alone = same_inputs(4 * size, batch=1, bounds=tuple(range(4 * size + 1)))
+    links, budget = cost.Links, exchanges.MEMORY_BUDGET
+    constants: dict[str, tuple[Any, int, Inputs]] = {
+        "default": (links, budget, inputs),
+        "bandwidth is scarce": (partial(links, fast_bandwidth=1.0), budget, inputs),
+        "copies are slow": (partial(links, memory_bandwidth=1.0), budget, inputs),
+        "memory is scarce": (links, 0, inputs),
+        "nothing is needed": (links, 0, alone),
     }
+    found = {}
+    for name, (chosen_links, chosen_budget, given) in constants.items():
+        traffic = Traffic()
+        with (
+            replaced(cost, "Links", chosen_links),
+            replaced(exchanges, "MEMORY_BUDGET", chosen_budget),
+            recorded(exchanges, "make_plan") as plans,
+        ):
+            for layout in LAYOUTS:
+                of_shard(given, world, layout, exchange="auto", traffic=traffic, **SETTINGS)
+        names = list(traffic.take().exchanges)
+        expected = []
+        for _, plan in plans:
+            heads, chunks = given.k.shape[2], given.k.shape[0] * 4
+            size_of_a_block = 2 * CHUNK * HEAD_DIM
+            costs = cost.predict(
+                plan.busiest,
+                Topology(size, size),
+                blocks_per_rank=heads * chunks,
+                block_size=size_of_a_block,
+                element_size=8,
+                gradient_element_size=8,
+                planned=True,
+            )
+            expected.append(cost.cheapest(costs, chosen_links(), chosen_budget))
+        assert sorted(set(names)) == sorted(set(expected)), (names, expected)
+        found[name] = names
+    return found
 
 
 def split_and_join() -> dict[str, bool]:
     group, size = dist.group.WORLD, dist.get_world_size()
     result = {}
-    for layout, dim in itertools.product(LAYOUTS, (0, 1)):
+    for layout, dim in itertools.product((*LAYOUTS, "double_zigzag"), (0, 1)):
         shape = (8 * size, 3) if dim == 0 else (3, 8 * size)
         x = torch.arange(math.prod(shape), dtype=torch.float64, device=device()).view(shape).requires_grad_()
         shard = split_sequence(x, group, layout=layout, dim=dim)
@@ -161,14 +258,15 @@ def split_and_join() -> dict[str, bool]:
 def module_trains() -> list[float]:
     """A module's parameter gets the shard's part of the gradient; the sum is the whole one."""
     group = dist.group.WORLD
-    q, k, v, c, grad = same_inputs(4 * dist.get_world_size())
-    module = DashAttention(2, 16, cp_group=group, dtype=torch.float64, device=device(), **SETTINGS)
+    inputs = same_inputs(4 * dist.get_world_size())
+    module = DashAttention(2, HEAD_DIM, cp_group=group, dtype=torch.float64, device=device(), **SETTINGS)
     module.record_routing = True
-    shards = [split_sequence(x, group) for x in (q, k, v)]
-    (module(*shards) * split_sequence(grad, group)).sum().backward()
+    shards = [split_sequence(x, group) for x in (inputs.q, inputs.k, inputs.v)]
+    (module(*shards) * split_sequence(inputs.grad, group)).sum().backward()
     assert module.routing is not None
     assert module.summary_query.grad is not None
     dist.all_reduce(module.summary_query.grad)
-    zeros = torch.zeros_like(c, requires_grad=True)
-    (wanted,) = torch.autograd.grad(dash_attention_one_device(q, k, v, zeros, **SETTINGS), zeros, grad)
+    zeros = torch.zeros_like(inputs.summary_query, requires_grad=True)
+    out = dash_attention_one_device(inputs.q, inputs.k, inputs.v, zeros, **SETTINGS)
+    (wanted,) = torch.autograd.grad(out, zeros, inputs.grad)
     return [(module.summary_query.grad - wanted).abs().max().item(), wanted.abs().max().item()]

@@ -3,15 +3,14 @@
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from attention_jobs import device
+from attention_cases import counted, device
 
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.context_parallel.plan import make_plan
@@ -118,27 +117,6 @@ class Expected:
         return max(max(self.blocks(link, sender=r), self.blocks(link, receiver=r)) for r in ranks)
 
 
-@contextmanager
-def counted_bytes(topology: Topology) -> Iterator[dict[str, int]]:
-    """Bytes that this rank really gives to all_to_all_single for other ranks, by link."""
-    counts = {"fast": 0, "slow": 0}
-    original = dist.all_to_all_single
-
-    def counting(output: torch.Tensor, given: torch.Tensor, receive: list[int], send: list[int], **kwargs: Any) -> Any:
-        rank = dist.get_rank()
-        for target, rows in enumerate(send):
-            if target != rank:
-                near = target // topology.ranks_per_node == rank // topology.ranks_per_node
-                counts["fast" if near else "slow"] += rows * given[:1].nbytes
-        return original(output, given, receive, send, **kwargs)
-
-    dist.all_to_all_single = counting
-    try:
-        yield counts
-    finally:
-        dist.all_to_all_single = original
-
-
 def exchanges() -> list[str]:
     """All kinds of masks, layouts and nodes."""
     size = dist.get_world_size()
@@ -179,12 +157,12 @@ def one_exchange(kind: str, layout: str, topology: Topology, generator: torch.Ge
         if (rank, (index, head, shards[rank][slot])) not in expected.leaving:
             own[:, index, head, slot] = torch.nan
     k, v = own.permute(1, 3, 4, 0, 2, 5).flatten(1, 2).unbind(2)  # [B, S, Hkv, D], interleaved in memory
-    with counted_bytes(topology) as counted:
+    with counted(topology) as given:
         kv, addresses = fetch(k, v, plan, shard, unnoticed).land()
     sent = plan.sent_bytes(CHUNK, HEAD_DIM, k.dtype)
     for link in ("fast", "slow"):
         wanted = expected.blocks(link, sender=rank) * BLOCK_BYTES
-        check(f"bytes sent over {link} links", (counted[link], getattr(sent, link)), (wanted, wanted))
+        check(f"bytes sent over {link} links", (getattr(given, link), getattr(sent, link)), (wanted, wanted))
         check(f"blocks of the busiest over {link} links", getattr(plan.busiest, link), expected.busiest(link))
     check("blocks held by the busiest", plan.busiest.held, expected.held)
     check("order", addresses.tolist(), plan.addresses.tolist())
@@ -197,15 +175,15 @@ def one_exchange(kind: str, layout: str, topology: Topology, generator: torch.Ge
     gradients = torch.randint(-99, 99, shape, generator=generator).to(torch.float64) * masks[:, None, ..., None, None]
     gradients = gradients.to(device())
     gradients[rank][:, :, :, shards[rank]] += 0.5  # the own share, which does not travel
-    given = torch.stack([gradients[rank][:, b, h, c] for b, h, c in blocks]) if blocks else kv
+    summands = torch.stack([gradients[rank][:, b, h, c] for b, h, c in blocks]) if blocks else kv
     own_share = gradients[rank][:, :, :, shards[rank]].permute(0, 1, 3, 4, 2, 5).flatten(2, 3).contiguous()
     dense = gradients.sum(0)[:, :, :, shards[rank]].permute(0, 1, 3, 4, 2, 5).flatten(2, 3)
-    with counted_bytes(topology) as counted:
-        summed = send_home(given, plan, shard, unnoticed).land(own_share)
-    returned = plan.returned_bytes(CHUNK, HEAD_DIM, given.dtype)
+    with counted(topology) as given:
+        summed = send_home(summands, plan, shard, unnoticed).land(own_share)
+    returned = plan.returned_bytes(CHUNK, HEAD_DIM, summands.dtype)
     for link in ("fast", "slow"):
         wanted = expected.blocks(link, receiver=rank) * BLOCK_BYTES
-        check(f"bytes returned over {link} links", (counted[link], getattr(returned, link)), (wanted, wanted))
+        check(f"bytes returned over {link} links", (getattr(given, link), getattr(returned, link)), (wanted, wanted))
     check("gradients", torch.equal(summed, dense), True)
     return wrong
 
@@ -237,6 +215,7 @@ def one_rank_alone() -> dict[str, Any]:
     kv, addresses = fetch(k, k, plan, shard, unnoticed).land()
     own = torch.randn(2, *k.shape)
     same = torch.equal(send_home(kv, plan, shard, unnoticed).land(own.clone()), own)
+    dist.barrier()  # rank 0 keeps the addresses of groups that others are still about to make
     return {"blocks": len(addresses), "same": same, "idle": plan.is_idle, "coverage": plan.coverage}
 
 

@@ -1,0 +1,28 @@
+"""Layers under activation checkpointing: right, and no more sent than without it."""
+
+from ranks import run_ranks
+
+
+def test_a_recomputed_layer_plans_once_and_fetches_twice() -> None:
+    for found in run_ranks("recompute_jobs:recomputed_layers", 4, cpu_only=True):
+        assert len(found) == 4
+        for case, run in found.items():
+            assert run["reentrant is right"], case
+            assert run["non-reentrant is right"], case
+            assert run["memory is empty"], case
+            plain, reentrant, without_memory = run["calls"]
+            plain_bytes, reentrant_bytes, bytes_without_memory = run["bytes"]
+            if "ring" in case:  # goes round in the recomputation as well
+                assert reentrant_bytes == bytes_without_memory > plain_bytes
+                continue
+            assert reentrant == plain
+            assert reentrant_bytes == plain_bytes < bytes_without_memory
+            if "selective" in case:
+                # Two micro-batches. Each plan is an all-to-all per hop; K and V travel twice, their gradients once.
+                hops = 2 if "selective, 2" in case else 1
+                assert reentrant == {"plan": 2 * hops, "tensors": 2 * 3 * hops}
+                assert without_memory == {"plan": 4 * hops, "tensors": 2 * 4 * hops}
+
+
+def test_evaluation_leaves_nothing_behind() -> None:
+    assert all(run_ranks("recompute_jobs:evaluation_leaves_nothing_behind", 2))
