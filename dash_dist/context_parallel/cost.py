@@ -2,7 +2,7 @@
 
 Knows byte counts and links; does not know tensors. One line (`Cost.seconds`) holds the model:
 
-    seconds = messages x latency + fast bytes / fast bandwidth + slow bytes / slow bandwidth + copied / memory bandwidth
+    seconds = messages x latency + fast bytes / fast bandwidth + slow bytes / slow bandwidth + merged / memory bandwidth
 
 for the busiest rank, over the forward and the backward pass: K and V travel in both, their gradients in the second.
 What computation hides of it is not subtracted, for any exchange: all hide alike. All inputs are equal at every rank of
@@ -40,14 +40,15 @@ class Cost:
 
     messages:               collectives, or steps of the ring, one after another
     fast_bytes, slow_bytes: what goes through its links within the node, and to other nodes
-    copied_bytes:           reads and writes of packing, and of merging what several parts of K and V give
+    merged_bytes:           reads and writes of merging what several parts of K and V give. Packing blocks is not here: it
+                            runs beside the transfers of others, at several times their speed
     held_bytes:             K, V and gradients that it holds at once in the backward pass, beside its own tensors
     """
 
     messages: int
     fast_bytes: int
     slow_bytes: int
-    copied_bytes: int
+    merged_bytes: int
     held_bytes: int
 
     def seconds(self, links: Links) -> float:
@@ -55,7 +56,7 @@ class Cost:
             self.messages * links.latency
             + self.fast_bytes / links.fast_bandwidth
             + self.slow_bytes / links.slow_bandwidth
-            + self.copied_bytes / links.memory_bandwidth
+            + self.merged_bytes / links.memory_bandwidth
         )
 
 
@@ -94,7 +95,7 @@ def predict(
         messages=3 * hops + (0 if planned else hops + 2),
         fast_bytes=busiest.fast * travelling,
         slow_bytes=busiest.slow * travelling,
-        copied_bytes=2 * (busiest.fast + busiest.slow) * travelling + merge,
+        merged_bytes=merge,
         held_bytes=busiest.held * held,
     )
     # An all-gather takes every shard into a node once, shared by the links of the node's ranks.
@@ -103,7 +104,7 @@ def predict(
         messages=3,
         fast_bytes=(size - 1) * shard - gathered_from_afar,
         slow_bytes=gathered_from_afar,
-        copied_bytes=merge,
+        merged_bytes=merge,
         held_bytes=size * blocks_per_rank * held,
     )
     # A step of the ring takes as long as its slowest link. In the backward pass K and V go round twice, the second time
@@ -114,7 +115,7 @@ def predict(
         messages=3 * (size - 1) + size,
         fast_bytes=passed_on if topology.nodes == 1 else 0,
         slow_bytes=passed_on if topology.nodes > 1 else 0,
-        copied_bytes=(size - 1) * merge,
+        merged_bytes=(size - 1) * merge,
         held_bytes=2 * blocks_per_rank * held,
     )
     return {"selective": selective, "allgather": allgather, "ring": ring}

@@ -204,15 +204,15 @@ def automatic_choices() -> dict[str, list[str]]:
     shun(inputs, slice(1, None, 2))  # every other chunk is needed
     alone = same_inputs(4 * size, batch=1, bounds=tuple(range(4 * size + 1)))
     links, budget = cost.Links, exchanges.MEMORY_BUDGET
-    constants: dict[str, tuple[Any, int, Inputs]] = {
-        "default": (links, budget, inputs),
-        "bandwidth is scarce": (partial(links, fast_bandwidth=1.0), budget, inputs),
-        "copies are slow": (partial(links, memory_bandwidth=1.0), budget, inputs),
-        "memory is scarce": (links, 0, inputs),
-        "nothing is needed": (links, 0, alone),
+    constants: dict[str, tuple[Any, int, Inputs, int]] = {
+        "default": (links, budget, inputs, size),
+        "bandwidth is scarce": (partial(links, fast_bandwidth=1.0), budget, inputs, size),
+        "messages are slow": (partial(links, latency=1.0), budget, inputs, 2),  # two hops take twice as many
+        "memory is scarce": (links, 0, inputs, size),
+        "nothing is needed": (links, 0, alone, size),
     }
     found = {}
-    for name, (chosen_links, chosen_budget, given) in constants.items():
+    for name, (chosen_links, chosen_budget, given, ranks_per_node) in constants.items():
         traffic = Traffic()
         with (
             replaced(cost, "Links", chosen_links),
@@ -220,7 +220,9 @@ def automatic_choices() -> dict[str, list[str]]:
             recorded(exchanges, "make_plan") as plans,
         ):
             for layout in LAYOUTS:
-                of_shard(given, world, layout, exchange="auto", traffic=traffic, **SETTINGS)
+                of_shard(
+                    given, world, layout, exchange="auto", ranks_per_node=ranks_per_node, traffic=traffic, **SETTINGS
+                )
         names = list(traffic.take().exchanges)
         expected = []
         for _, plan in plans:
@@ -228,11 +230,12 @@ def automatic_choices() -> dict[str, list[str]]:
             size_of_a_block = 2 * CHUNK * HEAD_DIM
             costs = cost.predict(
                 plan.busiest,
-                Topology(size, size),
+                Topology(size, ranks_per_node),
                 blocks_per_rank=heads * chunks,
                 block_size=size_of_a_block,
                 element_size=8,
                 gradient_element_size=8,
+                group=4,
                 planned=True,
             )
             expected.append(cost.cheapest(costs, chosen_links(), chosen_budget))

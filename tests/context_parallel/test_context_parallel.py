@@ -81,7 +81,7 @@ def test_auto_takes_the_same_exchange_everywhere_by_the_cost_model() -> None:
     first, *others = run_ranks("attention_jobs:automatic_choices", 4, cpu_only=True)
     assert all(other == first for other in others)
     assert first["bandwidth is scarce"] == first["nothing is needed"] == ["selective"]
-    assert first["copies are slow"] == ["allgather"]
+    assert first["messages are slow"] == ["allgather"]
     assert first["memory is scarce"] == ["ring"]
 
 
