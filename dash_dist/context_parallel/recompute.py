@@ -5,8 +5,9 @@ Knows the order of passes; does not know layers, nor why they are recomputed.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
+
+import torch
 
 from dash_dist.context_parallel.exchanges import Exchange
 from dash_kernels.spec import Routing
@@ -21,21 +22,32 @@ class Found:
 
 
 class ForwardMemory:
-    """Of one layer under activation checkpointing, where a forward pass without gradients comes first and one with
-    gradients, over the same inputs, just before the backward pass.
+    """Of one layer under reentrant activation checkpointing: a forward pass without gradients comes first, and one with
+    gradients, over the same inputs, in the backward pass of the autograd node that the checkpoint is.
 
-    Micro-batches are recomputed in the order of their forward passes, as every pipeline schedule does.
+    Nodes are numbered as they are made, the checkpoint's before its first pass: what a node recomputes is the earliest
+    pass after that number. So micro-batches may be recomputed in any order, and passes without gradients that are never
+    recomputed do no harm but to memory, until `clear`.
     """
 
     def __init__(self) -> None:
-        self._found: deque[Found] = deque()
+        # By the number of the next node when the pass ended: never twice, for the attention itself takes one.
+        self._found: dict[int, Found] = {}
 
     def remember(self, found: Found) -> None:
-        self._found.append(found)
+        self._found[torch._C._autograd._get_sequence_nr()] = found
 
     def recall(self) -> Found | None:
-        """What the earliest pass that was not recomputed yet has found; None if there is none."""
-        return self._found.popleft() if self._found else None
+        """What the pass that is being recomputed has found; None if it left nothing, or none is being recomputed."""
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return None
+        number = min((number for number in self._found if number > node._sequence_nr()), default=None)
+        return None if number is None else self._found.pop(number)
+
+    def __len__(self) -> int:
+        """Passes that were not recomputed yet."""
+        return len(self._found)
 
     def clear(self) -> None:
         """Forgets passes that will not be recomputed: of a step that failed."""
