@@ -18,10 +18,16 @@ def test_a_recomputed_layer_plans_once_and_fetches_twice() -> None:
             assert reentrant == plain
             assert reentrant_bytes == plain_bytes < bytes_without_memory
             if "selective" in case:
-                # Two micro-batches. Each plan is an all-to-all per hop; K and V travel twice, their gradients once.
+                # Two micro-batches through a layer twice. A plan is an all-to-all per hop; K and V travel twice, their
+                # gradients once.
                 hops = 2 if "selective, 2" in case else 1
-                assert reentrant == {"plan": 2 * hops, "tensors": 2 * 3 * hops}
-                assert without_memory == {"plan": 4 * hops, "tensors": 2 * 4 * hops}
+                assert reentrant == {"plan": 4 * hops, "tensors": 4 * 3 * hops}
+                assert without_memory == {"plan": 8 * hops, "tensors": 4 * 4 * hops}
+
+
+def test_passes_find_what_is_theirs_in_any_order() -> None:
+    for found in run_ranks("recompute_jobs:recomputed_in_other_orders", 2):
+        assert all(found.values()), found
 
 
 def test_evaluation_leaves_nothing_behind() -> None:
