@@ -20,8 +20,9 @@ DEMO_OVERRIDES = $(if $(filter 1,$(GPUS)),parallel.context=1)
 demo: $(INSTALLED)
 	$(BIN)/python launch/ray_train.py configs/demo.yaml $(DEMO_OVERRIDES) $(ARGS)
 
+# Two workers: what starts processes of its own stays together on one (tests/conftest.py).
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check $(LINTED)

@@ -40,8 +40,8 @@ class Cost:
 
     messages:               collectives, or steps of the ring, one after another
     fast_bytes, slow_bytes: what goes through its links within the node, and to other nodes
-    merged_bytes:           reads and writes of merging what several parts of K and V give. Packing blocks is not here: it
-                            runs beside the transfers of others, at several times their speed
+    merged_bytes:           reads and writes of merging what several parts of K and V give. Packing is not counted: it
+                            runs beside computation as the transfers do, at several times their speed
     held_bytes:             K, V and gradients that it holds at once in the backward pass, beside its own tensors
     """
 

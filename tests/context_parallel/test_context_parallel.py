@@ -9,12 +9,10 @@ from ranks import backend_for, run_ranks
 from dash_dist import dash_attention, join_sequence, shard_positions, split_sequence
 from dash_dist.context_parallel.layout import (
     LAYOUTS,
-    PIECES_PER_RANK,
     gathered_chunks,
     imbalance_by_layout,
     shard_chunks,
 )
-from dash_dist.megatron import config
 from dash_kernels.chunks import ChunkGrid
 
 SIZES = [2, pytest.param(4, marks=pytest.mark.skipif(0 < torch.cuda.device_count() < 4, reason="needs 4 GPUs"))]
@@ -142,10 +140,6 @@ def test_the_double_zigzag_balances_work_that_levels_off() -> None:
     assert 1 < uneven["double_zigzag"] < uneven["zigzag"] < uneven["contiguous"]
     assert (uneven["zigzag"] - 1) / (uneven["double_zigzag"] - 1) > 2
     assert set(imbalance_by_layout(work[:16], 8)) == {"zigzag", "contiguous"}  # not enough chunks
-
-
-def test_the_configuration_knows_the_layouts() -> None:
-    assert config.PIECES_PER_RANK == PIECES_PER_RANK
 
 
 def test_imbalance_is_the_busiest_rank_over_the_mean_one() -> None:

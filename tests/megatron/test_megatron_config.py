@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from dash_dist.context_parallel import layout
 from dash_dist.megatron import (
     AttentionConfig,
     ModelConfig,
@@ -13,7 +14,7 @@ from dash_dist.megatron import (
     check_combination,
     flops_per_token,
 )
-from dash_dist.megatron.config import padded_vocab_size
+from dash_dist.megatron.config import PIECES_PER_RANK, padded_vocab_size
 from dash_kernels.backend import MAX_TRITON_HEAD_DIM
 
 SHAPE: dict[str, Any] = {
@@ -112,3 +113,7 @@ def test_flops_count_weights_and_attention() -> None:
     # At full density the attended tokens are half of the sequence.
     assert flops(4096, 1.0) == 6 * weights + 6 * (12 * 64 * 2048 + 6 * 64 * 32)
     assert flops(4096, 0.25) < flops(4096, 0.5) < flops(4096, 1.0)
+
+
+def test_what_is_written_twice_is_equal() -> None:
+    assert PIECES_PER_RANK == layout.PIECES_PER_RANK

@@ -82,7 +82,7 @@ def test_dense_routing_needs_every_earlier_chunk(statistics: dict[str, Any], nam
     assert got.dense_bytes == PASSES * BLOCK * BLOCKS * CHUNKS
     assert got.coverage == {0: 1.0, 1: 1.0}
     # The token's chunk counts: chunk i has 1 + i of them to select, 36 over all.
-    assert got.imbalance == {"zigzag": 1.0, "contiguous": (5 + 6 + 7 + 8) / 18}
+    assert got.imbalance == {"zigzag": 1.0, "double_zigzag": 1.0, "contiguous": (5 + 6 + 7 + 8) / 18}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_two_levels_cross_the_slow_links_once(statistics: dict[str, Any]) -> Non
 
 def test_the_other_layout_is_predicted(statistics: dict[str, Any]) -> None:
     zigzag, contiguous = statistics["selective"].imbalance, statistics["selective, contiguous"].imbalance
-    assert list(zigzag) == ["zigzag", "contiguous"]
+    assert list(zigzag) == ["zigzag", "double_zigzag", "contiguous"]
     assert zigzag == pytest.approx(contiguous, rel=1e-6)
     assert 1.0 <= zigzag["zigzag"] < zigzag["contiguous"] < (5 + 6 + 7 + 8) / 18
 

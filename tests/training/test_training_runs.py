@@ -85,6 +85,7 @@ def test_the_whole_run_wrote_every_curve(folder):
         "cp/coverage/layer_1",
         "cp/overlap",
         "cp/imbalance/zigzag",
+        "cp/imbalance/double_zigzag",
         "cp/imbalance/contiguous",
         "cp/exchange/selective",
         "cp/exchange/allgather",
