@@ -44,9 +44,9 @@ def main(arguments: list[str]) -> None:
         print(predictions(Results.read(options.predict), options.predict_ranks, options.predict_seq_len))
         return
     if options.plot_only:
-        results = Results.read(options.plot_only)
+        results = Results.read(*options.plot_only)
         print(tables(results))
-        draw(options.plot or options.plot_only.with_suffix(".png"), results)
+        draw(options.plot or options.plot_only[0].with_suffix(".png"), results)
         return
     request = Request(
         cases=cases(options),
@@ -117,7 +117,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--commit", help="what the results call this tree; default: git's HEAD")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="results, written after every measurement")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs --out")
-    parser.add_argument("--plot-only", type=Path, metavar="FILE.json", help="print and draw an earlier run, no GPU")
+    parser.add_argument(
+        "--plot-only", type=Path, nargs="+", metavar="FILE.json", help="print and draw earlier runs together, no GPU"
+    )
     parser.add_argument("--predict", type=Path, metavar="FILE.json", help="print predictions from an earlier run")
     parser.add_argument("--predict-ranks", type=int, nargs="+", default=list(DEFAULT_RANKS), metavar="CP")
     parser.add_argument("--predict-seq-len", type=int, nargs="+", default=list(DEFAULT_SEQ_LENS), metavar="T")

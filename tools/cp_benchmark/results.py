@@ -189,17 +189,21 @@ class Results:
         path.write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> Results:
-        """What `write` wrote."""
-        content = json.loads(path.read_text())
+    def read(cls, first: Path, *others: Path) -> Results:
+        """What `write` wrote; the rows of several runs together, with the environment and the link of the first."""
+        contents = [json.loads(path.read_text()) for path in (first, *others)]
+
+        def rows(name: str) -> list[dict[str, Any]]:
+            return [entry for content in contents for entry in content[name]]
+
         return cls(
-            content["environment"],
-            content["link"],
-            [_exchange_row(entry) for entry in content["exchanges"]],
-            [_weak_row(entry) for entry in content["weak"]],
-            [_overlap_row(entry) for entry in content["overlap"]],
-            [_exchange_row(entry) for entry in content["layouts"]],
-            content["errors"],
+            contents[0]["environment"],
+            contents[0]["link"],
+            [_exchange_row(entry) for entry in rows("exchanges")],
+            [_weak_row(entry) for entry in rows("weak")],
+            [_overlap_row(entry) for entry in rows("overlap")],
+            [_exchange_row(entry) for entry in rows("layouts")],
+            {what: error for content in contents for what, error in content["errors"].items()},
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,9 @@ class _Benchmark:
         environment["ranks"] = ranks.size
         if device == "cuda":
             environment["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
+            environment["nccl_settings"] = {
+                name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "CUDA_DEVICE_MAX"))
+            }
         self.results = Results(environment)
         self.report(", ".join(f"{name} {value}" for name, value in environment.items()))
 
