@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from dash_dist.context_parallel.agreement import check_together
-from dash_dist.context_parallel.exchanges import Delivery, check_exchange, from_plan, of_everything
+from dash_dist.context_parallel.exchanges import check_exchange, from_plan, of_everything
 from dash_dist.context_parallel.layout import check_layout, pieces_of
 from dash_dist.context_parallel.recompute import ForwardMemory, Found
 from dash_dist.context_parallel.shard import Shard
@@ -219,20 +219,13 @@ class _Call:
     recomputed: Found | None
 
 
-class _Kept:
-    """What the forward pass leaves beside tensors: filled in `forward`, since autograd passes only tensors out."""
-
-    found: Found
-    delivery: Delivery | None = None
-
-
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, summary_query: torch.Tensor, call: _Call
 ) -> tuple[torch.Tensor, torch.Tensor, Found]:
     """(output, selected chunks per token, what the pass has found)"""
-    kept = _Kept()
-    out, selected = _ContextParallelAttention.apply(q, k, v, summary_query, call, kept)
-    return out, selected, kept.found
+    found: list[Found] = []  # autograd passes only tensors out
+    out, selected = _ContextParallelAttention.apply(q, k, v, summary_query, call, found)
+    return out, selected, found[0]
 
 
 class _ContextParallelAttention(torch.autograd.Function):
@@ -245,7 +238,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         v: torch.Tensor,
         summary_query: torch.Tensor,
         call: _Call,
-        kept: _Kept,
+        found: list[Found],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shard, spec, stages, traffic = call.shard, call.spec, call.stages, call.traffic
         exchange = call.recomputed.exchange if call.recomputed else of_everything(call.exchange, shard, call.topology)
@@ -266,11 +259,9 @@ class _ContextParallelAttention(torch.autograd.Function):
         assert state is not None  # there is at least the own part
         out, lse = state
         traffic.call(exchange.name, routing.selected, len(shard.chunks), exchange.plan)
-        kept.found = Found(routing, exchange)
-        if call.recomputed:
-            ctx.delivery = delivery  # the backward pass is next: nothing travels twice
-        else:
-            ctx.delivery = None
+        found.append(Found(routing, exchange))
+        # After a recomputation the backward pass is next: what has come need not travel again.
+        ctx.delivery = delivery if call.recomputed else None
         ctx.save_for_backward(
             q, k, v, summary_query, out, lse, summaries, routing.tau, routing.log_mean, routing.selected, routing.masks
         )
