@@ -6,6 +6,7 @@ Knows the order of passes; does not know layers, nor why they are recomputed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +28,8 @@ class ForwardMemory:
 
     Nodes are numbered as they are made, the checkpoint's before its first pass: what a node recomputes is the earliest
     pass after that number. So micro-batches may be recomputed in any order, and passes without gradients that are never
-    recomputed do no harm but to memory, until `clear`.
+    recomputed do no harm but to memory, until `clear`. A node that is recomputed again, for a second backward pass over
+    a retained graph, finds nothing: what it left was used up, and what comes next is another micro-batch's.
     """
 
     def __init__(self) -> None:
@@ -41,6 +43,11 @@ class ForwardMemory:
         """What the pass that is being recomputed has found; None if it left nothing, or none is being recomputed."""
         node = torch._C._current_autograd_node()
         if node is None:
+            return None
+        # The node itself remembers which backward pass recomputed it first, and forgets it when it dies.
+        backward_pass = torch._C._current_graph_task_id()
+        metadata: Any = node.metadata  # a dict, whatever torch's stubs say
+        if metadata.setdefault(self, backward_pass) != backward_pass:
             return None
         number = min((number for number in self._found if number > node._sequence_nr()), default=None)
         return None if number is None else self._found.pop(number)

@@ -128,3 +128,25 @@ def evaluation_leaves_nothing_behind() -> bool:
         layer(*(split_sequence(x, world) for x in (inputs.q, inputs.k, inputs.v)))
     assert layer.memory is not None
     return len(layer.memory) == 0
+
+
+def recomputed_again() -> dict[str, bool]:
+    """Whether a second backward pass over a retained graph, with another micro-batch in flight, gives the same."""
+    world, size = dist.group.WORLD, dist.get_world_size()
+    layer = DashAttention(2, HEAD_DIM, cp_group=world, recompute=True, device=device(), dtype=torch.float64, **SETTINGS)
+    under_way = []
+    for inputs in (same_inputs(4 * size, batch=1) for _ in range(2)):
+        leaves = [split_sequence(x, world).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        out = checkpoint(layer, *leaves, use_reentrant=True)
+        under_way.append((leaves, out, split_sequence(inputs.grad, world)))
+    found = {}
+    for name, (leaves, out, grad) in zip(("first", "last"), under_way, strict=True):
+        of_passes = []
+        for _ in range(2):
+            out.backward(grad, retain_graph=True)
+            of_passes.append([leaf.grad for leaf in leaves])
+            for leaf in leaves:
+                leaf.grad = None
+        found[name] = all(map(torch.equal, *of_passes))
+    assert layer.memory is not None
+    return {**found, "memory is empty": len(layer.memory) == 0}

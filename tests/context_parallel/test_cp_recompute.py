@@ -30,5 +30,10 @@ def test_passes_find_what_is_theirs_in_any_order() -> None:
         assert all(found.values()), found
 
 
+def test_a_second_backward_pass_is_not_given_another_micro_batchs_plan() -> None:
+    for found in run_ranks("recompute_jobs:recomputed_again", 2):
+        assert all(found.values()), found
+
+
 def test_evaluation_leaves_nothing_behind() -> None:
     assert all(run_ranks("recompute_jobs:evaluation_leaves_nothing_behind", 2))
