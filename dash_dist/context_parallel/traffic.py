@@ -5,7 +5,7 @@ Knows bytes, flights and counts of one rank; does not know layers, steps, nor ot
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +64,8 @@ class Traffic:
         """Forget what was added."""
         self._bytes: Counter[str] = Counter()
         self._blocks: Counter[str] = Counter()
-        self._flights: list[Timing] = []
+        self._flights: deque[Timing] = deque()  # whose times are not known yet
+        self._flight_seconds = self._waited_seconds = 0.0
         self._work: torch.Tensor | None = None
         self._exchanges: Counter[str] = Counter()
 
@@ -80,6 +81,7 @@ class Traffic:
         self._bytes.update(sent=(within + across) * row_bytes, slow=across * row_bytes)
 
     def under_way(self, timing: Timing) -> None:
+        self._settle()
         self._flights.append(timing)
 
     def call(self, exchange: str, selected: torch.Tensor, chunks: int, plan: Plan | None) -> None:
@@ -93,7 +95,7 @@ class Traffic:
     def take(self) -> TrafficSummary:
         """What was added since the last call of it; waits for the device."""
         work = torch.empty(0, dtype=torch.int64) if self._work is None else self._work.cpu()  # waits
-        seconds = [timing.seconds() for timing in self._flights if timing.is_known()]
+        self._settle()
         summary = TrafficSummary(
             planned_bytes=self._bytes["planned"],
             sent_bytes=self._bytes["sent"],
@@ -101,10 +103,17 @@ class Traffic:
             dense_bytes=self._bytes["dense"],
             needed_blocks=self._blocks["needed"],
             reachable_blocks=self._blocks["reachable"],
-            flight_seconds=sum(flight for flight, _ in seconds),
-            waited_seconds=sum(waited for _, waited in seconds),
+            flight_seconds=self._flight_seconds,
+            waited_seconds=self._waited_seconds,
             work=work,
             exchanges=dict(self._exchanges),
         )
         self.clear()
         return summary
+
+    def _settle(self) -> None:
+        """Adds up the flights that are over, so that what nobody asks for does not pile up. Does not wait."""
+        while self._flights and self._flights[0].is_known():
+            flight, waited = self._flights.popleft().seconds()
+            self._flight_seconds += flight
+            self._waited_seconds += waited
