@@ -242,9 +242,10 @@ class _ContextParallelAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shard, spec, stages, traffic = call.shard, call.spec, call.stages, call.traffic
         exchange = call.recomputed.exchange if call.recomputed else of_everything(call.exchange, shard, call.topology)
+        # A group's collectives follow each other on the links: the summaries first, which routing waits for.
+        summaries = shard.gather_summaries(stages.summarize(k, shard.chunks, summary_query, spec))
         # Without a plan to wait for, K and V leave before routing.
         delivery = None if exchange is None else exchange.deliver(k, v, traffic)
-        summaries = shard.gather_summaries(stages.summarize(k, shard.chunks, summary_query, spec))
         routing = call.recomputed.routing if call.recomputed else stages.route(q, shard.chunks, summaries, spec)
         queries = Queries(q, shard.chunks, summaries, routing)
         if exchange is None:
