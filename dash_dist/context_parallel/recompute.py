@@ -16,7 +16,9 @@ from dash_kernels.spec import Routing
 
 @dataclass(frozen=True)
 class Found:
-    """What the passes over the same inputs share. Holds no K and V, but a row of numbers per token and head."""
+    """What the passes over the same inputs share. Holds no K and V, but a row of numbers per token and head, and the
+    backend's masks: in Triton a bit per tile of queries and chunk of the whole sequence.
+    """
 
     routing: Routing
     exchange: Exchange

@@ -28,14 +28,13 @@ class ExchangeStatistics:
             they send.
         sent_bytes: what the ranks did send to each other.
         slow_link_bytes: the part of it that crossed the links between nodes.
-        dense_bytes: what an all-gather would have sent in place of the selective exchange; of the other exchanges, what
-            they send.
+        dense_bytes: what an all-gather would have sent; the ring sends more.
         coverage: layer, from 0 -> blocks of other ranks that were needed / that could have been; of layers that had a
             plan.
         overlap: share of the time under way during which the ranks had something to compute; None where nothing
             travelled.
         imbalance: layout -> selected chunks of the busiest context-parallel rank / of the mean one; what the layout
-            would have given for the one that is not in use, which is left out where its pieces are not whole chunks.
+            would have given for those that are not in use, left out where their pieces are not whole chunks.
         exchanges: exchange -> share of the forward passes, over all of `EXCHANGES` but "auto".
     """
 
