@@ -92,7 +92,7 @@ def predict(
     hops = 2 if topology.is_two_level else 1
     selective = Cost(
         # An all-to-all per hop, three times; the plan's own, its all-reduce, and the wait for the device.
-        messages=3 * hops + (0 if planned else hops + 2),
+        messages=(3 * hops if size > 1 else 0) + (0 if planned else hops + 2),
         fast_bytes=busiest.fast * travelling,
         slow_bytes=busiest.slow * travelling,
         merged_bytes=merge,
@@ -101,7 +101,7 @@ def predict(
     # An all-gather takes every shard into a node once, shared by the links of the node's ranks.
     gathered_from_afar = (size - ranks_per_node) * shard // ranks_per_node
     allgather = Cost(
-        messages=3,
+        messages=3 if size > 1 else 0,
         fast_bytes=(size - 1) * shard - gathered_from_afar,
         slow_bytes=gathered_from_afar,
         merged_bytes=merge,
@@ -112,7 +112,7 @@ def predict(
     rounds = 3 * (size - 1) * element_size + (size if size > 1 else 0) * gradient_element_size
     passed_on = rounds * blocks_per_rank * block_size
     ring = Cost(
-        messages=3 * (size - 1) + size,
+        messages=3 * (size - 1) + (size if size > 1 else 0),
         fast_bytes=passed_on if topology.nodes == 1 else 0,
         slow_bytes=passed_on if topology.nodes > 1 else 0,
         merged_bytes=(size - 1) * merge,

@@ -128,11 +128,10 @@ class SelectiveDelivery:
         self._shard, self._plan, self._traffic = shard, plan, traffic
         self._remote: Blocks | None = None
         self._on_the_way: BlocksOnTheWay | None = None
+        size = plan.sent_bytes(shard.chunk_size, k.shape[-1], k.dtype).total
+        traffic.planned(size, dense=2 * k.nbytes * (shard.size - 1))
         if not plan.is_idle:
             self._on_the_way = fetch(k, v, plan, shard, self._sent)
-            traffic.planned(
-                plan.sent_bytes(shard.chunk_size, k.shape[-1], k.dtype).total, dense=2 * k.nbytes * (shard.size - 1)
-            )
             traffic.under_way(self._on_the_way.timing)
 
     def parts(self) -> Iterator[tuple[Part | Blocks, bool]]:
@@ -141,15 +140,15 @@ class SelectiveDelivery:
             yield self._landed(), True
 
     def gradients(self, contribution_to: Callable[[Part | Blocks], torch.Tensor]) -> torch.Tensor:
-        if self._plan.is_idle:
-            return contribution_to(self._own)
-        gradient = contribution_to(self._landed())
-        going_home = send_home(gradient, self._plan, self._shard, self._sent)
-        self._traffic.under_way(going_home.timing)
+        going_home = None
+        if not self._plan.is_idle:
+            gradient = contribution_to(self._landed())
+            going_home = send_home(gradient, self._plan, self._shard, self._sent)
+            self._traffic.under_way(going_home.timing)
         own = contribution_to(self._own)
         size = self._plan.returned_bytes(self._shard.chunk_size, own.shape[-1], own.dtype).total
         self._traffic.planned(size, dense=own.nbytes * (self._shard.size - 1))
-        return going_home.land(own)
+        return own if going_home is None else going_home.land(own)
 
     def _sent(self, rows: Sequence[int], row_bytes: int) -> None:
         self._traffic.sent_rows(rows, row_bytes, self._shard.rank, self._plan.topology)

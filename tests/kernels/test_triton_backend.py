@@ -21,7 +21,7 @@ from attention_inputs import (
     spec_of,
 )
 
-from dash_kernels import backend, dash_attention, reference_dash_attention, triton_backend
+from dash_kernels import backend, dash_attention, eager, reference_dash_attention, triton_backend
 from dash_kernels.backend import is_hopper
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import Part, Routing
@@ -309,6 +309,22 @@ def test_pieces_and_slabs_of_queries_add_up_to_the_same_bits(sizes: list[int], m
     for name, tensor in pieces.items():
         assert torch.equal(tensor, slabs[name]), name
         torch.testing.assert_close(tensor, at_once[name], rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_that_any_query_reached_over_several_words() -> None:
+    """40 chunks are two words of bits; a shard of the queries, of which some tiles are padding."""
+    call = {"chunk_size": C, "routing_scale": 40.0}
+    inputs = clear_inputs(40 * C, call, batch=2, kv_heads=1, group=1, head_dim=16, dtype=torch.float32)
+    grid, spec = ChunkGrid.whole_sequence(40 * C, C), spec_of(inputs, call)
+    shard = grid.take([3, 17, 38, 39])
+    q = inputs.q[:, torch.cat([torch.arange(id * C, id * C + C) for id in shard.ids.tolist()])]
+    found = {}
+    for name, stages in (("triton", triton_backend), ("eager", eager)):
+        summaries = stages.summarize(inputs.k, grid, inputs.summary_query, spec)
+        found[name] = stages.reached(stages.route(q, shard, summaries, spec), shard, 40, spec)
+    assert torch.equal(found["triton"], found["eager"])
+    assert found["eager"][..., 32:].any()
+    assert 0 < found["eager"].float().mean() < 0.8
 
 
 def test_statistics() -> None:
