@@ -19,7 +19,7 @@ from cp_benchmark.ranks import Ranks, RanksFailedError, run_ranks
 from cp_benchmark.results import Results
 from cp_benchmark.tables import tables
 from cp_benchmark.timing import Mark, StepTime, measure_step, no_mark
-from kernel_benchmark.inputs import Case
+from cp_cases import CASE
 from kernel_benchmark.measure import Cell
 from ranks import run_ranks as run_test_ranks
 
@@ -27,17 +27,6 @@ from dash_dist import shard_positions
 from dash_dist.context_parallel.layout import LAYOUTS
 
 CPU = torch.device("cpu")
-CASE = Case(
-    seq_len=256,
-    query_heads=4,
-    kv_heads=2,
-    head_dim=16,
-    chunk_size=16,
-    dtype="fp32",
-    inputs="smooth",
-    asked_density=0.5,
-    prior_sigma=None,
-)
 AS_OPTIONS = "--device cpu --seq-len 256 --heads 4,2 --head-dim 16 --chunk-size 16 --dtype fp32 --density 0.5"
 
 

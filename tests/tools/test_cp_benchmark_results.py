@@ -11,22 +11,10 @@ from cp_benchmark.overlap import alternate
 from cp_benchmark.predict import Constants, constants_of, predict
 from cp_benchmark.results import Counters, ExchangeRow, OverlapRow, Results, WeakRow
 from cp_benchmark.timing import StepTime
-from kernel_benchmark.inputs import Case
+from cp_cases import CASE
 from kernel_benchmark.measure import Cell
 
 from dash_dist.context_parallel.traffic import TrafficSummary
-
-CASE = Case(
-    seq_len=256,
-    query_heads=4,
-    kv_heads=2,
-    head_dim=16,
-    chunk_size=16,
-    dtype="fp32",
-    inputs="smooth",
-    asked_density=0.5,
-    prior_sigma=None,
-)
 
 
 def step_time(whole: float, forward: float) -> StepTime:
