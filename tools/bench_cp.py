@@ -29,8 +29,8 @@ from cp_benchmark.ranks import RanksFailedError, run_ranks
 from cp_benchmark.results import Results
 from cp_benchmark.run import PARTS, Request, run
 from cp_benchmark.tables import tables
-from kernel_benchmark.inputs import DTYPES, NEIGHBOUR_CORRELATION, Case
-from kernel_benchmark.options import density, heads
+from kernel_benchmark.inputs import NEIGHBOUR_CORRELATION, Case
+from kernel_benchmark.options import add_shape_options, density, heads
 
 from dash_dist.context_parallel.exchanges import EXCHANGES
 from dash_dist.context_parallel.layout import LAYOUTS
@@ -89,9 +89,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default="smooth",
         help="as in bench_kernels.py; drawn in 4 x ranks pieces that are independent of each other",
     )
-    parser.add_argument("--chunk-size", type=int, default=64, help="tokens")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    add_shape_options(parser)
     parser.add_argument(
         "--exchange", nargs="+", default=list(EXCHANGES), choices=list(EXCHANGES), help="columns of this project"
     )

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from kernel_benchmark.environment import commit_of, describe_environment
-from kernel_benchmark.inputs import DTYPES, NEIGHBOUR_CORRELATION, Case
-from kernel_benchmark.options import density, heads
+from kernel_benchmark.inputs import NEIGHBOUR_CORRELATION, Case
+from kernel_benchmark.options import add_shape_options, density, heads
 from kernel_benchmark.results import Row, read_json, tables, write_json
 
 
@@ -72,9 +72,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "smooth: every query component is an AR(1) process over tokens, rho 0.98. iid: rho 0, no correlation between "
         "neighbouring queries",
     )
-    parser.add_argument("--chunk-size", type=int, default=64, help="tokens")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    add_shape_options(parser)
     parser.add_argument("--prior-sigma", type=float, help="of our columns; default None, the bias log P")
     parser.add_argument("--forward-only", action="store_true", help="no backward passes")
     parser.add_argument("--no-dense", action="store_true", help="no cuDNN and FlashAttention-2 columns")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from kernel_benchmark.inputs import DTYPES
+
 
 def heads(text: str) -> tuple[int, int]:
     """QUERY,KV heads."""
@@ -22,3 +24,10 @@ def density(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number in (0, 1]")
     return value
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """What all cases of a run have in common."""
+    parser.add_argument("--chunk-size", type=int, default=64, help="tokens")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
