@@ -1,0 +1,80 @@
+"""What happened to a run beside its steps: faults, recoveries, skipped batches; one line of JSON each, kept for good.
+
+Knows the file and the kinds of events; does not know who notices them. The processes of the run and the launcher that
+starts them again write to the same file, which is therefore what counts over all attempts of a run.
+
+    <run directory>/events.jsonl
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+EventKind = Literal[
+    "restart",  # the run was started again after an end that was none of its own
+    "preemption",  # a node is about to be taken away
+    "hang",  # no progress for longer than allowed
+    "save_failed",  # a checkpoint could not be written
+    "checkpoint_damaged",  # a checkpoint was stepped over
+    "batch_skipped",  # a batch whose loss or gradients were not finite, or whose loss was a spike
+    "rollback",  # weights, optimizer and data were set back to a checkpoint
+    "resized",  # the run goes on with another number of processes
+]
+
+EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event. `time` is in seconds since 1970; `step` the optimizer steps done by then, None where unknown."""
+
+    time: float
+    kind: EventKind
+    step: int | None
+    message: str
+
+
+class EventLog:
+    """The events of the run in `run_directory`, which must exist. One process at a time appends."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self.path = run_directory / "events.jsonl"
+
+    def append(self, kind: EventKind, message: str, *, step: int | None = None) -> Event:
+        """Write one event, which is on disk when this returns. Raises OSError."""
+        event = Event(time=time.time(), kind=kind, step=step, message=message)
+        # A line that a killed process left unfinished must not swallow this one.
+        line = json.dumps(asdict(event)) + "\n"
+        with self.path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        return event
+
+    def read(self) -> list[Event]:
+        """All events, oldest first; lines cut short by a killed process are left out. Raises OSError."""
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        return [event for event in map(_parse, lines) if event is not None]
+
+    def counts(self) -> dict[EventKind, int]:
+        """How many events of each kind there were, zeros included. Raises OSError."""
+        found = Counter(event.kind for event in self.read())
+        return {kind: found[kind] for kind in EVENT_KINDS}
+
+
+def _parse(line: str) -> Event | None:
+    try:
+        event = Event(**json.loads(line))
+    except (json.JSONDecodeError, TypeError):
+        return None
+    return event if event.kind in EVENT_KINDS else None
