@@ -1,4 +1,4 @@
-"""The `dash-dist` command: `train` and `config`.
+"""The `dash-dist` command: `train`, `config` and `doctor`.
 
 Knows how a person calls and how an error is shown; does not know what a run consists of. Imports of torch and
 of the training code wait until a command needs them, so that `--help` answers at once.
@@ -43,6 +43,40 @@ def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
     from dash_dist.training.config_file import to_yaml
 
     sys.stdout.write(to_yaml(load_config(config, overrides or [])))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file of the run that is meant for this machine.")
+    ] = None,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=2, help="Processes of the checks that need several. Default: the GPUs, at least 2."),
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where runs are kept. Default: run.directory of CONFIG, or runs.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Dashboard of a Ray cluster to check as well, such as http://head:8265.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the findings as JSON.")] = None,
+) -> None:
+    """Check this machine, or a Ray cluster, in about a minute; every failure says what to do."""
+    from dash_dist.training.errors import RunError
+
+    try:
+        from dash_dist.doctor.command import examine
+    except (ImportError, OSError) as error:  # OSError: a shared library that PyTorch needs cannot be loaded
+        raise RunError(
+            f"what the checks themselves need cannot be imported: {error}; install it again with "
+            f"`pip install -c tests/constraints.txt -e .`"
+        ) from error
+
+    healthy = examine(config, overrides or [], ranks=ranks, directory=directory, address=address, json_file=json)
+    if not healthy:
+        raise typer.Exit(1)
 
 
 def run_app(command: typer.Typer) -> None:

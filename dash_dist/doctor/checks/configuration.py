@@ -1,0 +1,79 @@
+"""The run: whether its processes, its tokenizer and its documents are there.
+
+Knows the configuration, which is valid in itself by then; builds no model.
+"""
+
+from dash_dist.data import build_data_stream, load_tokenizer
+from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, skipped, warning
+from dash_dist.doctor.site import Site
+
+_NO_CONFIG = "no CONFIG given"
+
+
+def world_size(site: Site) -> list[Finding]:
+    """Of this machine's GPUs, where it has any and no cluster is named; else of one replica of the model."""
+    name = "processes"
+    if site.config is None:
+        return [skipped(name, _NO_CONFIG)]
+    parallel = site.config.parallel
+    replica = parallel.tensor * parallel.context * parallel.pipeline
+    of_model = f"tensor x context x pipeline = {parallel.tensor} x {parallel.context} x {parallel.pipeline} = {replica}"
+    if site.gpus == 0 or site.address is not None:
+        return [ok(name, f"one replica takes {replica}: {of_model}", replica, "processes")]
+    if site.gpus < replica:
+        return [
+            warning(
+                name,
+                f"this machine has {site.gpus} GPUs, and one replica takes {replica}: {of_model}",
+                "Start the run on more nodes, or lower parallel.context, parallel.tensor or parallel.pipeline.",
+                site.gpus,
+                "GPUs",
+            )
+        ]
+    try:
+        site.config.check_world_size(site.gpus)
+    except ValueError as error:
+        return [warning(name, f"not all {site.gpus} GPUs: {error}", "Change the setting named, or start fewer.")]
+    return [ok(name, f"{site.gpus} GPUs fit; one replica takes {replica}: {of_model}", site.gpus, "GPUs")]
+
+
+def data(site: Site) -> list[Finding]:
+    """The first batch, as the run would read it."""
+    name = "data"
+    if site.config is None:
+        return [skipped(name, _NO_CONFIG)]
+    config = site.config
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
+    except (OSError, ValueError) as error:
+        return [failure("tokenizer", str(error), "Set data.tokenizer to one that every node can read.")]
+    loaded = ok("tokenizer", f"{config.data.tokenizer}, {tokenizer.vocab_size} tokens", tokenizer.vocab_size, "tokens")
+    try:
+        stream = build_data_stream(
+            config.data,
+            tokenizer=tokenizer,
+            sequence_length=config.training.sequence_length,
+            global_batch_size=config.training.global_batch_size,
+            dp_rank=0,
+            dp_size=1,
+            micro_batch_size=config.training.micro_batch_size,
+            chunk_size=config.attention.chunk_size,
+        )
+        stream.next_step()
+    except (OSError, ValueError) as error:
+        return [loaded, failure(name, str(error), "Correct data.* so that every node can read the documents.")]
+    skips = f", {stream.skipped_documents} documents skipped" if stream.skipped_documents else ""
+    tokens = config.training.global_batch_size * config.training.sequence_length
+    return [loaded, ok(name, f"{config.data.source}: a first batch of {tokens} tokens read{skips}", tokens, "tokens")]
+
+
+CHECKS = (
+    Check("processes", world_size, Where.HERE, "Correct the section parallel."),
+    Check(
+        "data",
+        data,
+        Where.CHILD,
+        "See whether the storage or the hub that data.* names answers from this machine.",
+        time_limit=60.0,
+    ),
+)

@@ -1,0 +1,194 @@
+"""The GPUs of this machine: whether PyTorch sees them, computes right on them, and compiles for them.
+
+Knows one device at a time; `links` knows what is between them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+
+from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, skipped, warning
+from dash_dist.doctor.site import Site
+
+_SMI_SECONDS = 15.0
+_MATMUL_SIZE = 1024
+_BUSY_SHARE = 0.1
+"""Of a GPU's memory, in use before a run has begun."""
+
+
+def devices(site: Site) -> list[Finding]:
+    """Whether there are any, and a product of matrices on each whose every entry is known."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi") is None or "GPU" not in _smi("-L"):
+            return [skipped("GPUs", "no CUDA device")]
+        built = torch.version.cuda or "no CUDA at all"
+        return [
+            failure(
+                "GPUs",
+                f"nvidia-smi lists some, but PyTorch {torch.__version__}, built for {built}, can use none",
+                "Install a PyTorch build for CUDA that the driver supports (`nvidia-smi` shows its CUDA version), and "
+                "look whether CUDA_VISIBLE_DEVICES hides the GPUs.",
+            )
+        ]
+    findings = [_driver(torch.version.cuda)]
+    for index in range(torch.cuda.device_count()):
+        findings.append(_product(index))
+    return findings
+
+
+def _driver(built_for: str | None) -> Finding:
+    """Within a major version of CUDA, a driver runs what was built for any minor one."""
+    found = re.search(r"Driver Version: (\S+).*CUDA Version: (\d+)\.(\d+)", _smi())
+    if found is None or built_for is None:
+        return skipped("driver", "nvidia-smi does not tell its version")
+    text = f"{found[1]}, for CUDA up to {found[2]}.{found[3]}; PyTorch is built for {built_for}"
+    if int(built_for.split(".")[0]) > int(found[2]):
+        return failure("driver", text, "Update the driver, or install a PyTorch build for an earlier CUDA.")
+    return ok("driver", text)
+
+
+def _product(index: int) -> Finding:
+    """Of small integers, exact in every dtype that a GPU multiplies in."""
+    import torch
+
+    name = f"GPU {index}"
+    size = _MATMUL_SIZE
+    rows, columns = torch.arange(size)[:, None], torch.arange(size)[None, :]
+    a, b = (rows + 2 * columns) % 5 - 2, (3 * rows + columns) % 7 - 3
+    expected = (a.double() @ b.double()).float()
+    device = torch.device("cuda", index)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    for dtype in (torch.bfloat16, torch.float32):
+        # Rounded once, from the exact sum: a bfloat16 result keeps fewer digits than the sums need.
+        got = torch.mm(a.to(device, dtype), b.to(device, dtype)).float().cpu()
+        wanted = expected.to(dtype).float()
+        wrong = int((got != wanted).sum())
+        if wrong:
+            return failure(
+                name,
+                f"a product of {size} x {size} integer matrices in {dtype} has {wrong} wrong entries",
+                "Take this GPU out of use and have it replaced; look for Xid errors with `dmesg | grep Xid`.",
+            )
+    memory = torch.cuda.mem_get_info(index)
+    properties = torch.cuda.get_device_properties(index)
+    text = f"{properties.name}, {memory[1] / 2**30:.0f} GiB, compute capability {properties.major}.{properties.minor}"
+    in_use = 1.0 - memory[0] / memory[1]
+    if in_use > _BUSY_SHARE:
+        return warning(
+            name,
+            f"{text}; {in_use:.0%} of its memory is in use",
+            "See with nvidia-smi which process uses it, and end it.",
+        )
+    return ok(name, f"{text}; products right", memory[1] / 2**30, "GiB")
+
+
+def errors(site: Site) -> list[Finding]:
+    """What the driver has counted: uncorrectable memory errors, rows that could not be remapped, Xid messages."""
+    name = "GPU errors"
+    if site.gpus == 0:
+        return [skipped(name, "no CUDA device")]
+    counters = "index,ecc.errors.uncorrected.volatile.total,remapped_rows.failure"
+    table = _smi(f"--query-gpu={counters}", "--format=csv,noheader,nounits")
+    findings = []
+    for line in table.splitlines():
+        index, *counts = [cell.strip() for cell in line.split(",")]
+        if any(count not in ("0", "No") and not count.startswith("[") for count in counts):
+            findings.append(
+                failure(
+                    f"GPU {index} memory",
+                    f"uncorrectable errors and failed remapping of rows: {', '.join(counts)}",
+                    f"Reset it (`nvidia-smi --gpu-reset -i {index}`); if the counts come back, have it replaced.",
+                )
+            )
+    messages = _xid_messages()
+    if messages:
+        findings.append(
+            warning(
+                name,
+                f"{len(messages)} Xid messages in the kernel's log, the last: {messages[-1]}",
+                "Look the number up in NVIDIA's list of Xid errors: 48, 63, 74, 79, 94 and 95 mean hardware.",
+            )
+        )
+    return findings or [ok(name, "none counted")]
+
+
+def _xid_messages() -> list[str]:
+    """Of the kernel's log, where this user may read it."""
+    try:
+        done = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", timeout=_SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if "NVRM: Xid" in line]
+
+
+def kernels(site: Site) -> list[Finding]:
+    """Our kernels, compiled without a cache, forward and backward, against the plain definition."""
+    name = "Triton kernels"
+    if site.gpus == 0:
+        return [skipped(name, "no CUDA device")]
+    with tempfile.TemporaryDirectory(prefix="dash-dist-doctor-") as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # read when Triton compiles for the first time
+        import torch
+
+        from dash_kernels import dash_attention
+        from dash_kernels.reference import reference_dash_attention
+
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((1, 512, 4, 64), (1, 512, 2, 64), (1, 512, 2, 64), (2, 64))
+        inputs = [torch.randn(shape, generator=generator).cuda().bfloat16().requires_grad_() for shape in shapes]
+        started = time.monotonic()
+        out = dash_attention(*inputs, backend="triton")
+        gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
+        torch.cuda.synchronize()
+        seconds = time.monotonic() - started
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        expected, _ = reference_dash_attention(*exact)
+        wanted = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+    # bfloat16 keeps 8 bits; a wrong kernel is wrong by the size of the values.
+    off = max(
+        ((got.double() - want).norm() / want.norm()).item()
+        for got, want in zip([out, *gradients], [expected, *wanted], strict=True)
+    )
+    if not off < 0.1:
+        return [
+            failure(
+                name,
+                f"compiled in {seconds:.1f} s, but off by {off:.2g} of the values",
+                "Install the Triton that belongs to this PyTorch, or set attention.backend=eager until it is repaired.",
+            )
+        ]
+    return [ok(name, f"compiled without a cache and run in {seconds:.1f} s; off by {off:.1e}", seconds, "s")]
+
+
+def _smi(*arguments: str) -> str:
+    """What nvidia-smi prints; "" where it is missing, fails or does not answer."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, errors="replace", timeout=_SMI_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+CHECKS = (
+    Check(
+        "GPUs",
+        devices,
+        Where.CHILD,
+        "See whether `nvidia-smi` answers; if it hangs or shows ERR!, reboot the machine or reset the GPU.",
+    ),
+    Check("GPU errors", errors, Where.CHILD, "See whether `nvidia-smi` answers.", time_limit=40.0),
+    Check(
+        "Triton kernels",
+        kernels,
+        Where.CHILD,
+        "Install a C compiler (gcc) and the Triton that belongs to this PyTorch; attention.backend=eager does without.",
+        time_limit=90.0,
+    ),
+)

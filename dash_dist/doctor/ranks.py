@@ -1,0 +1,68 @@
+"""A check in every rank of a process group on this machine.
+
+Knows process groups; does not know what the ranks check. Nothing here listens outside the loopback interface: the ranks
+meet through a file, and their connections are on loopback.
+"""
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+
+from dash_dist.doctor.findings import Finding
+from dash_dist.doctor.processes import call_in_processes
+from dash_dist.doctor.site import Site
+
+
+def check_in_ranks(
+    function: Callable[[Site], list[Finding]], site: Site, *, backend: str, ranks: int, time_limit: float
+) -> list[Finding]:
+    """`function(site)` in `ranks` processes of one group over `backend` ("gloo" or "nccl"); the findings of rank 0.
+
+    Raises ProcessFailure if any rank raises or dies, or if they take longer than `time_limit` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="dash-dist-doctor-") as folder:
+        store = Path(folder) / "store"
+        calls = [(function, site, backend, store, rank, ranks, time_limit) for rank in range(ranks)]
+        return call_in_processes(_rank, calls, time_limit=time_limit)[0]
+
+
+def _rank(
+    function: Callable[[Site], list[Finding]],
+    site: Site,
+    backend: str,
+    store: Path,
+    rank: int,
+    ranks: int,
+    time_limit: float,
+) -> list[Finding]:
+    loopback = _loopback_interface()
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend,
+        store=dist.FileStore(str(store), ranks),
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=time_limit),
+    )
+    try:
+        return function(site)
+    finally:
+        dist.destroy_process_group()
+
+
+def _loopback_interface() -> str:
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == "127.0.0.1" for one in addresses):
+            return name
+    raise OSError("no network interface has the address 127.0.0.1")
