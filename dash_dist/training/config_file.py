@@ -1,6 +1,6 @@
 """From a YAML file and `key=value` overrides to a RunConfig, and back to YAML; every refusal in words.
 
-Knows YAML and how to explain what pydantic found; does not know what the settings mean.
+Knows how to explain what pydantic found; does not know what the settings mean.
 """
 
 import difflib
@@ -15,8 +15,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dash_dist.training.config import RunConfig
+from dash_dist.training.config_yaml import parse
 from dash_dist.training.errors import ConfigError
 
+_SHOWN_CHARACTERS = 60
+_SHOWN_PROBLEMS = 20
 _OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)+)=(?P<value>.*)", re.DOTALL)
 
 
@@ -37,7 +40,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         # strict: "4" is not 4, and true is not 1.
         return RunConfig.model_validate(settings, strict=True)
     except ValidationError as error:
-        problems = [_explain(one) for one in error.errors()]
+        found = error.errors(include_url=False)
+        problems = [_explain(one) for one in found[:_SHOWN_PROBLEMS]]
+        if len(found) > _SHOWN_PROBLEMS:
+            problems.append(f"  and {len(found) - _SHOWN_PROBLEMS} more")
         raise ConfigError("\n".join([f"the configuration {path} is refused:", *problems])) from None
 
 
@@ -46,33 +52,10 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that 1e-3 is a number, a list a tuple, and a key given twice an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) != len(node.value):
-            keys = [key.value for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
-        return mapping
-
-
-def _construct_tuple(loader: _Loader, node: yaml.SequenceNode) -> tuple[Any, ...]:
-    return tuple(loader.construct_sequence(node, deep=True))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:seq", _construct_tuple)
-# PyYAML follows YAML 1.1, where an exponent needs a point and a sign; people write 1e-3 and 3e8.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
+        settings = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
     except yaml.YAMLError as error:
@@ -87,30 +70,31 @@ def _read(path: Path) -> dict[str, Any]:
 def _apply(settings: dict[str, Any], override: str) -> None:
     match = _OVERRIDE.fullmatch(override)
     if match is None:
-        raise ConfigError(f"override {override!r} is not section.key=value, such as training.steps=20")
+        raise ConfigError(f"override {_cut(repr(override))} is not section.key=value, such as training.steps=20")
     if not match["value"]:
-        raise ConfigError(f"override {override!r} has no value: write {match['key']}=null to unset it")
+        raise ConfigError(f"override {_cut(repr(override))} has no value: write {match['key']}=null to unset it")
     try:
-        value = yaml.load(match["value"], _Loader)
+        value = parse(match["value"])
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        raise ConfigError(f"override {_cut(repr(override))}: the value is not valid YAML: {error}") from None
     *sections, leaf = match["key"].split(".")
     place = settings
     for index, section in enumerate(sections):
-        inner = place.setdefault(section, {})
-        if inner is None:  # a section named in the file with nothing below it
-            inner = place[section] = {}
+        inner = place.get(section)
+        if inner is None:  # not in the file, or with nothing below it
+            inner = {}
         if not isinstance(inner, dict):
             raise ConfigError(
-                f"override {override!r}: {'.'.join(sections[: index + 1])} is {_shown(inner)}, "
+                f"override {_cut(repr(override))}: {'.'.join(sections[: index + 1])} is {_shown(inner)}, "
                 f"which has no settings of its own"
             )
-        place = inner
+        # A copy: with aliases, another section of the file may be the same object.
+        place[section] = place = dict(inner)
     place[leaf] = value
 
 
 def _explain(error: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = _cut(".".join(str(part) for part in error["loc"]))
     match error["type"]:
         case "extra_forbidden":
             return f"  {key} = {_shown(error['input'])}: there is no such setting{_suggestion(key)}"
@@ -142,5 +126,36 @@ def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """The beginning of `value` as JSON. What is behind it is not looked at: aliases can make it endless."""
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > _SHOWN_CHARACTERS:
+            break
+    return _cut(text)
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    match value:
+        case dict():
+            yield "{"
+            for index, (key, inner) in enumerate(value.items()):
+                yield ", " if index else ""
+                yield from _pieces(key)
+                yield ": "
+                yield from _pieces(inner)
+            yield "}"
+        case list() | tuple():
+            yield "["
+            for index, inner in enumerate(value):
+                yield ", " if index else ""
+                yield from _pieces(inner)
+            yield "]"
+        case str():
+            yield json.dumps(value[: _SHOWN_CHARACTERS + 1])
+        case _:
+            yield json.dumps(value, default=str)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
