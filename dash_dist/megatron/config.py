@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Config):
@@ -214,4 +214,5 @@ def _next_multiple(value: int, multiple: int) -> int:
 
 
 def _divisors(value: int) -> list[int]:
-    return [candidate for candidate in range(1, value + 1) if value % candidate == 0]
+    """Those that anybody would choose, for messages."""
+    return [candidate for candidate in range(1, min(value, 1024) + 1) if value % candidate == 0]

@@ -4,6 +4,7 @@ Knows every setting and which combinations cannot work, whatever machine the run
 where the settings come from (`config_file` does).
 """
 
+import os
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -46,7 +47,11 @@ class RunSection(Section):
     @field_validator("directory", mode="before")
     @classmethod
     def _directory_is_a_path(cls, directory: object) -> object:
-        return Path(directory) if isinstance(directory, str) else directory
+        if not isinstance(directory, str):
+            return directory
+        if "\0" in directory or not _is_encodable(directory):
+            raise ValueError("holds a character that no path can have")
+        return Path(directory)
 
     @field_validator("name")
     @classmethod
@@ -86,7 +91,7 @@ class TrainingSection(Section):
     global_batch_size: Positive = 1
     micro_batch_size: Positive = 1
     max_skipped_steps: Positive = 10
-    distributed_timeout_seconds: Positive = 1800
+    distributed_timeout_seconds: Annotated[int, Field(gt=0, le=365 * 86400)] = 1800
 
     @property
     def distributed_timeout(self) -> timedelta:
@@ -166,3 +171,11 @@ class RunConfig(Section):
                 f"training.micro_batch_size = {dp_size} x {self.training.micro_batch_size}: "
                 f"set it to {-(-batch // unit) * unit}"
             )
+
+
+def _is_encodable(path: str) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair, which YAML can spell
+        return False
+    return True
