@@ -7,6 +7,7 @@ batch of rows at once and do not say which file failed, so one bad document woul
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -202,7 +203,7 @@ def _list_parquet_rows(row_groups: list[tuple[str, int]], column: str) -> Iterat
     for path, group in row_groups:
         number = 0
         try:
-            with pq.ParquetFile(path) as file:
+            with _open(path) as source, pq.ParquetFile(source) as file:
                 for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
                     # As bytes, so that a row that is not UTF-8 fails alone.
                     for text in batch.column(0).cast(pa.large_binary()):
@@ -210,6 +211,11 @@ def _list_parquet_rows(row_groups: list[tuple[str, int]], column: str) -> Iterat
                         number += 1
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: cannot read row group {group}: {error}; repair or remove the file") from error
+
+
+def _open(path: str) -> pa.NativeFile:
+    """By the bytes of its name: pyarrow refuses a str that is not UTF-8."""
+    return pa.OSFile(os.fsencode(path))
 
 
 def _decode(data: bytes) -> str:
@@ -236,12 +242,14 @@ def _text_or_error(value: object, column: str, name: str) -> str:
 
 def _row_groups_of(path: str, column: str) -> int:
     try:
-        with pq.ParquetFile(path) as file:
+        with _open(path) as source, pq.ParquetFile(source) as file:
             schema, row_groups = file.schema_arrow, file.num_row_groups
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}; repair or remove the file") from error
     if column not in schema.names:
         raise ValueError(f"{path} has no column {column!r}, it has {schema.names}: set data.text_column")
+    if schema.names.count(column) > 1:
+        raise ValueError(f"{path} has several columns {column!r}, it has {schema.names}: rename all but one of them")
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise ValueError(f"{path}: column {column!r} holds {kind}, not text: set data.text_column to a text column")
