@@ -64,15 +64,12 @@ def doctor(
     json: Annotated[Path | None, typer.Option(help="File for the findings as JSON.")] = None,
 ) -> None:
     """Check this machine, or a Ray cluster, in about a minute; every failure says what to do."""
-    from dash_dist.training.errors import RunError
-
     try:
         from dash_dist.doctor.command import examine
     except (ImportError, OSError) as error:  # OSError: a shared library that PyTorch needs cannot be loaded
-        raise RunError(
-            f"what the checks themselves need cannot be imported: {error}; install it again with "
-            f"`pip install -c tests/constraints.txt -e .`"
-        ) from error
+        advice = "install it again with `pip install -c tests/constraints.txt -e .`"
+        print(f"error: what the checks themselves need cannot be imported: {error}; {advice}", file=sys.stderr)
+        raise typer.Exit(1) from None
 
     healthy = examine(config, overrides or [], ranks=ranks, directory=directory, address=address, json_file=json)
     if not healthy:
