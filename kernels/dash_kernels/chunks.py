@@ -33,12 +33,19 @@ class ChunkGrid:
         self.firsts = firsts.to(torch.int32)
         self.starts = (lengths.cumsum(0) - lengths).to(torch.int32)
         self.tokens = int(lengths.sum())
+        self._complete_to: dict[int, bool] = {}
         self._on_device: dict[torch.device, torch.Tensor] = {}
         self._slots_by_id: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._starts_by_id: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def complete_to(self, chunk_size: int) -> bool:
+        """Whether every chunk has chunk_size tokens."""
+        if chunk_size not in self._complete_to:
+            self._complete_to[chunk_size] = bool((self.lengths == chunk_size).all())
+        return self._complete_to[chunk_size]
 
     def on(self, device: torch.device) -> torch.Tensor:
         """int32 [4, slots] on a device: ids, starts, lengths, firsts; uploaded once."""

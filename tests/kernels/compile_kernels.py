@@ -23,6 +23,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -55,6 +57,7 @@ class Shape:
 
 SHAPES = {
     "model": Shape(torch.bfloat16, group=4, head_dim=128, chunk_size=64, by_parts=True),
+    "float16": Shape(torch.float16, group=4, head_dim=128, chunk_size=64, by_parts=False),
     "padded": Shape(torch.bfloat16, group=3, head_dim=96, chunk_size=48, by_parts=True),
     "largest": Shape(torch.bfloat16, group=1, head_dim=256, chunk_size=128, by_parts=False),
     "largest float32": Shape(torch.float32, group=4, head_dim=128, chunk_size=64, by_parts=False),
@@ -82,7 +85,10 @@ class Launch:
 
     @property
     def variant(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in self.constants.items() if isinstance(value, bool))
+        flags: dict[str, Any] = {}
+        for name, value in self.constants.items():
+            flags |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
+        return " ".join(f"{name}={value}" for name, value in flags.items() if isinstance(value, bool))
 
 
 def type_of(name: str, value: Any) -> str:
@@ -90,6 +96,8 @@ def type_of(name: str, value: Any) -> str:
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, GluonTensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
     if isinstance(value, (int, float)):
         return "i32" if isinstance(value, int) else "fp32"
     raise TypeError(f"argument {name} is of type {type(value).__name__}")
@@ -164,7 +172,8 @@ def compiled(launch: Launch) -> Compiled:
     # As at a launch: torch's memory begins at multiples of 16 bytes.
     pointers = [name for name, kind in launch.signature.items() if kind.startswith("*")]
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    source = ASTSource(launch.kernel, launch.signature, constants, aligned)
+    of_language = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    source = of_language(launch.kernel, launch.signature, constants, aligned)
     with contextlib.redirect_stdout(io.StringIO()) as log:
         binary = triton.compile(source, target=HOPPER, options=launch.options)
     serialised = "wgmma.mma_async instructions are serialized" in log.getvalue()

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from dash_kernels.spec import AttentionSpec, Blocks, Part, Queries
 from dash_kernels.triton_backend.keys import KeyRows, load_keys, load_own_keys, starts_of
-from dash_kernels.triton_backend.launch import launch_options
+from dash_kernels.triton_backend.launch import launch_options, pair_options
 from dash_kernels.triton_backend.selection import chunk_lists, list_chunks, work_counter
 from dash_kernels.triton_backend.tiles import (
     LN_2,
@@ -45,10 +45,16 @@ def attend(
     q, chunks, summaries, routing = queries.q, queries.chunks, queries.summaries, queries.routing
     n, kv_heads = summaries.shape[1:3]
     tile = TileShape.of(q, kv_heads, spec)
-    options = launch_options("attend", q)
     out = torch.empty(q.shape, dtype=q.dtype if last else torch.float32, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     keys = KeyRows.of(part, summaries.shape, tile)
+    in_pairs = pair_options("attend", q, tile, chunks)
+    if in_pairs is not None and keys.aligned:
+        from dash_kernels.triton_backend.paired_forward import attend_pairs  # Gluon is not in every Triton
+
+        attend_pairs(queries, keys, spec, tile, in_pairs, before, out, lse)
+        return out, lse
+    options = launch_options("attend", q)
     k_map, v_map, maps = keys.maps(tile, options)
     tiles = len(chunks) * tile.per_chunk
     programs = min(resident_programs(q.device, options.resident), tiles * q.shape[0] * kv_heads)

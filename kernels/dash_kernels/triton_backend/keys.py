@@ -50,6 +50,11 @@ class KeyRows:
         starts[part.addresses] = torch.arange(0, end, step, dtype=torch.int32, device=kv.device)
         return cls(rows, rows[tile.chunk_size :], starts, 0, blocks=True)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether a tensor map can be made of K and V."""
+        return self.k.data_ptr() % 16 == 0 and self.v.data_ptr() % 16 == 0
+
     def maps(
         self, tile: TileShape, options: LaunchOptions
     ) -> tuple[torch.Tensor | TensorDescriptor, torch.Tensor | TensorDescriptor, bool]:
@@ -58,7 +63,7 @@ class KeyRows:
         """
         k, v = self.k, self.v
         sizes = tile.head_dim == tile.padded_dim and tile.chunk_size == triton.next_power_of_2(tile.chunk_size)
-        if not (options.tensor_maps and sizes and k.data_ptr() % 16 == 0 and v.data_ptr() % 16 == 0):
+        if not (options.tensor_maps and sizes and self.aligned):
             return k, v, False
         block = [tile.chunk_size, tile.head_dim]
         width = tile.head_dim if self.blocks else tile.kv_heads * tile.head_dim

@@ -6,11 +6,16 @@ The rows for Hopper were measured on an H100 (docs/kernel-log.md). Other GPUs ru
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import os
 from dataclasses import dataclass
 
 import torch
 
 from dash_kernels.backend import is_hopper
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.triton_backend.tiles import TILE_ROWS, TileShape
 
 
 @dataclass(frozen=True)
@@ -61,3 +66,46 @@ def launch_options(kernel: str, q: torch.Tensor) -> LaunchOptions:
         padded_dim = max(1 << (q.shape[-1] - 1).bit_length(), 64)
         return _HOPPER.get((kernel, padded_dim), _ANYWHERE[kernel])
     return _ANYWHERE[kernel]
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Of a kernel on pairs of tiles. ring: chunks in flight; block: chunks whose biases are computed at a time;
+    registers of a thread: of the second tile partition (the first has what is left), of lister and loader, and at the
+    start.
+    """
+
+    ring: int
+    block: int
+    tile_registers: int
+    helper_registers: int
+    max_registers: int
+
+
+_PAIRS = {
+    ("attend", 64): PairOptions(4, 32, tile_registers=232, helper_registers=40, max_registers=168),
+    ("attend", 128): PairOptions(4, 32, tile_registers=232, helper_registers=40, max_registers=168),
+}
+
+# Gluon is young and changes from release to release: these are the ones the kernels were compiled with.
+_GLUON_RELEASES = ((3, 6), (3, 7))
+
+
+def pair_options(kernel: str, q: torch.Tensor, tile: TileShape, chunks: ChunkGrid) -> PairOptions | None:
+    """Options of a kernel on pairs of tiles; None where the kernel of one tile must do: other GPUs and dtypes, chunks
+    of other sizes or incomplete ones, groups that a tile must pad, a single tile to a chunk.
+    """
+    if q.dtype != torch.bfloat16 or not is_hopper(q) or not _gluon_works():
+        return None
+    if tile.chunk_size != 64 or tile.group * tile.tokens != TILE_ROWS or tile.per_chunk % 2:
+        return None
+    if not chunks.complete_to(tile.chunk_size):
+        return None
+    return _PAIRS.get((kernel, tile.head_dim))
+
+
+@functools.cache
+def _gluon_works() -> bool:
+    """Whether this Triton has been tried, and is not its interpreter, which has no Gluon."""
+    release = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    return release in _GLUON_RELEASES and os.environ.get("TRITON_INTERPRET") != "1"

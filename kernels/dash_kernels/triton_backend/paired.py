@@ -1,0 +1,242 @@
+"""Two neighbouring tiles of a chunk on one stream of K and V: what the warp-specialised kernels for Hopper share.
+
+A tile of 64 rows keeps a multiprocessor busy with a chunk for less time than L2 needs to deliver it, so kernels of one
+tile run at L2's bandwidth. Neighbouring tiles select mostly the same chunks: here a program works on a pair, and
+each chunk that either selected is fetched once. The warps of a program are partitioned (in Gluon, which Triton's
+interpreter does not run; the kernels of one tile compute the same):
+
+    a tile partition for each tile, one warp group: waits for a chunk, and computes it or passes it over
+    the lister, one warp:                           puts the selections of the next pair together, one pair ahead
+    the loader, one warp:                           brings K and V of the listed chunks into a ring in shared memory
+
+Both tile partitions meet every chunk of the ring, also those they pass over: a slot is free when both have let go of
+it. Partitions must take the same arguments, which come in bundles; each partition names the parts. Chunks are complete,
+groups and head dims powers of two (`launch.pair_options`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dash_kernels.triton_backend.keys import KeyRows
+from dash_kernels.triton_backend.tiles import TileShape
+
+NUM_WARPS = 4  # of the first tile partition
+PARTITION_WARPS = gl.constexpr((4, 1, 1))  # of the second one, the lister and the loader
+LIST_HEADER = gl.constexpr(8)  # integers before a list; the first is its length
+ID_BITS = gl.constexpr((1 << 29) - 1)  # of an entry of a list: the chunk's id
+SELECTED_BIT = gl.constexpr(29)  # of an entry: the first tile selected the chunk; the next bit: the second one did
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """What a kernel is compiled for.
+
+    ring: chunks that K and V are held of; block: chunks whose biases are computed at a time; has_sigma: the prior is
+    centred; blocks: K and V come in single blocks; first: no part has been met before.
+    """
+
+    tile: TileShape
+    ring: int
+    block: int
+    has_sigma: bool
+    blocks: bool
+    first: bool
+
+    @property
+    def rows(self) -> int:
+        """Of a tile."""
+        return self.tile.tokens * self.tile.group
+
+    def product(self, columns: int) -> gl.NVMMADistributedLayout:
+        """Layout of the product [rows, columns] of one warp group."""
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+    def factor(self, columns: int) -> gl.DotOperandLayout:
+        """Layout of the first factor, in registers, of such a product."""
+        return gl.DotOperandLayout(0, self.product(columns), 2)
+
+
+def pair_maps(keys: KeyRows, tile: TileShape) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Tensor maps of K and of V, a chunk of one head at a time."""
+    width = tile.head_dim if keys.blocks else tile.kv_heads * tile.head_dim
+    block = [tile.chunk_size, tile.head_dim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    k_map, v_map = (TensorDescriptor.from_tensor(x.view(-1, width), block, layout) for x in (keys.k, keys.v))
+    return k_map, v_map
+
+
+def pair_lists(programs: int, n: int, device: torch.device) -> torch.Tensor:
+    """Scratch for two lists of each program: one in use, one being written."""
+    return torch.empty(programs, 2, LIST_HEADER.value + 2 * n, dtype=torch.int32, device=device)
+
+
+@gluon.jit
+def ring_barriers(RING: gl.constexpr):
+    """(a slot is filled, a slot is free) [RING] and (a list is written, a list is done with) [2]."""
+    ready = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    listed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(RING):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(free.index(slot), count=2)  # both tile partitions
+    for turn in gl.static_range(2):
+        mbarrier.init(listed.index(turn), count=1)
+        mbarrier.init(done.index(turn), count=3)  # they and the loader
+    fence_async_shared()
+    return ready, free, listed, done
+
+
+@gluon.jit
+def pairs_of(slots, batch_heads, shape: gl.constexpr):
+    """Number of pairs of tiles: the programs share them in turn, so that each gets late chunks and early ones."""
+    return slots * (shape.tile.per_chunk // 2) * batch_heads
+
+
+@gluon.jit
+def place_of(work, slots, shape: gl.constexpr):
+    """(KV head of the batch, first tile of the pair, slot): late chunks have the longest lists and go first."""
+    pairs = slots * (shape.tile.per_chunk // 2)
+    tile = (pairs - 1 - work % pairs) * 2
+    return work // pairs, tile, tile // shape.tile.per_chunk
+
+
+@gluon.jit
+def list_of(list_ptr, turn, n):
+    """The list of this program's turn-th pair: ids with the bits of the tiles, then starts at a distance of n."""
+    number = gl.program_id(0) * 2 + (turn & 1)
+    return list_ptr + number.to(gl.int64) * (LIST_HEADER + 2 * n)
+
+
+@gluon.jit
+def starts_of_head(starts_ptr, batch_head, n, shape: gl.constexpr):
+    """The row of `KeyRows.starts` of a KV head."""
+    row = starts_ptr
+    if shape.blocks:
+        row = starts_ptr + batch_head.to(gl.int64) * n
+    return row
+
+
+@gluon.jit
+def lister(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
+    """Partition: the list of each pair, ascending, of the chunks that the part holds."""
+    WORDS: gl.constexpr = 8
+    by_word: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+    grid_ptr, starts_ptr, mask_ptr, list_ptr, _k_map, _v_map = keys
+    _ready, _free, listed, done = barriers
+    _T, _S, n, slots, batch_heads = sizes
+    words = (n + 31) // 32
+    turn = 0
+    for work in range(gl.program_id(0), pairs_of(slots, batch_heads, shape), gl.num_programs(0)):
+        batch_head, tile, slot = place_of(work, slots, shape)
+        chunk = gl.load(grid_ptr + slot)
+        first = gl.load(grid_ptr + 3 * slots + slot)
+        starts_row = starts_of_head(starts_ptr, batch_head, n, shape)
+        mask_row = mask_ptr + (batch_head.to(gl.int64) * (slots * shape.tile.per_chunk) + tile) * words
+        list_at = list_of(list_ptr, turn, n)
+        mbarrier.wait(done.index(turn & 1), ((turn >> 1) & 1) ^ 1)
+        count = 0
+        end = (chunk + 31) // 32
+        for at in range(first // 32, end, WORDS):
+            word_at = at + gl.arange(0, WORDS, gl.SliceLayout(1, by_word))
+            bit = gl.arange(0, 32, gl.SliceLayout(0, by_word))
+            words_1 = gl.load(mask_row + word_at, mask=word_at < end, other=0)
+            words_2 = gl.load(mask_row + words + word_at, mask=word_at < end, other=0)
+            bits_1 = (gl.expand_dims(words_1, 1) >> gl.expand_dims(bit, 0)) & 1
+            bits_2 = (gl.expand_dims(words_2, 1) >> gl.expand_dims(bit, 0)) & 1
+            selected = gl.convert_layout(gl.reshape(bits_1 | (bits_2 << 1), [WORDS * 32]), flat)
+            ids = at * 32 + gl.arange(0, WORDS * 32, flat)
+            on = (selected > 0) & (ids >= first) & (ids < chunk)
+            starts = gl.load(starts_row + ids, mask=on, other=-1)
+            keep = (on & (starts >= 0)).to(gl.int32)
+            place = LIST_HEADER + count + gl.associative_scan(keep, 0, _add) - keep
+            gl.store(list_at + place, ids | (selected << SELECTED_BIT), mask=keep > 0)
+            gl.store(list_at + n + place, starts, mask=keep > 0)
+            count += gl.sum(keep, 0)
+        gl.store(list_at, count)
+        gl.thread_barrier()  # all lanes have written
+        mbarrier.arrive(listed.index(turn & 1), count=1)
+        turn += 1
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def loader(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
+    """Partition: K and V of each pair's own chunk, where the part holds it, and of the chunks in its list."""
+    grid_ptr, starts_ptr, _mask_ptr, list_ptr, k_map, v_map = keys
+    _ready, _free, listed, done = barriers
+    _T, S, n, slots, batch_heads = sizes
+    turn = 0
+    met = 0
+    for work in range(gl.program_id(0), pairs_of(slots, batch_heads, shape), gl.num_programs(0)):
+        batch_head, _tile, slot = place_of(work, slots, shape)
+        row = 0
+        column = 0
+        if not shape.blocks:
+            row = (batch_head // shape.tile.kv_heads) * S
+            column = (batch_head % shape.tile.kv_heads) * shape.tile.head_dim
+        own = gl.load(starts_of_head(starts_ptr, batch_head, n, shape) + gl.load(grid_ptr + slot))
+        if own >= 0:
+            fetch(k_map, v_map, row + own, column, buffers, barriers, met, shape)
+            met += 1
+        list_at = list_of(list_ptr, turn, n)
+        mbarrier.wait(listed.index(turn & 1), (turn >> 1) & 1)
+        count = gl.load(list_at)
+        for index in range(count):
+            start = gl.load(list_at + LIST_HEADER + n + index)
+            fetch(k_map, v_map, row + start, column, buffers, barriers, met, shape)
+            met += 1
+        mbarrier.arrive(done.index(turn & 1), count=1)
+        turn += 1
+
+
+@gluon.jit
+def fetch(k_map, v_map, row, column, buffers, barriers, met, shape: gl.constexpr):
+    """K and V of a chunk, the met-th of the ring."""
+    ready, free, _listed, _done = barriers
+    slot = met % shape.ring
+    filled = ready.index(slot)
+    mbarrier.wait(free.index(slot), ((met // shape.ring) & 1) ^ 1)
+    mbarrier.expect(filled, k_map.block_type.nbytes + v_map.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_map, [row, column], filled, buffers[0].index(slot))
+    tma.async_copy_global_to_shared(v_map, [row, column], filled, buffers[1].index(slot))
+
+
+@gluon.jit
+def wait_filled(barriers, met, shape: gl.constexpr):
+    """The slot of the met-th chunk of the ring, once it is there."""
+    slot = met % shape.ring
+    mbarrier.wait(barriers[0].index(slot), (met // shape.ring) & 1)
+    return slot
+
+
+@gluon.jit
+def row_offsets(start, step, batch_head, T, layout: gl.constexpr, shape: gl.constexpr):
+    """(place in the chunk, index into [B, T, HQ]) of the rows of a chunk's step-th tile, for vectors of `layout`."""
+    tile: gl.constexpr = shape.tile
+    M: gl.constexpr = shape.rows
+    row = gl.arange(0, M, layout)
+    place = step * tile.tokens + row // tile.group
+    token = (batch_head // tile.kv_heads).to(gl.int64) * T + start + place
+    return place, token * tile.query_heads + (batch_head % tile.kv_heads) * tile.group + row % tile.group
+
+
+@gluon.jit
+def tile_pointers(pointer, start, step, batch_head, T, layout: gl.constexpr, shape: gl.constexpr):
+    """To a tile's rows of a [B, T, HQ, D] tensor, [M, D] of `layout`."""
+    _place, rows = row_offsets(start, step, batch_head, T, gl.SliceLayout(1, layout), shape)
+    D: gl.constexpr = shape.tile.head_dim
+    column = gl.arange(0, D, gl.SliceLayout(0, layout))
+    return pointer + gl.expand_dims(rows * D, 1) + gl.expand_dims(column, 0)
