@@ -20,7 +20,7 @@ OF_A_WHOLE_PART = {
     "key_gradient_kernel": 1,
 }
 # On pairs of tiles.
-IN_PAIRS = {"attend_kernel": "attend_pairs_kernel"}
+IN_PAIRS = {"attend_kernel": "attend_pairs_kernel", "query_gradient_kernel": "query_gradient_pairs_kernel"}
 # With and without a mean of log P; the first, a middle and the last of several parts, of which the last is blocks.
 OF_EVERY_CALL = OF_A_WHOLE_PART | {
     "route_kernel": 2,

@@ -85,6 +85,8 @@ class PairOptions:
 _PAIRS = {
     ("attend", 64): PairOptions(4, 32, tile_registers=232, helper_registers=40, max_registers=168),
     ("attend", 128): PairOptions(4, 32, tile_registers=232, helper_registers=40, max_registers=168),
+    ("queries", 64): PairOptions(4, 16, tile_registers=232, helper_registers=40, max_registers=168),
+    ("queries", 128): PairOptions(4, 16, tile_registers=232, helper_registers=40, max_registers=168),
 }
 
 # Gluon is young and changes from release to release: these are the ones the kernels were compiled with.

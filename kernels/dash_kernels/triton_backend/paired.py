@@ -27,9 +27,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dash_kernels.triton_backend.keys import KeyRows
 from dash_kernels.triton_backend.tiles import TileShape
 
+# Of the threads of a partition; named thread_barrier before Triton 3.7.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
 NUM_WARPS = 4  # of the first tile partition
 PARTITION_WARPS = gl.constexpr((4, 1, 1))  # of the second one, the lister and the loader
-LIST_HEADER = gl.constexpr(8)  # integers before a list; the first is its length
+LIST_HEADER = gl.constexpr(8)  # integers before a list: its length, and the number of chunks that the part lacks
 ID_BITS = gl.constexpr((1 << 29) - 1)  # of an entry of a list: the chunk's id
 SELECTED_BIT = gl.constexpr(29)  # of an entry: the first tile selected the chunk; the next bit: the second one did
 
@@ -39,7 +42,8 @@ class PairShape:
     """What a kernel is compiled for.
 
     ring: chunks that K and V are held of; block: chunks whose biases are computed at a time; has_sigma: the prior is
-    centred; blocks: K and V come in single blocks; first: no part has been met before.
+    centred; blocks: K and V come in single blocks; first: no part has been met before;
+    last: nor will another, and the chunks that the part lacks are listed unless it is also the first.
     """
 
     tile: TileShape
@@ -48,6 +52,7 @@ class PairShape:
     has_sigma: bool
     blocks: bool
     first: bool
+    last: bool
 
     @property
     def rows(self) -> int:
@@ -110,7 +115,9 @@ def place_of(work, slots, shape: gl.constexpr):
 
 @gluon.jit
 def list_of(list_ptr, turn, n):
-    """The list of this program's turn-th pair: ids with the bits of the tiles, then starts at a distance of n."""
+    """The list of this program's turn-th pair: ids with the bits of the tiles (from the end, those of chunks that the
+    part lacks), then starts at a distance of n.
+    """
     number = gl.program_id(0) * 2 + (turn & 1)
     return list_ptr + number.to(gl.int64) * (LIST_HEADER + 2 * n)
 
@@ -144,6 +151,7 @@ def lister(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
         list_at = list_of(list_ptr, turn, n)
         mbarrier.wait(done.index(turn & 1), ((turn >> 1) & 1) ^ 1)
         count = 0
+        lacking = 0
         end = (chunk + 31) // 32
         for at in range(first // 32, end, WORDS):
             word_at = at + gl.arange(0, WORDS, gl.SliceLayout(1, by_word))
@@ -161,8 +169,14 @@ def lister(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
             gl.store(list_at + place, ids | (selected << SELECTED_BIT), mask=keep > 0)
             gl.store(list_at + n + place, starts, mask=keep > 0)
             count += gl.sum(keep, 0)
+            if shape.last and not shape.first:
+                lacks = on.to(gl.int32) - keep
+                place = lacking + gl.associative_scan(lacks, 0, _add) - lacks
+                gl.store(list_at + LIST_HEADER + n - 1 - place, ids | (selected << SELECTED_BIT), mask=lacks > 0)
+                lacking += gl.sum(lacks, 0)
         gl.store(list_at, count)
-        gl.thread_barrier()  # all lanes have written
+        gl.store(list_at + 1, lacking)
+        barrier()  # all lanes have written
         mbarrier.arrive(listed.index(turn & 1), count=1)
         turn += 1
 
@@ -240,3 +254,30 @@ def tile_pointers(pointer, start, step, batch_head, T, layout: gl.constexpr, sha
     D: gl.constexpr = shape.tile.head_dim
     column = gl.arange(0, D, gl.SliceLayout(0, layout))
     return pointer + gl.expand_dims(rows * D, 1) + gl.expand_dims(column, 0)
+
+
+@gluon.jit
+def load_entries(list_at, block, count, shape: gl.constexpr):
+    """A block of a list, zeros beyond its end.  [BN]"""
+    listed = block + entry_numbers(shape)
+    return gl.load(list_at + LIST_HEADER + listed, mask=listed < count, other=0)
+
+
+@gluon.jit
+def load_lacking(list_at, block, count, n, shape: gl.constexpr):
+    """A block of the chunks that the part lacks, zeros beyond their end.  [BN]"""
+    listed = block + entry_numbers(shape)
+    return gl.load(list_at + LIST_HEADER + n - 1 - listed, mask=listed < count, other=0)
+
+
+@gluon.jit
+def entry_numbers(shape: gl.constexpr):
+    BN: gl.constexpr = shape.block
+    by_summary: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    return gl.arange(0, BN, gl.SliceLayout(1, by_summary))
+
+
+@gluon.jit
+def selected_word(entries, shape: gl.constexpr, WHICH: gl.constexpr):
+    """A bit for each of the entries: the tile selected the chunk."""
+    return gl.sum(((entries >> (SELECTED_BIT + WHICH)) & 1) << entry_numbers(shape), 0)

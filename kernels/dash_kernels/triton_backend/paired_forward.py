@@ -5,25 +5,19 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from dash_kernels.spec import AttentionSpec, Queries
 from dash_kernels.triton_backend.keys import KeyRows
 from dash_kernels.triton_backend.launch import PairOptions
 from dash_kernels.triton_backend.paired import (
-    ID_BITS,
-    LIST_HEADER,
     NUM_WARPS,
     PARTITION_WARPS,
-    SELECTED_BIT,
     PairShape,
+    barrier,
     list_of,
     lister,
+    load_entries,
     loader,
     pair_lists,
     pair_maps,
@@ -31,10 +25,12 @@ from dash_kernels.triton_backend.paired import (
     place_of,
     ring_barriers,
     row_offsets,
+    selected_word,
     starts_of_head,
     tile_pointers,
     wait_filled,
 )
+from dash_kernels.triton_backend.paired_routing import load_thresholds, log_priors, routing_slopes
 from dash_kernels.triton_backend.tiles import (
     LN_2,
     LOG2_E,
@@ -64,7 +60,7 @@ def attend_pairs(
     programs = min(resident_programs(q.device, 1), len(chunks) * tile.per_chunk // 2 * batch_heads)
     before_out, before_lse = (out, lse) if before is None else before
     shape = PairShape(
-        tile, options.ring, options.block, spec.prior_sigma is not None, keys.blocks, first=before is None
+        tile, options.ring, options.block, spec.prior_sigma is not None, keys.blocks, first=before is None, last=False
     )
     attend_pairs_kernel[(programs,)](
         q.contiguous(), chunks.on(q.device), *pair_maps(keys, tile), keys.starts, *split_summaries(summaries, q.dtype),
@@ -90,7 +86,8 @@ def attend_pairs_kernel(
     by_chunk: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     biases = gl.allocate_shared_memory(gl.float32, [2, SHAPE.block, SHAPE.rows], by_chunk)
     keys = (grid_ptr, starts_ptr, mask_ptr, list_ptr, k_map, v_map)
-    rows = (q_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr)
+    routed = (high_ptr, low_ptr, tau_ptr, log_mean_ptr)
+    rows = (q_ptr, routed, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr)
     buffers = (k_ring, v_ring, summaries, biases)
     barriers = ring_barriers(SHAPE.ring)
     sizes = (T, S, n, slots, batch_heads)
@@ -129,11 +126,11 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
     by_score_row: gl.constexpr = gl.SliceLayout(1, of_scores)
     by_out_row: gl.constexpr = gl.SliceLayout(1, of_out)
     grid_ptr, starts_ptr, _mask_ptr, list_ptr, _k_map, _v_map = keys
-    q_ptr, high_ptr, low_ptr, _tau_ptr, _log_mean_ptr, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr = rows
+    q_ptr, routed, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr = rows
     k_ring, v_ring, summaries, biases = buffers
     _ready, free, listed, done = barriers
     T, _S, n, slots, batch_heads = sizes
-    _factor, scale2, _prior_exponent = factors
+    factor, scale2, prior_exponent = factors
     bias_rows = biases._reinterpret(gl.float32, [2 * BN, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turn = 0
     met = 0
@@ -142,7 +139,7 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
         step = (tile + WHICH) % shape.tile.per_chunk
         start = gl.load(grid_ptr + slots + slot)
         q = gl.load(tile_pointers(q_ptr, start, step, batch_head, T, shape.factor(C), shape))
-        tau, log2_mean = load_thresholds(rows, start, step, batch_head, T, shape)
+        tau, log2_mean = load_thresholds(routed, start, step, batch_head, T, shape)
         place, row_at = row_offsets(start, step, batch_head, T, by_score_row, shape)
         if shape.first:
             top = gl.full([M], NOTHING, gl.float32, by_score_row)
@@ -168,19 +165,20 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
         count = gl.load(list_at)
         for block in range(0, count, BN):
             entries = load_entries(list_at, block, count, shape)
-            of_block = prior_biases(
-                q, entries, count - block, tau, log2_mean, high_ptr, low_ptr, summaries, batch_head, n, factors, shape,
-                WHICH,
-            )  # fmt: skip
-            biases.index(WHICH).store(gl.permute(of_block, (1, 0)))
+            u, _high = routing_slopes(
+                q, entries, count - block, tau, routed, summaries, batch_head, n, factor, shape, WHICH
+            )
+            _prior, log_prior = log_priors(u, shape)
+            bias = (log_prior - gl.expand_dims(log2_mean, 1)) * prior_exponent
+            biases.index(WHICH).store(gl.permute(bias, (1, 0)))
             word = selected_word(entries, shape, WHICH)
-            gl.thread_barrier()  # the biases are there
+            barrier()  # the biases are there
             for index in range(0, gl.minimum(count - block, BN)):
                 at = wait_filled(barriers, met, shape)
                 if ((word >> index) & 1) != 0:
-                    bias = bias_rows.index(WHICH * BN + index).load(by_score_row)
+                    bias_at = bias_rows.index(WHICH * BN + index).load(by_score_row)
                     scores = product(q, k_ring.index(at).permute((1, 0)), M, C, of_scores) * scale2
-                    scores += gl.expand_dims(bias, 1)
+                    scores += gl.expand_dims(bias_at, 1)
                     top, total, out = softmax_step(scores, v_ring.index(at), top, total, out, shape)
                 mbarrier.arrive(free.index(at), count=1)
                 met += 1
@@ -212,72 +210,3 @@ def softmax_step(scores, v, top, total, out, shape: gl.constexpr):
     out = out * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, by_out)), 1)
     weights = gl.convert_layout(weights.to(v.dtype), shape.factor(shape.tile.head_dim))
     return new_top, total, warpgroup_mma_wait(0, deps=[warpgroup_mma(weights, v, out, is_async=True)])
-
-
-@gluon.jit
-def load_thresholds(rows, start, step, batch_head, T, shape: gl.constexpr):
-    """(tau, mean of log2 P) of a tile's rows, as `prior_biases` takes them.  [M] each"""
-    by_row: gl.constexpr = gl.SliceLayout(1, shape.product(shape.block))
-    M: gl.constexpr = shape.rows
-    place, row_at = row_offsets(start, step, batch_head, T, by_row, shape)
-    tau = gl.load(rows[3] + row_at)
-    log2_mean = gl.zeros([M], gl.float32, by_row)
-    if shape.has_sigma:
-        token = (batch_head // shape.tile.kv_heads).to(gl.int64) * T + start + place
-        log2_mean = gl.load(rows[4] + token * shape.tile.kv_heads + batch_head % shape.tile.kv_heads) / LN_2
-    return tau, log2_mean
-
-
-@gluon.jit
-def load_entries(list_at, block, count, shape: gl.constexpr):
-    """Of a block of a list; zero beyond its end.  [BN]"""
-    by_summary: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    listed = block + gl.arange(0, shape.block, gl.SliceLayout(1, by_summary))
-    return gl.load(list_at + LIST_HEADER + listed, mask=listed < count, other=0)
-
-
-@gluon.jit
-def selected_word(entries, shape: gl.constexpr, WHICH: gl.constexpr):
-    """A bit for each of the entries: the tile selected the chunk."""
-    return gl.sum(((entries >> (SELECTED_BIT + WHICH)) & 1) << gl.arange(0, shape.block, entries.type.layout), 0)
-
-
-@gluon.jit
-def prior_biases(
-    q, entries, inside, tau, log2_mean, high_ptr, low_ptr, summaries, batch_head, n, factors, shape: gl.constexpr,
-    WHICH: gl.constexpr,
-):  # fmt: skip
-    """`forward.routing_block`'s bias in base 2 of a tile for a block of its list, -inf where a token did not select
-    the chunk.  [M, BN]
-
-    inside: how many of the entries there are.
-    """
-    D: gl.constexpr = shape.tile.head_dim
-    G: gl.constexpr = shape.tile.group
-    BT: gl.constexpr = shape.tile.tokens
-    M: gl.constexpr = shape.rows
-    BN: gl.constexpr = shape.block
-    by_score: gl.constexpr = shape.product(BN)
-    by_summary: gl.constexpr = entries.type.layout.parent
-    factor, _scale2, prior_exponent = factors
-    high = summaries.index(WHICH * 2)
-    low = summaries.index(WHICH * 2 + 1)
-    offset = ((batch_head // shape.tile.kv_heads).to(gl.int64) * n + (entries & ID_BITS)) * shape.tile.kv_heads
-    offset = (offset + batch_head % shape.tile.kv_heads) * D
-    pointers = gl.expand_dims(offset, 1) + gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, by_summary)), 0)
-    high.store(gl.load(high_ptr + pointers))
-    low.store(gl.load(low_ptr + pointers))
-    fence_async_shared()
-    gl.thread_barrier()
-    queries = gl.convert_layout(q, shape.factor(BN))
-    y = warpgroup_mma(
-        queries, high.permute((1, 0)), gl.zeros([M, BN], gl.float32, by_score), use_acc=False, is_async=True
-    )
-    y = warpgroup_mma_wait(0, deps=[warpgroup_mma(queries, low.permute((1, 0)), y, is_async=True)])
-    present = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, by_score)) < inside, 0)
-    u = gl.where(present, gl.maximum(y * factor - gl.expand_dims(tau, 1), 0.0), 0.0)
-    by_head = gl.reshape(u * u, [BT, G, BN])
-    prior = gl.sum(by_head, 1) / G
-    log_prior = gl.where(prior > 0, gl.log2(gl.where(prior > 0, prior, 1.0)), -float("inf"))
-    log_prior = gl.reshape(gl.expand_dims(log_prior, 1) + gl.zeros_like(by_head), [M, BN])
-    return (gl.convert_layout(log_prior, by_score) - gl.expand_dims(log2_mean, 1)) * prior_exponent
