@@ -20,6 +20,14 @@ from pathlib import Path
 _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
 _PARTIAL_FOLDER = re.compile(r"^\.step_\d{8,}\.partial$")
 _REPLACED_FOLDER = re.compile(r"^\.(step_\d{8,})\.replaced$")
+_HIDDEN_FOLDER = re.compile(r"^\.step_\d{8,}\.(partial|replaced|damaged)(-\d+)?$")
+
+HIDDEN_STATES = {
+    "partial": "being written, or left behind",
+    "replaced": "being replaced, or left behind",
+    "damaged": "set aside as damaged",
+}
+"""Suffix of a folder that is not a complete checkpoint -> what it is, in words."""
 
 
 def step_folder(step: int) -> str:
@@ -45,6 +53,12 @@ def visible_checkpoints(directory: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [path for _, path in sorted(found)]
+
+
+def hidden_checkpoints(directory: Path) -> list[tuple[Path, str]]:
+    """Folders that are no complete checkpoint, by name, each with its key in `HIDDEN_STATES`. Raises OSError."""
+    found = ((path, _HIDDEN_FOLDER.match(path.name)) for path in sorted(directory.iterdir()))
+    return [(path, match[1]) for path, match in found if match]
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from dash_dist.checkpoints.folders import step_of
 from dash_dist.checkpoints.pickles import find_unsafe_content
 
 METADATA = "metadata.json"
@@ -120,6 +121,8 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DamagedCheckpoint(f"{path} is damaged: {where}: {first['msg']}") from None
+    if step_of(folder) not in (None, metadata.state.step):
+        raise DamagedCheckpoint(f"{path} is damaged: it is of step {metadata.state.step}")
     for name in metadata.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DamagedCheckpoint(f"{path} is damaged: it lists {name!r}, which is outside of the checkpoint")
@@ -128,11 +131,14 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
     return metadata
 
 
-def find_damage(folder: Path, metadata: CheckpointMetadata, names: Iterable[str] | None = None) -> dict[str, str]:
+def find_damage(
+    folder: Path, metadata: CheckpointMetadata, names: Iterable[str] | None = None, *, sizes_only: bool = False
+) -> dict[str, str]:
     """Compare the files of `folder` with `metadata`, and look into those that Python objects would be read from.
 
     Args:
         names: the files to check; all by default.
+        sizes_only: read no file.
 
     Returns:
         File -> a message that names it and says what is wrong; empty if all is well.
@@ -141,10 +147,10 @@ def find_damage(folder: Path, metadata: CheckpointMetadata, names: Iterable[str]
     """
     found = {}
     for name in metadata.files if names is None else names:
-        problem = _damage_of_file(folder, name, metadata.files[name])
-        if problem is None and name == DATA_STATE:
+        problem = _damage_of_file(folder, name, metadata.files[name], sizes_only)
+        if problem is None and not sizes_only and name == DATA_STATE:
             problem = _no_json_object(folder / name)
-        if problem is None:
+        if problem is None and not sizes_only:
             problem = find_unsafe_content(folder / name, metadata.files)
         if problem is not None:
             found[name] = f"{folder / name} {problem}"
@@ -168,12 +174,12 @@ def _checksum_of_json(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _damage_of_file(folder: Path, name: str, expected: FileChecksum) -> str | None:
+def _damage_of_file(folder: Path, name: str, expected: FileChecksum, size_only: bool) -> str | None:
     try:
         size = (folder / name).stat().st_size
         if size != expected.size:
             return f"is damaged: it has {size} bytes, written were {expected.size}"
-        found = checksum_of(folder / name)
+        found = expected if size_only else checksum_of(folder / name)
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     except IsADirectoryError:

@@ -106,6 +106,33 @@ def read_index(path: Path) -> Metadata:
     return index
 
 
+class FileSection(io.RawIOBase):
+    """`length` bytes of a file from `start`, to be read as if they were a file of their own."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if self._position < 0:
+            raise ValueError(f"position {self._position} is before the start")
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._position)
+        content = self._file.read(max(0, min(len(buffer), self._length - self._position)))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
 class _ListedUnpickler(pickle.Unpickler):
     """Looks up listed names only."""
 
@@ -192,37 +219,10 @@ def _check_shards(path: Path) -> None:
         return  # said of the index itself
     with path.open("rb") as file:
         for place in places:
-            _check_archive(_Section(file, place.offset, place.length))
+            _check_archive(FileSection(file, place.offset, place.length))
 
 
-class _Section(io.RawIOBase):
-    """`length` bytes of a file from `start`, to be read as if they were a file of their own."""
-
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._file, self._start, self._length = file, start, length
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        if self._position < 0:
-            raise ValueError(f"position {self._position} is before the start")
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._position)
-        content = self._file.read(max(0, min(len(buffer), self._length - self._position)))
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
-
-
-def _check_archive(file: IO[bytes] | _Section) -> None:
+def _check_archive(file: IO[bytes] | FileSection) -> None:
     try:
         with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
             pickles = [name for name in archive.namelist() if name.endswith(".pkl")]

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
@@ -37,25 +36,7 @@ from dash_dist.megatron.background import FinishedCall, ForkedCall
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.optimizer import Optimizer
 from dash_dist.megatron.parallel import ParallelDims
-
-_RUN = "run"
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """What a checkpoint holds beside tensors.
-
-    Attributes:
-        step: steps done.
-        sequence_length: tokens of a whole sequence in training.
-        identity: settings that must be the same for the weights and the optimizer's state to fit.
-        function: settings of the function that the weights were trained in; others fit them too.
-    """
-
-    step: int
-    sequence_length: int
-    identity: dict[str, Any]
-    function: dict[str, Any]
+from dash_dist.megatron.state import COMMON, RUN, EngineState, read_engine_state
 
 
 @dataclass(frozen=True)
@@ -102,9 +83,9 @@ class _Plan:
                 results += [self._write_tensor(file, name, item, tensor) for item, tensor in tensors]
                 checksums[name] = file.checksum()
         if self.common is not None:
-            with _ChecksummedFile(Path(self._writer.checkpoint_dir) / COMMON_STATE_FNAME) as file:
+            with _ChecksummedFile(Path(self._writer.checkpoint_dir) / COMMON) as file:
                 file.write(self.common)
-                checksums[COMMON_STATE_FNAME] = file.checksum()
+                checksums[COMMON] = file.checksum()
         return _Written(results, checksums)
 
     def write_index(self, results: list[list[WriteResult]]) -> None:
@@ -213,7 +194,7 @@ def start_save(
         # The distributed optimizer's state is gathered on one rank; the others' empty entry would look to
         # Megatron like a difference between the ranks.
         state["optimizer"].pop("param_state", None)
-    state[_RUN] = asdict(run)
+    state[RUN] = asdict(run)
     tensors, common = save_preprocess(state)
     if filesystem_async._results_queue is None:
         # Megatron's plan comes with a queue between its writing processes, kept by yet another process that would
@@ -226,24 +207,6 @@ def start_save(
         plan.common = content.getvalue()
     plan.copy_to_host()
     return MegatronSave(plan, dims, background=background)
-
-
-def read_engine_state(directory: Path) -> EngineState:
-    """What a checkpoint holds beside tensors.
-
-    Raises:
-        FileNotFoundError: there is no complete checkpoint in the directory.
-        ValueError: the file that it is in is damaged or of another program; names it.
-    """
-    if not (directory / CONFIG_FNAME).is_file():
-        raise FileNotFoundError(f"{directory} has no {CONFIG_FNAME}: it is not a checkpoint, or not written to its end")
-    path = directory / COMMON_STATE_FNAME
-    try:
-        return EngineState(**torch.load(path, map_location="cpu", weights_only=True)[_RUN])
-    except OSError as error:
-        raise FileNotFoundError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # what torch, and then the lookup, make of a foreign file can be anything
-        raise ValueError(f"{path} is damaged or of another program: {error}") from error
 
 
 def load_checkpoint(
@@ -271,7 +234,7 @@ def load_checkpoint(
         state = dist_checkpointing.load(_sharded_state(model, optimizer, dims, is_loading=True), str(directory))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        run = EngineState(**state[_RUN])
+        run = EngineState(**state[RUN])
     except CheckpointException as error:  # of all ranks' reading, raised at every one; is not an Exception
         failure = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items()) or str(error)
     except Exception as error:  # a checkpoint whose inside is not what Megatron expects fails in many ways

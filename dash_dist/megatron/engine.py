@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.megatron.batch import MicroBatch, ShardBatch, count_loss_tokens, split_micro_batches
-from dash_dist.megatron.checkpoint import EngineState, MegatronSave, load_checkpoint, start_save
+from dash_dist.megatron.checkpoint import MegatronSave, load_checkpoint, start_save
 from dash_dist.megatron.config import (
     AttentionConfig,
     ModelConfig,
@@ -33,6 +33,7 @@ from dash_dist.megatron.model import DashGPTModel, build_model, transformer_conf
 from dash_dist.megatron.optimizer import Optimizer, wrap_model
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.routing import LayerRouting, gather_routing, set_recording
+from dash_dist.megatron.state import EngineState
 from dash_dist.megatron.traffic import ExchangeStatistics, gather_traffic
 
 __all__ = ["Engine", "MicroBatch", "StepResult"]

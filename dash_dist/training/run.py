@@ -277,7 +277,14 @@ class _Run:
     def _load(self, origin: Path) -> tuple[RunState, list[str]]:
         state, data_position, changes = self._checkpoints.load(origin, self._engine)
         with self._control.together(f"cannot go on from {origin}", CheckpointError):
-            self._data.load_state_dict(data_position)
+            try:
+                self._data.load_state_dict(data_position)
+            except (
+                AttributeError,
+                KeyError,
+                TypeError,
+            ) as error:  # not what a stream wrote, though its checksum is right
+                raise CheckpointError(f"{origin / 'data.json'} is not a position in data: {error!r}") from error
         own = origin.parent == self._checkpoints.directory
         return state if own else replace(state, origin=str(origin)), changes
 
