@@ -69,7 +69,7 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _Output:
-    """One tensor of the export, of `shape`: `convert` of Megatron's `key`, in `layer` where all layers are under one."""
+    """One tensor of the export, of `shape`: `convert` of the checkpoint's `key`, in `layer` where that has several."""
 
     name: str
     shape: tuple[int, ...]

@@ -65,6 +65,15 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
     return outcomes
 
 
+def runs_to_damage(config: Path) -> None:
+    """Checkpoints of steps 2 and 4, and one of step 4 of another model."""
+    for name, overrides in {"whole": [], "other": ["model.num_layers=4"]}.items():
+        outcome = attempt(
+            config, f"run.name={name}", "parallel.context=1", "training.steps=4", "checkpoint.interval=2", *overrides
+        )
+        assert outcome.summary is not None, outcome.error
+
+
 class Unreachable(Exception):
     """As the errors of HTTP libraries: neither an OSError nor a ValueError."""
 
