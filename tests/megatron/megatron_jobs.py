@@ -138,6 +138,20 @@ def load_and_train(loads: list[tuple[str, Case]], folder: Path) -> list[tuple[li
     return results
 
 
+def load_and_read(cases: dict[str, Case], folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Per checkpoint: the logits of the first chunk of every sequence [b, s, vocab], and the summary queries of all
+    layers [layers, kv heads, dim]."""
+    read = {}
+    for name, case in cases.items():
+        with engine_of(case) as engine:
+            engine.load(folder / name)
+            with torch.no_grad():
+                logits = engine.model(global_batch(0).tokens[:, :CHUNK_SIZE], None, None)
+            queries = [attention.summary_query.detach().clone() for _, attention in engine.model.attentions()]
+            read[name] = logits, torch.stack(queries)
+    return read
+
+
 def logits_of_last_rank(case: Case) -> tuple[dict[str, int], torch.Tensor]:
     """How much this rank's logits [b, s, vocab] move when the first token of the sequence changes."""
     with engine_of(case) as engine:

@@ -58,6 +58,7 @@ SAVED_ON_TWO = {
     "pp 2": dataclasses.replace(SAVED, pipeline=2),
     "dp 2": SAVED,
     "dp 2, plain optimizer": dataclasses.replace(SAVED, distributed_optimizer=False),
+    "pp 2, tied": dataclasses.replace(SAVED, pipeline=2, tie_embeddings=True),
 }
 
 
