@@ -1,4 +1,4 @@
-"""The `dash-dist` command: `train`, `config` and `doctor`.
+"""The `dash-dist` command.
 
 Knows how a person calls and how an error is shown; does not know what a run consists of. Imports of torch and
 of the training code wait until a command needs them, so that `--help` answers at once.
@@ -74,6 +74,47 @@ def doctor(
     healthy = examine(config, overrides or [], ranks=ranks, directory=directory, address=address, json_file=json)
     if not healthy:
         raise typer.Exit(1)
+
+
+checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and export the checkpoints of a run.")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+
+@checkpoint_app.command("list")
+def list_checkpoints(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run: runs/NAME.")]) -> None:
+    """Show step, time, tokens, loss, size and state of each checkpoint."""
+    from rich.console import Console
+
+    from dash_dist.training.checkpoint_commands import list_checkpoints, table_of
+
+    Console().print(table_of(list_checkpoints(run)))
+
+
+@checkpoint_app.command("verify")
+def verify_checkpoints(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's step_* folder, or a run's folder.")],
+) -> None:
+    """Read every file and compare it with what was written; exit status 1 if any is damaged."""
+    from dash_dist.training.checkpoint_commands import verify
+
+    damaged = 0
+    for message in verify(path, progress=lambda folder: print(f"verifying {folder}", file=sys.stderr)):
+        print(message)
+        damaged += 1
+    if damaged:
+        raise typer.Exit(1)
+    print("all files are whole")
+
+
+@checkpoint_app.command("export")
+def export_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's step_* folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+) -> None:
+    """Write the weights alone as safetensors with the names of Hugging Face's Llama, and a config.json."""
+    from dash_dist.training.checkpoint_commands import export
+
+    export(checkpoint, out, progress=lambda name: print(f"wrote {out / name}", file=sys.stderr))
 
 
 def run_app(command: typer.Typer) -> None:

@@ -80,6 +80,8 @@ class Optimizer:
         overrides[ParamKey(name="*.summary_query")] = {"wd_mult": 0.0}
         self.megatron: MegatronOptimizer = get_megatron_optimizer(megatron_config, [model], overrides)
         for part in self.megatron.chained_optimizers:
+            if isinstance(part, DistributedOptimizer):
+                _save_with_padding(part)
             if isinstance(part.optimizer, torch.optim.AdamW):
                 _start_torch_adam(part.optimizer)
                 if isinstance(part, DistributedOptimizer):
@@ -167,6 +169,36 @@ def _start_torch_adam(adam: torch.optim.AdamW) -> None:
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
+
+
+def _save_with_padding(optimizer: DistributedOptimizer) -> None:
+    """Let a distributed optimizer of several buckets save each parameter's state, and not its neighbour's.
+
+    Tied embeddings on several pipeline stages get a bucket of their own. Megatron gathers the buckets' content without
+    the padding at their ends, and then looks for the parameters where they are with it.
+    """
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def gather_with_padding(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        state = gather(*args, **kwargs)
+        if state is not None:
+            for index, buffer in enumerate(optimizer.buffers):
+                for tensors in state[index].values():
+                    for name, tensor in tensors.items():
+                        if isinstance(tensor, torch.Tensor):
+                            tensors[name] = pad(tensor, buffer)
+        return state
+
+    def pad(tensor: torch.Tensor, buffer: Any) -> torch.Tensor:
+        if len(buffer.buckets) == 1:
+            return tensor
+        padded = tensor.new_zeros(buffer.numel)
+        pieces = tensor.split([bucket.numel_unpadded for bucket in buffer.buckets])
+        for bucket, piece in zip(buffer.buckets, pieces, strict=True):
+            padded[bucket.offset : bucket.offset + piece.numel()] = piece
+        return padded
+
+    optimizer.get_parameter_state_dp_zero = gather_with_padding
 
 
 def _load_with_torch_adam(optimizer: DistributedOptimizer) -> None:

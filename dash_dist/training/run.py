@@ -73,7 +73,13 @@ class _Run:
         self._stop_requested = stop_requested
         self._tokens_per_step = config.training.global_batch_size * config.training.sequence_length  # with padding
         self._control = ControlGroup(config.training.distributed_timeout)
-        self._checkpoints = CheckpointManager(config.run.path, self._control, keep=config.checkpoint.keep)
+        self._checkpoints = CheckpointManager(
+            config.run.path,
+            self._control,
+            keep=config.checkpoint.keep,
+            keep_every_hours=config.checkpoint.keep_every_hours,
+            asynchronous=config.checkpoint.asynchronous,
+        )
         self._tensorboard = config.run.path / "tensorboard"
         with self._control.together("the run cannot start", ConfigError):
             config.check_world_size(dims.world_size)
@@ -114,6 +120,8 @@ class _Run:
                     resumed_from=origin,
                 )
             )
+            for damage in self._checkpoints.stepped_over:
+                self._reporter.note(damage)
             if changes:
                 self._reporter.note(f"not the function of the checkpoint: {'; '.join(changes)}")
             self._writer = MetricsWriter(self._tensorboard, start_step=self._state.step)
@@ -134,12 +142,14 @@ class _Run:
                 self._save()
         if self._state.step > self._saved_step:
             self._save()
+        self._checkpoints.finish()
         summary = self._summary()
         if self._control.is_main:
             self._reporter.finish(summary)
         return summary
 
     def close(self) -> None:
+        self._checkpoints.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -152,11 +162,15 @@ class _Run:
             batches = self._data.next_step()
         except Exception as error:  # whatever the readers and the network raise: the other ranks must not wait
             failure = error
-        any_stop, any_failure = self._control.maximum([float(stop), float(failure is not None)])
+        any_stop, any_failure, writing = self._control.maximum(
+            [float(stop), float(failure is not None), float(self._checkpoints.writing())]
+        )
         if any_failure:
             with self._control.together("cannot read the data", RunError):
                 if failure is not None:
                     raise failure
+        if self._checkpoints.pending and not writing:
+            self._checkpoints.finish()
         return None if any_stop else batches
 
     def _step(self, micro_batches: list[Batch]) -> None:
@@ -247,7 +261,8 @@ class _Run:
 
     def _save(self) -> None:
         positions = [self._data_position] if self._speaks_for_its_rows else []
-        self._checkpoints.save(self._state, self._engine, positions, merge_states)
+        self._checkpoints.finish()
+        self._checkpoints.start(self._state, self._engine, positions, merge_states)
         self._saved_step = self._state.step
         self._pace.leave_out_since_step()
 
@@ -262,7 +277,14 @@ class _Run:
     def _load(self, origin: Path) -> tuple[RunState, list[str]]:
         state, data_position, changes = self._checkpoints.load(origin, self._engine)
         with self._control.together(f"cannot go on from {origin}", CheckpointError):
-            self._data.load_state_dict(data_position)
+            try:
+                self._data.load_state_dict(data_position)
+            except (
+                AttributeError,
+                KeyError,
+                TypeError,
+            ) as error:  # not what a stream wrote, though its checksum is right
+                raise CheckpointError(f"{origin / 'data.json'} is not a position in data: {error!r}") from error
         own = origin.parent == self._checkpoints.directory
         return state if own else replace(state, origin=str(origin)), changes
 

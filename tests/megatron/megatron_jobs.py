@@ -121,8 +121,10 @@ def train_and_save(cases: dict[str, Case], folder: Path) -> dict[str, list[float
     for name, case in cases.items():
         with engine_of(case) as engine:
             losses[name] = train(engine, case, STEPS_BEFORE_SAVE)
-            engine.save(folder / name)
+            at_once = engine.start_save(folder / f"{name}, at once", background=False).finish()
+            save = engine.start_save(folder / name, background=True)
             losses[name] += train(engine, case, STEPS_AFTER_LOAD)
+            assert save.finish() == at_once  # sizes and checksums: what was trained meanwhile is not in it
     return losses
 
 
@@ -134,6 +136,20 @@ def load_and_train(loads: list[tuple[str, Case]], folder: Path) -> list[tuple[li
             changes = engine.load(folder / saved)
             results.append((changes, engine.step, train(engine, case, STEPS_AFTER_LOAD)))
     return results
+
+
+def load_and_read(cases: dict[str, Case], folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Per checkpoint: the logits of the first chunk of every sequence [b, s, vocab], and the summary queries of all
+    layers [layers, kv heads, dim]."""
+    read = {}
+    for name, case in cases.items():
+        with engine_of(case) as engine:
+            engine.load(folder / name)
+            with torch.no_grad():
+                logits = engine.model(global_batch(0).tokens[:, :CHUNK_SIZE], None, None)
+            queries = [attention.summary_query.detach().clone() for _, attention in engine.model.attentions()]
+            read[name] = logits, torch.stack(queries)
+    return read
 
 
 def logits_of_last_rank(case: Case) -> tuple[dict[str, int], torch.Tensor]:
@@ -185,7 +201,7 @@ def errors_and_skips(folder: Path) -> dict[str, Any]:
         catch("no checkpoint", engine.load, folder / "nothing")
         (folder / "taken").mkdir(exist_ok=True)
         (folder / "taken" / f"rank{rank}").touch()
-        catch("taken directory", engine.save, folder / "taken")
+        catch("taken directory", lambda: engine.start_save(folder / "taken", background=True))
         catch("second dims", lambda: engine_of(case).__enter__())
         seen["step after errors"] = engine.step
 
@@ -200,7 +216,7 @@ def errors_and_skips(folder: Path) -> dict[str, Any]:
         engine.model.output_layer.weight.data[0, 0] = 0.0
         seen["next"] = engine.train_step(good).skipped
 
-        engine.save(folder / "saved")
+        engine.start_save(folder / "saved", background=True).finish()
     with engine_of(Case(context=2, distributed_optimizer=False, tie_embeddings=True)) as engine:
         catch("other model", engine.load, folder / "saved")
     catch("world size", lambda: engine_of(Case(tensor=2, context=2)).__enter__())

@@ -58,6 +58,7 @@ SAVED_ON_TWO = {
     "pp 2": dataclasses.replace(SAVED, pipeline=2),
     "dp 2": SAVED,
     "dp 2, plain optimizer": dataclasses.replace(SAVED, distributed_optimizer=False),
+    "pp 2, tied": dataclasses.replace(SAVED, pipeline=2, tie_embeddings=True),
 }
 
 
@@ -185,27 +186,38 @@ def test_first_token_reaches_the_last_rank(case: Case) -> None:
 
 
 def test_checkpoints_continue_at_another_layout(tmp_path: Path) -> None:
-    (alone,) = run_ranks("megatron_jobs:train_and_save", 1, {"alone": SAVED}, tmp_path, cpu_only=True)
-    expected = alone["alone"]
-    assert len(set(expected)) == STEPS_BEFORE_SAVE + STEPS_AFTER_LOAD
+    tied = dataclasses.replace(SAVED, tie_embeddings=True)
+    cases = {"alone": SAVED, "alone, tied": tied}
+    (alone,) = run_ranks("megatron_jobs:train_and_save", 1, cases, tmp_path, cpu_only=True)
+    expected = {name: alone["alone, tied" if "tied" in name else "alone"] for name in [*cases, *SAVED_ON_TWO]}
+    for losses in expected.values():
+        assert len(set(losses)) == STEPS_BEFORE_SAVE + STEPS_AFTER_LOAD
     for losses in run_ranks("megatron_jobs:train_and_save", 2, SAVED_ON_TWO, tmp_path, cpu_only=True):
         for name in SAVED_ON_TWO:
-            assert losses[name] == pytest.approx(expected, rel=1e-5), name
+            assert losses[name] == pytest.approx(expected[name], rel=1e-5), name
 
     plain = dataclasses.replace(SAVED, distributed_optimizer=False)
-    loads_alone = [("dp 2", SAVED), ("pp 2", SAVED), ("dp 2, plain optimizer", plain), ("alone", SAVED)]
+    loads_alone = [
+        ("dp 2", SAVED),
+        ("pp 2", SAVED),
+        ("dp 2, plain optimizer", plain),
+        ("alone", SAVED),
+        ("pp 2, tied", tied),
+    ]
     loads_on_two = [
         ("cp 2", dataclasses.replace(SAVED, tensor=2)),
         ("alone", dataclasses.replace(SAVED, pipeline=2)),
         ("pp 2", dataclasses.replace(SAVED, context=2)),
         ("dp 2, plain optimizer", dataclasses.replace(plain, tensor=2)),
+        ("alone, tied", SAVED_ON_TWO["pp 2, tied"]),
+        ("pp 2, tied", SAVED_ON_TWO["pp 2, tied"]),
     ]
     for world_size, loads in ((1, loads_alone), (2, loads_on_two)):
         for rank in run_ranks("megatron_jobs:load_and_train", world_size, loads, tmp_path, cpu_only=True):
             for (name, _), (changes, step, losses) in zip(loads, rank, strict=True):
                 assert changes == []
                 assert step == STEPS_BEFORE_SAVE
-                assert losses == pytest.approx(expected[STEPS_BEFORE_SAVE:], rel=1e-5), name
+                assert losses == pytest.approx(expected[name][STEPS_BEFORE_SAVE:], rel=1e-5), name
 
 
 def test_errors_reach_every_rank_and_bad_steps_change_nothing(tmp_path: Path) -> None:

@@ -3,9 +3,15 @@
 The test process itself does not import this: it would load Megatron-core.
 """
 
+import errno
 import io
 import math
+import os
+import resource
+import signal
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -13,8 +19,11 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dash_dist.data import DataStream
-from dash_dist.megatron import Engine, StepResult
-from dash_dist.training import ConsoleProgress, RunSummary, load_config, train
+from dash_dist.megatron import Engine, ParallelDims, StepResult
+from dash_dist.megatron.checkpoint import _Plan
+from dash_dist.training import CheckpointError, ConsoleProgress, RunSummary, load_config, train
+from dash_dist.training.checkpoints import CheckpointManager, RunState
+from dash_dist.training.control import ControlGroup
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,19 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
     return outcomes
 
 
+def attempts(config: Path, runs: list[list[str]]) -> list[Outcome]:
+    return [attempt(config, *overrides) for overrides in runs]
+
+
+def runs_to_damage(config: Path) -> None:
+    """Checkpoints of steps 2 and 4, and one of step 4 of another model."""
+    for name, overrides in {"whole": [], "other": ["model.num_layers=4"]}.items():
+        outcome = attempt(
+            config, f"run.name={name}", "parallel.context=1", "training.steps=4", "checkpoint.interval=2", *overrides
+        )
+        assert outcome.summary is not None, outcome.error
+
+
 class Unreachable(Exception):
     """As the errors of HTTP libraries: neither an OSError nor a ValueError."""
 
@@ -89,3 +111,72 @@ def runs_of_two_ranks(config: Path, folder: Path) -> dict[str, Outcome]:
     with mock.patch.object(DataStream, "next_step", next_step if dist.get_rank() == 1 else real):
         outcomes["unreachable"] = attempt(config, "run.name=unreachable")
     return outcomes
+
+
+def dies_while_it_saves(config: Path, folder: Path) -> None:
+    """A run whose second checkpoint is never written to its end, and that is killed meanwhile."""
+    half_written = folder / "half_written"
+    write = _Plan.write
+
+    def write_half(plan):
+        if not (folder / "first_is_written").exists():
+            written = write(plan)
+            (folder / "first_is_written").touch()
+            return written
+        with open(plan._buckets[0][0], "wb") as file:
+            file.write(b"half of a file")
+        half_written.write_text(str(os.getpid()))
+        time.sleep(1000)
+
+    train_step = Engine.train_step
+
+    def train_step_until_then(engine, micro_batches):
+        if half_written.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(engine, micro_batches)
+
+    with mock.patch.object(_Plan, "write", write_half), mock.patch.object(Engine, "train_step", train_step_until_then):
+        attempt(config, "run.name=killed", "parallel.context=1", "training.steps=100000", "checkpoint.interval=2")
+
+
+def saves_that_fail(folder: Path) -> list[str]:
+    """What a rank is told where rank 1 alone cannot write its file, and where rank 0 alone cannot write the index; each
+    in the background and not. Then a save that succeeds."""
+    config = load_config(folder / "tiny.yaml")
+    dims = ParallelDims.initialise(config.parallel, timeout=config.training.distributed_timeout)
+    told = []
+    try:
+        engine = Engine(
+            config.model,
+            config.attention,
+            config.parallel,
+            config.optimizer,
+            dims=dims,
+            vocab_size=257,
+            sequence_length=256,
+            total_steps=10,
+        )
+        control = ControlGroup(timedelta(seconds=60))
+        for step, asynchronous in enumerate((True, False), start=1):
+            manager = CheckpointManager(folder / "runs" / "failing", control, keep=9, asynchronous=asynchronous)
+
+            def save(manager=manager, step=step) -> str:
+                try:
+                    manager.start(RunState(step), engine, [{}], merge=lambda states: states[0])
+                    manager.finish()
+                except CheckpointError as error:
+                    return str(error)
+                return ""
+
+            limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if dims.rank == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard_limit))
+            told.append(save())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard_limit))
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), ".metadata")
+            with mock.patch.object(_Plan, "write_index", side_effect=full):
+                told.append(save())
+            told.append(save())
+    finally:
+        dims.close()
+    return told

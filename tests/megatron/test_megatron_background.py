@@ -1,0 +1,103 @@
+"""Work in a forked copy of the process: its results and failures, and that it does not outlive the process."""
+
+import errno
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from dash_dist.megatron.background import FinishedCall, ForkedCall
+
+
+def wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"process {pid} lives on"
+        time.sleep(0.05)
+
+
+def wait_until_done(call: ForkedCall) -> None:
+    deadline = time.monotonic() + 60
+    while not call.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_copy_sees_memory_as_it_was() -> None:
+    values = list(range(100_000))
+    call = ForkedCall(lambda: (time.sleep(0.2), sum(values))[1])
+    values.clear()
+    wait_until_done(call)
+    assert call.result() == sum(range(100_000))
+
+
+@pytest.mark.parametrize("kind", [ForkedCall, FinishedCall])
+def test_what_the_function_raises_is_raised(kind: type[ForkedCall] | type[FinishedCall]) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
+
+    call = kind(full)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        call.result()
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, "/somewhere")
+    with pytest.raises(OSError, match="ZeroDivisionError"):
+        kind(lambda: 1 // 0).result()
+
+
+def test_a_copy_that_is_killed_is_an_error() -> None:
+    call: ForkedCall = ForkedCall(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    wait_until_done(call)
+    with pytest.raises(OSError, match="exit code -9; is there enough memory"):
+        call.result()
+
+
+def test_a_polite_request_to_end_is_for_the_rank_alone() -> None:
+    def asked_to_end() -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        return "finished"
+
+    assert ForkedCall(asked_to_end).result() == "finished"
+
+
+def test_abandoned_it_ends() -> None:
+    call: ForkedCall = ForkedCall(lambda: time.sleep(1000))
+    assert not call.done()
+    call.abandon()
+    assert psutil.Process().children() == []
+
+
+def test_the_copy_holds_no_socket() -> None:
+    def sockets() -> list[str]:
+        held = []
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                mode = os.stat(f"/proc/self/fd/{name}").st_mode
+            except FileNotFoundError:
+                continue
+            if stat.S_ISSOCK(mode):
+                held.append(name)
+        return held
+
+    with socket.create_server(("127.0.0.1", 0)):
+        assert len(sockets()) > 0
+        assert ForkedCall(sockets).result() == []
+
+
+def test_the_copy_dies_with_a_killed_process() -> None:
+    script = (
+        "import os, signal, time\n"
+        "from dash_dist.megatron.background import ForkedCall\n"
+        "call = ForkedCall(lambda: time.sleep(1000))\n"
+        "print(call._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    wait_for_end(int(process.stdout))
