@@ -5,7 +5,6 @@ Knows the parts by what they promise; does not know how its processes were start
 
 import contextlib
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -17,8 +16,10 @@ from dash_dist.training.config import RunConfig
 from dash_dist.training.config_file import to_yaml
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.errors import CheckpointError, ConfigError, RunError
+from dash_dist.training.events import EventLog
 from dash_dist.training.metrics import MetricsWriter, StepMetrics, memory_used, peak_bf16_flops
 from dash_dist.training.progress import ConsoleProgress, Pace, ProgressReporter, RunStart, RunSummary, StepReport
+from dash_dist.training.requests import Request, Requests, RequestsOfRank, nothing_asked
 from dash_dist.training.stopping import StopSignal
 
 
@@ -26,7 +27,7 @@ def train(
     config: RunConfig,
     *,
     reporter: ProgressReporter | None = None,
-    stop_requested: Callable[[], bool] = lambda: False,
+    requests: Requests = nothing_asked,
 ) -> RunSummary:
     """Run `config` to its last step, or until it is asked to stop; called in every process of the run.
 
@@ -35,7 +36,7 @@ def train(
 
     Args:
         reporter: told at rank 0 how the run goes; by default this process's console.
-        stop_requested: asked between steps at every rank, beside SIGTERM and SIGINT; True at one rank stops all.
+        requests: asked between steps at every rank, beside SIGTERM and SIGINT; the largest of all ranks counts.
 
     Returns:
         The summary, the same at every rank.
@@ -52,7 +53,7 @@ def train(
         cleanup.callback(dims.close)
         cleanup.callback(reporter.close)
         stop = cleanup.enter_context(StopSignal())
-        run = _Run(config, dims, reporter, lambda: stop.requested or stop_requested())
+        run = _Run(config, dims, reporter, RequestsOfRank(requests, lambda: stop.requested))
         cleanup.callback(run.close)
         return run.to_the_end()
 
@@ -65,15 +66,16 @@ class _Run:
         config: RunConfig,
         dims: ParallelDims,
         reporter: ProgressReporter,
-        stop_requested: Callable[[], bool],
+        requests: RequestsOfRank,
     ) -> None:
         self._config = config
         self._dims = dims
         self._reporter = reporter
-        self._stop_requested = stop_requested
+        self._requests = requests
         self._tokens_per_step = config.training.global_batch_size * config.training.sequence_length  # with padding
         self._control = ControlGroup(config.training.distributed_timeout)
         self._checkpoints = CheckpointManager(config.run.path, self._control, keep=config.checkpoint.keep)
+        self._events = EventLog(config.run.path)
         self._tensorboard = config.run.path / "tensorboard"
         with self._control.together("the run cannot start", ConfigError):
             config.check_world_size(dims.world_size)
@@ -145,19 +147,29 @@ class _Run:
 
     def _next_batches(self) -> list[Batch] | None:
         """The micro-batches of the next step; None at every rank where one of them was asked to stop."""
-        stop = self._stop_requested()
+        asked = self._requests.poll()
         batches: list[Batch] | None = None
         failure: Exception | None = None
         try:
             batches = self._data.next_step()
         except Exception as error:  # whatever the readers and the network raise: the other ranks must not wait
             failure = error
-        any_stop, any_failure = self._control.maximum([float(stop), float(failure is not None)])
+        request, any_failure = self._control.maximum([float(asked.request), float(failure is not None)])
         if any_failure:
             with self._control.together("cannot read the data", RunError):
                 if failure is not None:
                     raise failure
-        return None if any_stop else batches
+        if request == Request.SAVE:
+            self._save_as_asked(self._requests.heed(self._control.gather(asked)))
+        return None if request == Request.STOP else batches
+
+    def _save_as_asked(self, reasons: list[str]) -> None:
+        if self._control.is_main:
+            for reason in reasons:
+                self._events.append("preemption", reason, step=self._state.step)
+                self._reporter.note(f"asked to save: {reason}")
+        if self._state.step > self._saved_step:
+            self._save()
 
     def _step(self, micro_batches: list[Batch]) -> None:
         step, logging = self._state.step + 1, self._config.logging
