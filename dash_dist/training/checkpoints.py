@@ -18,7 +18,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +49,8 @@ class Saveable(Protocol):
 class RunState:
     """Where a run stands: `step` optimizer steps done on `tokens` tokens; `first_loss` is that of step 1.
 
-    `origin` is the checkpoint the run was started from (`run.resume=PATH`), None for a run from scratch.
+    `origin` is the checkpoint the run was started from (`run.resume=PATH`), None for a run from scratch;
+    `skipped_in_a_row` and `recent_losses` are what the LossGuard goes on from.
     """
 
     step: int = 0
@@ -57,6 +58,14 @@ class RunState:
     first_loss: float | None = None
     last_loss: float | None = None
     origin: str | None = None
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Saved:
+    step: int
+    folder: Path
 
 
 class CheckpointManager:
@@ -72,6 +81,7 @@ class CheckpointManager:
         self.directory = run_directory / "checkpoints"
         self._control = control
         self._keep = keep
+        self._started: Saved | None = None
 
     def save(
         self, state: RunState, engine: Saveable, data_states: Sequence[Any], merge: Callable[[list[Any]], Any]
@@ -114,6 +124,25 @@ class CheckpointManager:
             if on_main:
                 self._drop_old()
         return final
+
+    @property
+    def pending(self) -> bool:
+        return self._started is not None
+
+    def writing(self) -> bool:
+        return False
+
+    def start(
+        self, state: RunState, engine: Saveable, data_states: Sequence[Any], merge: Callable[[list[Any]], Any]
+    ) -> None:
+        self._started = Saved(state.step, self.save(state, engine, data_states, merge))
+
+    def finish(self) -> "Saved | None":
+        saved, self._started = self._started, None
+        return saved
+
+    def close(self) -> None:
+        self._started = None
 
     def load(self, folder: Path, engine: Saveable) -> tuple[RunState, Any, list[str]]:
         """Verify `folder` and load it into `engine`.
@@ -197,6 +226,11 @@ def _distributed_checkpoint(verb: str) -> Iterator[None]:
 def step_folder(step: int) -> str:
     """Name of the folder that holds the checkpoint of `step`."""
     return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder name says."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:

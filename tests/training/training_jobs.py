@@ -61,7 +61,7 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
         mock.patch.object(Engine, "train_step", diverged),
         mock.patch.object(Engine, "routing_statistics", return_value=[]),  # no forward pass recorded any
     ):
-        outcomes["diverged"] = alone("nan", "training.steps=10", "training.max_skipped_steps=3")
+        outcomes["diverged"] = alone("nan", "training.steps=10", "faults.max_skipped_steps=3")
     return outcomes
 
 
