@@ -1,19 +1,39 @@
 """Model, optimizer and step in Megatron-core's distributed checkpoint, loadable at another parallel layout.
 
-Knows one checkpoint directory. Does not know which of a run's checkpoints to keep or to load.
+Knows one checkpoint directory. Does not know which of a run's checkpoints to keep or to load, nor whether the files are
+those that were written: who calls `load_checkpoint` has verified them (`dash_dist.checkpoints`).
+
+Megatron-core plans what each rank writes, and reads it back. The writing itself is here, since Megatron's leaves the
+other ranks waiting where one cannot write, starts a process that outlives a killed rank, and keeps no checksums.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import queue
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
+from dash_dist.checkpoints.integrity import FileChecksum
+from dash_dist.megatron.background import FinishedCall, ForkedCall
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.optimizer import Optimizer
 from dash_dist.megatron.parallel import ParallelDims
@@ -27,23 +47,162 @@ class EngineState:
 
     Attributes:
         step: steps done.
+        sequence_length: tokens of a whole sequence in training.
         identity: settings that must be the same for the weights and the optimizer's state to fit.
         function: settings of the function that the weights were trained in; others fit them too.
     """
 
     step: int
+    sequence_length: int
     identity: dict[str, Any]
     function: dict[str, Any]
 
 
-def save_checkpoint(
-    directory: Path, model: DashGPTModel, optimizer: Optimizer, dims: ParallelDims, run: EngineState
-) -> None:
-    """Write a checkpoint. A collective: all ranks call it. `metadata.json` is written last, when all else is there.
+@dataclass(frozen=True)
+class _Written:
+    """What one rank has written: for the index, and for those who read it back."""
+
+    results: list[WriteResult]
+    checksums: dict[str, FileChecksum]
+
+
+class _PlanOnly(TorchDistSaveShardedStrategy):
+    """Megatron's plan of what each rank writes, without its way of writing it."""
+
+    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, planned: tuple[Any, ...]) -> _Plan:
+        _, index, _ = planned
+        return _Plan(writer, index)
+
+
+class _Plan:
+    """What this rank writes.
+
+    Attributes:
+        index: where the tensors of all ranks are, at rank 0; the others have none.
+        common: the content of `common.pt`, at rank 0.
+    """
+
+    def __init__(self, writer: FileSystemWriterAsync, index: Metadata | None) -> None:
+        self._writer = writer
+        self._buckets = writer.write_buckets or []
+        self.index = index
+        self.common: bytes | None = None
+
+    def copy_to_host(self) -> None:
+        """Wait until no tensor is on the GPU any more."""
+        self._buckets = FileSystemWriterAsync.preload_tensors(self._buckets, non_blocking=True)
+        self._writer.write_buckets = None
+
+    def write(self) -> _Written:
+        """Write this rank's files, which are on disk when this returns. Raises OSError."""
+        results, checksums = [], {}
+        for path, name, (objects, tensors) in self._buckets:
+            assert not objects  # see `_sharded_state`
+            with _ChecksummedFile(Path(path)) as file:
+                results += [self._write_tensor(file, name, item, tensor) for item, tensor in tensors]
+                checksums[name] = file.checksum()
+        if self.common is not None:
+            with _ChecksummedFile(Path(self._writer.checkpoint_dir) / COMMON_STATE_FNAME) as file:
+                file.write(self.common)
+                checksums[COMMON_STATE_FNAME] = file.checksum()
+        return _Written(results, checksums)
+
+    def write_index(self, results: list[list[WriteResult]]) -> None:
+        """Write the index, and `metadata.json` last: this rank is 0 and `results` are those of all. Raises OSError."""
+        assert self.index is not None
+        vars(self.index).pop("all_local_plans", None)  # as long as the index itself, and nothing here reads it
+        self._writer.finish(self.index, results)
+        save_config(CheckpointingConfig("torch_dist", 1), str(self._writer.checkpoint_dir))
+
+    def _write_tensor(self, file: io.BufferedWriter, name: str, item: WriteItem, tensor: torch.Tensor) -> WriteResult:
+        return _write_item(
+            self._writer.transforms, file, tensor, item, name, serialization_format=SerializationFormat.TORCH_SAVE
+        )
+
+
+class _ChecksummedFile(io.BufferedWriter):
+    """A file that is written from its start to its end, and its CRC-32."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self._crc = 0
+
+    def write(self, content: Any) -> int:
+        self._crc = zlib.crc32(content, self._crc)
+        return super().write(content)
+
+    def checksum(self) -> FileChecksum:
+        """Of what was written, all of which is on disk when this returns. Raises OSError."""
+        self.flush()
+        os.fsync(self.fileno())
+        return FileChecksum(self.tell(), self._crc)
+
+
+class MegatronSave:
+    """A checkpoint that is being written, at one rank: a `PendingSave`."""
+
+    def __init__(self, plan: _Plan, dims: ParallelDims, *, background: bool) -> None:
+        self._dims = dims
+        self._plan: _Plan | None = plan  # keeps the host's copy of the tensors until it is written
+        self._writing = ForkedCall(plan.write) if background else FinishedCall(plan.write)
+
+    def done(self) -> bool:
+        """Whether this rank's files are written, or could not be."""
+        return self._writing.done()
+
+    def finish(self) -> dict[str, FileChecksum]:
+        """Wait for every rank's files, then complete the checkpoint. A collective: all ranks call it, once.
+
+        Returns:
+            Size and CRC-32 of the files that this rank wrote.
+
+        Raises:
+            OSError: at every rank: one of them could not write; names it.
+        """
+        plan, self._plan = self._plan, None
+        assert plan is not None
+        written, failure = _Written([], {}), None
+        try:
+            written = self._writing.result()
+        except OSError as error:
+            failure = error
+        outcomes: list[Any] | None = [None] * self._dims.world_size if self._dims.rank == 0 else None
+        dist.gather_object((written.results, failure), outcomes)
+        problem: OSError | None = None
+        if outcomes is not None:
+            failures = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
+            try:
+                if failures:
+                    raise _of_ranks(failures)
+                plan.write_index([results for results, _ in outcomes])
+            except OSError as error:
+                problem = error
+        _raise_at_every_rank(problem, self._dims)
+        return written.checksums
+
+    def abandon(self) -> None:
+        """End this rank's writing."""
+        self._writing.abandon()
+
+
+def start_save(
+    directory: Path,
+    model: DashGPTModel,
+    optimizer: Optimizer,
+    dims: ParallelDims,
+    run: EngineState,
+    *,
+    background: bool,
+) -> MegatronSave:
+    """Begin to write the state at the time of the call. A collective: all ranks call it.
+
+    GPU tensors are copied to the host before this returns. What is in the host's memory then is written by a forked
+    copy of the process, and not changed by what this one does.
 
     Args:
         directory: on storage that all ranks share; created, and must be empty.
         run: rank 0's is kept.
+        background: otherwise this rank has written when this returns.
 
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
@@ -55,12 +214,36 @@ def save_checkpoint(
         # Megatron like a difference between the ranks.
         state["optimizer"].pop("param_state", None)
     state[_RUN] = asdict(run)
+    tensors, common = save_preprocess(state)
     if filesystem_async._results_queue is None:
-        # By default the writer reports through a queue in a process of its own, for saves that go on in the
-        # background. These do not, and that process would outlive a killed rank.
+        # Megatron's plan comes with a queue between its writing processes, kept by yet another process that would
+        # outlive a killed rank.
         filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(directory))
-    dist.barrier()
+    plan: _Plan = _PlanOnly("torch_dist", 1, thread_count=1).async_save(tensors, directory)
+    if dims.rank == 0:
+        content = io.BytesIO()
+        torch.save(common, content)
+        plan.common = content.getvalue()
+    plan.copy_to_host()
+    return MegatronSave(plan, dims, background=background)
+
+
+def read_engine_state(directory: Path) -> EngineState:
+    """What a checkpoint holds beside tensors.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint in the directory.
+        ValueError: the file that it is in is damaged or of another program; names it.
+    """
+    if not (directory / CONFIG_FNAME).is_file():
+        raise FileNotFoundError(f"{directory} has no {CONFIG_FNAME}: it is not a checkpoint, or not written to its end")
+    path = directory / COMMON_STATE_FNAME
+    try:
+        return EngineState(**torch.load(path, map_location="cpu", weights_only=True)[_RUN])
+    except OSError as error:
+        raise FileNotFoundError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # what torch, and then the lookup, make of a foreign file can be anything
+        raise ValueError(f"{path} is damaged or of another program: {error}") from error
 
 
 def load_checkpoint(
@@ -72,14 +255,34 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: at every rank: there is no complete checkpoint in the directory.
-        ValueError: at every rank: the checkpoint's identity is not `identity`; names what differs.
+        ValueError: at every rank: the checkpoint's identity is not `identity`, and names what differs; or what it holds
+            is not what this model needs.
     """
-    _raise_at_every_rank(_find_misfit(directory, identity) if dims.rank == 0 else None, dims)
-    state = dist_checkpointing.load(_sharded_state(model, optimizer, dims, is_loading=True), str(directory))
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    dist.barrier()
-    return EngineState(**state[_RUN])
+    problem: Exception | None = None
+    if dims.rank == 0:
+        try:
+            _check_fit(directory, read_engine_state(directory), identity)
+        except (FileNotFoundError, ValueError) as error:
+            problem = error
+    _raise_at_every_rank(problem, dims)
+    run: EngineState | None = None
+    failure: str | None = None
+    try:
+        state = dist_checkpointing.load(_sharded_state(model, optimizer, dims, is_loading=True), str(directory))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        run = EngineState(**state[_RUN])
+    except CheckpointException as error:  # of all ranks' reading, raised at every one; is not an Exception
+        failure = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items()) or str(error)
+    except Exception as error:  # a checkpoint whose inside is not what Megatron expects fails in many ways
+        failure = f"{type(error).__name__}: {error}"
+    failures: list[str | None] = [None] * dims.world_size
+    dist.all_gather_object(failures, failure)
+    if any(failures):
+        reason = next(one for one in failures if one is not None)
+        raise ValueError(f"{directory} does not hold what this model needs: {reason}")
+    assert run is not None
+    return run
 
 
 def _sharded_state(
@@ -93,7 +296,12 @@ def _sharded_state(
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "chained_optim_avoid_prefix": True,
     }
-    model_state = model.sharded_state_dict(metadata=metadata)
+    model_state = {
+        name: value
+        for name, value in model.sharded_state_dict(metadata=metadata).items()
+        # Transformer Engine's, and empty without it: pickled objects, which no checkpoint here contains.
+        if not name.endswith("_extra_state")
+    }
     return {
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, metadata, is_loading=is_loading),
@@ -110,16 +318,21 @@ def _create_directory(directory: Path) -> OSError | None:
     return None
 
 
-def _find_misfit(directory: Path, identity: dict[str, Any]) -> FileNotFoundError | ValueError | None:
-    if not (directory / "metadata.json").is_file():
-        return FileNotFoundError(f"{directory} has no metadata.json: it is not a checkpoint, or not written to its end")
-    saved = dist_checkpointing.load_common_state_dict(str(directory))[_RUN]["identity"]
+def _check_fit(directory: Path, run: EngineState, identity: dict[str, Any]) -> None:
     differing = [
-        f"{key} is {saved.get(key)!r} in the checkpoint and {identity.get(key)!r} in this run"
-        for key in sorted(identity.keys() | saved.keys())
-        if saved.get(key) != identity.get(key)
+        f"{key} is {run.identity.get(key)!r} in the checkpoint and {identity.get(key)!r} in this run"
+        for key in sorted(identity.keys() | run.identity.keys())
+        if run.identity.get(key) != identity.get(key)
     ]
-    return ValueError(f"{directory} does not fit this run: {'; '.join(differing)}") if differing else None
+    if differing:
+        raise ValueError(f"{directory} does not fit this run: {'; '.join(differing)}")
+
+
+def _of_ranks(failures: dict[int, OSError]) -> OSError:
+    """One error for those of several ranks; has the number of the first one's, by which a full disk is known."""
+    rank, first = next(iter(failures.items()))
+    others = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
+    return OSError(first.errno, f"rank {rank} could not write{others}: {first.strerror or first}", first.filename)
 
 
 def _raise_at_every_rank(problem_of_rank_0: Exception | None, dims: ParallelDims) -> None:

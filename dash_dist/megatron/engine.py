@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.megatron.batch import MicroBatch, ShardBatch, count_loss_tokens, split_micro_batches
-from dash_dist.megatron.checkpoint import EngineState, load_checkpoint, save_checkpoint
+from dash_dist.megatron.checkpoint import EngineState, MegatronSave, load_checkpoint, start_save
 from dash_dist.megatron.config import (
     AttentionConfig,
     ModelConfig,
@@ -223,17 +223,21 @@ class Engine:
         )
         return tokens * per_token
 
-    def save(self, directory: Path) -> None:
-        """Write model, optimizer and step; returns when the checkpoint is complete.
+    def start_save(self, directory: Path, *, background: bool) -> MegatronSave:
+        """Begin to write model, optimizer and step as they are now; the next steps do not change what is written.
 
         Args:
             directory: new or empty, on storage that all ranks share.
+            background: return as soon as training can go on; otherwise when this rank has written. Either way the
+                checkpoint is complete when `finish` of what is returned has returned.
 
         Raises:
             OSError: at every rank: the directory cannot be created, or is not empty.
         """
-        run = EngineState(step=self.step, identity=self._identity, function=self._function)
-        save_checkpoint(Path(directory), self.model, self._optimizer, self.dims, run)
+        run = EngineState(
+            step=self.step, sequence_length=self._sequence_length, identity=self._identity, function=self._function
+        )
+        return start_save(Path(directory), self.model, self._optimizer, self.dims, run, background=background)
 
     def load(self, directory: Path) -> list[str]:
         """Go on from a checkpoint, written at this layout or another.
@@ -246,7 +250,7 @@ class Engine:
 
         Raises:
             FileNotFoundError: there is no complete checkpoint in the directory.
-            ValueError: it is of another model; names what differs.
+            ValueError: it is of another model, and names what differs; or its inside is not what this model needs.
         """
         run = load_checkpoint(Path(directory), self.model, self._optimizer, self.dims, self._identity)
         self.step = run.step

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from dash_dist.training.checkpoints import step_of
+from dash_dist.checkpoints.folders import step_of
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.errors import RunError
 from dash_dist.training.fault_log import FaultLog
@@ -88,7 +88,7 @@ def begin_attempt(run_directory: Path, control: ControlGroup, log: FaultLog, ori
     """Begin the next attempt, which goes on from the checkpoint `origin`, and tell of the one before if it did not end
     by itself. Called at every rank; raises RunError at every rank if the run's folder cannot be written."""
     host = socket.gethostname()
-    record = AttemptRecord(1, time.time(), host, os.getpid(), control.size, 0 if origin is None else step_of(origin))
+    record = AttemptRecord(1, time.time(), host, os.getpid(), control.size, (origin and step_of(origin)) or 0)
     path = run_directory / "attempt.json"
     with control.together(f"cannot prepare {run_directory}", RunError):
         if control.is_main:

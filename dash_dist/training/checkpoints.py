@@ -1,214 +1,376 @@
-"""The checkpoints of one run: which folders are complete, how one is written, kept, found and read back.
+"""The checkpoints of one run: how its ranks write one while training goes on, and agree which one to go on from.
 
-Knows folders, the order of writing, and how the ranks agree; does not know what engine and data stream put inside.
+Knows the order of writing and reading, and how the ranks agree on it; does not know what engine and data stream put
+inside, nor when a checkpoint is due.
 
-    <run directory>/checkpoints/
-        step_00000010/                  visible only when complete
-            engine/                     what `Engine.save` wrote: weights, optimizer, schedule
-            data.json                   the merged data stream states of all data-parallel ranks
-            metadata.json               step, tokens, losses, size and CRC-32 of every file; written last
-        .step_00000020.partial/         being written, or left behind by a killed run: never read, and removed
-                                        when the run starts again
+    <run directory>/checkpoints/step_00000010/      see `dash_dist.checkpoints.folders` for what else may be beside it
+        engine/                     what the engine wrote: weights, optimizer, schedule
+        data.json                   the merged data stream states of all data-parallel ranks
+        metadata.json               step, tokens, losses, time, size and CRC-32 of every file; written last
 """
 
 import contextlib
-import json
-import os
-import re
-import shutil
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dash_dist.checkpoints import folders, integrity
+from dash_dist.checkpoints.folders import partial_folder, step_folder, step_of, visible_checkpoints
+from dash_dist.checkpoints.integrity import (
+    DATA_STATE,
+    ENGINE,
+    CheckpointMetadata,
+    DamagedCheckpoint,
+    FileChecksum,
+    RunState,
+    read_metadata,
+)
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.errors import CheckpointError
+from dash_dist.training.events import EventLog
 
-_STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
-_PARTIAL_FOLDER = re.compile(r"^\.step_\d{8,}\.partial$")
-_METADATA = "metadata.json"
-_DATA_STATE = "data.json"
-_ENGINE = "engine"
+__all__ = ["CheckpointManager", "PendingSave", "RunState", "Saveable", "Saved"]
+
+
+class PendingSave(Protocol):
+    """What an engine is writing, at one rank."""
+
+    def done(self) -> bool:
+        """Whether this rank's writing has ended, well or not. Answers at once."""
+        ...
+
+    def finish(self) -> Mapping[str, FileChecksum]:
+        """Wait for the writing at every rank, and complete the files; every rank calls it.
+
+        Returns the checksums of the files that this rank took while it wrote them, by path relative to the engine's
+        folder; those of other files are taken by reading them. Raises OSError at every rank if any could not write.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """End this rank's writing and leave the files incomplete. Waits for no other rank."""
+        ...
 
 
 class Saveable(Protocol):
-    """The part of an engine that a checkpoint needs; both calls are made at every rank.
+    """The part of an engine that a checkpoint needs; both calls are made at every rank."""
 
-    `load` says, in words, what differs from the run that saved although it may.
-    """
+    def start_save(self, directory: Path, *, background: bool) -> PendingSave:
+        """Begin to write the state of the last step, which later steps do not change, to a new folder.
 
-    def save(self, directory: Path) -> None: ...
+        With `background` it returns as soon as it can let training go on; otherwise when this rank has written. Raises
+        OSError at every rank.
+        """
+        ...
 
-    def load(self, directory: Path) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Where a run stands: `step` optimizer steps done on `tokens` tokens; `first_loss` is that of step 1.
-
-    `origin` is the checkpoint the run was started from (`run.resume=PATH`), None for a run from scratch;
-    `skipped_in_a_row` and `recent_losses` are what the LossGuard goes on from.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    origin: str | None = None
-    skipped_in_a_row: int = 0
-    recent_losses: list[float] = field(default_factory=list)
+    def load(self, directory: Path) -> list[str]:
+        """Take the state from a folder; says, in words, what differs from the run that saved although it may."""
+        ...
 
 
 @dataclass(frozen=True)
 class Saved:
+    """A checkpoint that is complete and on disk.
+
+    Attributes:
+        blocked_seconds: how long training stood still for it.
+        seconds: from the step it is of to its being complete.
+    """
+
     step: int
     folder: Path
+    blocked_seconds: float
+    seconds: float
+
+
+@dataclass
+class _Started:
+    """A checkpoint that is being written."""
+
+    state: RunState
+    started_at: float
+    save: PendingSave
+    data_state: Any
+    blocked_seconds: float = 0.0
 
 
 class CheckpointManager:
-    """Writes, keeps and finds the checkpoints below `run_directory`. Every method is called at every rank.
+    """Writes, keeps and finds the checkpoints below `run_directory`.
+
+    Every method but `writing` and `close` is called at every rank.
 
     Args:
         run_directory: folder of the run, on a filesystem that all ranks share.
         control: the ranks that write together.
         keep: how many complete checkpoints stay; the oldest go first.
+        keep_every_hours: of those that would go, one per so many hours stays for good.
+        asynchronous: let training go on while a checkpoint is written.
     """
 
-    def __init__(self, run_directory: Path, control: ControlGroup, *, keep: int) -> None:
+    def __init__(
+        self,
+        run_directory: Path,
+        control: ControlGroup,
+        *,
+        keep: int,
+        keep_every_hours: float | None = None,
+        asynchronous: bool = True,
+    ) -> None:
         self.directory = run_directory / "checkpoints"
+        self.stepped_over: list[str] = []
+        """What was wrong with the checkpoints that the last `resume_from` set aside, a message each."""
+        self._events = EventLog(run_directory)
         self._control = control
         self._keep = keep
-        self._started: Saved | None = None
-
-    def save(
-        self, state: RunState, engine: Saveable, data_states: Sequence[Any], merge: Callable[[list[Any]], Any]
-    ) -> Path:
-        """Write one checkpoint and drop those beyond `keep`; returns its folder.
-
-        `data_states` holds this rank's data stream states (none on a rank that reads no data of its own); `merge`
-        turns those of all ranks into one. Raises CheckpointError at every rank if any rank fails to write; earlier
-        checkpoints are untouched then.
-        """
-        final = self.directory / step_folder(state.step)
-        partial = self.directory / f".{final.name}.partial"
-        on_main = self._control.is_main
-        failure = f"cannot write checkpoint {final} (earlier ones are kept; is there space, and may it be written?)"
-        try:
-            with self._control.together(failure, CheckpointError):
-                if on_main:
-                    _remove(partial)
-                    partial.mkdir(parents=True)
-            with self._control.together(failure, CheckpointError), _distributed_checkpoint("write"):
-                engine.save(partial / _ENGINE)
-            files = self._checksums(partial)
-            gathered = self._control.gather(list(data_states))
-            with self._control.together(failure, CheckpointError):
-                if on_main:
-                    merged = merge([one for states in gathered for one in states])
-                    _write_json(partial / _DATA_STATE, merged)
-                    files[_DATA_STATE] = _checksum(partial / _DATA_STATE)
-                    _write_json(partial / _METADATA, {"state": asdict(state), "files": files})
-                    _sync_folders(partial)
-                    _remove(final)
-                    os.replace(partial, final)
-                    _sync(self.directory)
-        except CheckpointError:
-            if on_main:
-                with contextlib.suppress(OSError):  # the error that brought us here is the one to report
-                    _remove(partial)
-            raise
-        with self._control.together(f"{final} is written, but older checkpoints cannot be removed", CheckpointError):
-            if on_main:
-                self._drop_old()
-        return final
+        self._keep_every_hours = keep_every_hours
+        self._asynchronous = asynchronous
+        self._started: _Started | None = None
+        self._verified: Path | None = None
 
     @property
     def pending(self) -> bool:
+        """Whether a checkpoint was started and not finished; the same at every rank."""
         return self._started is not None
 
     def writing(self) -> bool:
-        return False
+        """Whether this rank has something left to write. Asks no other rank and answers at once: the loop takes the
+        maximum over the ranks together with its other flags, and calls `finish` when it is False.
+        """
+        return self._started is not None and not self._started.save.done()
 
     def start(
         self, state: RunState, engine: Saveable, data_states: Sequence[Any], merge: Callable[[list[Any]], Any]
     ) -> None:
-        self._started = Saved(state.step, self.save(state, engine, data_states, merge))
+        """Begin one checkpoint, which is complete when `finish` has returned.
 
-    def finish(self) -> "Saved | None":
-        saved, self._started = self._started, None
-        return saved
+        `data_states` holds this rank's data stream states (none on a rank that reads no data of its own); `merge`
+        turns those of all ranks into one. Raises CheckpointError at every rank if any rank fails: earlier checkpoints
+        are untouched then, and another one can be started.
+        """
+        if self._started is not None:
+            raise RuntimeError(f"the checkpoint of step {self._started.state.step} is not finished")
+        began, saved_at = time.monotonic(), time.time()
+        partial = partial_folder(self._folder(state))
+        with self._removing_partial(state):
+            with self._together_writing(state):
+                if self._control.is_main:
+                    folders.remove(partial)
+                    partial.mkdir(parents=True)
+            gathered = self._control.gather(list(data_states))
+            data_state = None
+            with self._together_writing(state):
+                if self._control.is_main:
+                    data_state = merge([one for states in gathered for one in states])
+            with self._together_writing(state), _distributed_checkpoint("write"):
+                save = engine.start_save(partial / ENGINE, background=self._asynchronous)
+                self._started = _Started(state, saved_at, save, data_state)
+        self._started.blocked_seconds = time.monotonic() - began
+
+    def finish(self) -> Saved | None:
+        """Make the started checkpoint complete and drop older ones; waits for what is not yet written.
+
+        None if none was started. Raises CheckpointError at every rank if any rank failed to write: what there is of the
+        checkpoint is removed, earlier ones are untouched, and another one can be started.
+        """
+        if self._started is None:
+            return None
+        started, began = self._started, time.monotonic()
+        final = self._folder(started.state)
+        with self._removing_partial(started.state):
+            with self._together_writing(started.state), _distributed_checkpoint("write"):
+                known = {f"{ENGINE}/{name}": checksum for name, checksum in started.save.finish().items()}
+            self._started = None
+            files = self._checksums(started.state, known)
+            with self._together_writing(started.state):
+                if self._control.is_main:
+                    self._complete(started, files)
+        with self._control.together(f"{final} is written, but older checkpoints cannot be removed", CheckpointError):
+            if self._control.is_main:
+                self._drop_old()
+        blocked = started.blocked_seconds + time.monotonic() - began
+        return Saved(started.state.step, final, blocked, time.time() - started.started_at)
 
     def close(self) -> None:
-        self._started = None
+        """Abandon what this rank is still writing, without a word to the others: the run is over."""
+        if self._started is not None:
+            self._started.save.abandon()
+            self._started = None
 
     def load(self, folder: Path, engine: Saveable) -> tuple[RunState, Any, list[str]]:
-        """Verify `folder` and load it into `engine`.
+        """Load `folder` into `engine`, after verifying it unless `resume_from` just has.
 
         Returns the run's state, the merged data stream state, and what `engine.load` says.
 
-        Raises CheckpointError at every rank if a file is missing, of another size, or of another checksum.
+        Raises CheckpointError at every rank if a file is missing or damaged, would run code that a checkpoint has no
+        need of, or does not fit the engine.
         """
+        if folder != self._verified:
+            messages = self._verify(folder)
+            if messages:
+                raise CheckpointError(f"cannot load checkpoint {folder}: {_in_short(messages)}")
+        self._verified = None
         with self._control.together(f"cannot read checkpoint {folder}", CheckpointError):
-            metadata = _read_metadata(folder)
-            self._verify(folder, metadata["files"])
-            data_state = json.loads((folder / _DATA_STATE).read_text())
-        failure = f"cannot load checkpoint {folder}"
-        with self._control.together(failure, CheckpointError), _distributed_checkpoint("read"):
-            changes = engine.load(folder / _ENGINE)
-        return RunState(**metadata["state"]), data_state, changes
+            state, data_state = read_metadata(folder).state, integrity.read_data_state(folder)
+        with (
+            self._control.together(f"cannot load checkpoint {folder}", CheckpointError),
+            _distributed_checkpoint("read"),
+        ):
+            changes = engine.load(folder / ENGINE)
+        return state, data_state, changes
 
     def clean(self) -> None:
         """Remove what a killed run left half written."""
         with self._control.together(f"cannot clean {self.directory}", CheckpointError):
-            if self._control.is_main and self.directory.is_dir():
-                for folder in self.directory.iterdir():
-                    if _PARTIAL_FOLDER.match(folder.name):
-                        shutil.rmtree(folder)
+            if self._control.is_main:
+                folders.clean(self.directory)
 
     def resume_from(self, resume: str) -> Path | None:
-        """The checkpoint this run starts from under `run.resume`, None for a start from scratch.
+        """The checkpoint this run goes on from under `run.resume`, verified; None for a start from scratch.
 
-        "auto" takes the run's latest complete checkpoint. "never" refuses a run folder that holds any. A path begins a
-        new run from that checkpoint; a run begun that way goes on from its own latest checkpoint, so that the same
-        command can be repeated after a failure.
+        "auto" takes the run's latest checkpoint that is whole; damaged ones after it are set aside, with an event each.
+        "never" refuses a run folder that holds any. A path begins a new run from that checkpoint, which must be whole;
+        a run begun that way goes on from its own latest checkpoint, so that the same command can be repeated after a
+        failure.
+
+        Raises CheckpointError at every rank: see above, or the run has checkpoints and none of them is whole.
         """
-        chosen: Path | None = None
-        with self._control.together("cannot resume", CheckpointError):
+        self.stepped_over = []
+        found = self._visible()
+        given = None if resume in ("auto", "never") else Path(resume).resolve()
+        if resume == "never" and found:
+            raise CheckpointError(
+                f"run.resume=never, but the run already has {found[-1]}: give the run another run.name, "
+                f"remove {self.directory.parent}, or set run.resume=auto to go on"
+            )
+        own = self._latest_whole(found)
+        if given is None:
+            return own
+        if own is not None:
+            with self._control.together(f"cannot read checkpoint {own}", CheckpointError):
+                if self._control.is_main and read_metadata(own).state.origin != str(given):
+                    raise CheckpointError(
+                        f"run.resume={resume}, but the run already has {own}: give the new run another run.name, "
+                        f"or set run.resume=auto to go on from the latest"
+                    )
+            return own
+        messages = self._verify(given)
+        if messages:
+            raise CheckpointError(
+                f"run.resume={resume}: {_in_short(messages)}; name another checkpoint's step_* folder"
+            )
+        self._verified = given
+        return given
+
+    def _visible(self) -> list[Path]:
+        found: list[Path] = []
+        with self._control.together(f"cannot look for checkpoints in {self.directory}", CheckpointError):
             if self._control.is_main:
-                chosen = choose_checkpoint(self.directory, resume)
-        return self._control.from_main(chosen)
+                found = visible_checkpoints(self.directory)
+        return self._control.from_main(found)
+
+    def _latest_whole(self, found: Sequence[Path]) -> Path | None:
+        for folder in reversed(found):
+            messages = self._verify(folder)
+            if not messages:
+                self._verified = folder
+                return folder
+            with self._control.together(f"cannot set {folder} aside", CheckpointError):
+                if self._control.is_main:
+                    place = folders.set_aside(folder)
+                    message = f"{_in_short(messages)}; {folder.name} is set aside as {place.name}"
+                    self._events.append("checkpoint_damaged", message, step=step_of(folder))
+                    self.stepped_over.append(message)
+        self.stepped_over = self._control.from_main(self.stepped_over)
+        if found:
+            raise CheckpointError(
+                f"no checkpoint of the run is whole: {'; '.join(self.stepped_over)}. To begin anew, give the run "
+                f"another run.name, with run.resume=PATH to begin from a checkpoint of another run"
+            )
+        return None
+
+    def _verify(self, folder: Path) -> list[str]:
+        """What is wrong with the files of `folder`, which the ranks share the reading of; the same at every rank."""
+        metadata: CheckpointMetadata | None = None
+        messages: list[str] = []
+        failure = f"cannot read checkpoint {folder}"
+        with self._control.together(failure, CheckpointError):
+            if self._control.is_main:
+                try:
+                    metadata = read_metadata(folder)
+                except DamagedCheckpoint as error:
+                    messages = [str(error)]
+        metadata, messages = self._control.from_main((metadata, messages))
+        if metadata is None:
+            return messages
+        by_size = sorted(metadata.files, key=lambda name: (metadata.files[name].size, name))
+        with self._control.together(failure, CheckpointError):
+            mine = integrity.find_damage(folder, metadata, by_size[self._control.rank :: self._control.size])
+        suspect = [name for of_rank in self._control.gather(mine) for name in of_rank]
+        if suspect:
+            # Storage may look different to other ranks for a while: no good checkpoint is given up for that.
+            with self._control.together(failure, CheckpointError):
+                if self._control.is_main:
+                    messages = sorted(integrity.find_damage(folder, metadata, suspect).values())
+            messages = self._control.from_main(messages)
+        return messages
+
+    def _checksums(self, state: RunState, known: dict[str, FileChecksum]) -> dict[str, FileChecksum]:
+        """Of every file written; those that are not `known` are read, by all ranks, and flushed to disk."""
+        partial = partial_folder(self._folder(state))
+        known = {name: checksum for of_rank in self._control.gather(known) for name, checksum in of_rank.items()}
+        unknown: list[str] = []
+        with self._together_writing(state):
+            if self._control.is_main:
+                written = (str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+                unknown = sorted(set(written) - known.keys())
+        unknown = self._control.from_main(unknown)
+        mine: dict[str, FileChecksum] = {}
+        with self._together_writing(state):
+            for name in unknown[self._control.rank :: self._control.size]:
+                folders.sync(partial / name)
+                mine[name] = integrity.checksum_of(partial / name)
+        read = {name: checksum for of_rank in self._control.gather(mine) for name, checksum in of_rank.items()}
+        return known | read
+
+    def _complete(self, started: _Started, files: dict[str, FileChecksum]) -> None:
+        final = self._folder(started.state)
+        partial = partial_folder(final)
+        integrity.write_json(partial / DATA_STATE, started.data_state)
+        files[DATA_STATE] = integrity.checksum_of(partial / DATA_STATE)
+        integrity.write_metadata(partial, CheckpointMetadata(started.state, started.started_at, files))
+        folders.publish(partial, final)
 
     def _drop_old(self) -> None:
-        for _, folder in complete_checkpoints(self.directory)[: -self._keep]:
-            # Renamed first: a folder that is only half removed must not look complete.
-            doomed = folder.with_name(f".{folder.name}.partial")
-            os.replace(folder, doomed)
-            shutil.rmtree(doomed)
+        checkpoints = [(folder, _saved_at(folder)) for folder in visible_checkpoints(self.directory)]
+        for folder in folders.outdated(checkpoints, keep=self._keep, keep_every_hours=self._keep_every_hours):
+            folders.drop(folder)
 
-    def _checksums(self, folder: Path) -> dict[str, list[int]]:
-        """Flush every file below `folder` to disk and take its size and CRC-32; the ranks share the reading."""
-        names: list[str] = []
-        if self._control.is_main:
-            names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        names = self._control.from_main(names)
-        mine: dict[str, list[int]] = {}
-        with self._control.together(f"cannot read back {folder}", CheckpointError):
-            for name in names[self._control.rank :: self._control.size]:
-                _sync(folder / name)
-                mine[name] = _checksum(folder / name)
-        return {name: checksum for part in self._control.gather(mine) for name, checksum in part.items()}
+    def _folder(self, state: RunState) -> Path:
+        return self.directory / step_folder(state.step)
 
-    def _verify(self, folder: Path, files: dict[str, list[int]]) -> None:
-        for name in sorted(files)[self._control.rank :: self._control.size]:
-            found = _checksum(folder / name)
-            if found != files[name]:
-                raise CheckpointError(
-                    f"{folder / name} is damaged: size and CRC-32 are {found}, written were {files[name]}; "
-                    f"resume from another checkpoint with run.resume=PATH and another run.name"
-                )
+    def _together_writing(self, state: RunState) -> contextlib.AbstractContextManager[None]:
+        return self._control.together(
+            f"cannot write checkpoint {self._folder(state)} (earlier ones are kept; is there space, and may it be "
+            f"written?)",
+            CheckpointError,
+        )
+
+    @contextlib.contextmanager
+    def _removing_partial(self, state: RunState) -> Iterator[None]:
+        """Leave nothing of a checkpoint that any rank could not write."""
+        try:
+            yield
+        except Exception:  # at every rank, from `together`: CheckpointError, or a defect at the rank that has it
+            self.close()
+            self._control.gather(None)  # nobody writes into the folder any more
+            if self._control.is_main:
+                with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+                    folders.remove(partial_folder(self._folder(state)))
+            raise
 
 
 @contextlib.contextmanager
@@ -223,89 +385,14 @@ def _distributed_checkpoint(verb: str) -> Iterator[None]:
         ) from error
 
 
-def step_folder(step: int) -> str:
-    """Name of the folder that holds the checkpoint of `step`."""
-    return f"step_{step:08d}"
-
-
-def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder name says."""
-    return int(folder.name.removeprefix("step_"))
-
-
-def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every complete checkpoint in `directory`, oldest first."""
-    if not directory.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _STEP_FOLDER.match(path.name))]
-    return sorted(one for one in found if (one[1] / _METADATA).is_file())
-
-
-def choose_checkpoint(directory: Path, resume: str) -> Path | None:
-    """One process's part of `CheckpointManager.resume_from`. Raises CheckpointError."""
-    own = complete_checkpoints(directory)
-    latest = own[-1][1] if own else None
-    if resume == "auto":
-        return latest
-    if resume == "never":
-        if latest is not None:
-            raise CheckpointError(
-                f"run.resume=never, but the run already has {latest}: give the run another run.name, "
-                f"remove {directory.parent}, or set run.resume=auto to go on"
-            )
+def _saved_at(folder: Path) -> float | None:
+    try:
+        return read_metadata(folder).saved_at
+    except DamagedCheckpoint:
         return None
-    given = Path(resume).resolve()
-    if latest is not None:
-        if _read_metadata(latest)["state"]["origin"] == str(given):
-            return latest
-        raise CheckpointError(
-            f"run.resume={resume}, but the run already has {latest}: give the new run another run.name, "
-            f"or set run.resume=auto to go on from the latest"
-        )
-    _read_metadata(given)
-    return given
 
 
-def _read_metadata(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / _METADATA).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint (no {_METADATA} in it): name a step_* folder"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / _METADATA} is damaged: {error}") from None
-
-
-def _checksum(path: Path) -> list[int]:
-    crc = size = 0
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            crc = zlib.crc32(part, crc)
-            size += len(part)
-    return [size, crc]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folders(top: Path) -> None:
-    for path in [*(path for path in top.rglob("*") if path.is_dir()), top]:
-        _sync(path)
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _in_short(messages: Sequence[str]) -> str:
+    """The first messages of what may be thousands."""
+    shown = "; ".join(messages[:3])
+    return shown if len(messages) <= 3 else f"{shown}; and {len(messages) - 3} more files"

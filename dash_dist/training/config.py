@@ -91,10 +91,20 @@ class TrainingSection(Section):
 
 
 class CheckpointSection(Section):
-    """A checkpoint every `interval` steps and at the end; the latest `keep` stay."""
+    """A checkpoint every `interval` steps and at the end.
+
+    Attributes:
+        interval: steps from one checkpoint to the next.
+        keep: the latest stay, so many of them.
+        keep_every_hours: of the older ones, one per so many hours of wall time stays for good; none by default.
+        asynchronous: train on while a checkpoint is written. Takes host memory for the rank's part of weights and
+            optimizer state.
+    """
 
     interval: Positive = 500
     keep: Positive = 2
+    keep_every_hours: Annotated[float, Field(gt=0)] | None = None
+    asynchronous: bool = True
 
 
 class FaultsSection(Section):

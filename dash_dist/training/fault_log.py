@@ -28,7 +28,7 @@ class FaultLog:
         self._unwritten: list[tuple[EventKind, str, int | None]] = []
         self._texts: list[tuple[EventKind, str]] = []
         self._size = -1
-        self._counts: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
 
     def record(self, kind: EventKind, message: str, *, step: int, drawn_at: int | None = None) -> None:
         """Tell that `kind` happened when `step` steps were done; it is drawn there, or where the curves go on since."""
@@ -72,6 +72,6 @@ class FaultLog:
             # Read again only if somebody appended; there is no file before the first event.
             size = self._events.path.stat().st_size
             if size != self._size:
-                self._counts, self._size = {**self._events.counts()}, size
+                self._counts, self._size = Counter(event.kind for event in self._events.read()), size
         unwritten = Counter(kind for kind, _, _ in self._unwritten)
-        return {kind: self._counts.get(kind, 0) + unwritten[kind] for kind in EVENT_KINDS}
+        return {kind: self._counts[kind] + unwritten[kind] for kind in EVENT_KINDS}

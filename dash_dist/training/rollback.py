@@ -3,10 +3,10 @@
 Knows the run's checkpoint folders and step numbers; does not know why the weights are in doubt.
 """
 
-import os
 from pathlib import Path
 
-from dash_dist.training.checkpoints import CheckpointManager, complete_checkpoints
+from dash_dist.checkpoints.folders import set_aside, step_of, visible_checkpoints
+from dash_dist.training.checkpoints import CheckpointManager
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.errors import CheckpointError
 
@@ -23,22 +23,14 @@ def checkpoint_before(
     own = from_start = False
     with control.together(f"cannot look for checkpoints in {checkpoints.directory}", CheckpointError):
         if control.is_main:
-            found = complete_checkpoints(checkpoints.directory)
-            own = any(step <= newest_step for step, _ in found)
+            found = visible_checkpoints(checkpoints.directory)
+            in_doubt = [folder for folder in found if (step_of(folder) or 0) > newest_step]
+            own = len(in_doubt) < len(found)
             from_start = start is not None and start[1] <= newest_step and start[0].is_dir()
             if own or from_start:
-                for step, folder in found:
-                    if step > newest_step:
-                        _set_aside(folder)
+                for folder in in_doubt:
+                    set_aside(folder)
     own, from_start = control.from_main((own, from_start))
     if own:
         return checkpoints.resume_from("auto")
     return start[0] if start is not None and from_start else None
-
-
-def _set_aside(folder: Path) -> None:
-    place, number = folder.with_name(f".{folder.name}.undone"), 1
-    while place.exists():
-        number += 1
-        place = folder.with_name(f".{folder.name}.undone-{number}")
-    os.replace(folder, place)

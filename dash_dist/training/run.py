@@ -82,7 +82,13 @@ class _Run:
         self._watchdog = watchdog
         self._tokens_per_step = config.training.global_batch_size * config.training.sequence_length  # with padding
         self._control = ControlGroup(config.training.distributed_timeout)
-        self._checkpoints = CheckpointManager(config.run.path, self._control, keep=config.checkpoint.keep)
+        self._checkpoints = CheckpointManager(
+            config.run.path,
+            self._control,
+            keep=config.checkpoint.keep,
+            keep_every_hours=config.checkpoint.keep_every_hours,
+            asynchronous=config.checkpoint.asynchronous,
+        )
         cleanup.callback(self._checkpoints.close)
         self._tensorboard = config.run.path / "tensorboard"
         with self._control.together("the run cannot start", ConfigError):
@@ -148,6 +154,8 @@ class _Run:
                     resumed_from=origin,
                 )
             )
+            for damage in self._checkpoints.stepped_over:
+                self._reporter.note(damage)
             if changes:
                 self._reporter.note(f"not the function of the checkpoint: {'; '.join(changes)}")
             self._curves = self._log.curves = Curves(
