@@ -51,7 +51,9 @@ class SkipRecord:
         """The record of the run, an empty one if it has none. Raises OSError, and ValueError that names a bad file."""
         path = run_directory / cls.FILE
         try:
-            value = read_json(path) or {"rollbacks": 0, "batches": []}
+            value = read_json(path)
+            if value is None:
+                return cls()
             return cls(int(value["rollbacks"]), [SkippedBatches(**one) for one in value["batches"]])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(

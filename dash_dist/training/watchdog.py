@@ -97,6 +97,6 @@ def describe_hang(folder: Path) -> str | None:
         if dumps:
             named = ", ".join(path.name for path in dumps[:_FILES_NAMED])
             rest = f" and {len(dumps) - _FILES_NAMED} more" if len(dumps) > _FILES_NAMED else ""
-            return f"{len(dumps)} ranks made no progress and were ended; their stacks: {folder}/ {named}{rest}"
+            return f"{len(dumps)} of the ranks made no progress and were ended; their stacks: {folder}/ {named}{rest}"
         folder.rmdir()
     return None

@@ -15,6 +15,7 @@ from rich.console import Console
 from dash_dist.data import DataStream
 from dash_dist.megatron import Engine, StepResult
 from dash_dist.training import ConsoleProgress, RunSummary, load_config, train
+from dash_dist.training.requests import Requests, nothing_asked
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Outcome:
     output: str
 
 
-def attempt(config: Path, *overrides: str) -> Outcome:
+def attempt(config: Path, *overrides: str, requests: Requests = nothing_asked) -> Outcome:
     out = io.StringIO()
     summary, failure = None, ""
     try:
         reporter = ConsoleProgress(Console(file=out, width=200, highlight=False))
-        summary = train(load_config(config, overrides), reporter=reporter)
+        summary = train(load_config(config, overrides), reporter=reporter, requests=requests)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
     return Outcome(summary, failure, out.getvalue())
