@@ -23,9 +23,13 @@ def folder(tmp_path_factory):
     return folder
 
 
+def arguments(folder):
+    return folder / "tiny.yaml", folder
+
+
 @pytest.fixture(scope="module")
 def bad_losses(folder):
-    return run_ranks("fault_jobs:runs_with_bad_losses", 2, folder / "tiny.yaml", folder, time_limit=280, cpu_only=True)
+    return run_ranks("fault_jobs:runs_with_bad_losses", 2, *arguments(folder), time_limit=280, cpu_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def test_the_weights_are_those_of_a_run_without_the_batches_that_were_left_out(b
     for rank in bad_losses:
         bad, without = rank["bad"], rank["without"]
         assert bad.outcome.error == without.outcome.error == ""
-        # Those of the bad batch and of the row changed no weight. Back to the checkpoint of step 5, that of step 4 having
+        # The bad batch and the row changed no weight. Back to the checkpoint of step 5, since that of step 4
         # waited for a good step; then, from the spike of step 16, to that of step 12.
         assert bad.trained == [1, 2, 3, 5, 6, *range(10, 17), *range(13, 16), 17, 18]
         assert without.trained == [1, 2, 3, 5, *range(10, 16), 17, 18]
@@ -115,8 +119,8 @@ def test_a_disk_that_stays_full_ends_the_run_at_every_rank_with_what_to_do(other
 
 def test_a_rank_that_stands_still_ends_all_with_their_stacks_and_the_next_attempt_goes_on(folder):
     run = folder / "runs" / "hang"
-    config, name = str(folder / "tiny.yaml"), "run.name=hang"
-    overrides = [name, "training.steps=8", "checkpoint.interval=4", "faults.hang_timeout_seconds=25"]
+    config = str(folder / "tiny.yaml")
+    overrides = ["run.name=hang", "training.steps=8", "checkpoint.interval=4"]
     with rank_processes([HANGING_RANK, config, *overrides], 2) as processes:
         outputs = [process.communicate(timeout=200)[0] for process in processes]
         assert all(process.returncode not in (0, None) for process in processes), outputs
