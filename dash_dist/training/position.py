@@ -36,7 +36,11 @@ class RunPosition:
         """Go to a checkpoint; returns what `Engine.load` says. Raises CheckpointError at every rank."""
         state, in_data, changes = checkpoints.load(origin, self._engine)
         with self._control.together(f"cannot go on from {origin}", CheckpointError):
-            self._data.load_state_dict(in_data)
+            try:
+                self._data.load_state_dict(in_data)
+            except (AttributeError, KeyError, TypeError) as error:
+                # Not what a stream wrote, though its checksum is right.
+                raise CheckpointError(f"{origin / 'data.json'} is not a position in data: {error!r}") from error
         own = origin.parent == checkpoints.directory
         self.state = state if own else replace(state, origin=str(origin))
         self.batch_read()

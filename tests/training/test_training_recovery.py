@@ -117,6 +117,7 @@ def test_a_disk_that_stays_full_ends_the_run_at_every_rank_with_what_to_do(other
         assert "it has no checkpoint: make space, and the same command" in error
 
 
+@pytest.mark.timeout(450)
 def test_a_rank_that_stands_still_ends_all_with_their_stacks_and_the_next_attempt_goes_on(folder):
     run = folder / "runs" / "hang"
     config = str(folder / "tiny.yaml")
@@ -128,7 +129,7 @@ def test_a_rank_that_stands_still_ends_all_with_their_stacks_and_the_next_attemp
     assert "stand_still" in dumps[1]  # where it slept
     assert "stand_still" not in dumps[0]
     assert "in to_the_end" in dumps[0]  # where it waited
-    for status, output in run_rank_processes([RANK, config, "1000", *overrides], 2):
+    for status, output in run_rank_processes([RANK, config, "1000", *overrides], 2, seconds=200):
         assert status == 0, output
     hang, restart = EventLog(run).read()
     assert (hang.kind, restart.kind, restart.step) == ("hang", "restart", 4)
