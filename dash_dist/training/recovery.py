@@ -83,9 +83,9 @@ class LossRecovery:
 
     def _roll_back(self, rollback: Rollback) -> None:
         step, limit = self._position.state.step, self._faults.max_rollbacks
+        self._saver.settle(step)
         if self._skipped.rollbacks >= limit:
             raise RunError(f"{rollback.reason}, after faults.max_rollbacks = {limit} rollbacks: {_ADVICE}")
-        self._saver.settle(step)
         origin = checkpoint_before(self._checkpoints, self._control, rollback.newest_step, start=self._start)
         if origin is None:
             raise RunError(

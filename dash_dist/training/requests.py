@@ -20,12 +20,16 @@ class Request(IntEnum):
 class Asked:
     """One answer to "is there anything to do?".
 
-    `reason` names what a SAVE is for, such as "node 10.0.0.7 is preempted in 30 s". A reason is heeded once in the life
-    of the process, so whoever asks may repeat it before every step for as long as it holds.
+    `reason` names what a SAVE is for, such as "node 10.0.0.7 is taken away at 12:30". A reason is heeded once in the
+    life of the process, so whoever asks may repeat it before every step for as long as it holds.
     """
 
     request: Request = Request.GO_ON
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.request is Request.SAVE and not self.reason:
+            raise ValueError("a request to save needs a reason, by which it is told from the one before")
 
 
 Requests = Callable[[], Asked]

@@ -211,6 +211,7 @@ class _Run:
             [float(asked.request), float(failure is not None), float(self._saver.writing())]
         )
         if any_failure:
+            self._saver.settle(self._state.step)  # what is being written is worth keeping
             with self._control.together("cannot read the data", RunError):
                 if failure is not None:
                     raise failure
