@@ -179,7 +179,7 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray
     import torch
 
-    from dash_dist.training import train
+    from dash_dist.training import Asked, Request, train
 
     context = ray.train.get_context()
     mailbox = job["mailbox"]
@@ -187,12 +187,12 @@ def train_worker(job: dict[str, Any]) -> None:
     # Ray starts workers elsewhere; the paths in the configuration are relative to where the run was launched.
     os.chdir(job["working_directory"])
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+
+    def requests() -> Asked:
+        return Asked(Request.STOP) if is_main and ray.get(mailbox.stop_requested.remote()) else Asked()
+
     try:
-        train(
-            job["config"],
-            reporter=MailboxProgress(mailbox),
-            stop_requested=lambda: is_main and ray.get(mailbox.stop_requested.remote()),
-        )
+        train(job["config"], reporter=MailboxProgress(mailbox), requests=requests)
     except RunError as error:
         # Every rank raises it, and trying again would not help: the driver reports it, and Ray sees the end of the run.
         if is_main:

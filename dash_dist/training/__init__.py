@@ -12,15 +12,18 @@ from dash_dist.training.config import RunConfig
 from dash_dist.training.config_file import load_config
 from dash_dist.training.errors import CheckpointError, ConfigError, RunError
 from dash_dist.training.progress import ConsoleProgress, ProgressReporter, RunStart, RunSummary, StepReport
+from dash_dist.training.requests import Asked, Request
 
 if TYPE_CHECKING:
     from dash_dist.training.run import train
 
 __all__ = [
+    "Asked",
     "CheckpointError",
     "ConfigError",
     "ConsoleProgress",
     "ProgressReporter",
+    "Request",
     "RunConfig",
     "RunError",
     "RunStart",

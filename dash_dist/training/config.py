@@ -81,8 +81,6 @@ class TrainingSection(Section):
         sequence_length: tokens of a sequence (T), before it is split over context-parallel ranks.
         global_batch_size: sequences per optimizer step, over all data-parallel ranks.
         micro_batch_size: sequences per forward pass of one data-parallel rank; the rest is accumulated.
-        max_skipped_steps: a step whose loss or gradient norm is not finite changes no weight; more of them
-            than this in a row end the run.
         distributed_timeout_seconds: a rank that waits this long for another one ends the run.
     """
 
@@ -90,7 +88,6 @@ class TrainingSection(Section):
     sequence_length: Annotated[int, Field(gt=1)]
     global_batch_size: Positive = 1
     micro_batch_size: Positive = 1
-    max_skipped_steps: Positive = 10
     distributed_timeout_seconds: Annotated[int, Field(gt=0, le=365 * 86400)] = 1800
 
     @property
@@ -115,6 +112,31 @@ class CheckpointSection(Section):
     asynchronous: bool = True
 
 
+class FaultsSection(Section):
+    """What a run puts up with, and what it does then.
+
+    Attributes:
+        max_skipped_steps: a step whose loss or gradient norm is not finite changes no weight and its batch is left
+            out; more of them than this in a row set the run back to a checkpoint.
+        spike_z_score: a loss this many deviations above the median of the last `spike_window` sets the run back to
+            its newest checkpoint, and that step's batch is left out. The deviation is the median absolute one, scaled
+            to a normal distribution's. None does not look for spikes.
+        spike_window: finite losses that the median is taken of; no spike is seen before there are as many.
+        max_rollbacks: the run ends when it would be set back more often than this, over all its attempts.
+        max_failed_saves: the run ends when more checkpoints than this in a row cannot be written.
+        hang_timeout_seconds: a process whose step, with its data and its checkpoint, takes longer writes its stacks
+            and ends. Below training.distributed_timeout_seconds, or a rank that waits for the one that hangs gives up
+            before it writes its own. None waits for ever.
+    """
+
+    max_skipped_steps: Positive = 10
+    spike_z_score: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    spike_window: Annotated[int, Field(ge=10)] = 100
+    max_rollbacks: Annotated[int, Field(ge=0)] = 5
+    max_failed_saves: Annotated[int, Field(ge=0)] = 20
+    hang_timeout_seconds: Positive | None = 1200
+
+
 class LoggingSection(Section):
     """Metrics and the progress line every `interval` steps; each layer's routing every `routing_interval` steps."""
 
@@ -136,6 +158,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     training: TrainingSection
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    faults: FaultsSection = Field(default_factory=FaultsSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
 
     @model_validator(mode="after")

@@ -110,6 +110,13 @@ class MetricsWriter:
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, step)
 
+    def faults(self, step: int, counts: Mapping[str, int], events: Iterable[tuple[str, str]]) -> None:
+        """How many events of each kind there were so far, and the text of the (kind, message) `events` that are new."""
+        for kind, count in counts.items():
+            self._writer.add_scalar(f"fault/{kind}", count, step)
+        for kind, message in events:
+            self._writer.add_text(f"fault/{kind}", message, step)
+
     def flush(self) -> None:
         """Make everything written so far visible to a reader."""
         self._writer.flush()

@@ -165,6 +165,11 @@ class Pace:
         """Do not count what was done since the last step, such as logging or a checkpoint."""
         self._last = time.perf_counter()
 
+    def go_to(self, step: int) -> None:
+        """Go on from `step` without counting how it was reached."""
+        self._step = step
+        self.leave_out_since_step()
+
     @property
     def tokens_per_second(self) -> float:
         """Mean over the counted steps; the first alone until there is another; 0.0 before any."""

@@ -4,29 +4,34 @@ Knows the parts by what they promise; does not know how its processes were start
 """
 
 import contextlib
-import os
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 
-from dash_dist.data import Batch, DataStream, build_data_stream, load_tokenizer, merge_states
+from dash_dist.data import Batch, DataStream, build_data_stream, load_tokenizer
 from dash_dist.megatron import Engine, ParallelDims, StepResult
+from dash_dist.training.attempt import begin_attempt
 from dash_dist.training.checkpoints import CheckpointManager, RunState
 from dash_dist.training.config import RunConfig
 from dash_dist.training.config_file import to_yaml
 from dash_dist.training.control import ControlGroup
-from dash_dist.training.errors import CheckpointError, ConfigError, RunError
+from dash_dist.training.curves import Curves
+from dash_dist.training.errors import ConfigError, RunError
+from dash_dist.training.fault_log import FaultLog
+from dash_dist.training.files import replace_text
 from dash_dist.training.metrics import MetricsWriter, StepMetrics, memory_used, peak_bf16_flops
+from dash_dist.training.position import RunPosition
 from dash_dist.training.progress import ConsoleProgress, Pace, ProgressReporter, RunStart, RunSummary, StepReport
+from dash_dist.training.recovery import LossRecovery
+from dash_dist.training.requests import Request, Requests, RequestsOfRank, nothing_asked
+from dash_dist.training.saving import Saver
 from dash_dist.training.stopping import StopSignal
+from dash_dist.training.watchdog import Watchdog, hang_folder
 
 
 def train(
     config: RunConfig,
     *,
     reporter: ProgressReporter | None = None,
-    stop_requested: Callable[[], bool] = lambda: False,
+    requests: Requests = nothing_asked,
 ) -> RunSummary:
     """Run `config` to its last step, or until it is asked to stop; called in every process of the run.
 
@@ -35,7 +40,7 @@ def train(
 
     Args:
         reporter: told at rank 0 how the run goes; by default this process's console.
-        stop_requested: asked between steps at every rank, beside SIGTERM and SIGINT; True at one rank stops all.
+        requests: asked between steps at every rank, beside SIGTERM and SIGINT; the largest of all ranks counts.
 
     Returns:
         The summary, the same at every rank.
@@ -43,34 +48,38 @@ def train(
     Raises ConfigError for what cannot work on these processes or this machine, CheckpointError, and RunError
     where the data cannot be read or the loss is no longer a number; at every rank, whichever rank found it.
     """
-    try:
-        dims = ParallelDims.initialise(config.parallel, timeout=config.training.distributed_timeout)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     reporter = reporter or ConsoleProgress()
     with contextlib.ExitStack() as cleanup:
+        # Left last: it also ends a process that hangs while it leaves.
+        watchdog = cleanup.enter_context(Watchdog(config.faults.hang_timeout_seconds))
+        try:
+            dims = ParallelDims.initialise(config.parallel, timeout=config.training.distributed_timeout)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         cleanup.callback(dims.close)
         cleanup.callback(reporter.close)
         stop = cleanup.enter_context(StopSignal())
-        run = _Run(config, dims, reporter, lambda: stop.requested or stop_requested())
-        cleanup.callback(run.close)
+        run = _Run(config, dims, reporter, RequestsOfRank(requests, lambda: stop.requested), watchdog, cleanup)
         return run.to_the_end()
 
 
 class _Run:
-    """The parts of one run at one rank."""
+    """The parts of one run at one rank; `cleanup` gets what has to be closed."""
 
     def __init__(
         self,
         config: RunConfig,
         dims: ParallelDims,
         reporter: ProgressReporter,
-        stop_requested: Callable[[], bool],
+        requests: RequestsOfRank,
+        watchdog: Watchdog,
+        cleanup: contextlib.ExitStack,
     ) -> None:
         self._config = config
         self._dims = dims
         self._reporter = reporter
-        self._stop_requested = stop_requested
+        self._requests = requests
+        self._watchdog = watchdog
         self._tokens_per_step = config.training.global_batch_size * config.training.sequence_length  # with padding
         self._control = ControlGroup(config.training.distributed_timeout)
         self._checkpoints = CheckpointManager(
@@ -80,14 +89,20 @@ class _Run:
             keep_every_hours=config.checkpoint.keep_every_hours,
             asynchronous=config.checkpoint.asynchronous,
         )
+        cleanup.callback(self._checkpoints.close)
         self._tensorboard = config.run.path / "tensorboard"
         with self._control.together("the run cannot start", ConfigError):
             config.check_world_size(dims.world_size)
-            vocab_size, self._data = _open_data(config, dims)
+            vocab_size, data = _open_data(config, dims)
         origin = self._checkpoints.resume_from(config.run.resume)
+        self._log = FaultLog(config.run.path, reporter, is_main=self._control.is_main)
         with self._control.together(f"cannot prepare {config.run.path}", RunError):
             if self._control.is_main:
-                _write_config(config)
+                config.run.path.mkdir(parents=True, exist_ok=True)
+                replace_text(config.run.path / "config.yaml", to_yaml(config))
+        self._attempt = cleanup.enter_context(begin_attempt(config.run.path, self._control, self._log, origin))
+        with self._control.together(f"cannot prepare {config.run.path}", RunError):
+            watchdog.start(hang_folder(config.run.path, self._attempt.number), dims.rank)
         self._checkpoints.clean()
         with self._control.together("the model cannot be built", ConfigError):
             self._engine = Engine(
@@ -101,14 +116,33 @@ class _Run:
                 total_steps=config.training.steps,
                 seed=config.run.seed,
             )
-        self._state, changes = (RunState(), []) if origin is None else self._load(origin)
-        self._saved_step = self._state.step
-        self._data_position = self._data.state_dict()
+        self._position = RunPosition(self._engine, data, dims, self._control)
+        self._data = data
+        changes = [] if origin is None else self._position.load(self._checkpoints, origin)
+        self._saver = Saver(
+            self._checkpoints,
+            self._engine,
+            self._log,
+            watchdog.beat,
+            interval=config.checkpoint.interval,
+            max_failures=config.faults.max_failed_saves,
+            saved_step=self._state.step,
+        )
+        self._recovery = LossRecovery(
+            config,
+            self._position,
+            self._checkpoints,
+            self._saver,
+            self._control,
+            self._log,
+            start=None if origin is None else (origin, self._state.step),
+            undone=self._continue_curves,
+        )
+        self._is_new = origin is None
         self._peak_flops = peak_bf16_flops(dims.device)
         self._density: dict[int, float] = {}
-        self._skipped_in_a_row = 0
         self._pace = Pace(self._state.step, config.training.steps)
-        self._writer: MetricsWriter | None = None
+        self._curves: Curves | None = None
         if self._control.is_main:
             self._reporter.start(
                 RunStart(
@@ -124,101 +158,107 @@ class _Run:
                 self._reporter.note(damage)
             if changes:
                 self._reporter.note(f"not the function of the checkpoint: {'; '.join(changes)}")
-            self._writer = MetricsWriter(self._tensorboard, start_step=self._state.step)
+            self._curves = self._log.curves = Curves(
+                self._tensorboard,
+                start_step=self._state.step,
+                on_failure=lambda reason: self._log.record("metrics_failed", reason, step=self._state.step),
+            )
+            cleanup.callback(self._curves.close)
+            self._log.draw(self._state.step)
 
     def to_the_end(self) -> RunSummary:
         """Train to the last step or the request to stop, and leave a checkpoint of where it ended."""
-        if self._state.step >= self._config.training.steps and self._control.is_main:
-            self._reporter.note(
+        steps = self._config.training.steps
+        if self._state.step >= steps:
+            self._log.note(
                 f"run {self._config.run.name} is complete at step {self._state.step}: "
                 f"set run.name=... to train anew or training.steps=... to go on"
             )
-        while self._state.step < self._config.training.steps:
+        if self._is_new and self._config.faults.spike_z_score is not None:
+            # A spike may come before the first regular checkpoint.
+            self._saver.start(self._state, self._position.own_in_data())
+            self._saver.settle(self._state.step)
+        while self._state.step < steps:
+            self._watchdog.beat()
             micro_batches = self._next_batches()
             if micro_batches is None:
                 break
-            self._step(micro_batches)
-            if self._state.step % self._config.checkpoint.interval == 0:
-                self._save()
-        if self._state.step > self._saved_step:
-            self._save()
-        self._checkpoints.finish()
+            if self._recovery.leaves_out(self._state.step + 1):
+                self._position.pass_over(micro_batches)
+                self._pace.go_to(self._state.step)
+            else:
+                self._step(micro_batches)
+            if self._saver.is_due(self._state):
+                self._saver.start(self._state, self._position.own_in_data())
+                self._pace.leave_out_since_step()
+        self._saver.save_at_the_end(self._state, self._position.own_in_data())
         summary = self._summary()
+        self._attempt.completed(self._state.step, stopped=not summary.completed)
         if self._control.is_main:
             self._reporter.finish(summary)
         return summary
 
-    def close(self) -> None:
-        self._checkpoints.close()
-        if self._writer is not None:
-            self._writer.close()
-
     def _next_batches(self) -> list[Batch] | None:
         """The micro-batches of the next step; None at every rank where one of them was asked to stop."""
-        stop = self._stop_requested()
+        asked = self._requests.poll()
         batches: list[Batch] | None = None
         failure: Exception | None = None
         try:
             batches = self._data.next_step()
         except Exception as error:  # whatever the readers and the network raise: the other ranks must not wait
             failure = error
-        any_stop, any_failure, writing = self._control.maximum(
-            [float(stop), float(failure is not None), float(self._checkpoints.writing())]
+        request, any_failure, writing = self._control.maximum(
+            [float(asked.request), float(failure is not None), float(self._saver.writing())]
         )
         if any_failure:
+            self._saver.settle(self._state.step)  # what is being written is worth keeping
             with self._control.together("cannot read the data", RunError):
                 if failure is not None:
                     raise failure
-        if self._checkpoints.pending and not writing:
-            self._checkpoints.finish()
-        return None if any_stop else batches
+        self._saver.poll(self._state.step, any_writing=bool(writing))
+        if request == Request.SAVE:
+            self._save_as_asked(self._requests.heed(self._control.gather(asked)))
+        return None if request == Request.STOP else batches
+
+    def _save_as_asked(self, reasons: list[str]) -> None:
+        for reason in reasons:
+            self._log.record("preemption", reason, step=self._state.step)
+        self._saver.save_now(self._state, self._position.own_in_data())
+        self._pace.leave_out_since_step()
 
     def _step(self, micro_batches: list[Batch]) -> None:
         step, logging = self._state.step + 1, self._config.logging
         at_an_end = step in (1, self._config.training.steps)
         with_routing = at_an_end or step % logging.routing_interval == 0
         self._engine.record_routing = with_routing
-        result = self._engine.train_step(micro_batches)
+        result = self._position.train(micro_batches)
         seconds = self._pace.step(result.tokens)
-        self._data_position = self._data.state_dict()
-        self._state = replace(
-            self._state,
-            step=step,
-            tokens=self._state.tokens + result.tokens,
-            first_loss=result.loss if step == 1 else self._state.first_loss,
-            last_loss=result.loss,
-        )
-        self._check_skipped(result)
+        if not self._recovery.check(result):
+            return
+        self._position.batch_read()
         if with_routing:
             self._log_routing(step)
         if at_an_end or step % logging.interval == 0:
             self._log_step(result, seconds, [batch.document_length for batch in micro_batches])
         self._pace.leave_out_since_step()
 
-    def _check_skipped(self, result: StepResult) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
-        numbers = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        limit = self._config.training.max_skipped_steps
-        if self._skipped_in_a_row > limit:
-            raise RunError(
-                f"step {self._state.step}: {numbers}; more than training.max_skipped_steps = {limit} such steps "
-                f"in a row: lower optimizer.lr or lengthen optimizer.warmup_steps, and start another run (run.name) "
-                f"from an earlier checkpoint with run.resume=PATH"
-            )
-        if result.skipped and self._control.is_main:
-            self._reporter.note(f"step {self._state.step} changed no weight: {numbers}")
+    def _continue_curves(self, step: int) -> None:
+        """The steps after `step` are undone."""
+        self._pace.go_to(step)
+        if self._curves is not None:
+            self._curves.restart(step)
 
     def _log_routing(self, step: int) -> None:
         layers = self._engine.routing_statistics()
         self._density = {layer.layer: layer.density for layer in layers}
-        if self._writer is not None:
-            self._writer.routing(step, layers)
+        if self._curves is not None:
+            self._curves.write(step, lambda writer: writer.routing(step, layers))
 
     def _log_step(self, result: StepResult, seconds: float, document_lengths: list[float]) -> None:
         memory = memory_used(self._dims.device)
         of_ranks = self._control.gather((memory, self._own_skipped_documents(), fmean(document_lengths)))
         exchange = self._engine.exchange_statistics()
-        if self._writer is None:
+        if self._curves is None:
             return
         config, world_size = self._config, self._dims.world_size
         density = sum(self._density.values()) / len(self._density) if self._density else None
@@ -230,24 +270,28 @@ class _Run:
                 density=1.0 if density is None else density,
             )
             mfu = flops / (seconds * world_size * self._peak_flops)
-        self._writer.step(
-            StepMetrics(
-                step=self._state.step,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                learning_rate=result.learning_rate,
-                tokens=self._state.tokens,
-                step_seconds=seconds,
-                tokens_per_second_per_gpu=result.tokens / (seconds * world_size),
-                mfu=mfu,
-                padding=1.0 - result.tokens / self._tokens_per_step,
-                skipped_documents=sum(skipped for _, skipped, _ in of_ranks),
-                memory={name: max(used[name] for used, _, _ in of_ranks) for name in memory},
-            )
+        metrics = StepMetrics(
+            step=self._state.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            tokens=self._state.tokens,
+            step_seconds=seconds,
+            tokens_per_second_per_gpu=result.tokens / (seconds * world_size),
+            mfu=mfu,
+            padding=1.0 - result.tokens / self._tokens_per_step,
+            skipped_documents=sum(skipped for _, skipped, _ in of_ranks),
+            memory={name: max(used[name] for used, _, _ in of_ranks) for name in memory},
         )
-        if exchange is not None:
-            self._writer.exchange(self._state.step, exchange)
-        self._writer.flush()
+
+        def write(writer: MetricsWriter) -> None:
+            writer.step(metrics)
+            if exchange is not None:
+                writer.exchange(metrics.step, exchange)
+
+        self._curves.write(metrics.step, write)
+        self._log.draw(metrics.step)
+        self._attempt.reached(metrics.step)
         self._reporter.update(
             StepReport(
                 step=self._state.step,
@@ -259,34 +303,12 @@ class _Run:
             )
         )
 
-    def _save(self) -> None:
-        positions = [self._data_position] if self._speaks_for_its_rows else []
-        self._checkpoints.finish()
-        self._checkpoints.start(self._state, self._engine, positions, merge_states)
-        self._saved_step = self._state.step
-        self._pace.leave_out_since_step()
-
     @property
-    def _speaks_for_its_rows(self) -> bool:
-        """One rank of each data-parallel index speaks for the others, which read the same rows."""
-        return self._dims.tp_rank == self._dims.cp_rank == self._dims.pp_rank == 0
+    def _state(self) -> RunState:
+        return self._position.state
 
     def _own_skipped_documents(self) -> int:
-        return self._data.skipped_documents if self._speaks_for_its_rows else 0
-
-    def _load(self, origin: Path) -> tuple[RunState, list[str]]:
-        state, data_position, changes = self._checkpoints.load(origin, self._engine)
-        with self._control.together(f"cannot go on from {origin}", CheckpointError):
-            try:
-                self._data.load_state_dict(data_position)
-            except (
-                AttributeError,
-                KeyError,
-                TypeError,
-            ) as error:  # not what a stream wrote, though its checksum is right
-                raise CheckpointError(f"{origin / 'data.json'} is not a position in data: {error!r}") from error
-        own = origin.parent == self._checkpoints.directory
-        return state if own else replace(state, origin=str(origin)), changes
+        return self._position.of_own_rows(lambda: self._data.skipped_documents)
 
     def _summary(self) -> RunSummary:
         padding = 1.0 - self._state.tokens / (self._state.step * self._tokens_per_step) if self._state.step else 0.0
@@ -319,11 +341,3 @@ def _open_data(config: RunConfig, dims: ParallelDims) -> tuple[int, DataStream]:
         chunk_size=config.attention.chunk_size,
     )
     return tokenizer.vocab_size, stream
-
-
-def _write_config(config: RunConfig) -> None:
-    """Save the resolved configuration beside the run."""
-    config.run.path.mkdir(parents=True, exist_ok=True)
-    partial = config.run.path / ".config.yaml.partial"
-    partial.write_text(to_yaml(config), encoding="utf-8")
-    os.replace(partial, config.run.path / "config.yaml")

@@ -13,7 +13,7 @@ class StopSignal:
     """Context in which the first SIGTERM or SIGINT only sets `requested`; the next one acts as it did before.
 
     Outside the main thread, where Python allows no handlers, `requested` stays False: whoever runs the
-    training in such a thread has its own way to ask (`train(..., stop_requested=...)`).
+    training in such a thread has its own way to ask (`train(..., requests=...)`).
     """
 
     def __init__(self) -> None:

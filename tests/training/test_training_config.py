@@ -55,6 +55,8 @@ def test_overrides_have_yaml_types(tiny):
         (["training.stepz=3"], r"training\.stepz = 3: there is no such setting; did you mean training\.steps\?"),
         (["trainig.steps=3"], r"trainig = .*there is no such setting; did you mean training\?"),
         (["training.lr=0.1"], r"training\.lr = 0\.1: there is no such setting; did you mean optimizer\.lr\?"),
+        (["training.max_skipped_steps=3"], r"there is no such setting; did you mean faults\.max_skipped_steps\?"),
+        (["faults.hang_timeout_seconds=0"], r"faults\.hang_timeout_seconds = 0: input should be greater than 0"),
         (["logging.zzz=1"], r"logging has interval, routing_interval"),
         (["training.steps=many"], r'training\.steps = "many": input should be a valid integer'),
         (["training.steps=true"], r"training\.steps = true"),

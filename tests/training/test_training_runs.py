@@ -12,6 +12,7 @@ from ranks import run_ranks
 from training_runs import losses, rank_processes, read_curves, run_rank_processes, write_config
 
 from dash_dist.training import load_config
+from dash_dist.training.events import EVENT_KINDS
 
 RANK = str(Path(__file__).with_name("training_rank.py"))
 NEVER = "1000"
@@ -91,6 +92,7 @@ def test_the_whole_run_wrote_every_curve(folder):
         "cp/exchange/selective",
         "cp/exchange/allgather",
         "cp/exchange/ring",
+        *(f"fault/{kind}" for kind in EVENT_KINDS),
     }
     assert set(curves.Tags()["histograms"]) == {
         "routing/selected_chunks/layer_0",

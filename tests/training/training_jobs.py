@@ -24,6 +24,7 @@ from dash_dist.megatron.checkpoint import _Plan
 from dash_dist.training import CheckpointError, ConsoleProgress, RunSummary, load_config, train
 from dash_dist.training.checkpoints import CheckpointManager, RunState
 from dash_dist.training.control import ControlGroup
+from dash_dist.training.requests import Requests, nothing_asked
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Outcome:
     output: str
 
 
-def attempt(config: Path, *overrides: str) -> Outcome:
+def attempt(config: Path, *overrides: str, requests: Requests = nothing_asked) -> Outcome:
     out = io.StringIO()
     summary, failure = None, ""
     try:
         reporter = ConsoleProgress(Console(file=out, width=200, highlight=False))
-        summary = train(load_config(config, overrides), reporter=reporter)
+        summary = train(load_config(config, overrides), reporter=reporter, requests=requests)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
     return Outcome(summary, failure, out.getvalue())
@@ -70,7 +71,7 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
         mock.patch.object(Engine, "train_step", diverged),
         mock.patch.object(Engine, "routing_statistics", return_value=[]),  # no forward pass recorded any
     ):
-        outcomes["diverged"] = alone("nan", "training.steps=10", "training.max_skipped_steps=3")
+        outcomes["diverged"] = alone("nan", "training.steps=10", "faults.max_skipped_steps=3")
     return outcomes
 
 

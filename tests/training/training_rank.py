@@ -8,7 +8,7 @@ import sys
 
 import torch.distributed as dist
 
-from dash_dist.training import load_config, train
+from dash_dist.training import Asked, Request, load_config, train
 
 
 def main(arguments: list[str]) -> None:
@@ -18,10 +18,10 @@ def main(arguments: list[str]) -> None:
         config, stop_after, *overrides = run
         asked = itertools.count()  # asked once before each step
 
-        def stop_requested(asked=asked, stop_after=int(stop_after)) -> bool:
-            return next(asked) >= stop_after
+        def requests(asked=asked, stop_after=int(stop_after)) -> Asked:
+            return Asked(Request.STOP if next(asked) >= stop_after else Request.GO_ON)
 
-        train(load_config(config, overrides), stop_requested=stop_requested)
+        train(load_config(config, overrides), requests=requests)
 
 
 if __name__ == "__main__":

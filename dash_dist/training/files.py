@@ -1,0 +1,33 @@
+"""Small files of a run that must be whole whenever somebody reads them.
+
+Knows how a file is replaced; does not know what is in it.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put `text` in place of the file at `path`: a reader, or a process started after a crash, sees the old or the new
+    text. On disk when this returns. Raises OSError, which leaves the old one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """`replace_text` with `value` as JSON. Raises OSError."""
+    replace_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `replace_json` wrote; None where there is no file. Raises OSError, and ValueError for what is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

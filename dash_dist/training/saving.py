@@ -1,0 +1,148 @@
+"""When a run writes checkpoints, and what becomes of one that cannot be written.
+
+Knows steps and failures; does not know how a checkpoint is written. The training goes on without it for a while: a full
+disk may be emptied, and take the next one. Every method is called at every rank.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dash_dist.data import merge_states
+from dash_dist.training.checkpoints import CheckpointManager, RunState, Saveable
+from dash_dist.training.errors import CheckpointError
+from dash_dist.training.fault_log import FaultLog
+
+# After a failure the next try comes after this part of the interval.
+_RETRY_PART = 10
+
+# Pauses before the checkpoint at the end of a run is tried again, in seconds: short, as whoever sends SIGTERM often
+# sends SIGKILL half a minute later.
+_PAUSES_AT_THE_END = (2.0, 8.0)
+
+
+class Saver:
+    """The checkpoints that one process of a run writes.
+
+    Args:
+        checkpoints: of the run.
+        engine: what is saved.
+        log: told of failures.
+        beat: called before what may take long.
+        interval: a checkpoint every so many steps.
+        max_failures: more in a row end the run.
+        saved_step: of the checkpoint the run goes on from.
+
+    Attributes:
+        saved_step: of the newest complete checkpoint.
+    """
+
+    def __init__(
+        self,
+        checkpoints: CheckpointManager,
+        engine: Saveable,
+        log: FaultLog,
+        beat: Callable[[], None],
+        *,
+        interval: int,
+        max_failures: int,
+        saved_step: int,
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._engine = engine
+        self._log = log
+        self._beat = beat
+        self._interval = interval
+        self._max_failures = max_failures
+        self._failures = 0
+        self.go_back_to(saved_step)
+
+    def go_back_to(self, step: int) -> None:
+        """The run goes on from the checkpoint of `step`."""
+        self.saved_step = step
+        self._next_step = self._next_regular(step)
+
+    def is_due(self, state: RunState) -> bool:
+        """Whether to `start` a checkpoint of `state`.
+
+        None is written within a row of steps that changed no weight: if the row grows too long, these weights are not
+        worth keeping, and they would push out older ones.
+        """
+        return state.step >= self._next_step and not state.skipped_in_a_row and not self._checkpoints.pending
+
+    def start(self, state: RunState, positions: list[Any]) -> None:
+        """Begin a checkpoint of `state`; `positions` are this rank's in the data, as in `CheckpointManager.start`."""
+        self._beat()
+        self._next_step = self._next_regular(state.step)
+        try:
+            self._checkpoints.start(state, self._engine, positions, merge_states)
+        except CheckpointError as error:
+            self._count_failure(state.step, error)
+
+    def writing(self) -> bool:
+        """Whether this rank still writes; local. The maximum over the ranks goes into `poll`."""
+        return self._checkpoints.writing()
+
+    def poll(self, step: int, *, any_writing: bool) -> None:
+        """Complete a checkpoint that all ranks have written by now."""
+        if not any_writing:
+            self.settle(step)
+
+    def settle(self, step: int) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        if not self._checkpoints.pending:
+            return
+        self._beat()
+        try:
+            saved = self._checkpoints.finish()
+        except CheckpointError as error:
+            self._count_failure(step, error)
+        else:
+            self._failures = 0
+            if saved is not None:
+                self.saved_step = saved.step
+
+    def save_now(self, state: RunState, positions: list[Any]) -> None:
+        """Have a complete checkpoint of `state` on return, if the disk takes it."""
+        self.settle(state.step)
+        if state.step > self.saved_step:
+            self.start(state, positions)
+            self.settle(state.step)
+
+    def save_at_the_end(self, state: RunState, positions: list[Any]) -> None:
+        """`save_now`, tried several times; raises CheckpointError if the disk does not take it."""
+        for pause in (*_PAUSES_AT_THE_END, None):
+            self._beat()
+            try:
+                saved = self._checkpoints.finish()
+                if state.step > (saved.step if saved else self.saved_step):
+                    self._checkpoints.start(state, self._engine, positions, merge_states)
+                    self._checkpoints.finish()
+                return
+            except CheckpointError as error:
+                self._log.record("save_failed", f"at the end of the run: {error}", step=state.step)
+                if pause is None:
+                    raise CheckpointError(
+                        f"{error}. The run ends at step {state.step}, {self._lost(state.step)}: make space, and the "
+                        f"same command goes on from there"
+                    ) from error
+                self._beat()
+                time.sleep(pause)
+
+    def _count_failure(self, step: int, error: CheckpointError) -> None:
+        self._failures += 1
+        if self._failures > self._max_failures:
+            raise CheckpointError(
+                f"{error}. More than faults.max_failed_saves = {self._max_failures} in a row failed; the run ends at "
+                f"step {step}, {self._lost(step)}: make space, and the same command goes on from there"
+            ) from error
+        self._next_step = min(self._next_step, step + max(1, self._interval // _RETRY_PART))
+        self._log.record("save_failed", f"{error}; the next try is at step {self._next_step}", step=step)
+
+    def _lost(self, step: int) -> str:
+        if self.saved_step == 0:
+            return "and it has no checkpoint"
+        return f"{step - self.saved_step} steps after its last checkpoint"
+
+    def _next_regular(self, step: int) -> int:
+        return (step // self._interval + 1) * self._interval

@@ -1,0 +1,126 @@
+"""What ranks do that train through faults in the test's own Python: their runs, and what came of each.
+
+The test process itself does not import this: it would load Megatron-core.
+"""
+
+import math
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from training_jobs import Outcome, attempt
+
+from dash_dist.megatron import Engine, StepResult
+from dash_dist.training import Asked, Request
+from dash_dist.training.skipped import SkippedBatches, SkipRecord
+
+Steps = Callable[[Engine, list], StepResult]
+
+
+@dataclass(frozen=True)
+class FaultyRun:
+    """The outcome at one rank, its weights at the end, and the steps that were really trained, in order."""
+
+    outcome: Outcome
+    weights: list[torch.Tensor]
+    trained: list[int]
+
+
+def faulty_run(config: Path, *overrides: str, train_step: Callable[[Steps], Steps], requests=Asked) -> FaultyRun:
+    """One run whose engines train by `train_step(the real one)`."""
+    engines: list[Engine] = []
+    trained: list[int] = []
+    real = Engine.train_step
+
+    def train_and_note(engine, micro_batches):
+        if engine not in engines:
+            engines.append(engine)
+        trained.append(engine.step + 1)
+        return real(engine, micro_batches)
+
+    with mock.patch.object(Engine, "train_step", train_step(train_and_note)):
+        outcome = attempt(config, *overrides, requests=requests)
+    weights = [weight.detach().clone() for engine in engines for weight in engine.model.parameters()]
+    return FaultyRun(outcome, weights, trained)
+
+
+def undisturbed(real: Steps) -> Steps:
+    return real
+
+
+def bad_once(losses: dict[int, float]) -> Callable[[Steps], Steps]:
+    """The first time that these steps come, they have these losses; weights change if it is a number."""
+    left = dict(losses)
+
+    def train_step(real: Steps) -> Steps:
+        def train(engine, micro_batches):
+            step = engine.step + 1
+            if step not in left:
+                return real(engine, micro_batches)
+            loss = left.pop(step)
+            if math.isfinite(loss):
+                return replace(real(engine, micro_batches), loss=loss)
+            engine.step = step
+            return StepResult(loss=loss, grad_norm=loss, learning_rate=1e-3, tokens=512, skipped=True)
+
+        return train
+
+    return train_step
+
+
+def runs_with_bad_losses(config: Path, folder: Path) -> dict[str, FaultyRun]:
+    """Bad: a batch, then a row of them, then a spike; without: a run that leaves out the batches that this one did."""
+
+    def run(name: str, losses: dict[int, float], *overrides: str) -> FaultyRun:
+        spikes = ["faults.spike_z_score=20.0", "faults.spike_window=10", "faults.max_skipped_steps=2"]
+        small = ["parallel.context=1", "checkpoint.asynchronous=false", f"run.name={name}"]
+        return faulty_run(config, *small, *spikes, *overrides, train_step=bad_once(losses))
+
+    steps = ["training.steps=18", "checkpoint.interval=4", "checkpoint.keep=3"]
+    losses = {4: math.nan, 7: math.inf, 8: math.nan, 9: math.nan, 16: 100.0}
+    if dist.get_rank() == 0:
+        (folder / "runs" / "without").mkdir(parents=True)
+        left_out = [SkippedBatches(first, last, "by the test") for first, last in ((4, 4), (6, 9), (16, 16))]
+        SkipRecord(0, left_out).write(folder / "runs" / "without")
+    dist.barrier()
+    short = ["training.steps=12", "checkpoint.interval=1000"]
+    return {
+        "bad": run("bad", losses, *steps),
+        "without": run("without", {}, *steps),
+        "early": run("early", {11: 100.0}, *short),
+        "no more": run("no_more", {11: 100.0}, *short, "faults.max_rollbacks=0"),
+    }
+
+
+def runs_with_other_faults(config: Path, folder: Path) -> dict[str, FaultyRun]:
+    def notice() -> Asked:
+        """A notice that rank 1 has from before step 3 on, and rank 0 never."""
+        polled.append(None)
+        return Asked(Request.SAVE, "node b goes") if dist.get_rank() == 1 and len(polled) > 2 else Asked()
+
+    def full_disk(real: Steps) -> Steps:
+        """From step 4 to step 8 rank 0 can write no file of more than 2 KiB."""
+
+        def train(engine, micro_batches):
+            if dist.get_rank() == 0 and engine.step + 1 in (4, 9):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2048 if engine.step + 1 == 4 else hard, hard))
+            return real(engine, micro_batches)
+
+        return train
+
+    polled: list[None] = []
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    small = ["parallel.context=1", "training.steps=10", "checkpoint.interval=5"]
+    outcomes = {
+        "notice": faulty_run(config, "run.name=notice", "training.steps=5", train_step=undisturbed, requests=notice),
+        "full disk": faulty_run(config, "run.name=full", *small, train_step=full_disk),
+        "full for long": faulty_run(
+            config, "run.name=for_long", *small, "faults.max_failed_saves=1", train_step=full_disk
+        ),
+    }
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    return outcomes
