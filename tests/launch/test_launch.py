@@ -1,6 +1,5 @@
 """Every launcher ends in the same training: the same losses, whoever started the processes."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,8 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 from training_runs import cpu_environment, losses, run_command, write_config
-
-from dash_dist.training import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -31,14 +28,6 @@ def free_port() -> int:
 
 def overrides(name: str) -> list[str]:
     return [f"run.name={name}", f"training.steps={STEPS}", "checkpoint.interval=4"]
-
-
-@pytest.fixture(scope="module")
-def ray_train():
-    spec = importlib.util.spec_from_file_location("ray_train", ROOT / "launch" / "ray_train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +66,7 @@ def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
             lines.append(line)
             if line.startswith(f"step 6/{STEPS}") and not killed:
                 killed = True
-                workers = [p for p in processes.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+                workers = [p for p in processes.children(recursive=True) if "RankProcess" in " ".join(p.cmdline())]
                 assert len(workers) == 2
                 workers[1].kill()
         status = driver.wait(timeout=30)
@@ -110,24 +99,6 @@ def test_ray_refuses_a_bad_setting_before_ray_is_started(tmp_path):
     assert done.returncode == 2
     assert done.stdout.startswith("error: ")
     assert "did you mean training.steps?" in done.stdout
-
-
-@pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (2, 2), (3, 2), (4, 4), (8, 4)])
-def test_the_default_number_of_workers_is_what_the_run_can_use(ray_train, tmp_path, gpus, workers):
-    """Two context-parallel ranks, and two sequences a step for at most two data-parallel replicas."""
-    assert ray_train.default_num_workers(load_config(write_config(tmp_path)), gpus) == workers
-
-
-def test_too_few_gpus_for_one_replica_are_refused(ray_train, tmp_path):
-    with pytest.raises(ConfigError, match=r"1 GPUs.* = 2: lower one"):
-        ray_train.default_num_workers(load_config(write_config(tmp_path)), 1)
-
-
-def test_more_workers_than_this_machine_has_gpus_are_refused(ray_train):
-    ray_train.check_local_gpus(2, 2)
-    ray_train.check_local_gpus(2, 0)  # CPU workers
-    with pytest.raises(ConfigError, match=r"--num-workers 3: .* this machine has 2"):
-        ray_train.check_local_gpus(3, 2)
 
 
 @pytest.mark.parametrize("script", ["launch/torchrun.sh", "launch/deepspeed.sh", "cluster/ray_job.sh"])

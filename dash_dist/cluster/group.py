@@ -1,0 +1,262 @@
+"""The workers of one attempt: placed together, watched together, and gone together.
+
+Knows Ray's placement groups and actors, and when a worker is to be given up for lost; does not know what an attempt
+is for nor what follows it.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from dash_dist.cluster.processes import wait_until_gone
+from dash_dist.cluster.rank import Ended, Job, News, Place, RankProcess, Seat
+from dash_dist.training.requests import Asked
+
+# How often a rank other than the first is asked whether it is there, in seconds.
+_HEARTBEAT_SECONDS = 5.0
+
+# When one rank has failed, the others fail within moments, and which one was first is not known: wait that long for
+# the rest.
+_AFTERMATH_SECONDS = 5.0
+
+
+class AttemptFailed(Exception):
+    """The workers cannot be placed or started, or some are lost; a new attempt may succeed."""
+
+
+class NodeLost(AttemptFailed):
+    """A node went away while places for workers were looked for: none of them has started."""
+
+
+class WorkerGroup:
+    """`num_workers` rank processes on the cluster, started by the constructor and ended by `end`.
+
+    Args:
+        num_workers: ranks.
+        worker: resources that each takes.
+        start_seconds: limit for each part of the start: finding places, starting the processes, meeting each other.
+        answer_seconds: a process that has not answered for this long is lost, whether it is stopped or its node is
+        unreachable. keep_waiting: called about every second while places are looked for; what it raises ends the
+        start.
+
+    Raises AttemptFailed, with nothing left behind.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        worker: Mapping[str, float],
+        *,
+        start_seconds: float,
+        answer_seconds: float,
+        keep_waiting: Callable[[], None],
+    ) -> None:
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self._start_seconds = start_seconds
+        self._answer_seconds = answer_seconds
+        self._actors: list[Any] = []
+        self._runs: list[Any] = []
+        self._polls: dict[int, tuple[float, Any]] = {}
+        self._asked_at: dict[int, float] = {}
+        self.places: list[Place] = []
+        self._placement = placement_group([dict(worker)] * num_workers, strategy="PACK")
+        try:
+            self._wait_for_placement(num_workers, keep_waiting)
+            actor = ray.remote(
+                num_cpus=worker["CPU"], num_gpus=worker.get("GPU", 0.0), max_restarts=0, max_concurrency=2
+            )(RankProcess)
+            self._actors = [
+                actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index)).remote()
+                for index in range(num_workers)
+            ]
+            self._take_places()
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return len(self._actors)
+
+    @property
+    def node_ids(self) -> list[str]:
+        """The node of each rank."""
+        return [place.node_id for place in self.places]
+
+    def start(self, job: Job) -> None:
+        """Let every rank join the others and train. Raises AttemptFailed."""
+        port = self._answers([self._actors[0].listen.remote()])[0]
+        self._runs = [
+            actor.train.remote(job, seat) for actor, seat in zip(self._actors, seats(self.places, port), strict=True)
+        ]
+
+    def poll(self, asked: Asked) -> list[News]:
+        """Pass on what the run is asked for, and fetch the news of rank 0; returns at once.
+
+        Raises AttemptFailed if a rank has failed, died, or does not answer.
+        """
+        import ray
+
+        now = time.monotonic()
+        news: list[News] = []
+        answers = [answer for _, answer in self._polls.values()]
+        answered = set(ray.wait(answers, num_returns=len(answers), timeout=0)[0]) if answers else set()
+        for rank, (since, answer) in list(self._polls.items()):
+            if answer in answered:
+                del self._polls[rank]
+                with contextlib.suppress(ray.exceptions.RayError):  # its run ends too, and says why
+                    news += ray.get(answer)
+            elif now - since > self._answer_seconds:
+                raise AttemptFailed(
+                    f"{self._described(rank)} has not answered for {now - since:.0f} s: "
+                    f"the process is stopped, or its node cannot be reached"
+                )
+        for rank, actor in enumerate(self._actors):
+            if rank not in self._polls and (rank == 0 or now - self._asked_at.get(rank, 0.0) > _HEARTBEAT_SECONDS):
+                self._asked_at[rank] = now
+                self._polls[rank] = (now, actor.poll.remote(asked if rank == 0 else Asked()))
+        done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
+        if any(isinstance(self._outcome(run), BaseException) for run in done):
+            self._raise_failure()
+        return news
+
+    @property
+    def ended(self) -> bool:
+        """Whether a rank has come to its end by itself; the others do at the same step."""
+        import ray
+
+        return bool(ray.wait(self._runs, num_returns=1, timeout=0)[0])
+
+    def results(self) -> tuple[list[Ended], list[News]]:
+        """How each rank ended, and the last news; waits for those still on their way out.
+
+        Raises AttemptFailed if one of them does not end by itself.
+        """
+        import ray
+
+        done, missing = ray.wait(self._runs, num_returns=len(self._runs), timeout=self._start_seconds)
+        outcomes = [self._outcome(run) for run in done]
+        if any(isinstance(outcome, BaseException) for outcome in outcomes):
+            self._raise_failure()
+        if missing:
+            rank = self._runs.index(missing[0])
+            raise AttemptFailed(f"{self._described(rank)} did not end with the others")
+        earlier = [self._polls[0][1]] if 0 in self._polls else []
+        answers = self._answers([*earlier, self._actors[0].poll.remote(Asked())])
+        news = [one for answer in answers for one in answer]
+        return [outcome for outcome in outcomes if isinstance(outcome, Ended)], news
+
+    def end(self) -> None:
+        """Kill every process of the group and give its places back; returns when they are gone.
+
+        Ray asks a process to leave and kills it after 5 s, as a stopped one needs. One on a node that cannot be
+        reached ends with that node's Ray daemon, which ends itself when it notices that it is cut off.
+        """
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        for actor in self._actors:
+            ray.kill(actor)
+        remove_placement_group(self._placement)
+        wait_until_gone((place.node_id, place.process) for place in self.places)
+        self._actors = []
+
+    def _wait_for_placement(self, num_workers: int, keep_waiting: Callable[[], None]) -> None:
+        deadline = time.monotonic() + self._start_seconds
+        while not self._placement.wait(timeout_seconds=1):
+            keep_waiting()
+            if time.monotonic() > deadline:
+                raise AttemptFailed(
+                    f"Ray found no places for {num_workers} workers within {self._start_seconds:.0f} s: "
+                    f"is something else running on the cluster?"
+                )
+
+    def _take_places(self) -> None:
+        """Learn where every process is, and order them: by node, and on a node by GPU."""
+        places: list[Place] = self._answers([actor.place.remote() for actor in self._actors])
+        nodes = list(dict.fromkeys(place.node_id for place in places))
+
+        def order(worker: tuple[Any, Place]) -> tuple[int, int]:
+            place = worker[1]
+            return nodes.index(place.node_id), int(place.gpu or 0)
+
+        workers = sorted(zip(self._actors, places, strict=True), key=order)
+        self._actors = [actor for actor, _ in workers]
+        self.places = [place for _, place in workers]
+
+    def _answers(self, calls: list[Any]) -> list[Any]:
+        import ray
+
+        _, missing = ray.wait(calls, num_returns=len(calls), timeout=self._start_seconds)
+        if missing:
+            raise AttemptFailed(
+                f"{len(missing)} of {len(calls)} worker processes did not start within {self._start_seconds:.0f} s"
+            )
+        try:
+            return ray.get(calls)
+        except ray.exceptions.RayError as error:
+            raise AttemptFailed(f"a worker process ended while it started: {_reason(error)}") from None
+
+    def _outcome(self, run: Any) -> Ended | BaseException:
+        import ray
+
+        try:
+            return ray.get(run)
+        except ray.exceptions.RayError as error:
+            return error
+
+    def _raise_failure(self) -> None:
+        """Raise AttemptFailed for the rank that failed first, as far as can be told: one that died before others."""
+        import ray
+
+        ray.wait(self._runs, num_returns=len(self._runs), timeout=_AFTERMATH_SECONDS)
+        done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
+        failures = {
+            rank: outcome
+            for rank, run in enumerate(self._runs)
+            if run in done and isinstance(outcome := self._outcome(run), BaseException)
+        }
+        died = [rank for rank, error in failures.items() if isinstance(error, ray.exceptions.RayActorError)]
+        first = min(died or failures)
+        raise AttemptFailed(f"{self._described(first)} {'died' if died else 'failed'}: {_reason(failures[first])}")
+
+    def _described(self, rank: int) -> str:
+        place = self.places[rank]
+        return f"rank {rank} (process {place.process.pid} on {place.address})"
+
+
+def seats(places: Sequence[Place], master_port: int) -> list[Seat]:
+    """The seat of each rank, for processes at `places`, which are in rank order; they meet at the first one's node."""
+    found: list[Seat] = []
+    for _, of_node in groupby(places, key=lambda place: place.node_id):
+        ranks = list(of_node)
+        gpus = tuple(place.gpu for place in ranks if place.gpu is not None)
+        found += [
+            Seat(
+                rank=len(found) + local_rank,
+                world_size=len(places),
+                local_rank=local_rank,
+                local_world_size=len(ranks),
+                master_address=places[0].address,
+                master_port=master_port,
+                gpus=gpus,
+            )
+            for local_rank in range(len(ranks))
+        ]
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """What Ray says, without its guesses; of an exception in a worker the last lines, which name it."""
+    from ray.exceptions import RayActorError
+
+    lines = str(error).strip().splitlines()
+    if isinstance(error, RayActorError):
+        return lines[-1].partition(" Some common causes include")[0]
+    return "\n".join(lines[-20:])

@@ -1,0 +1,72 @@
+"""From a configuration to a supervised run on Ray: the driver of a run.
+
+Knows the order of things: connect, decide how many workers, supervise, disconnect.
+"""
+
+import os
+from pathlib import Path
+
+from dash_dist.cluster.capacity import check_local_gpus, check_num_workers, default_num_workers, model_ranks
+from dash_dist.cluster.environment import connect
+from dash_dist.cluster.nodes import CPU_WORKER, GPU_WORKER, alive_nodes
+from dash_dist.cluster.ray_cluster import RayCluster
+from dash_dist.cluster.supervisor import Limits, Supervisor
+from dash_dist.training.checkpoints import choose_checkpoint
+from dash_dist.training.config import RunConfig
+from dash_dist.training.errors import ConfigError
+from dash_dist.training.progress import ConsoleProgress
+from dash_dist.training.stopping import StopSignal
+
+
+def launch(config: RunConfig, limits: Limits) -> None:
+    """Run `config` on the cluster that RAY_ADDRESS names, or on a Ray of this machine, and show its progress here.
+
+    Each worker takes a GPU where the cluster has any, a CPU where it has none. `environment.prepare` must have been
+    called before Ray was imported. Raises RunError, and ConfigError for what this cluster can never run.
+    """
+    import ray
+
+    _check_limits(config, limits)
+    local = not os.environ.get("RAY_ADDRESS")
+    console = ConsoleProgress()
+    connect(cpus=max(len(os.sched_getaffinity(0)), limits.num_workers or model_ranks(config)))
+    try:
+        gpus = sum(node.room for node in alive_nodes(GPU_WORKER))
+        if local and limits.num_workers is not None:
+            check_local_gpus(limits.num_workers, gpus)
+        if limits.num_workers is None and (local or gpus == 0):
+            limits = limits.with_num_workers(default_num_workers(config, gpus))
+        room = gpus or sum(node.room for node in alive_nodes(CPU_WORKER))
+        console.note(f"Ray: the cluster has room for {room} {'GPU' if gpus else 'CPU'} workers")
+        # A restarted run must go on where the first attempt got to, whatever the first was told.
+        choose_checkpoint(config.run.path / "checkpoints", config.run.resume)
+        if config.run.resume == "never":
+            config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+        cluster = RayCluster(
+            use_gpu=gpus > 0,
+            start_seconds=limits.start_timeout_seconds,
+            answer_seconds=limits.answer_timeout_seconds,
+        )
+        with StopSignal() as stop:
+            Supervisor(
+                config,
+                directory=Path.cwd(),
+                limits=limits,
+                cluster=cluster,
+                console=console,
+                stop_requested=lambda: stop.requested,
+            ).run()
+    finally:
+        console.close()
+        ray.shutdown()
+
+
+def _check_limits(config: RunConfig, limits: Limits) -> None:
+    if limits.num_workers is not None:
+        check_num_workers(config, limits.num_workers, "--num-workers")
+    if limits.min_workers is not None:
+        check_num_workers(config, limits.min_workers, "--min-workers")
+        if limits.num_workers is not None and limits.min_workers > limits.num_workers:
+            raise ConfigError(
+                f"--min-workers {limits.min_workers} is above --num-workers {limits.num_workers}: lower the first"
+            )

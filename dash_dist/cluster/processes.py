@@ -1,0 +1,83 @@
+"""Processes of the cluster's nodes: which one it is, and that it is gone.
+
+Knows Linux's process table and how to look at that of another node through Ray; does not know what the processes do.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+# Ray kills a process that does not leave after 5 s; what is there after this many is killed here.
+_PATIENCE_SECONDS = 15.0
+
+# A process in uninterruptible sleep, such as one that waits for a file server, is not waited for longer than this.
+_LONGEST_WAIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process of a node, and no later one of the same number: `started` is in clock ticks since the node's boot."""
+
+    pid: int
+    started: int
+
+    @classmethod
+    def own(cls) -> Self:
+        """This process."""
+        pid = os.getpid()
+        return cls(pid, _started(pid) or 0)
+
+    def exists(self) -> bool:
+        """Whether the process is there, on this machine; one that only waits for its parent to take note is not."""
+        return _started(self.pid) == self.started
+
+
+def wait_until_gone(processes: Iterable[tuple[str, ProcessId]]) -> None:
+    """Return when the `processes`, which were told to end, each given with the id of its Ray node, are gone.
+
+    Nodes that are gone themselves are left out.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    of_node: dict[str, list[ProcessId]] = {node["NodeID"]: [] for node in ray.nodes() if node["Alive"]}
+    for node_id, process in processes:
+        if node_id in of_node:
+            of_node[node_id].append(process)
+    watch = ray.remote(num_cpus=0, max_retries=0)(see_them_gone)
+    watches = [
+        watch.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(on_node)
+        for node_id, on_node in of_node.items()
+        if on_node
+    ]
+    if watches:
+        # A watch that fails does so because its node goes; then so do the processes.
+        ray.wait(watches, num_returns=len(watches), timeout=_LONGEST_WAIT_SECONDS)
+
+
+def see_them_gone(processes: Sequence[ProcessId]) -> None:
+    """Wait until `processes` of this machine are gone, and kill those that take too long."""
+    begun = time.monotonic()
+    while any(process.exists() for process in processes) and time.monotonic() - begun < _LONGEST_WAIT_SECONDS:
+        if time.monotonic() - begun > _PATIENCE_SECONDS:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    if process.exists():
+                        os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def _started(pid: int) -> int | None:
+    """Start time of process `pid`, None if there is none or it is a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # After the name in parentheses, which may hold anything: the state is field 3, the start time field 22.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])

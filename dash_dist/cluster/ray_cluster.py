@@ -1,0 +1,60 @@
+"""The cluster that this process is connected to through Ray, as the supervisor sees it.
+
+Knows which resources a worker takes; does not know when workers are started.
+"""
+
+from collections.abc import Callable, Sequence
+
+from dash_dist.cluster.group import NodeLost, WorkerGroup
+from dash_dist.cluster.nodes import (
+    CPU_WORKER,
+    GPU_WORKER,
+    alive_nodes,
+    ask_for_nodes,
+    preemption_notice,
+    room_for_workers,
+)
+from dash_dist.cluster.supervisor import View
+
+
+class RayCluster:
+    """Workers on the connected Ray cluster.
+
+    Args:
+        use_gpu: whether each worker takes a GPU, beside a CPU.
+        start_seconds, answer_seconds: of each WorkerGroup.
+    """
+
+    def __init__(self, *, use_gpu: bool, start_seconds: float, answer_seconds: float) -> None:
+        self._worker = GPU_WORKER if use_gpu else CPU_WORKER
+        self._start_seconds = start_seconds
+        self._answer_seconds = answer_seconds
+
+    def look(self, held: Sequence[str] = ()) -> View:
+        """How things are now; `held` are the nodes of the workers there are, an id for each worker."""
+        nodes = alive_nodes(self._worker)
+        return View(room=room_for_workers(nodes, held), notice=preemption_notice(nodes, held))
+
+    def place(self, num_workers: int, keep_waiting: Callable[[], None]) -> WorkerGroup:
+        """Workers that wait for their job. Raises AttemptFailed, and what `keep_waiting` raises."""
+
+        def still_possible() -> None:
+            keep_waiting()
+            # A node's death is noticed seconds after it: what had room then may have none now.
+            room = sum(node.room for node in alive_nodes(self._worker) if node.leaves_at is None)
+            if room < num_workers:
+                raise NodeLost(
+                    f"a node was lost while {num_workers} workers were being placed: room for {room} is left"
+                )
+
+        return WorkerGroup(
+            num_workers,
+            self._worker,
+            start_seconds=self._start_seconds,
+            answer_seconds=self._answer_seconds,
+            keep_waiting=still_possible,
+        )
+
+    def ask_for(self, workers: int) -> None:
+        """Say how many workers there is work for, where someone may add nodes."""
+        ask_for_nodes(self._worker, workers)

@@ -1,0 +1,326 @@
+"""A run that can be left alone: attempt after attempt, on as many workers as the cluster can hold, until it is done.
+
+Knows why attempts end and what follows; does not know Ray (`Cluster` does) nor what a training step is.
+
+An attempt ends because the run is complete or was asked to stop, because it cannot be mended (RunError), because
+workers were lost, or because it was asked to save and start again on more workers. After the latter two the run
+resumes by itself from its newest checkpoint, with the same global batch whatever the number of workers.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, Self
+
+from dash_dist.cluster.capacity import model_ranks, usable_workers
+from dash_dist.cluster.group import AttemptFailed, NodeLost
+from dash_dist.cluster.rank import Ended, Job, News
+from dash_dist.cluster.retries import Retries
+from dash_dist.training.checkpoints import complete_checkpoints
+from dash_dist.training.config import RunConfig
+from dash_dist.training.errors import RunError
+from dash_dist.training.events import EventLog
+from dash_dist.training.progress import ProgressReporter, RunSummary
+from dash_dist.training.requests import Asked, Request
+
+# How often the driver looks for news of the run, and for those of the cluster, in seconds.
+_POLL_SECONDS = 0.2
+_CLUSTER_POLL_SECONDS = 2.0
+
+# Nodes that come back come one after the other: the room for more workers must have stayed the same for this long.
+_STEADY_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the supervisor may do.
+
+    Attributes:
+        num_workers: the most workers; None: as many as the cluster has room for and the run can use.
+        min_workers: the fewest; None: one replica of the model.
+        max_failures: attempts in a row that may fail without a new checkpoint; 0: a failure ends the run.
+        node_wait_seconds: how long to wait for lost nodes before going on with fewer workers.
+        start_timeout_seconds: for placing the workers, for starting their processes, and for their meeting, each.
+        answer_timeout_seconds: a worker that has not answered for this long is lost.
+        grow_interval_seconds: an attempt with fewer workers than there could be goes on for at least this long.
+    """
+
+    num_workers: int | None = None
+    min_workers: int | None = None
+    max_failures: int = 3
+    node_wait_seconds: float = 60.0
+    start_timeout_seconds: float = 300.0
+    answer_timeout_seconds: float = 120.0
+    grow_interval_seconds: float = 600.0
+
+    def with_num_workers(self, num_workers: int) -> Self:
+        """These limits, with the most workers set."""
+        return replace(self, num_workers=num_workers)
+
+
+class Group(Protocol):
+    """The workers of an attempt, as WorkerGroup has them."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def node_ids(self) -> Sequence[str]: ...
+
+    @property
+    def ended(self) -> bool: ...
+
+    def start(self, job: Job) -> None: ...
+
+    def poll(self, asked: Asked) -> list[News]: ...
+
+    def results(self) -> tuple[list[Ended], list[News]]: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class View:
+    """What a cluster looks like to a run.
+
+    `room` counts the workers that would find a place on nodes that stay, those of the run included. `notice` says
+    which of the run's nodes are about to be taken away, in words that stay the same while it holds; "" for none.
+    """
+
+    room: int
+    notice: str = ""
+
+
+class Cluster(Protocol):
+    """Where workers are placed."""
+
+    def look(self, held: Sequence[str] = ()) -> View:
+        """How things are now; `held` are the nodes of the workers there are, an id for each worker."""
+
+    def place(self, num_workers: int, keep_waiting: Callable[[], None]) -> Group:
+        """Workers, each a process that waits for its job. Raises AttemptFailed, and what `keep_waiting` raises."""
+
+    def ask_for(self, workers: int) -> None:
+        """Say how many workers there is work for, where someone may add nodes."""
+
+
+class Clock(Protocol):
+    """The part of the module `time` that is needed."""
+
+    def monotonic(self) -> float: ...
+
+    def sleep(self, seconds: float, /) -> None: ...
+
+
+class Stopped(Exception):
+    """Asked to stop while no worker was running."""
+
+
+class Supervisor:
+    """The attempts of one run.
+
+    Args:
+        config: of the run.
+        directory: that the relative paths in `config` start from.
+        limits: what may be done.
+        cluster: where workers are placed.
+        console: told how the run goes.
+        stop_requested: whether the driver was asked to end the run; the run then saves and ends.
+        clock: `time`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        directory: Path,
+        limits: Limits,
+        cluster: Cluster,
+        console: ProgressReporter,
+        stop_requested: Callable[[], bool],
+        clock: Clock = time,
+    ) -> None:
+        self._config = config
+        self._limits = limits
+        self._cluster = cluster
+        self._console = console
+        self._stop_requested = stop_requested
+        self._clock = clock
+        self._job = Job(config=config, directory=str(directory), join_seconds=limits.start_timeout_seconds)
+        self._run_directory = directory / config.run.path
+        self._fewest = limits.min_workers or model_ranks(config)
+        self._retries = Retries(limits.max_failures, saved_step=self._saved_step())
+
+    def run(self) -> RunSummary | None:
+        """Bring the run to its end. Returns its summary, None if it was asked to stop before any worker ran.
+
+        Raises RunError for what trying again cannot mend, or has not.
+        """
+        previous = 0
+        # The first attempt waits for all it may have, a later one for what its predecessor had.
+        wanted = self._limits.num_workers or 0
+        try:
+            while True:
+                workers = self._wait_for_room(wanted)
+                if previous not in (0, workers):
+                    self._resized(previous, workers)
+                previous = wanted = workers
+                try:
+                    summary = self._attempt(workers)
+                except NodeLost as loss:  # nothing has run: no failure of the run
+                    self._console.note(str(loss))
+                except AttemptFailed as failure:
+                    self._failed(failure)
+                else:
+                    if summary is not None:
+                        return summary
+                    wanted = 0  # it ended so as to grow: whatever has room now is more
+        except Stopped:
+            self._console.note(
+                f"stopped while no worker was running; the newest checkpoint is of step {self._saved_step()}"
+            )
+            return None
+        finally:
+            self._cluster.ask_for(0)
+
+    def _wait_for_room(self, wanted: int) -> int:
+        """The number of workers for the next attempt; waits for nodes while fewer than `wanted` have room."""
+        wanted = max(wanted, self._fewest)
+        patience = self._limits.node_wait_seconds
+        begun = self._clock.monotonic()
+        noted = False
+        while (workers := self._usable(self._cluster.look().room)) < wanted:
+            if self._clock.monotonic() - begun >= patience:
+                if workers >= self._fewest:
+                    break
+                room = self._cluster.look().room
+                self._failed(
+                    AttemptFailed(
+                        f"the cluster has room for {room} workers and the run needs at least {self._fewest}; "
+                        f"waited {patience:.0f} s for more (--node-wait-seconds)"
+                    )
+                )
+                begun = self._clock.monotonic()
+            if not noted:
+                noted = True
+                self._console.note(f"room for {workers} of {wanted} workers: waiting up to {patience:.0f} s for nodes")
+                self._cluster.ask_for(self._limits.num_workers or wanted)
+            self._wait(1.0)
+        return workers
+
+    def _usable(self, room: int) -> int:
+        most = self._limits.num_workers
+        return usable_workers(self._config, room if most is None else min(room, most))
+
+    def _attempt(self, workers: int) -> RunSummary | None:
+        """One attempt: the run's summary, or None to start again on more. Raises AttemptFailed and RunError."""
+        group = self._cluster.place(workers, self._check_stop)
+        try:
+            group.start(self._job)
+            growing = self._watch(group)
+            ended, news = group.results()
+            self._show(news)
+        finally:
+            group.end()
+        refusal = next((one.refusal for one in ended if one.refusal is not None), None)
+        if refusal is not None:
+            raise refusal
+        summary = next(one.summary for one in ended if one.summary is not None)
+        if growing and not summary.completed:
+            return None
+        self._console.finish(summary)
+        return summary
+
+    def _watch(self, group: Group) -> bool:
+        """Follow an attempt until a rank ends by itself; returns whether it was asked to, so as to start larger."""
+        growth = _Growth(group.size, self._clock.monotonic(), self._limits.grow_interval_seconds)
+        asked = Asked()
+        growing = stopping = False
+        looked_at = float("-inf")
+        while not group.ended:
+            self._show(group.poll(asked))
+            now = self._clock.monotonic()
+            if self._stop_requested() and not stopping:
+                stopping, growing = True, False
+                asked = Asked(Request.STOP)
+                self._console.note("asked to stop: the run finishes its step and saves; once more ends it at once")
+            if not stopping and not growing and now - looked_at > _CLUSTER_POLL_SECONDS:
+                looked_at = now
+                view = self._cluster.look(group.node_ids)
+                if view.notice and view.notice != asked.reason:
+                    asked = Asked(Request.SAVE, view.notice)
+                    self._console.note(f"{view.notice}: the run saves, and goes on until then")
+                fitting = self._usable(view.room)
+                if growth.due(fitting, now) and not view.notice:
+                    growing = True
+                    asked = Asked(Request.STOP)
+                    self._console.note(f"room for {fitting} workers: the run saves, and goes on with them")
+            self._clock.sleep(_POLL_SECONDS)
+        return growing
+
+    def _failed(self, failure: AttemptFailed) -> None:
+        """Wait before the next attempt. Raises RunError if there is to be none."""
+        step = self._saved_step()
+        pause = self._retries.pause_after_failure(step)
+        where = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
+        if self._stop_requested():
+            raise RunError(f"asked to stop, the run failed before it had saved: {failure}\n{where}")
+        if pause is None:
+            times = (
+                f" {self._retries.in_a_row} times in a row without a new checkpoint"
+                if self._retries.in_a_row > 1
+                else ""
+            )
+            raise RunError(
+                f"the run failed{times}, and is not started again (--max-failures {self._limits.max_failures}): "
+                f"{failure}\n"
+                f"{where}; the same command goes on from there"
+            )
+        self._console.note(f"{failure}\n{where}: starting again in {pause:.0f} s")
+        self._wait(pause)
+
+    def _resized(self, previous: int, workers: int) -> None:
+        text = f"{workers} workers instead of {previous}, with the same global batch"
+        self._console.note(text)
+        try:
+            self._run_directory.mkdir(parents=True, exist_ok=True)
+            EventLog(self._run_directory).append("resized", text, step=self._saved_step())
+        except OSError as error:  # a full disk does not keep the run from going on
+            self._console.note(f"the event could not be written: {error}")
+
+    def _saved_step(self) -> int:
+        """Step of the newest complete checkpoint, 0 for none."""
+        found = complete_checkpoints(self._run_directory / "checkpoints")
+        return found[-1][0] if found else 0
+
+    def _wait(self, seconds: float) -> None:
+        until = self._clock.monotonic() + seconds
+        while (left := until - self._clock.monotonic()) > 0:
+            self._check_stop()
+            self._clock.sleep(min(left, _POLL_SECONDS))
+
+    def _check_stop(self) -> None:
+        if self._stop_requested():
+            raise Stopped
+
+    def _show(self, news: Sequence[News]) -> None:
+        for kind, content in news:
+            if kind != "finish":  # shown when no further attempt follows
+                getattr(self._console, kind)(content)
+
+
+class _Growth:
+    """Whether an attempt of `size` workers, begun at `begun`, should give way to a larger one."""
+
+    def __init__(self, size: int, begun: float, interval: float) -> None:
+        self._size = size
+        self._earliest = begun + interval
+        self._fitting = size
+        self._since = begun
+
+    def due(self, fitting: int, now: float) -> bool:
+        """Whether to grow, now that `fitting` workers have room."""
+        if fitting != self._fitting:
+            self._fitting, self._since = fitting, now
+        return fitting > self._size and now >= self._earliest and now - self._since >= _STEADY_SECONDS
