@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from dash_dist.cluster import limits
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -115,6 +117,53 @@ def export_checkpoint(
     from dash_dist.training.checkpoint_commands import export
 
     export(checkpoint, out, progress=lambda name: print(f"wrote {out / name}", file=sys.stderr))
+
+
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="Dashboard of the cluster's head, such as http://head:8265."),
+    ] = None,
+    num_workers: limits.NumWorkers = None,
+    min_workers: limits.MinWorkers = None,
+    max_failures: limits.MaxFailures = limits.Limits.max_failures,
+    node_wait_seconds: limits.NodeWait = limits.Limits.node_wait_seconds,
+    start_timeout_seconds: limits.StartTimeout = limits.Limits.start_timeout_seconds,
+    answer_timeout_seconds: limits.AnswerTimeout = limits.Limits.answer_timeout_seconds,
+    grow_interval_seconds: limits.GrowInterval = limits.Limits.grow_interval_seconds,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Files to leave behind; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show, submit nothing.")] = False,
+    follow: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
+) -> None:
+    """Submit a run to a Ray cluster as a job, with the current folder as its working tree, and follow its log."""
+    from dash_dist.cluster.environment import prepare
+    from dash_dist.cluster.submit import submit_command
+
+    prepare()
+    allowed = limits.Limits(
+        num_workers=num_workers,
+        min_workers=min_workers,
+        max_failures=max_failures,
+        node_wait_seconds=node_wait_seconds,
+        start_timeout_seconds=start_timeout_seconds,
+        answer_timeout_seconds=answer_timeout_seconds,
+        grow_interval_seconds=grow_interval_seconds,
+    )
+    sys.exit(
+        submit_command(
+            config,
+            overrides or [],
+            address=address,
+            limits=allowed,
+            exclude=exclude or [],
+            dry_run=dry_run,
+            follow=follow,
+        )
+    )
 
 
 def run_app(command: typer.Typer) -> None:

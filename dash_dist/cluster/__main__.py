@@ -3,42 +3,20 @@
 Knows the command line; does not know what the options do.
 """
 
-from typing import Annotated
-
 import typer
 
 from dash_dist.cli import ConfigFile, Overrides, run_app
 from dash_dist.cluster.environment import prepare
-from dash_dist.cluster.supervisor import Limits
-
-NumWorkers = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="The most processes. Default: as many of the GPUs as the run can use, or tp x cp x pp on CPUs."
-    ),
-]
-MinWorkers = Annotated[
-    int | None,
-    typer.Option(min=1, help="The fewest processes to go on with when nodes are lost. Default: tp x cp x pp."),
-]
-MaxFailures = Annotated[
-    int,
-    typer.Option(
-        min=0, help="Failures in a row, without a new checkpoint in between, after which the run starts again."
-    ),
-]
-NodeWait = Annotated[
-    float, typer.Option(min=0, help="How long to wait for lost nodes before going on with fewer processes.")
-]
-StartTimeout = Annotated[
-    float, typer.Option(min=1, help="Limit for placing the processes, for starting them and for their meeting, each.")
-]
-AnswerTimeout = Annotated[
-    float, typer.Option(min=1, help="A process that has not answered for this long is lost, and all start again.")
-]
-GrowInterval = Annotated[
-    float, typer.Option(min=0, help="Run at least this long with fewer processes before nodes that came back are used.")
-]
+from dash_dist.cluster.limits import (
+    AnswerTimeout,
+    GrowInterval,
+    Limits,
+    MaxFailures,
+    MinWorkers,
+    NodeWait,
+    NumWorkers,
+    StartTimeout,
+)
 
 
 def ray_train(
@@ -69,11 +47,13 @@ def ray_train(
     launch(load_config(config, overrides or []), limits)
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(ray_train)
+
+
 def main() -> None:
     """Entry point."""
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    command.command()(ray_train)
-    run_app(command)
+    run_app(app)
 
 
 if __name__ == "__main__":

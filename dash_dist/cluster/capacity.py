@@ -3,6 +3,7 @@
 Knows the run's layout and counts of workers; does not know Ray.
 """
 
+from dash_dist.cluster.limits import Limits
 from dash_dist.training.config import RunConfig
 from dash_dist.training.errors import ConfigError
 
@@ -41,12 +42,18 @@ def default_num_workers(config: RunConfig, gpus: int) -> int:
     )
 
 
-def check_num_workers(config: RunConfig, num_workers: int, option: str) -> None:
-    """Refuse, with ConfigError that names `option`, a number of workers that `config` cannot run on."""
-    try:
-        config.check_world_size(num_workers)
-    except ValueError as error:
-        raise ConfigError(f"{option} {num_workers}: {error}") from None
+def check_limits(config: RunConfig, limits: Limits) -> None:
+    """Refuse, with ConfigError, numbers of workers that `config` cannot run on."""
+    for option, workers in (("--num-workers", limits.num_workers), ("--min-workers", limits.min_workers)):
+        if workers is not None:
+            try:
+                config.check_world_size(workers)
+            except ValueError as error:
+                raise ConfigError(f"{option} {workers}: {error}") from None
+    if limits.num_workers is not None and limits.min_workers is not None and limits.min_workers > limits.num_workers:
+        raise ConfigError(
+            f"--min-workers {limits.min_workers} is above --num-workers {limits.num_workers}: lower the first"
+        )
 
 
 def check_local_gpus(num_workers: int, gpus: int) -> None:

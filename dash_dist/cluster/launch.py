@@ -6,14 +6,14 @@ Knows the order of things: connect, decide how many workers, supervise, disconne
 import os
 from pathlib import Path
 
-from dash_dist.cluster.capacity import check_local_gpus, check_num_workers, default_num_workers, model_ranks
+from dash_dist.cluster.capacity import check_limits, check_local_gpus, default_num_workers, model_ranks
 from dash_dist.cluster.environment import connect
+from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.nodes import CPU_WORKER, GPU_WORKER, alive_nodes
 from dash_dist.cluster.ray_cluster import RayCluster
-from dash_dist.cluster.supervisor import Limits, Supervisor
+from dash_dist.cluster.supervisor import Supervisor
 from dash_dist.training.checkpoints import choose_checkpoint
 from dash_dist.training.config import RunConfig
-from dash_dist.training.errors import ConfigError
 from dash_dist.training.progress import ConsoleProgress
 from dash_dist.training.stopping import StopSignal
 
@@ -26,7 +26,7 @@ def launch(config: RunConfig, limits: Limits) -> None:
     """
     import ray
 
-    _check_limits(config, limits)
+    check_limits(config, limits)
     local = not os.environ.get("RAY_ADDRESS")
     console = ConsoleProgress()
     connect(cpus=max(len(os.sched_getaffinity(0)), limits.num_workers or model_ranks(config)))
@@ -59,14 +59,3 @@ def launch(config: RunConfig, limits: Limits) -> None:
     finally:
         console.close()
         ray.shutdown()
-
-
-def _check_limits(config: RunConfig, limits: Limits) -> None:
-    if limits.num_workers is not None:
-        check_num_workers(config, limits.num_workers, "--num-workers")
-    if limits.min_workers is not None:
-        check_num_workers(config, limits.min_workers, "--min-workers")
-        if limits.num_workers is not None and limits.min_workers > limits.num_workers:
-            raise ConfigError(
-                f"--min-workers {limits.min_workers} is above --num-workers {limits.num_workers}: lower the first"
-            )

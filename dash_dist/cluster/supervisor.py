@@ -9,12 +9,13 @@ resumes by itself from its newest checkpoint, with the same global batch whateve
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 from dash_dist.cluster.capacity import model_ranks, usable_workers
 from dash_dist.cluster.group import AttemptFailed, NodeLost
+from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.rank import Ended, Job, News
 from dash_dist.cluster.retries import Retries
 from dash_dist.training.checkpoints import complete_checkpoints
@@ -30,33 +31,6 @@ _CLUSTER_POLL_SECONDS = 2.0
 
 # Nodes that come back come one after the other: the room for more workers must have stayed the same for this long.
 _STEADY_SECONDS = 15.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the supervisor may do.
-
-    Attributes:
-        num_workers: the most workers; None: as many as the cluster has room for and the run can use.
-        min_workers: the fewest; None: one replica of the model.
-        max_failures: attempts in a row that may fail without a new checkpoint; 0: a failure ends the run.
-        node_wait_seconds: how long to wait for lost nodes before going on with fewer workers.
-        start_timeout_seconds: for placing the workers, for starting their processes, and for their meeting, each.
-        answer_timeout_seconds: a worker that has not answered for this long is lost.
-        grow_interval_seconds: an attempt with fewer workers than there could be goes on for at least this long.
-    """
-
-    num_workers: int | None = None
-    min_workers: int | None = None
-    max_failures: int = 3
-    node_wait_seconds: float = 60.0
-    start_timeout_seconds: float = 300.0
-    answer_timeout_seconds: float = 120.0
-    grow_interval_seconds: float = 600.0
-
-    def with_num_workers(self, num_workers: int) -> Self:
-        """These limits, with the most workers set."""
-        return replace(self, num_workers=num_workers)
 
 
 class Group(Protocol):

@@ -1,4 +1,4 @@
-"""What the supervisor does next, whatever happened: a cluster, a clock and workers that only say what they are told to."""
+"""What the supervisor does next: a cluster, a clock and workers that only say what they are told to."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,11 +8,12 @@ from training_runs import write_config
 
 from dash_dist.cluster.capacity import check_local_gpus, default_num_workers, usable_workers
 from dash_dist.cluster.group import AttemptFailed, NodeLost, seats
+from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.nodes import Node, preemption_notice, room_for_workers
 from dash_dist.cluster.processes import ProcessId
 from dash_dist.cluster.rank import Ended, Job, News, Place
 from dash_dist.cluster.retries import Retries
-from dash_dist.cluster.supervisor import Limits, Supervisor, View
+from dash_dist.cluster.supervisor import Supervisor, View
 from dash_dist.training import ConfigError, RunError, RunSummary, load_config
 from dash_dist.training.events import EventLog
 from dash_dist.training.requests import Asked, Request
@@ -232,7 +233,7 @@ def test_what_cannot_be_mended_is_not_tried_again(tmp_path):
 
 
 def test_a_run_grows_when_there_is_room_for_long_enough(tmp_path):
-    """From 4 to 8 workers, not before the interval, nor while the room still changes; the first attempt saves and ends."""
+    """From 4 to 8 workers, not before the interval, nor while the room still changes; the first attempt saves."""
     case = Case(tmp_path, 4, [(6, "done", 1000), (12, "done", 10)], node_wait_seconds=5, grow_interval_seconds=100)
     case.at(20, "room", 8)
     case.at(105, "room", 6)
