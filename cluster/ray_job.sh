@@ -7,6 +7,9 @@
 # dash-dist must be installed on the cluster's nodes, and run.directory must lie on storage that all of them share: the job's
 # own working directory is a copy that is thrown away.
 #
+# `dash-dist submit` does the same and more: it checks the configuration first and says how to stop, resume and watch the run.
+# `ray job stop` lets the run save: it gets RAY_JOB_STOP_WAIT_TIME_S (600) seconds for that before it is killed.
+#
 # Authentication is by token, as Ray does it: RAY_AUTH_TOKEN, or a file at RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token
 # (`ray get-auth-token --generate` makes one; the cluster's head must have been started with the same).
 set -euo pipefail
@@ -29,9 +32,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 # The working directory is uploaded: what is not needed to run stays here.
 excludes='".git", ".venv", "runs", "build", "tests", "docs", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"'
+variables="\"RAY_AUTH_MODE\": \"$RAY_AUTH_MODE\", \"RAY_JOB_STOP_WAIT_TIME_S\": \"${RAY_JOB_STOP_WAIT_TIME_S:-600}\""
 command=(
     ray job submit --working-dir .
-    --runtime-env-json "{\"excludes\": [$excludes], \"env_vars\": {\"RAY_AUTH_MODE\": \"$RAY_AUTH_MODE\"}}"
+    --runtime-env-json "{\"excludes\": [$excludes], \"env_vars\": {$variables}}"
     -- python launch/ray_train.py "$@"
 )
 if [[ -n $dry_run ]]; then

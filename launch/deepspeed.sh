@@ -9,7 +9,9 @@
 #
 #   HOSTFILE=hosts NODE_RANK=0 MASTER_ADDR=node0 launch/deepspeed.sh configs/llama_1b_128k.yaml
 #
-# Environment: NPROC (processes on this node; all GPUs), HOSTFILE, NODE_RANK, MASTER_ADDR, MASTER_PORT (29500),
+# RESTARTS=N starts it again after a failure, at most N times and on every node alike; it goes on from its newest checkpoint.
+#
+# Environment: NPROC (processes on this node; all GPUs), RESTARTS (0), HOSTFILE, NODE_RANK, MASTER_ADDR, MASTER_PORT (29500),
 # OMP_NUM_THREADS (cores / NPROC), DS_ACCELERATOR (cpu where there is no GPU).
 set -euo pipefail
 
@@ -34,5 +36,10 @@ else
     where+=(--num_accelerators "$nproc_per_node")
 fi
 
-# The rank comes from the environment, as under torchrun, so the script's own --local_rank argument is left out.
-exec deepspeed "${where[@]}" --no_local_rank --module dash_dist.cli train "$@"
+attempt() {
+    # The rank comes from the environment, as under torchrun, so the script's own --local_rank argument is left out.
+    exec deepspeed "${where[@]}" --no_local_rank --module dash_dist.cli train "${@:2}"
+}
+
+source "$(dirname "${BASH_SOURCE[0]}")/restarts.sh"
+run_with_restarts "$@"

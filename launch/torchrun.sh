@@ -8,7 +8,12 @@
 #
 #   NNODES=4 RENDEZVOUS=node0:29400 launch/torchrun.sh configs/llama_1b_128k.yaml
 #
-# Environment: NPROC (processes on this node), NNODES (1), RENDEZVOUS (a free local port), OMP_NUM_THREADS (cores / NPROC).
+# RESTARTS=N starts it again after a failure, at most N times and on every node alike; it goes on from its newest checkpoint.
+# Each time with a new torchrun: its own --max-restarts keeps the store of the attempt before, where the ranks of the next
+# one may read what the last one left.
+#
+# Environment: NPROC (processes on this node), NNODES (1), RENDEZVOUS (a free local port), RESTARTS (0),
+# OMP_NUM_THREADS (cores / NPROC).
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -* ]]; then
@@ -21,12 +26,18 @@ nproc_per_node=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
 
-where=(--standalone)
-if [[ -n ${RENDEZVOUS:-} ]]; then
-    where=(--nnodes "${NNODES:-1}" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id dash-dist)
-elif [[ ${NNODES:-1} != 1 ]]; then
+if [[ -z ${RENDEZVOUS:-} && ${NNODES:-1} != 1 ]]; then
     echo "NNODES=$NNODES needs RENDEZVOUS=host:port, the same on every node" >&2
     exit 2
 fi
 
-exec torchrun "${where[@]}" --nproc-per-node "$nproc_per_node" -m dash_dist.cli train "$@"
+attempt() {
+    local where=(--standalone)
+    if [[ -n ${RENDEZVOUS:-} ]]; then
+        where=(--nnodes "${NNODES:-1}" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "dash-dist-$1")
+    fi
+    exec torchrun "${where[@]}" --nproc-per-node "$nproc_per_node" -m dash_dist.cli train "${@:2}"
+}
+
+source "$(dirname "${BASH_SOURCE[0]}")/restarts.sh"
+run_with_restarts "$@"
