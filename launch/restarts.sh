@@ -1,7 +1,8 @@
 # Sourced by torchrun.sh and deepspeed.sh, which define `attempt NUMBER ARGUMENT...`: one start of the run, numbered from 0.
 #
 # `run_with_restarts ARGUMENT...` runs attempts until one succeeds or RESTARTS (0) further ones have failed, and returns the
-# status of the last. SIGTERM and Ctrl-C are passed on, so that the run saves and ends, and end the restarts.
+# status of the last; RESTART_PAUSE (10) seconds lie between them. SIGTERM and Ctrl-C are passed on, so that the run saves
+# and ends, and end the restarts.
 
 run_with_restarts() {
     local restarts=${RESTARTS:-0} number=0 stopping= signalled= child= status
@@ -27,5 +28,6 @@ run_with_restarts() {
         # The ranks on other nodes fail some seconds later, and the port must be free again.
         sleep "${RESTART_PAUSE:-10}" &
         wait $! || true
+        [[ -z $stopping ]] || return "$status"
     done
 }

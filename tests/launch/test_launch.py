@@ -16,6 +16,7 @@ from training_runs import cpu_environment, losses, run_command, write_config
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 # The launchers are found beside the interpreter, whether or not its environment is activated.
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
@@ -52,7 +53,10 @@ def test_deepspeed_gives_the_losses_of_torchrun(folder):
 
 
 def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
-    """One worker is killed after step 6: all start again from the checkpoint of step 4, and nothing else changes."""
+    """One worker is killed after step 6: all start again from the checkpoint of step 4, and nothing else changes.
+
+    Nothing that was started listens on anything but loopback.
+    """
     script = [sys.executable, str(ROOT / "launch" / "ray_train.py")]
     command = [*script, str(folder / "tiny.yaml"), *overrides("ray"), "run.resume=never", "--num-workers=2"]
     environment = cpu_environment({"RAY_ADDRESS": ""})
@@ -68,6 +72,14 @@ def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
                 killed = True
                 workers = [p for p in processes.children(recursive=True) if "RankProcess" in " ".join(p.cmdline())]
                 assert len(workers) == 2
+                listening = [
+                    (process.name(), connection.laddr.ip)
+                    for process in [processes, *processes.children(recursive=True)]
+                    for connection in process.net_connections(kind="inet")
+                    if connection.status == psutil.CONN_LISTEN
+                ]
+                assert len(listening) > 5  # Ray's head, node and agents, and where the ranks met
+                assert {address for _, address in listening} <= LOOPBACK, listening
                 workers[1].kill()
         status = driver.wait(timeout=30)
     finally:
@@ -122,7 +134,7 @@ def test_a_ray_job_passes_the_arguments_on():
     done = run_command([script, "--dry-run", *arguments], environment, seconds=20)
     words = shlex.split(done.stdout)
     runtime = json.loads(words[words.index("--runtime-env-json") + 1])
-    assert runtime["env_vars"] == {"RAY_AUTH_MODE": "disabled"}
+    assert runtime["env_vars"] == {"RAY_AUTH_MODE": "disabled", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
     assert {".git", ".venv", "runs"} < set(runtime["excludes"])
     assert words[:3] == ["ray", "job", "submit"]
     assert words[words.index("--") + 1 :] == ["python", "launch/ray_train.py", *arguments]
