@@ -25,6 +25,8 @@ def prepare() -> None:
         # The Ray of one machine: with this switch (its name is that of the systems where it is off by default) the
         # node's address is 127.0.0.1, and then every one of Ray's servers binds to that and to nothing else.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Ray would give its workers, here the ranks, the priority of background jobs (15).
+        os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def connect(cpus: int) -> None:
