@@ -12,7 +12,6 @@ from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.nodes import CPU_WORKER, GPU_WORKER, alive_nodes
 from dash_dist.cluster.ray_cluster import RayCluster
 from dash_dist.cluster.supervisor import Supervisor
-from dash_dist.training.checkpoints import choose_checkpoint
 from dash_dist.training.config import RunConfig
 from dash_dist.training.progress import ConsoleProgress
 from dash_dist.training.stopping import StopSignal
@@ -38,10 +37,6 @@ def launch(config: RunConfig, limits: Limits) -> None:
             limits = limits.with_num_workers(default_num_workers(config, gpus))
         room = gpus or sum(node.room for node in alive_nodes(CPU_WORKER))
         console.note(f"Ray: the cluster has room for {room} {'GPU' if gpus else 'CPU'} workers")
-        # A restarted run must go on where the first attempt got to, whatever the first was told.
-        choose_checkpoint(config.run.path / "checkpoints", config.run.resume)
-        if config.run.resume == "never":
-            config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
         cluster = RayCluster(
             use_gpu=gpus > 0,
             start_seconds=limits.start_timeout_seconds,

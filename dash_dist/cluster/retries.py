@@ -31,11 +31,8 @@ class Retries:
         Args:
             saved_step: of the newest checkpoint after the failed attempt; 0 for none.
         """
-        if saved_step > self._saved_step:
-            self._saved_step = saved_step
-            self._in_a_row = 0
-        else:
-            self._in_a_row += 1
+        self._in_a_row = 0 if saved_step > self._saved_step else self._in_a_row + 1
+        self._saved_step = saved_step  # also a lower one: a checkpoint may have been set aside as damaged
         if self._most == 0 or self._in_a_row > self._most:
             return None
         return min(60.0, 2.0**self._in_a_row)

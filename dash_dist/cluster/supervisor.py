@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from dash_dist.checkpoints.folders import step_of, visible_checkpoints
 from dash_dist.cluster.capacity import model_ranks, usable_workers
 from dash_dist.cluster.group import AttemptFailed, NodeLost
 from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.rank import Ended, Job, News
 from dash_dist.cluster.retries import Retries
-from dash_dist.training.checkpoints import complete_checkpoints
 from dash_dist.training.config import RunConfig
 from dash_dist.training.errors import RunError
 from dash_dist.training.events import EventLog
@@ -121,8 +121,12 @@ class Supervisor:
         self._console = console
         self._stop_requested = stop_requested
         self._clock = clock
-        self._job = Job(config=config, directory=str(directory), join_seconds=limits.start_timeout_seconds)
         self._run_directory = directory / config.run.path
+        if config.run.resume == "never" and not self._saved_step():
+            # What is there later is this run's own: an attempt after the first must go on from it.
+            config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+        self._job = Job(config=config, directory=str(directory), join_seconds=limits.start_timeout_seconds)
+        self._asked_for_nodes = False
         self._fewest = limits.min_workers or model_ranks(config)
         self._retries = Retries(limits.max_failures, saved_step=self._saved_step())
 
@@ -156,7 +160,8 @@ class Supervisor:
             )
             return None
         finally:
-            self._cluster.ask_for(0)
+            if self._asked_for_nodes:
+                self._cluster.ask_for(0)
 
     def _wait_for_room(self, wanted: int) -> int:
         """The number of workers for the next attempt; waits for nodes while fewer than `wanted` have room."""
@@ -179,6 +184,7 @@ class Supervisor:
             if not noted:
                 noted = True
                 self._console.note(f"room for {workers} of {wanted} workers: waiting up to {patience:.0f} s for nodes")
+                self._asked_for_nodes = True
                 self._cluster.ask_for(self._limits.num_workers or wanted)
             self._wait(1.0)
         return workers
@@ -265,8 +271,8 @@ class Supervisor:
 
     def _saved_step(self) -> int:
         """Step of the newest complete checkpoint, 0 for none."""
-        found = complete_checkpoints(self._run_directory / "checkpoints")
-        return found[-1][0] if found else 0
+        found = visible_checkpoints(self._run_directory / "checkpoints")
+        return max((step_of(folder) or 0 for folder in found), default=0)
 
     def _wait(self, seconds: float) -> None:
         until = self._clock.monotonic() + seconds

@@ -72,6 +72,7 @@ class Workers:
 
     def start(self, job: Job) -> None:
         self._cluster.running.append(self)
+        self._cluster.jobs.append(job)
 
     def poll(self, asked: Asked) -> list[News]:
         self.asked = asked
@@ -96,9 +97,12 @@ class Workers:
 
     def _save(self) -> None:
         if self._step:
-            folder = self._cluster.run_directory / "checkpoints" / f"step_{self._step:08d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "metadata.json").write_text("{}")
+            save(self._cluster.run_directory, self._step)
+
+
+def save(run_directory: Path, step: int) -> None:
+    """What a complete checkpoint looks like from outside."""
+    (run_directory / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
 
 
 class FakeCluster:
@@ -116,6 +120,7 @@ class FakeCluster:
         self.sizes: list[int] = []
         self.started_at: list[float] = []
         self.asked: list[Asked] = []
+        self.jobs: list[Job] = []
         self.running: list[Workers] = []
         self.asked_for: list[int] = []
 
@@ -139,8 +144,19 @@ class FakeCluster:
 class Case:
     """A supervisor over a FakeCluster."""
 
-    def __init__(self, folder: Path, room: int, attempts: Sequence[tuple[int, str, float]], **limits: float) -> None:
-        config = load_config(write_config(folder), ["training.global_batch_size=8"])
+    def __init__(
+        self,
+        folder: Path,
+        room: int,
+        attempts: Sequence[tuple[int, str, float]],
+        *,
+        resume: str = "auto",
+        saved: int = 0,
+        **limits: float,
+    ) -> None:
+        config = load_config(write_config(folder), ["training.global_batch_size=8", f"run.resume={resume}"])
+        if saved:
+            save(config.run.path, saved)
         self.clock, self.console, self.stop = Clock(), Console(), False
         self.cluster = FakeCluster(self.clock, config.run.path, room, attempts)
         self.supervisor = Supervisor(
@@ -310,6 +326,18 @@ def test_pauses_grow_to_a_minute():
     retries = Retries(10, saved_step=5)
     assert [retries.pause_after_failure(5) for _ in range(7)] == [2, 4, 8, 16, 32, 60, 60]
     assert retries.pause_after_failure(6) == 1
+
+
+def test_progress_after_a_damaged_checkpoint_was_set_aside_counts():
+    retries = Retries(1, saved_step=0)
+    assert [retries.pause_after_failure(step) for step in (12, 8, 10, 10, 10)] == [1, 2, 1, 2, None]
+
+
+@pytest.mark.parametrize(("saved", "resume"), [(0, "auto"), (4, "never")])
+def test_a_run_that_must_not_resume_goes_on_only_from_what_is_its_own(tmp_path, saved, resume):
+    case = Case(tmp_path, 8, [(4, "die", 10), (12, "done", 10)], resume="never", saved=saved)
+    case.supervisor.run()
+    assert [job.config.run.resume for job in case.cluster.jobs] == [resume, resume]
 
 
 NODES = [
