@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NoReturn
 
 from dash_dist.cluster.processes import wait_until_gone
 from dash_dist.cluster.rank import Ended, Job, News, Place, RankProcess, Seat
@@ -37,9 +37,8 @@ class WorkerGroup:
         num_workers: ranks.
         worker: resources that each takes.
         start_seconds: limit for each part of the start: finding places, starting the processes, meeting each other.
-        answer_seconds: a process that has not answered for this long is lost, whether it is stopped or its node is
-        unreachable. keep_waiting: called about every second while places are looked for; what it raises ends the
-        start.
+        answer_seconds: a process that has not answered for this long is lost: stopped, or on an unreachable node.
+        keep_waiting: called about every second while places are looked for; what it raises ends the start.
 
     Raises AttemptFailed, with nothing left behind.
     """
@@ -140,17 +139,22 @@ class WorkerGroup:
         """
         import ray
 
-        done, missing = ray.wait(self._runs, num_returns=len(self._runs), timeout=self._start_seconds)
-        outcomes = [self._outcome(run) for run in done]
-        if any(isinstance(outcome, BaseException) for outcome in outcomes):
-            self._raise_failure()
-        if missing:
-            rank = self._runs.index(missing[0])
-            raise AttemptFailed(f"{self._described(rank)} did not end with the others")
+        deadline = time.monotonic() + self._start_seconds
+        outcomes: list[Ended] = []
+        running = list(self._runs)
+        while running:
+            done, running = ray.wait(running, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                raise AttemptFailed(f"{self._described(self._runs.index(running[0]))} did not end with the others")
+            outcome = self._outcome(done[0])
+            if isinstance(outcome, BaseException):
+                self._raise_failure()
+            else:
+                outcomes.append(outcome)
         earlier = [self._polls[0][1]] if 0 in self._polls else []
         answers = self._answers([*earlier, self._actors[0].poll.remote(Asked())])
         news = [one for answer in answers for one in answer]
-        return [outcome for outcome in outcomes if isinstance(outcome, Ended)], news
+        return outcomes, news
 
     def end(self) -> None:
         """Kill every process of the group and give its places back; returns when they are gone.
@@ -211,7 +215,7 @@ class WorkerGroup:
         except ray.exceptions.RayError as error:
             return error
 
-    def _raise_failure(self) -> None:
+    def _raise_failure(self) -> NoReturn:
         """Raise AttemptFailed for the rank that failed first, as far as can be told: one that died before others."""
         import ray
 

@@ -169,6 +169,7 @@ def _connect(address: str, say: Callable[[str], None]) -> Any:
         os.environ.pop(name, None)
     try:
         client = JobSubmissionClient(address)
+        # Ray's client keeps the cluster's version, and the token's header, to itself.
         version = requests.get(f"{address.rstrip('/')}/api/version", headers=client._headers, timeout=30).json()
     except ray.exceptions.AuthenticationError as error:
         raise RunError(
@@ -176,7 +177,7 @@ def _connect(address: str, say: Callable[[str], None]) -> Any:
             f"Give the token the head was started with: RAY_AUTH_TOKEN, a file at RAY_AUTH_TOKEN_PATH, or "
             f"~/.ray/auth_token"
         ) from None
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise RunError(
             f"no Ray dashboard answers at {address}: {error}\n"
             f"Is the head running? From another machine, a tunnel to it: ssh -L 8265:127.0.0.1:8265 HEAD, then "
