@@ -5,6 +5,7 @@ Knows Ray's environment variables; does not know what is run.
 
 import ipaddress
 import os
+import socket
 
 from dash_dist.training.errors import RunError
 
@@ -12,6 +13,8 @@ LOOPBACK_INTERFACE = "lo"
 
 # Ray allows its processes 30 s to start, which a busy machine may exceed once.
 _LOCAL_STARTS = 3
+
+_CONNECT_SECONDS = 20
 
 
 def prepare() -> None:
@@ -41,8 +44,9 @@ def connect(cpus: int) -> None:
         _start_local(cpus)
         return
     try:
+        _check_reachable(address)
         ray.init(logging_level="WARNING", log_to_driver=False)
-    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+    except (OSError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         raise RunError(
             f"cannot connect to the Ray cluster at RAY_ADDRESS={address}: {error}\n"
             f"Is its head running, is the address right, and is the token the same (RAY_AUTH_TOKEN, "
@@ -68,6 +72,13 @@ def _start_local(cpus: int) -> None:
             ray.shutdown()
             if attempt + 1 == _LOCAL_STARTS:
                 raise RunError(f"Ray cannot be started on this machine: {error}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nothing listens at a `host:port`: Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
 
 
 def is_loopback(address: str) -> bool:

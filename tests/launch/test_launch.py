@@ -113,6 +113,14 @@ def test_ray_refuses_a_bad_setting_before_ray_is_started(tmp_path):
     assert "did you mean training.steps?" in done.stdout
 
 
+def test_a_cluster_that_is_not_there_is_reported_at_once(tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "ray_train.py"), str(write_config(tmp_path))]
+    address = f"127.0.0.1:{free_port()}"
+    done = run_command(command, {"RAY_ADDRESS": address})
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"error: cannot connect to the Ray cluster at RAY_ADDRESS={address}")
+
+
 @pytest.mark.parametrize("script", ["launch/torchrun.sh", "launch/deepspeed.sh", "cluster/ray_job.sh"])
 def test_a_script_without_a_configuration_shows_its_usage(script):
     done = run_command([str(ROOT / script)], {}, seconds=20)
