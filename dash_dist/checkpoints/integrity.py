@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -40,7 +40,8 @@ class FileChecksum(NamedTuple):
 class RunState:
     """Where a run stands: `step` optimizer steps done on `tokens` tokens; `first_loss` is that of step 1.
 
-    `origin` is the checkpoint the run was started from (`run.resume=PATH`), None for a run from scratch.
+    `origin` is the checkpoint the run was started from (`run.resume=PATH`), None for a run from scratch;
+    `skipped_in_a_row` and `recent_losses` are what the watch over the losses goes on from.
     """
 
     __pydantic_config__ = _STRICT
@@ -50,6 +51,8 @@ class RunState:
     first_loss: float | None = None
     last_loss: float | None = None
     origin: str | None = None
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
