@@ -1,0 +1,89 @@
+"""What the storm needs inside the ranks, in every Python process of the cluster by PYTHONPATH.
+
+Wraps `Engine.train_step` when the engine is imported: steps take a given time, poisoned sequences turn the loss into NaN,
+and every step is recorded with its loss. The code of the run knows nothing of it.
+
+    $DASH_STORM/ranks.json                {"step_seconds": ..., "poisoned": [CRC-32 of the tokens of a sequence, ...]}
+    $DASH_STORM/ranks/PID.jsonl           {"rank", "world_size", "step", "loss", "skipped", "time"} of every step done
+    $DASH_STORM/ranks/PID.stacks          of all threads, written at SIGUSR2
+"""
+
+import faulthandler
+import functools
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+_ENGINE = "dash_dist.megatron.engine"
+
+
+class _EngineFinder(importlib.abc.MetaPathFinder):
+    """Finds the engine's module as usual, and lets it be wrapped once it is loaded."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _ENGINE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module
+
+        def load_and_wrap(module):
+            load(module)
+            _wrap(module.Engine)
+
+        spec.loader.exec_module = load_and_wrap
+        return spec
+
+
+def _wrap(engine_class):
+    folder = Path(os.environ["DASH_STORM"])
+    settings = json.loads((folder / "ranks.json").read_text())
+    poisoned = frozenset(settings["poisoned"])
+    train_step = engine_class.train_step
+
+    @functools.wraps(train_step)
+    def storm_step(engine, micro_batches):
+        log = _log(folder / "ranks")
+        begin = time.monotonic()
+        hook = None
+        if any(crc(row) in poisoned for batch in micro_batches for row in batch.tokens):
+            hook = engine.model.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        try:
+            result = train_step(engine, micro_batches)
+        finally:
+            if hook is not None:
+                hook.remove()
+        time.sleep(max(0.0, settings["step_seconds"] - (time.monotonic() - begin)))
+        record = {
+            "rank": engine.dims.rank,
+            "world_size": engine.dims.world_size,
+            "step": engine.step,
+            "loss": result.loss,
+            "skipped": result.skipped,
+            "time": time.time(),
+        }
+        log.write(json.dumps(record) + "\n")
+        return result
+
+    engine_class.train_step = storm_step
+
+
+@functools.cache
+def _log(folder):
+    stacks = (folder / f"{os.getpid()}.stacks").open("w")
+    faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+    return (folder / f"{os.getpid()}.jsonl").open("a", buffering=1)
+
+
+def crc(tokens):
+    """CRC-32 of a sequence of token ids, as 64-bit numbers."""
+    return zlib.crc32(tokens.to("cpu", copy=True).long().numpy().tobytes())
+
+
+if "DASH_STORM" in os.environ:
+    sys.meta_path.insert(0, _EngineFinder())
