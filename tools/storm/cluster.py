@@ -1,8 +1,8 @@
 """A Ray cluster on one machine: every node a raylet with a loopback address, ports and a folder of its own.
 
-Knows how Ray nodes are started, lost, drained and ended; does not know what runs on them. Tokens authenticate everything.
-Nodes are children of this process (`ray start --block`), which never imports Ray: the token and the addresses stay in the
-children's environment, and any Ray that this process has to do with is left alone.
+Knows how Ray nodes are started, lost, drained and ended; does not know what runs on them. Clients need its token.
+Nodes are children of this process (`ray start --block`), which never imports Ray: token and addresses stay in the
+children's environment, and any other Ray of the machine is left alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ _START_ATTEMPTS = 4
 
 # What `ray start --block` prints when the node has joined the cluster.
 _STARTED = "Ray runtime started"
+
+# With ports of its own choice an agent must be up before the raylet joins, which has 30 seconds; some have fixed defaults.
+_AGENT_PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
 
 _OBJECT_STORE_BYTES = 80 << 20
 
@@ -90,6 +93,7 @@ class LocalCluster:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_worker_niceness": "0",  # 15 by default: on a busy machine workers would starve
             **(environment or {}),
         }
         """Of the nodes; a client needs the same to be let in."""
@@ -179,6 +183,7 @@ class LocalCluster:
                 *(f"--node-ip-address={address}", f"--temp-dir={folder}", f"--num-cpus={cpus}", "--num-gpus=0"),
                 f"--object-store-memory={_OBJECT_STORE_BYTES}",
                 *("--min-worker-port=0", "--max-worker-port=0"),  # any free port, not one range for all nodes
+                *(f"--{name}-port={free_port(address)}" for name in _AGENT_PORTS),
                 "--include-log-monitor=false",
                 *options,
             ]

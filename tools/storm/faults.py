@@ -32,11 +32,10 @@ def stop_rank(watch: RunWatch, chance: random.Random) -> str:
     return f"SIGSTOP to rank {rank}"
 
 
-def choose_node(cluster: LocalCluster, watch: RunWatch, chance: random.Random) -> tuple[Node, list[int]]:
-    """A node that holds ranks, and which."""
-    ranks = {process.pid: rank for rank, process in watch.ranks().items()}
-    held = [(node, sorted(ranks[one.pid] for one in node.processes() if one.pid in ranks)) for node in cluster.nodes]
-    return chance.choice([(node, numbers) for node, numbers in held if numbers])
+def choose_node(cluster: LocalCluster, watch: RunWatch, chance: random.Random) -> Node:
+    """A node that holds ranks."""
+    ranks = {process.pid for process in watch.ranks().values()}
+    return chance.choice([node for node in cluster.nodes if any(one.pid in ranks for one in node.processes())])
 
 
 class FullDisk:

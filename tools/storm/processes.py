@@ -80,7 +80,9 @@ def listeners(processes: Collection[psutil.Process]) -> dict[str, list[str]]:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             for connection in process.net_connections(kind="tcp"):
                 if connection.status == psutil.CONN_LISTEN:
-                    found.setdefault(connection.laddr.ip, []).append(f"{describe(process)} port {connection.laddr.port}")
+                    found.setdefault(connection.laddr.ip, []).append(
+                        f"{describe(process)} port {connection.laddr.port}"
+                    )
     return found
 
 

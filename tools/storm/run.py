@@ -1,10 +1,11 @@
-"""One training run by launch/ray_train.py on a cluster, as a child process.
+"""One training run by launch/ray_train.py on a cluster: its configuration, its driver as a child process, its end.
 
-Knows the run's configuration and how it is started; does not know what disturbs it.
+Knows how a run is configured and started; does not know what disturbs it.
 """
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -29,11 +30,27 @@ class RunFiles:
     log: Path
 
 
-def write_run(folder: Path, name: str, *, steps: int, interval: int, hang_seconds: int) -> RunFiles:
-    """The configuration of a run of CP=2 and DP=2 that is small, and whose checkpoints are larger than its curves.
+@dataclass(frozen=True)
+class Patience:
+    """How long the parts of a run wait, in seconds, so that a fault is noticed soon and a slow machine is none.
 
-    `interval` steps lie between its checkpoints; a rank that makes no step for `hang_seconds` counts as hung.
+    hang: of a rank without progress, until its watchdog ends it. answer: of a rank that does not answer the driver.
     """
+
+    hang: int
+
+    @classmethod
+    def after_start_of(cls, seconds: float) -> Patience:
+        """For a machine on which a run took `seconds` to its first step."""
+        return cls(hang=max(10, math.ceil(1.5 * seconds)))
+
+    @property
+    def answer(self) -> int:
+        return self.hang + 20  # later than the watchdogs of the other ranks, and the dump of their stacks
+
+
+def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: Patience) -> RunFiles:
+    """The configuration of a small run of CP=2 and DP=2. Its checkpoints are larger than its curves."""
     config: dict[str, Any] = {
         "run": {"name": name, "directory": str(folder / "runs")},
         "model": {
@@ -50,9 +67,10 @@ def write_run(folder: Path, name: str, *, steps: int, interval: int, hang_second
             "steps": steps,
             "sequence_length": 128,
             "global_batch_size": 4,
-            "distributed_timeout_seconds": 2 * hang_seconds,
+            "distributed_timeout_seconds": 4 * patience.hang,
         },
         "checkpoint": {"interval": interval, "keep": 3},
+        "faults": {"hang_timeout_seconds": patience.hang},
         "logging": {"interval": 5, "routing_interval": 50},
     }
     path = folder / f"{name}.yaml"
@@ -60,15 +78,22 @@ def write_run(folder: Path, name: str, *, steps: int, interval: int, hang_second
     return RunFiles(path, folder / "runs" / name, folder / f"{name}.log")
 
 
-def start_run(cluster: LocalCluster, files: RunFiles) -> subprocess.Popen[bytes]:
+def start_run(cluster: LocalCluster, files: RunFiles, patience: Patience) -> subprocess.Popen[bytes]:
     """Its driver, a child of this process."""
+    options = {
+        "num-workers": WORKERS,
+        "max-failures": 10,  # in a row: a fault may strike while the run recovers from another
+        "answer-timeout-seconds": patience.answer,
+        "node-wait-seconds": 4 * patience.hang,  # the spare node's room is known as soon as the lost node's is not
+        "grow-interval-seconds": patience.hang,
+    }
     command = [sys.executable, str(ROOT / "launch" / "ray_train.py"), str(files.config)]
-    command += ["--num-workers", str(WORKERS), "--max-failures", "1000"]
+    command += [f"--{name}={value}" for name, value in options.items()]
     with files.log.open("wb") as log:
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**cluster.environment, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"},
+            env={**cluster.environment, "RAY_ADDRESS": cluster.address},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -80,7 +105,7 @@ def finish_run(driver: subprocess.Popen[bytes], files: RunFiles, *, seconds: flo
     deadline = time.monotonic() + seconds
     while driver.poll() is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{files.config.stem} took more than {seconds:.0f} s; its driver's last words:\n{tail(files.log)}")
+            raise TimeoutError(f"{files.config.stem} took more than {seconds:.0f} s:\n{tail(files.log)}")
         time.sleep(0.2)
     if driver.returncode != 0:
         raise RuntimeError(f"{files.config.stem} ended with status {driver.returncode}:\n{tail(files.log)}")

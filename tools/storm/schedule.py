@@ -57,7 +57,7 @@ class Schedule:
 def draw_schedule(*, faults: int, seed: int, interval: int) -> Schedule:
     """`faults` faults, every kind among them if there are enough of them; `interval` is the run's, between checkpoints.
 
-    The first comes after the first checkpoint. Between two lie enough steps for a checkpoint, so that a fault is not
+    The first comes after two checkpoints. Between two lie enough steps for a checkpoint, so that a fault is not
     answered by the recovery from the one before.
     """
     chance = random.Random(seed)
@@ -65,7 +65,7 @@ def draw_schedule(*, faults: int, seed: int, interval: int) -> Schedule:
     kinds += chance.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()), k=faults - len(kinds))
     chance.shuffle(kinds)
     drawn: list[Fault] = []
-    step = interval
+    step = 2 * interval
     for number, kind in enumerate(kinds, start=1):
         step += chance.randint(interval // 2, 2 * interval)
         drawn.append(Fault(number, kind, step))

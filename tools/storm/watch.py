@@ -33,11 +33,14 @@ class RankStep:
 
 
 class RunWatch:
-    """Args: `folder`, where the ranks' hook writes; `run_directory`, the run's own."""
+    """Args:
+    ranks: the folder that the ranks' hook writes to.
+    run_directory: the run's own.
+    """
 
-    def __init__(self, folder: Path, run_directory: Path) -> None:
+    def __init__(self, ranks: Path, run_directory: Path) -> None:
         self.run_directory = run_directory
-        self._ranks = folder / "ranks"
+        self._ranks = ranks
         self._offsets: dict[Path, int] = {}
         self.steps: list[RankStep] = []
         """Everything the ranks recorded so far, as of the last `refresh`; of one process in order."""
@@ -96,6 +99,10 @@ class RunWatch:
         """The complete ones, oldest first."""
         return sorted((self.run_directory / "checkpoints").glob("step_*"))
 
+    def saved_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return [saved_step(folder) for folder in self.checkpoints()]
+
     def stacks(self) -> str:
         """The stacks of all ranks that are alive."""
         ranks = self.ranks()
@@ -105,3 +112,8 @@ class RunWatch:
         time.sleep(1.0)
         files = {rank: self._ranks / f"{process.pid}.stacks" for rank, process in ranks.items()}
         return "\n".join(f"rank {rank}:\n{path.read_text(errors='replace')}" for rank, path in sorted(files.items()))
+
+
+def saved_step(checkpoint: Path) -> int:
+    """Of a complete checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))

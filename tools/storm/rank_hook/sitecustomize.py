@@ -1,11 +1,11 @@
 """What the storm needs inside the ranks, in every Python process of the cluster by PYTHONPATH.
 
-Wraps `Engine.train_step` when the engine is imported: steps take a given time, poisoned sequences turn the loss into NaN,
-and every step is recorded with its loss. The code of the run knows nothing of it.
+Wraps `Engine.train_step` when the engine is imported: steps take a given time, poisoned sequences turn the loss into
+NaN, and every step is recorded with its loss. The code of the run knows nothing of it.
 
-    $DASH_STORM/ranks.json                {"step_seconds": ..., "poisoned": [CRC-32 of the tokens of a sequence, ...]}
-    $DASH_STORM/ranks/PID.jsonl           {"rank", "world_size", "step", "loss", "skipped", "time"} of every step done
-    $DASH_STORM/ranks/PID.stacks          of all threads, written at SIGUSR2
+    $DASH_STORM       a file: {"folder": F, "step_seconds": ..., "poisoned": [CRC-32 of the tokens of a sequence, ...]}
+    F/PID.jsonl       {"rank", "world_size", "step", "loss", "skipped", "time"} of every step done
+    F/PID.stacks      of all threads, written at SIGUSR2
 """
 
 import faulthandler
@@ -18,37 +18,48 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
 
 _ENGINE = "dash_dist.megatron.engine"
 
 
 class _EngineFinder(importlib.abc.MetaPathFinder):
-    """Finds the engine's module as usual, and lets it be wrapped once it is loaded."""
+    """Finds the engine's module where it is, and wraps its class once it is loaded."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != _ENGINE:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
-        load = spec.loader.exec_module
-
-        def load_and_wrap(module):
-            load(module)
-            _wrap(module.Engine)
-
-        spec.loader.exec_module = load_and_wrap
+        if spec is not None and spec.loader is not None:
+            spec.loader = _WrappingLoader(spec.loader)
         return spec
 
 
-def _wrap(engine_class):
-    folder = Path(os.environ["DASH_STORM"])
-    settings = json.loads((folder / "ranks.json").read_text())
+class _WrappingLoader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _wrap(module.Engine)
+
+
+def _wrap(engine_class: Any) -> None:
+    settings = json.loads(Path(os.environ["DASH_STORM"]).read_text())
     poisoned = frozenset(settings["poisoned"])
     train_step = engine_class.train_step
 
     @functools.wraps(train_step)
-    def storm_step(engine, micro_batches):
-        log = _log(folder / "ranks")
+    def storm_step(engine: Any, micro_batches: Any) -> Any:
+        log = _log(Path(settings["folder"]))
         begin = time.monotonic()
         hook = None
         if any(crc(row) in poisoned for batch in micro_batches for row in batch.tokens):
@@ -74,13 +85,13 @@ def _wrap(engine_class):
 
 
 @functools.cache
-def _log(folder):
+def _log(folder: Path) -> TextIO:
     stacks = (folder / f"{os.getpid()}.stacks").open("w")
     faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
     return (folder / f"{os.getpid()}.jsonl").open("a", buffering=1)
 
 
-def crc(tokens):
+def crc(tokens: Any) -> int:
     """CRC-32 of a sequence of token ids, as 64-bit numbers."""
     return zlib.crc32(tokens.to("cpu", copy=True).long().numpy().tobytes())
 
