@@ -29,7 +29,7 @@ _START_ATTEMPTS = 4
 # What `ray start --block` prints when the node has joined the cluster.
 _STARTED = "Ray runtime started"
 
-# With ports of its own choice an agent must be up before the raylet joins, which has 30 seconds; some have fixed defaults.
+# Some have fixed defaults; and a raylet, which has 30 seconds to join, would wait for agents that choose their own.
 _AGENT_PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
 
 _OBJECT_STORE_BYTES = 80 << 20
@@ -154,11 +154,19 @@ class LocalCluster:
         if done.returncode != 0:
             raise RuntimeError(f"the node {node.address} was not drained:\n{done.stdout}")
 
-    def run(self, command: list[str], *, seconds: float = 120) -> subprocess.CompletedProcess[str]:
-        """A client's command, in the environment that lets it in."""
+    def run(
+        self,
+        command: list[str],
+        *,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        seconds: float = 300,
+    ) -> subprocess.CompletedProcess[str]:
+        """A client's command, in the environment that lets it in, with the changes in `environment`."""
         return subprocess.run(
             command,
-            env={**self.environment, "RAY_ADDRESS": self.dashboard_url or self.address},
+            cwd=cwd,
+            env={**self.environment, **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
