@@ -1,6 +1,7 @@
 # make demo   create .venv if missing, install, and train configs/demo.yaml through Ray on this machine
 # make test   create .venv if missing, install with the development tools, then lint, type check and test
-# Both honour PYTHON=, the interpreter that .venv is made from, and ARGS=, key=value overrides or pytest arguments.
+# make storm  32 faults against a run on a Ray cluster of this machine, compared with an undisturbed one (docs/storm.md)
+# They honour PYTHON=, the interpreter that .venv is made from, and ARGS=, key=value overrides or pytest arguments.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ LINTED := dash_dist kernels launch tests tools
 GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 DEMO_OVERRIDES = $(if $(filter 1,$(GPUS)),parallel.context=1)
 
-.PHONY: demo test lint
+.PHONY: demo test lint storm
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -23,6 +24,9 @@ demo: $(INSTALLED)
 # Two workers: what starts processes of its own stays together on one (tests/conftest.py).
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+storm: $(INSTALLED_DEV)
+	$(BIN)/python tools/fault_storm.py --faults 32 $(ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check $(LINTED)

@@ -45,7 +45,14 @@ def cluster(short_folder, family):
 @pytest.fixture(scope="module")
 def of_ray(cluster, tree, short_folder):
     """The losses of the run as a submitted job."""
-    command = ["dash-dist", "submit", "tiny.yaml", "run.name=ray", "--num-workers=4", f"--address={cluster.dashboard_url}"]
+    command = [
+        "dash-dist",
+        "submit",
+        "tiny.yaml",
+        "run.name=ray",
+        "--num-workers=4",
+        f"--address={cluster.dashboard_url}",
+    ]
     done = cluster.run(command, cwd=tree, seconds=600)
     assert done.returncode == 0, done.stdout
     assert f"finished, step {STEPS}" in done.stdout
@@ -86,7 +93,7 @@ def test_deepspeed_on_two_nodes_gives_the_losses_of_ray(of_ray, tree, short_fold
 
 
 def run_on_two_nodes(launcher, tree, environments):
-    """`launch/LAUNCHER.sh` as often as there are environments, at the same time; the run is called like the launcher."""
+    """`launch/LAUNCHER.sh` once for each of the environments, at the same time; the run is named after the launcher."""
     command = [str(ROOT / "launch" / f"{launcher}.sh"), str(tree / "tiny.yaml"), f"run.name={launcher}"]
     nodes = [
         subprocess.Popen(

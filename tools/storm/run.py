@@ -78,13 +78,19 @@ def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: P
     return RunFiles(path, folder / "runs" / name, folder / f"{name}.log")
 
 
-def start_run(cluster: LocalCluster, files: RunFiles, patience: Patience) -> subprocess.Popen[bytes]:
-    """Its driver, a child of this process."""
+def start_run(
+    cluster: LocalCluster, files: RunFiles, patience: Patience, *, node_wait: float | None = None
+) -> subprocess.Popen[bytes]:
+    """Its driver, a child of this process.
+
+    `node_wait` is how many seconds the run waits for a lost node before it goes on without: by default longer than the
+    cluster needs to see that a spare node has the room that the lost one has no more.
+    """
     options = {
         "num-workers": WORKERS,
         "max-failures": 10,  # in a row: a fault may strike while the run recovers from another
         "answer-timeout-seconds": patience.answer,
-        "node-wait-seconds": 4 * patience.hang,  # the spare node's room is known as soon as the lost node's is not
+        "node-wait-seconds": 4 * patience.hang if node_wait is None else node_wait,
         "grow-interval-seconds": patience.hang,
     }
     command = [sys.executable, str(ROOT / "launch" / "ray_train.py"), str(files.config)]

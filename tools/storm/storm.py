@@ -70,6 +70,7 @@ class Storm:
     ) -> None:
         self.schedule: Schedule = draw_schedule(faults=faults, seed=seed, interval=interval)
         self._folder = folder
+        self._hook = folder / "ranks.json"
         self._seed = seed
         self._step_seconds = step_seconds
         self._interval = interval
@@ -80,7 +81,7 @@ class Storm:
     def run(self) -> Result:
         """Raises StormError."""
         family = Family()
-        with family, LocalCluster(self._folder, environment=self._environment()) as cluster:
+        with family, LocalCluster(self._folder, environment=node_environment(self._hook)) as cluster:
             for _ in range(NODES):
                 cluster.add_node(cpus=CPUS_PER_NODE)
             self._note(f"a head and {NODES} nodes of {CPUS_PER_NODE} CPUs are up")
@@ -143,7 +144,7 @@ class Storm:
         ranks = self._folder / f"{name}_ranks"
         ranks.mkdir()
         settings = {"folder": str(ranks), "step_seconds": step_seconds, "poisoned": self._poison(files)}
-        (self._folder / "ranks.json").write_text(json.dumps(settings))
+        self._hook.write_text(json.dumps(settings))
         return files, RunWatch(ranks, files.directory)
 
     def _poison(self, files: RunFiles) -> list[int]:
@@ -168,18 +169,19 @@ class Storm:
                 poisoned.append(crc(chance.choice(list(batch.tokens))))
         return poisoned
 
-    def _environment(self) -> dict[str, str]:
-        """Of the nodes, and thereby of the ranks."""
-        path = [ROOT, ROOT / "kernels", Path(__file__).parent / "rank_hook"]
-        return {
-            "DASH_STORM": str(self._folder / "ranks.json"),
-            "PYTHONPATH": os.pathsep.join(map(str, path)),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-
     def _note(self, text: str) -> None:
         self._say(f"{time.monotonic() - self._begun:6.0f} s  {text}")
+
+
+def node_environment(hook: Path) -> dict[str, str]:
+    """Of nodes, and thereby of their ranks, whose steps follow the settings in the file `hook`."""
+    path = [ROOT, ROOT / "kernels", Path(__file__).parent / "rank_hook"]
+    return {
+        "DASH_STORM": str(hook),
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def _state(files: RunFiles, watch: RunWatch) -> str:
