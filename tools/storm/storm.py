@@ -126,7 +126,9 @@ class Storm:
         driver = start_run(cluster, files, patience)
         try:
             for fault in self.schedule.faults:
-                trial = Trial(fault, cluster, driver, watch, chance, seconds=self._fault_seconds)
+                trial = Trial(
+                    fault, cluster, driver, watch, chance, interval=self._interval, seconds=self._fault_seconds
+                )
                 outcome = trial.run()
                 outcomes.append(outcome)
                 self._note(

@@ -68,6 +68,9 @@ class Outcome:
 class Trial:
     """Args:
     fault: to be made.
+    cluster, driver, watch: of the run.
+    chance: decides what the schedule leaves open.
+    interval: steps between checkpoints.
     seconds: it fails if the run has not come to the fault's step by then, or not recovered in as many again.
     """
 
@@ -79,6 +82,7 @@ class Trial:
         watch: RunWatch,
         chance: random.Random,
         *,
+        interval: int,
         seconds: float,
     ) -> None:
         self._fault = fault
@@ -86,6 +90,7 @@ class Trial:
         self._driver = driver
         self._watch = watch
         self._chance = chance
+        self._interval = interval
         self._seconds = seconds
         self._event = _EVENTS[fault.kind]
         self._before: Counter[str] = Counter()
@@ -161,6 +166,10 @@ class Trial:
         resumed_at = new[0].step - 1
         if resumed_at < good[-1]:
             raise RuntimeError(f"{what}: went on from step {resumed_at}, and there was a checkpoint of step {good[-1]}")
+        # One interval, what was trained while the newest checkpoint was being written, one more where that is damaged.
+        allowed = self._interval * (3 if self._fault.kind == "checkpoint_damaged" else 2)
+        if reached - resumed_at > allowed:
+            raise RuntimeError(f"{what}: {reached - resumed_at} steps were lost, more than {allowed}")
         return self._outcome(what, step=reached, resumed_at=resumed_at, seconds=new[0].time - made)
 
     def _drain(self) -> Node:
