@@ -16,9 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from storm.errors import StormError
 from storm.report import table, write_json
 from storm.schedule import FAULT_KINDS
-from storm.storm import Storm, StormError
+from storm.storm import Storm
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help=f"{len(FAULT_KINDS)} faults, each kind once")
     parser.add_argument("--seed", type=int, default=1, help="of the faults and of their order (default: %(default)s)")
     parser.add_argument("--step-seconds", type=float, default=0.25, help="least time of a step (default: %(default)s)")
-    parser.add_argument("--interval", type=int, default=8, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--interval", type=int, default=6, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument(
         "--fault-seconds", type=float, default=300, help="give up on a fault after this time (default: %(default)s)"
     )

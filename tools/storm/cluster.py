@@ -21,6 +21,7 @@ from typing import Self
 
 import psutil
 
+from storm.errors import StormError
 from storm.processes import alive, describe, end, tree
 
 # Attempts to start a node. Ray gives a raylet 30 seconds to come up, which a busy machine can exceed.
@@ -124,7 +125,7 @@ class LocalCluster:
         self.nodes.clear()
 
     def add_node(self, *, cpus: int) -> Node:
-        """Start one more node and return when it has joined. Raises RuntimeError with its log if it does not."""
+        """Start one more node and return when it has joined. Raises StormError with its log if it does not."""
         return self._start(self._next_address(), cpus, [f"--address={self.address}"])
 
     def lose(self, node: Node, *, seconds: float = 60) -> list[str]:
@@ -152,7 +153,7 @@ class LocalCluster:
             + [f"--deadline-remaining-seconds={seconds}"],
         )
         if done.returncode != 0:
-            raise RuntimeError(f"the node {node.address} was not drained:\n{done.stdout}")
+            raise StormError(f"the node {node.address} was not drained:\n{done.stdout}")
 
     def run(
         self,
@@ -206,7 +207,7 @@ class LocalCluster:
                     return node
                 time.sleep(0.1)
             self._kill_all(node)
-        raise RuntimeError(f"the node {address} did not start:\n{node.log.read_text(errors='replace')}")
+        raise StormError(f"the node {address} did not start:\n{node.log.read_text(errors='replace')}")
 
     def _kill_all(self, node: Node) -> None:
         """Everything of the node, and not only what `ray start` would end, within seconds."""

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from storm.errors import StormError
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -31,10 +33,10 @@ class Difference:
 
 
 def compare_losses(expected: Mapping[int, float], found: Mapping[int, float]) -> Difference:
-    """Of every step; NaN equals NaN. Raises ValueError if the steps are not the same."""
+    """Of every step; NaN equals NaN. Raises StormError if the steps are not the same."""
     if expected.keys() != found.keys():
         differing = sorted(expected.keys() ^ found.keys())
-        raise ValueError(f"only one of the runs has a loss of the steps {differing}")
+        raise StormError(f"only one of the runs has a loss of the steps {differing}")
     return _compare(
         {f"step {step}": torch.tensor(loss, dtype=torch.float64) for step, loss in expected.items()},
         {f"step {step}": torch.tensor(loss, dtype=torch.float64) for step, loss in found.items()},
@@ -44,17 +46,17 @@ def compare_losses(expected: Mapping[int, float], found: Mapping[int, float]) ->
 def compare_weights(expected: Path, found: Path) -> Difference:
     """Of two checkpoint folders (`.../step_*`) whatever the engine wrote: weights and the optimizer's state.
 
-    Raises ValueError if they do not hold the same tensors.
+    Raises StormError if they do not hold the same tensors.
     """
     if expected.name != found.name:
-        raise ValueError(f"the last checkpoints are of different steps: {expected.name} and {found.name}")
+        raise StormError(f"the last checkpoints are of different steps: {expected.name} and {found.name}")
     return _compare(_tensors(expected), _tensors(found))
 
 
 def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> Difference:
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     if shapes != {name: tensor.shape for name, tensor in found.items()}:
-        raise ValueError(f"not the same tensors: {sorted(expected)} and {sorted(found)}")
+        raise StormError(f"not the same tensors: {sorted(expected)} and {sorted(found)}")
     relative, where, exact = 0.0, "nowhere", True
     for name, tensor in expected.items():
         a, b = tensor.double(), found[name].double()

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from storm.cluster import LocalCluster
+from storm.errors import StormError
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 4
@@ -107,14 +108,14 @@ def start_run(
 
 
 def finish_run(driver: subprocess.Popen[bytes], files: RunFiles, *, seconds: float) -> None:
-    """Wait for its end. Raises RuntimeError with its last words if it fails, TimeoutError after `seconds`."""
+    """Wait for its end. Raises StormError with its last words if it fails, or takes more than `seconds`."""
     deadline = time.monotonic() + seconds
     while driver.poll() is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{files.config.stem} took more than {seconds:.0f} s:\n{tail(files.log)}")
+            raise StormError(f"{files.config.stem} took more than {seconds:.0f} s:\n{tail(files.log)}")
         time.sleep(0.2)
     if driver.returncode != 0:
-        raise RuntimeError(f"{files.config.stem} ended with status {driver.returncode}:\n{tail(files.log)}")
+        raise StormError(f"{files.config.stem} ended with status {driver.returncode}:\n{tail(files.log)}")
 
 
 def tail(path: Path, lines: int = 40) -> str:

@@ -18,6 +18,7 @@ from dash_dist.data import build_data_stream, load_tokenizer
 from dash_dist.training import load_config
 from storm.cluster import LocalCluster
 from storm.compare import Difference, compare_losses, compare_weights
+from storm.errors import StormError
 from storm.processes import Family
 from storm.rank_hook.sitecustomize import crc
 from storm.run import ROOT, Patience, RunFiles, finish_run, start_run, tail, write_run
@@ -27,10 +28,6 @@ from storm.watch import RunWatch
 
 # One more than the run needs: a lost node's ranks move to the spare one, and the next spare joins meanwhile.
 NODES = 3
-
-
-class StormError(Exception):
-    """The run did not come through as it must; the message holds what is known of its state."""
 
 
 @dataclass(frozen=True)

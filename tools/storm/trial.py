@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from dash_dist.training.events import EventKind
 from storm.cluster import LocalCluster, Node
+from storm.errors import StormError
 from storm.faults import FullDisk, choose_node, damage_checkpoint, kill_worker, stop_rank
 from storm.schedule import Fault, FaultKind
 from storm.watch import RunWatch, saved_step
@@ -96,7 +97,7 @@ class Trial:
         self._before: Counter[str] = Counter()
 
     def run(self) -> Outcome:
-        """Raises RuntimeError for a run that ended or a recovery that was not what it must be, TimeoutError."""
+        """Raises StormError for a run that ended, or did not recover in time or as it must."""
         if self._fault.kind == "nan_batch":
             return self._nan_batch()
         self._wait(
@@ -165,11 +166,11 @@ class Trial:
         new = self._watch.steps_since(made, not_of=old)
         resumed_at = new[0].step - 1
         if resumed_at < good[-1]:
-            raise RuntimeError(f"{what}: went on from step {resumed_at}, and there was a checkpoint of step {good[-1]}")
+            raise StormError(f"{what}: went on from step {resumed_at}, and there was a checkpoint of step {good[-1]}")
         # One interval, what was trained while the newest checkpoint was being written, one more where that is damaged.
         allowed = self._interval * (3 if self._fault.kind == "checkpoint_damaged" else 2)
         if reached - resumed_at > allowed:
-            raise RuntimeError(f"{what}: {reached - resumed_at} steps were lost, more than {allowed}")
+            raise StormError(f"{what}: {reached - resumed_at} steps were lost, more than {allowed}")
         return self._outcome(what, step=reached, resumed_at=resumed_at, seconds=new[0].time - made)
 
     def _drain(self) -> Node:
@@ -189,7 +190,7 @@ class Trial:
         held = sorted(ranks[process.pid] for process in node.processes() if process.pid in ranks)
         left = self._cluster.lose(node)
         if left:
-            raise RuntimeError(f"processes of the lost node {node.address} went on: {left}")
+            raise StormError(f"processes of the lost node {node.address} went on: {left}")
         self._cluster.add_node(cpus=CPUS_PER_NODE)
         return f"SIGKILL to the raylet of ranks {', '.join(map(str, held))}"
 
@@ -203,9 +204,9 @@ class Trial:
         deadline = time.monotonic() + self._seconds
         while not condition():
             if self._driver.poll() is not None:
-                raise RuntimeError(f"{self._fault}: the run ended with status {self._driver.returncode} and not {what}")
+                raise StormError(f"{self._fault}: the run ended with status {self._driver.returncode} and not {what}")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self._fault}: after {self._seconds:.0f} s not {what}")
+                raise StormError(f"{self._fault}: after {self._seconds:.0f} s not {what}")
             time.sleep(_POLL_SECONDS)
 
     def _outcome(self, what: str, *, step: int, seconds: float, resumed_at: int | None = None) -> Outcome:

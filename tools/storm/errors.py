@@ -1,0 +1,5 @@
+"""What a storm ends with when something did not hold."""
+
+
+class StormError(Exception):
+    """The run did not come through as it must, or the cluster could not be had; the message says what is known."""
