@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 INDEX = ".metadata"
 _SHARDS = ".distcp"
 _ARCHIVE = ".pt"
-_PLAIN = (".json",)
+_PLAIN = (".json", ".safetensors")
 
 _DTYPES = frozenset(
     ("torch", name)

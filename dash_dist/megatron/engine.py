@@ -116,7 +116,6 @@ class Engine:
         }
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32
         self._config = transformer_config(model, parallel, dtype=dtype, device=dims.device)
-        self._config.finalize_model_grads_func = finalize_model_grads
         self.model: DashGPTModel = build_model(
             self._config,
             model,
@@ -126,10 +125,8 @@ class Engine:
             sequence_length=sequence_length,
             seed=seed,
         )
-        self._wrapped = wrap_model(self._config, parallel, self.model)
-        self._optimizer = Optimizer(optimizer, parallel, self._wrapped, total_steps=total_steps, dtype=dtype)
-        self._forward_backward = get_forward_backward_func()
         self._record_routing = False
+        self._prepare_training(parallel, optimizer, total_steps=total_steps)
 
     @property
     def record_routing(self) -> bool:
@@ -166,24 +163,10 @@ class Engine:
             chunk_size=self._attention.chunk_size,
         )
         try:
-            loss = self._accumulate_gradients(micro_batches) / tokens
+            loss = self._accumulate_gradients(micro_batches, tokens) / tokens
         except ExchangeError as error:
             raise ExchangeError(f"step {self.step + 1}: {error}") from error
-        grad_norm = self._optimizer.prepare()
-        finite = torch.tensor(
-            [math.isfinite(loss) and math.isfinite(grad_norm)], dtype=torch.int32, device=self.dims.device
-        )
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        self._optimizer.set_step(self.step + 1)
-        result = StepResult(
-            loss=loss,
-            grad_norm=grad_norm,
-            learning_rate=self._optimizer.learning_rate,
-            tokens=tokens,
-            skipped=not finite.item(),
-        )
-        if not result.skipped:
-            self._optimizer.update(grad_norm)
+        result = self._update_weights(loss, tokens)
         self.step += 1
         return result
 
@@ -255,11 +238,26 @@ class Engine:
         """
         run = load_checkpoint(Path(directory), self.model, self._optimizer, self.dims, self._identity)
         self.step = run.step
+        return self._changes_since(run)
+
+    def _changes_since(self, run: EngineState) -> list[str]:
         return [
             f"{name} was {run.function[name]} and is {value}"
             for name, value in self._function.items()
             if value != run.function[name]
         ]
+
+    # What follows is Megatron-core's way to train; an engine that trains the same model in another way replaces it, and
+    # `save` and `load`.
+
+    def _prepare_training(self, parallel: ParallelConfig, optimizer: OptimizerConfig, *, total_steps: int) -> None:
+        """Make what turns `self.model`'s losses into updates of its weights."""
+        self._config.finalize_model_grads_func = finalize_model_grads
+        self._wrapped = wrap_model(self._config, parallel, self.model)
+        self._optimizer = Optimizer(
+            optimizer, parallel, self._wrapped, total_steps=total_steps, dtype=self._config.params_dtype
+        )
+        self._forward_backward = get_forward_backward_func()
 
     def _forget_last_step(self) -> None:
         """Counters that nobody asked for, and what the layers of a step that failed kept for their recomputation."""
@@ -268,11 +266,17 @@ class Engine:
             if attention.memory is not None:
                 attention.memory.clear()
 
-    def _accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Leave the gradient of the mean loss in the buffers, and return the summed loss of the global batch."""
-        shards = split_micro_batches(
+    def _split(self, micro_batches: Sequence[MicroBatch]) -> list[ShardBatch]:
+        return split_micro_batches(
             micro_batches, self.dims, layout=self._attention.layout, sequence_length=self._sequence_length
         )
+
+    def _accumulate_gradients(self, micro_batches: Sequence[MicroBatch], tokens: int) -> float:
+        """Leave the gradient of the mean over `tokens` in the buffers, and return the summed loss of the global batch.
+
+        Megatron-core counts the tokens itself.
+        """
+        shards = self._split(micro_batches)
         self._wrapped.zero_grad_buffer()
         self._optimizer.zero_grad()
         losses = self._forward_backward(
@@ -290,6 +294,25 @@ class Engine:
         dist.all_reduce(total)
         return float(total)
 
+    def _update_weights(self, loss: float, tokens: int) -> StepResult:
+        """Let the gradients change the weights, or skip the step."""
+        grad_norm = self._optimizer.prepare()
+        finite = torch.tensor(
+            [math.isfinite(loss) and math.isfinite(grad_norm)], dtype=torch.int32, device=self.dims.device
+        )
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        self._optimizer.set_step(self.step + 1)
+        result = StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=self._optimizer.learning_rate,
+            tokens=tokens,
+            skipped=not finite.item(),
+        )
+        if not result.skipped:
+            self._optimizer.update(grad_norm)
+        return result
+
 
 def _forward_step(shards: Iterator[ShardBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     shard = next(shards)
@@ -297,9 +320,14 @@ def _forward_step(shards: Iterator[ShardBatch], model: torch.nn.Module) -> tuple
     return output, functools.partial(_summed_loss, shard.loss_mask)
 
 
+def summed_loss(loss_mask: torch.Tensor, token_losses: torch.Tensor) -> torch.Tensor:
+    """Sum of `token_losses` where `loss_mask`, both [b, s]; a scalar."""
+    # where, not a product: the loss of a masked token may be anything.
+    return torch.where(loss_mask, token_losses, 0.0).sum()
+
+
 def _summed_loss(
     loss_mask: torch.Tensor, token_losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # where, not a product: the loss of a masked token may be anything.
-    loss = torch.where(loss_mask, token_losses, 0.0).sum()
+    loss = summed_loss(loss_mask, token_losses)
     return loss, loss_mask.sum(dtype=torch.int32), loss.detach()

@@ -35,6 +35,45 @@ def wrap_model(config: TransformerConfig, parallel: ParallelConfig, model: Megat
     return DistributedDataParallel(config, ddp_config, Float16Module(config, model) if config.bf16 else model)
 
 
+class Schedule:
+    """The learning rate and weight decay of an optimizer's parameter groups, a function of the step number alone.
+
+    Args:
+        optimizer: a group with `wd_mult` 0.0 does not decay.
+        config: what the run's YAML says.
+        total_steps: of the run; the cosine ends there.
+
+    Raises:
+        ValueError: the warmup is not shorter than the run.
+    """
+
+    def __init__(
+        self, optimizer: MegatronOptimizer | torch.optim.Optimizer, config: OptimizerConfig, *, total_steps: int
+    ) -> None:
+        if config.warmup_steps >= total_steps:
+            raise ValueError(
+                f"warmup_steps {config.warmup_steps} is not below the run's {total_steps} steps: lower it or run longer"
+            )
+        self._megatron = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=total_steps,
+            lr_decay_style="cosine",
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def set_step(self, step: int) -> None:
+        """Choose the values of step `step`; the first step of a run is 1."""
+        self._megatron.num_steps = 0
+        self._megatron.step(step)
+
+
 class Optimizer:
     """AdamW with a learning rate that is a function of the step number alone.
 
@@ -58,10 +97,6 @@ class Optimizer:
         total_steps: int,
         dtype: torch.dtype,
     ) -> None:
-        if config.warmup_steps >= total_steps:
-            raise ValueError(
-                f"warmup_steps {config.warmup_steps} is not below the run's {total_steps} steps: lower it or run longer"
-            )
         self._grad_clip = config.grad_clip
         megatron_config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -89,19 +124,7 @@ class Optimizer:
         self._of_run = [
             {key: group[key] for key in _SET_BY_RUN if key in group} for group in self.megatron.param_groups
         ]
-        self._schedule = OptimizerParamScheduler(
-            self.megatron,
-            init_lr=0.0,
-            max_lr=config.lr,
-            min_lr=config.min_lr,
-            lr_warmup_steps=config.warmup_steps,
-            lr_decay_steps=total_steps,
-            lr_decay_style="cosine",
-            start_wd=config.weight_decay,
-            end_wd=config.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
+        self._schedule = Schedule(self.megatron, config, total_steps=total_steps)
         self.set_step(1)
 
     @property
@@ -111,8 +134,7 @@ class Optimizer:
 
     def set_step(self, step: int) -> None:
         """Choose the learning rate of step `step`; the first step of a run is 1."""
-        self._schedule.num_steps = 0
-        self._schedule.step(step)
+        self._schedule.set_step(step)
 
     def zero_grad(self) -> None:
         """Let go of the last step's gradients; the model's gradient buffers are not cleared here."""

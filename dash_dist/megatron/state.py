@@ -43,6 +43,11 @@ def read_engine_state(directory: Path) -> EngineState:
         FileNotFoundError: there is no complete checkpoint in the directory.
         ValueError: the file that it is in is damaged or of another program; names it.
     """
+    if (directory / "deepspeed.json").is_file():
+        raise ValueError(
+            f"{directory} was written by engine: deepspeed and this run has engine: megatron, which cannot load it: "
+            "set engine to deepspeed"
+        )
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory} has no {CONFIG}: it is not a checkpoint, or not written to its end")
     path = directory / COMMON

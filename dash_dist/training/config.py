@@ -8,11 +8,12 @@ import os
 import re
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dash_dist.data.config import DataConfig, check_separate
+from dash_dist.deepspeed_engine.config import DeepSpeedSection, check_engine
 from dash_dist.megatron.config import (
     AttentionConfig,
     ModelConfig,
@@ -147,15 +148,19 @@ class LoggingSection(Section):
 class RunConfig(Section):
     """Everything a run is determined by.
 
+    `engine` is what trains the model: Megatron-core's optimizer, or DeepSpeed's ZeRO as the section `deepspeed` says.
+
     Raises pydantic.ValidationError, which `load_config` turns into a readable error.
     """
 
+    engine: Literal["megatron", "deepspeed"] = "megatron"
     run: RunSection
     model: ModelConfig
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     optimizer: OptimizerConfig
+    deepspeed: DeepSpeedSection = Field(default_factory=DeepSpeedSection)
     training: TrainingSection
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     faults: FaultsSection = Field(default_factory=FaultsSection)
@@ -179,6 +184,12 @@ class RunConfig(Section):
                 micro_batch_size=self.training.micro_batch_size,
                 chunk_size=self.attention.chunk_size,
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> "RunConfig":
+        if self.engine == "deepspeed":
+            check_engine(self.parallel, self.deepspeed)
         return self
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from dash_dist.training.errors import ConfigError
 
 _SHOWN_CHARACTERS = 60
 _SHOWN_PROBLEMS = 20
-_OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)+)=(?P<value>.*)", re.DOTALL)
+_OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)+|engine)=(?P<value>.*)", re.DOTALL)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -7,13 +7,14 @@ import contextlib
 from statistics import fmean
 
 from dash_dist.data import Batch, DataStream, build_data_stream, load_tokenizer
-from dash_dist.megatron import Engine, ParallelDims, StepResult
+from dash_dist.megatron import ParallelDims, StepResult
 from dash_dist.training.attempt import begin_attempt
 from dash_dist.training.checkpoints import CheckpointManager, RunState
 from dash_dist.training.config import RunConfig
 from dash_dist.training.config_file import to_yaml
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.curves import Curves
+from dash_dist.training.engines import build_engine
 from dash_dist.training.errors import ConfigError, RunError
 from dash_dist.training.fault_log import FaultLog
 from dash_dist.training.files import replace_text
@@ -105,17 +106,7 @@ class _Run:
             watchdog.start(hang_folder(config.run.path, self._attempt.number), dims.rank)
         self._checkpoints.clean()
         with self._control.together("the model cannot be built", ConfigError):
-            self._engine = Engine(
-                config.model,
-                config.attention,
-                config.parallel,
-                config.optimizer,
-                dims=dims,
-                vocab_size=vocab_size,
-                sequence_length=config.training.sequence_length,
-                total_steps=config.training.steps,
-                seed=config.run.seed,
-            )
+            self._engine = build_engine(config, dims, vocab_size)
         self._position = RunPosition(self._engine, data, dims, self._control)
         self._data = data
         changes = [] if origin is None else self._position.load(self._checkpoints, origin)

@@ -1,0 +1,230 @@
+"""The weights, moments and step of `engine: deepspeed` in files that any number of ranks and any ZeRO stage can load.
+
+    rank_00000.safetensors   the slices that this rank owned: "weight/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME", flat
+    deepspeed.json           step, settings, the shape of every parameter, and who wrote which slice; written last
+
+Knows one checkpoint directory. Does not know which of a run's checkpoints to keep or to load. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dash_dist.deepspeed_engine.slices import OwnedSlice, owned_slices, parameter_shapes
+from dash_dist.deepspeed_engine.zero import ZeroOptimizer
+from dash_dist.megatron.checkpoint import EngineState
+from dash_dist.megatron.parallel import ParallelDims
+
+INDEX = "deepspeed.json"
+_FORMAT = 1
+_OF_MEGATRON = "metadata.json"
+
+
+class PendingSave:
+    """A checkpoint that is being written in the background from copies in host memory; made by `start_save`."""
+
+    def __init__(self, directory: Path, slices: Sequence[OwnedSlice], index: dict[str, Any], dims: ParallelDims) -> None:
+        self._directory, self._index, self._dims = directory, index, dims
+        self._problem: str | None = None
+        # Copies: the optimizer goes on while they are written.
+        tensors = {
+            f"{key}/{one.parameter}": tensor.to("cpu", copy=True)
+            for one in slices
+            for key, tensor in one.tensors.items()
+        }
+        self._writer = threading.Thread(target=self._write, args=(tensors,), name="checkpoint", daemon=True)
+        self._writer.start()
+
+    def done(self) -> bool:
+        """Whether `finish` would not wait for this rank's file. Local."""
+        return not self._writer.is_alive()
+
+    def finish(self) -> None:
+        """Wait for all files and complete the checkpoint. A collective: all ranks call it.
+
+        Raises:
+            OSError: at every rank: some rank could not write.
+        """
+        self._writer.join()
+        raise_first(self._problem, self._dims)
+        problem = None
+        if self._dims.rank == 0:
+            try:
+                _write_json(self._directory / INDEX, self._index)
+            except OSError as error:
+                problem = f"cannot write {self._directory / INDEX}: {error}"
+        raise_first(problem, self._dims)
+
+    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
+        path = self._directory / _file_of(self._dims.rank)
+        try:
+            save_file(tensors, path)
+        except (OSError, SafetensorError) as error:
+            self._problem = f"cannot write {path}: {error}"
+
+
+def start_save(
+    directory: Path, model: nn.Module, optimizer: ZeroOptimizer, dims: ParallelDims, run: EngineState
+) -> PendingSave:
+    """Copy this rank's slices and begin to write them. A collective: all ranks call it.
+
+    Args:
+        directory: on storage that all ranks share; created, and must be empty.
+        run: rank 0's is kept.
+
+    Raises:
+        OSError: at every rank: the directory cannot be created, or is not empty.
+    """
+    raise_first(_create_directory(directory) if dims.rank == 0 else None, dims)
+    slices = owned_slices(model, optimizer)
+    places: list[Any] = [None] * dims.world_size
+    dist.all_gather_object(places, [(one.parameter, one.start, len(one)) for one in slices])
+    index = {
+        "format": _FORMAT,
+        "engine": "deepspeed",
+        "zero_stage": optimizer.stage,
+        **asdict(run),
+        "updates": optimizer.updates,
+        "shapes": parameter_shapes(model),
+        "slices": {_file_of(rank): of_rank for rank, of_rank in enumerate(places)},
+    }
+    return PendingSave(directory, slices, index, dims)
+
+
+def load_checkpoint(
+    directory: Path, model: nn.Module, optimizer: ZeroOptimizer, dims: ParallelDims, identity: dict[str, Any]
+) -> EngineState:
+    """Load weights and optimizer state in place. A collective: all ranks call it.
+
+    The checkpoint may come from other data- and context-parallel sizes, and another ZeRO stage.
+
+    Raises:
+        FileNotFoundError: at every rank: there is no complete checkpoint in the directory.
+        ValueError: at every rank: the checkpoint is of another engine or model, or damaged; names what.
+    """
+    found: list[Any] = [None]
+    if dims.rank == 0:  # storage may look different to other ranks for a while: rank 0 decides for all
+        try:
+            found[0] = _read_index(directory, identity, parameter_shapes(model))
+        except (OSError, ValueError) as error:
+            found[0] = error
+    dist.broadcast_object_list(found, src=0, device=dims.device)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    index = found[0]
+    problem = None
+    try:
+        _read_slices(directory, index["slices"], owned_slices(model, optimizer))
+    except (OSError, ValueError, SafetensorError) as error:
+        problem = f"cannot read {directory}: {error}"
+    raise_first(problem, dims, error_type=ValueError)
+    optimizer.updates = index["updates"]
+    optimizer.share_weights()
+    return EngineState(step=index["step"], identity=index["identity"], function=index["function"])
+
+
+def raise_first(problem: str | None, dims: ParallelDims, *, error_type: type[Exception] = OSError) -> None:
+    """Raise the first rank's problem at every rank, if there is any. A collective."""
+    problems: list[str | None] = [None] * dims.world_size
+    dist.all_gather_object(problems, problem)
+    for one in problems:
+        if one is not None:
+            raise error_type(one)
+
+
+def _create_directory(directory: Path) -> str | None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            return f"{directory} is not empty: save to a new directory"
+    except OSError as error:
+        return f"cannot create the checkpoint directory {directory}: {error}"
+    return None
+
+
+def _read_index(directory: Path, identity: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:
+    if (directory / _OF_MEGATRON).is_file():
+        raise ValueError(
+            f"{directory} was written by engine: megatron and this run has engine: deepspeed, which cannot load it: "
+            "set engine to megatron"
+        )
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{directory} has no {INDEX}: it is not a checkpoint, or not written to its end"
+        ) from None
+    if index["format"] != _FORMAT:
+        raise ValueError(f"{directory / INDEX} has format {index['format']}, and this version reads {_FORMAT}")
+    saved = index["identity"] | {f"the shape of {name}": shape for name, shape in index["shapes"].items()}
+    here = identity | {f"the shape of {name}": shape for name, shape in shapes.items()}
+    differing = [
+        f"{key} is {saved.get(key)!r} in the checkpoint and {here.get(key)!r} in this run"
+        for key in sorted(saved.keys() | here.keys())
+        if saved.get(key) != here.get(key)
+    ]
+    if differing:
+        raise ValueError(f"{directory} does not fit this run: {'; '.join(differing)}")
+    _check_coverage(index["slices"], index["shapes"], directory)
+    return index
+
+
+def _check_coverage(files: dict[str, list[Any]], shapes: dict[str, list[int]], directory: Path) -> None:
+    """Refuse an index whose slices do not make up every parameter."""
+    ends = dict.fromkeys(shapes, 0)
+    for name, start, size in sorted(tuple(place) for places in files.values() for place in places):
+        if ends.get(name) != start:
+            raise ValueError(f"{directory / INDEX} is damaged: the slices of {name} do not follow each other")
+        ends[name] = start + size
+    for name, shape in shapes.items():
+        if ends[name] != math.prod(shape):
+            raise ValueError(f"{directory / INDEX} is damaged: the slices of {name} are not {math.prod(shape)} elements")
+
+
+def _read_slices(directory: Path, files: dict[str, list[Any]], slices: Sequence[OwnedSlice]) -> None:
+    """Fill this rank's slices from wherever their elements are; only those are read."""
+    by_parameter: dict[str, list[tuple[int, int, str]]] = {}
+    for file, places in files.items():
+        for name, start, size in places:
+            by_parameter.setdefault(name, []).append((start, size, file))
+    with ExitStack() as open_files, torch.no_grad():
+        readers: dict[str, Any] = {}
+        for one in slices:
+            for start, end, file, offset in _overlaps(one, by_parameter[one.parameter]):
+                if file not in readers:
+                    readers[file] = open_files.enter_context(safe_open(directory / file, framework="pt"))
+                for key, tensor in one.tensors.items():
+                    stored = readers[file].get_slice(f"{key}/{one.parameter}")
+                    tensor[start - one.start : end - one.start].copy_(stored[start - offset : end - offset])
+
+
+def _overlaps(one: OwnedSlice, places: Sequence[tuple[int, int, str]]) -> Iterator[tuple[int, int, str, int]]:
+    """(first element, end, file, first element of the file's slice) of each stored slice that has elements of `one`."""
+    for offset, size, file in places:
+        start, end = max(one.start, offset), min(one.start + len(one), offset + size)
+        if start < end:
+            yield start, end, file, offset
+
+
+def _file_of(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,37 @@
+"""The engine that a configuration asks for.
+
+Knows which engines there are and what each takes; does not know how they train.
+"""
+
+from typing import Any
+
+from dash_dist.megatron import Engine, ParallelDims
+from dash_dist.training.config import RunConfig
+
+
+def build_engine(config: RunConfig, dims: ParallelDims, vocab_size: int) -> Engine:
+    """The model of the run with what trains it. A collective: all ranks call it.
+
+    Args:
+        dims: initialised with `config.parallel`.
+        vocab_size: tokens of the tokenizer.
+
+    Raises:
+        ValueError: the configuration is impossible on this rank's device.
+    """
+    arguments: dict[str, Any] = {
+        "model": config.model,
+        "attention": config.attention,
+        "parallel": config.parallel,
+        "optimizer": config.optimizer,
+        "dims": dims,
+        "vocab_size": vocab_size,
+        "sequence_length": config.training.sequence_length,
+        "total_steps": config.training.steps,
+        "seed": config.run.seed,
+    }
+    if config.engine == "deepspeed":
+        from dash_dist.deepspeed_engine.engine import DeepSpeedEngine  # DeepSpeed takes seconds to load
+
+        return DeepSpeedEngine(deepspeed=config.deepspeed, **arguments)
+    return Engine(**arguments)
