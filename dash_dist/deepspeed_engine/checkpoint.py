@@ -37,7 +37,15 @@ _OF_MEGATRON = "metadata.json"
 class PendingSave:
     """A checkpoint that is being written in the background from copies in host memory; made by `start_save`."""
 
-    def __init__(self, directory: Path, slices: Sequence[OwnedSlice], index: dict[str, Any], dims: ParallelDims) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        slices: Sequence[OwnedSlice],
+        index: dict[str, Any],
+        dims: ParallelDims,
+        *,
+        background: bool,
+    ) -> None:
         self._directory, self._index, self._dims = directory, index, dims
         self._problem: str | None = None
         # Copies: the optimizer goes on while they are written.
@@ -46,15 +54,21 @@ class PendingSave:
             for one in slices
             for key, tensor in one.tensors.items()
         }
+        # A daemon: a run that ends by an error does not wait for a checkpoint that cannot be completed.
         self._writer = threading.Thread(target=self._write, args=(tensors,), name="checkpoint", daemon=True)
         self._writer.start()
+        if not background:
+            self._writer.join()
 
     def done(self) -> bool:
         """Whether `finish` would not wait for this rank's file. Local."""
         return not self._writer.is_alive()
 
-    def finish(self) -> None:
+    def finish(self) -> dict[str, Any]:
         """Wait for all files and complete the checkpoint. A collective: all ranks call it.
+
+        Returns:
+            The checksums that were taken while writing: none.
 
         Raises:
             OSError: at every rank: some rank could not write.
@@ -68,6 +82,14 @@ class PendingSave:
             except OSError as error:
                 problem = f"cannot write {self._directory / INDEX}: {error}"
         raise_first(problem, self._dims)
+        return {}
+
+    def abandon(self) -> None:
+        """Leave the checkpoint incomplete. Local.
+
+        What this rank is writing may still be written to its end; without the index, which only `finish` writes, it is
+        no checkpoint.
+        """
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         path = self._directory / _file_of(self._dims.rank)
@@ -78,13 +100,20 @@ class PendingSave:
 
 
 def start_save(
-    directory: Path, model: nn.Module, optimizer: ZeroOptimizer, dims: ParallelDims, run: EngineState
+    directory: Path,
+    model: nn.Module,
+    optimizer: ZeroOptimizer,
+    dims: ParallelDims,
+    run: EngineState,
+    *,
+    background: bool,
 ) -> PendingSave:
     """Copy this rank's slices and begin to write them. A collective: all ranks call it.
 
     Args:
         directory: on storage that all ranks share; created, and must be empty.
         run: rank 0's is kept.
+        background: return when the copies are made; otherwise when they are written.
 
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
@@ -102,7 +131,7 @@ def start_save(
         "shapes": parameter_shapes(model),
         "slices": {_file_of(rank): of_rank for rank, of_rank in enumerate(places)},
     }
-    return PendingSave(directory, slices, index, dims)
+    return PendingSave(directory, slices, index, dims, background=background)
 
 
 def load_checkpoint(
@@ -114,7 +143,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: at every rank: there is no complete checkpoint in the directory.
-        ValueError: at every rank: the checkpoint is of another engine or model, or damaged; names what.
+        ValueError: at every rank: the checkpoint is of another engine or model; or a file cannot be read, and what the
+            weights are then is undefined. Names what.
     """
     found: list[Any] = [None]
     if dims.rank == 0:  # storage may look different to other ranks for a while: rank 0 decides for all
@@ -129,8 +159,8 @@ def load_checkpoint(
     problem = None
     try:
         _read_slices(directory, index["slices"], owned_slices(model, optimizer))
-    except (OSError, ValueError, SafetensorError) as error:
-        problem = f"cannot read {directory}: {error}"
+    except ValueError as error:
+        problem = str(error)
     raise_first(problem, dims, error_type=ValueError)
     optimizer.updates = index["updates"]
     optimizer.share_weights()
@@ -192,7 +222,9 @@ def _check_coverage(files: dict[str, list[Any]], shapes: dict[str, list[int]], d
         ends[name] = start + size
     for name, shape in shapes.items():
         if ends[name] != math.prod(shape):
-            raise ValueError(f"{directory / INDEX} is damaged: the slices of {name} are not {math.prod(shape)} elements")
+            raise ValueError(
+                f"{directory / INDEX} is damaged: the slices of {name} are not {math.prod(shape)} elements"
+            )
 
 
 def _read_slices(directory: Path, files: dict[str, list[Any]], slices: Sequence[OwnedSlice]) -> None:
@@ -205,11 +237,14 @@ def _read_slices(directory: Path, files: dict[str, list[Any]], slices: Sequence[
         readers: dict[str, Any] = {}
         for one in slices:
             for start, end, file, offset in _overlaps(one, by_parameter[one.parameter]):
-                if file not in readers:
-                    readers[file] = open_files.enter_context(safe_open(directory / file, framework="pt"))
-                for key, tensor in one.tensors.items():
-                    stored = readers[file].get_slice(f"{key}/{one.parameter}")
-                    tensor[start - one.start : end - one.start].copy_(stored[start - offset : end - offset])
+                try:
+                    if file not in readers:
+                        readers[file] = open_files.enter_context(safe_open(directory / file, framework="pt"))
+                    for key, tensor in one.tensors.items():
+                        stored = readers[file].get_slice(f"{key}/{one.parameter}")
+                        tensor[start - one.start : end - one.start].copy_(stored[start - offset : end - offset])
+                except (OSError, SafetensorError) as error:
+                    raise ValueError(f"cannot read {directory / file}: {error}") from error
 
 
 def _overlaps(one: OwnedSlice, places: Sequence[tuple[int, int, str]]) -> Iterator[tuple[int, int, str, int]]:

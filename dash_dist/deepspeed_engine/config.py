@@ -126,7 +126,7 @@ def read_settings(path: Path) -> DeepSpeedSettings:
     if not isinstance(given, dict):
         raise ValueError(f"deepspeed.file: {path} holds {json.dumps(given)[:60]}, not DeepSpeed's settings")
     problems = [
-        f"{key} is decided by {owner}: remove it, or set it to \"auto\""
+        f'{key} is decided by {owner}: remove it, or set it to "auto"'
         for key, owner in DECIDED_BY_RUN.items()
         if given.get(key, "auto") != "auto"
     ]

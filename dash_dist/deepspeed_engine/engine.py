@@ -43,9 +43,7 @@ class DeepSpeedEngine(Engine):
         check_engine(parallel, self._section)
         self._identity.pop("distributed_optimizer")
         self.model.to(self._config.params_dtype)
-        self._zero = ZeroOptimizer(
-            self.model, optimizer, self._section.settings(), self.dims, total_steps=total_steps
-        )
+        self._zero = ZeroOptimizer(self.model, optimizer, self._section.settings(), self.dims, total_steps=total_steps)
 
     def _accumulate_gradients(self, micro_batches: Sequence[MicroBatch], tokens: int) -> float:
         shards = self._split(micro_batches)
@@ -76,17 +74,18 @@ class DeepSpeedEngine(Engine):
             skipped=skipped,
         )
 
-    def start_save(self, directory: Path) -> PendingSave:
-        """Begin to write model, optimizer and step; training may go on while the files are written.
+    def start_save(self, directory: Path, *, background: bool) -> PendingSave:
+        """Begin to write model, optimizer and step, as they are now.
 
         Args:
             directory: new or empty, on storage that all ranks share.
+            background: return before the files are written; training may go on.
 
         Raises:
             OSError: at every rank: the directory cannot be created, or is not empty.
         """
         run = EngineState(step=self.step, identity=self._identity, function=self._function)
-        return start_save(Path(directory), self.model, self._zero, self.dims, run)
+        return start_save(Path(directory), self.model, self._zero, self.dims, run, background=background)
 
     def save(self, directory: Path) -> None:
         """Write model, optimizer and step; returns when the checkpoint is complete.
@@ -94,7 +93,7 @@ class DeepSpeedEngine(Engine):
         Raises:
             OSError: at every rank: the directory cannot be created, is not empty, or some rank could not write.
         """
-        self.start_save(directory).finish()
+        self.start_save(directory, background=False).finish()
 
     def load(self, directory: Path) -> list[str]:
         """Go on from a checkpoint, written at this ZeRO stage and these parallel sizes or others.

@@ -6,22 +6,29 @@ import torch
 from megatron_cases import Case
 
 STEPS = 12
+STEPS_BEFORE_SAVE = 3
+STEPS_AFTER_LOAD = 3
 
 
 @dataclass(frozen=True)
 class Run:
-    """`zero_stage` None is `engine: megatron`."""
+    """`zero_stage` None is `engine: megatron`. The last rank's loss is infinite, with finite gradients, in `bad_step`."""
 
     zero_stage: int | None
     case: Case = field(default_factory=Case)
+    steps: int = STEPS
     bfloat16: bool = False
+    bad_step: int | None = None
 
 
 @dataclass
 class Trained:
+    """What one rank saw; `unchanged` says whether the bad step left weights and moments bit by bit as they were."""
+
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
-    density: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    unchanged: bool | None = None
     sent_bytes: int | None = None
     weights: dict[str, torch.Tensor] = field(default_factory=dict)

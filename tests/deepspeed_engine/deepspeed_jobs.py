@@ -3,8 +3,9 @@
 The test process itself does not import this: it would load Megatron-core and DeepSpeed.
 """
 
-import dataclasses
+import contextlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,8 +14,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from deepspeed_cases import STEPS, Run, Trained
-from megatron_cases import CHUNK_SIZE, MODEL, ROUTING_SCALE, SEQUENCE_LENGTH, VOCAB_SIZE
+from deepspeed_cases import STEPS, STEPS_AFTER_LOAD, STEPS_BEFORE_SAVE, Run, Trained
+from megatron_cases import CHUNK_SIZE, MODEL, ROUTING_SCALE, SEQUENCE_LENGTH, VOCAB_SIZE, Case
 from megatron_jobs import micro_batches
 
 from dash_dist.deepspeed_engine import engine as deepspeed_module
@@ -23,6 +24,7 @@ from dash_dist.deepspeed_engine.engine import DeepSpeedEngine
 from dash_dist.deepspeed_engine.slices import owned_slices
 from dash_dist.megatron import AttentionConfig, Engine, OptimizerConfig, ParallelConfig, ParallelDims
 from dash_dist.megatron import engine as megatron_module
+from dash_dist.megatron.engine import summed_loss as megatron_summed_loss
 
 
 @contextmanager
@@ -68,25 +70,125 @@ def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
 
 
-def step_of(engine: Engine, run: Run, trained: Trained) -> None:
-    result = engine.train_step(micro_batches(engine.step, engine.dims, run.case))
-    assert not result.skipped
+def one_after_another(runs: dict[str, Run], then: list[tuple[str, Any]], folder: Path) -> list[Any]:
+    """Several jobs in the same processes, whose start is what takes longest."""
+    jobs = {"save_and_go_on": save_and_go_on, "load_and_train": load_and_train}
+    return [train(runs, folder), *(jobs[name](argument, folder) for name, argument in then)]
+
+
+def train(runs: dict[str, Run], folder: Path) -> dict[str, Trained]:
+    by_name = {}
+    for name, run in runs.items():
+        with engine_of(run, folder) as engine:
+            by_name[name] = trained = Trained()
+            for step in range(run.steps):
+                take_step(engine, run, trained, bad=step == run.bad_step)
+            exchange = engine.exchange_statistics()
+            trained.sent_bytes = None if exchange is None else exchange.sent_bytes
+            trained.weights = full_weights(engine)
+    return by_name
+
+
+def take_step(engine: Engine, run: Run, trained: Trained, *, bad: bool = False) -> None:
+    before = state_of(engine) if bad else []
+    with contextlib.ExitStack() as patches:
+        if bad and engine.dims.rank == engine.dims.world_size - 1:
+            for module in (megatron_module, deepspeed_module):
+                patches.enter_context(mock.patch.object(module, "summed_loss", infinite_loss))
+        result = engine.train_step(micro_batches(engine.step, engine.dims, run.case))
+    if bad:
+        trained.unchanged = all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))
+    if result.skipped:
+        trained.skipped.append(engine.step - 1)
+        return
     trained.losses.append(result.loss)
     trained.grad_norms.append(result.grad_norm)
     trained.learning_rates.append(result.learning_rate)
 
 
-def train(runs: dict[str, Run], folder: Path, steps: int = STEPS) -> dict[str, Trained]:
-    by_name = {}
+def infinite_loss(loss_mask: torch.Tensor, token_losses: torch.Tensor) -> torch.Tensor:
+    return megatron_summed_loss(loss_mask, token_losses) + math.inf
+
+
+def state_of(engine: Engine) -> list[torch.Tensor]:
+    """The model's weights, and what the optimizer has of this rank's."""
+    state = list(full_weights(engine).values())
+    if isinstance(engine, DeepSpeedEngine):
+        state.append(torch.tensor(engine._zero.updates))
+        for one in owned_slices(engine.model, engine._zero):
+            state += [tensor.clone() for tensor in one.tensors.values()]
+    return state
+
+
+def save_and_go_on(run: Run, folder: Path) -> dict[str, list[float]]:
+    """Losses after a checkpoint that is written while training goes on: of the run itself, then after a rollback to it."""
+    with engine_of(run, folder) as engine:
+        before, undisturbed, rolled_back = Trained(), Trained(), Trained()
+        for _ in range(STEPS_BEFORE_SAVE):
+            take_step(engine, run, before)
+        pending = engine.start_save(folder / "saved", background=True)
+        for _ in range(STEPS_AFTER_LOAD):
+            take_step(engine, run, undisturbed)
+        assert pending.finish() == {}
+        assert pending.done()
+        assert engine.load(folder / "saved") == []
+        for _ in range(STEPS_AFTER_LOAD):
+            take_step(engine, run, rolled_back)
+        return {"undisturbed": undisturbed.losses, "rolled back": rolled_back.losses}
+
+
+def load_and_train(runs: dict[str, Run], folder: Path) -> dict[str, list[float]]:
+    losses = {}
     for name, run in runs.items():
         with engine_of(run, folder) as engine:
+            engine.load(folder / "saved")
+            assert engine.step == STEPS_BEFORE_SAVE
             trained = Trained()
-            engine.record_routing = True
-            for _ in range(steps):
-                step_of(engine, run, trained)
-            trained.density = [layer.density for layer in engine.routing_statistics()]
-            exchange = engine.exchange_statistics()
-            trained.sent_bytes = None if exchange is None else exchange.sent_bytes
-            trained.weights = full_weights(engine)
-            by_name[name] = trained
-    return by_name
+            for _ in range(STEPS_AFTER_LOAD):
+                take_step(engine, run, trained)
+            losses[name] = trained.losses
+    return losses
+
+
+def refused_checkpoints(folder: Path) -> dict[str, str]:
+    """What is said to a checkpoint that does not fit or is damaged, and whether the engine is as before."""
+    said: dict[str, str] = {}
+
+    def load(name: str, engine: Engine, directory: Path) -> None:
+        before = state_of(engine)
+        try:
+            engine.load(directory)
+        except (OSError, ValueError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+        assert all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))
+
+    with engine_of(Run(None), folder) as engine:
+        engine.save(folder / "of megatron")
+        load("deepspeed's to megatron", engine, folder / "saved")
+    with engine_of(Run(1), folder) as engine:
+        load("megatron's to deepspeed", engine, folder / "of megatron")
+        load("nothing", engine, folder / "nowhere")
+        (file,) = sorted((folder / "saved").glob("rank_*1.safetensors"))
+        whole = file.read_bytes()
+        for name, content in {"truncated": whole[: len(whole) // 2], "no header": b"x" * 64, "missing": None}.items():
+            file.unlink()
+            if content is not None:
+                file.write_bytes(content)
+            try:
+                engine.load(folder / "saved")
+            except ValueError as error:
+                said[name] = str(error)
+            file.write_bytes(whole)
+        index = folder / "saved" / "deepspeed.json"
+        text = index.read_text()
+        index.write_text(text.replace('"output_layer.weight", 0', '"output_layer.weight", 1'))
+        load("damaged index", engine, folder / "saved")
+        index.write_text(text)
+        said["taken directory"] = ""
+        try:
+            engine.start_save(folder / "saved", background=False)
+        except OSError as error:
+            said["taken directory"] = str(error)
+    with engine_of(Run(1, Case(tie_embeddings=True)), folder) as engine:
+        load("other model", engine, folder / "saved")
+    return said
