@@ -18,8 +18,8 @@ from dash_dist.megatron.parallel import ParallelDims
 class ParallelUnit:
     """What DeepSpeed asks its "model parallel unit" (mpu) for.
 
-    ZeRO shards over, and averages over, what DeepSpeed calls data parallelism: here all ranks that hold the same weights,
-    over data and context parallelism together. DeepSpeed's own sequence parallelism is not used.
+    ZeRO shards over, and averages over, what DeepSpeed calls data parallelism: here all ranks that hold the same
+    weights, over data and context parallelism together. DeepSpeed's own sequence parallelism is not used.
     """
 
     def __init__(self, dims: ParallelDims) -> None:

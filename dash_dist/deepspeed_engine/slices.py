@@ -52,7 +52,7 @@ def owned_slices(model: nn.Module, optimizer: ZeroOptimizer) -> list[OwnedSlice]
 
 
 def _slice_of_group(name: str, parameter: nn.Parameter) -> OwnedSlice | None:
-    """Stages 1 and 2: parameters follow each other in one flat tensor per group, which the ranks cut into equal parts."""
+    """Stages 1 and 2: parameters follow each other in one flat tensor per group, cut into equal parts."""
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return None

@@ -12,7 +12,7 @@ STEPS_AFTER_LOAD = 3
 
 @dataclass(frozen=True)
 class Run:
-    """`zero_stage` None is `engine: megatron`. The last rank's loss is infinite, with finite gradients, in `bad_step`."""
+    """`zero_stage` None is `engine: megatron`. In `bad_step` the last rank's loss is infinite, its gradients not."""
 
     zero_stage: int | None
     case: Case = field(default_factory=Case)

@@ -1,4 +1,4 @@
-"""What the ranks of the tests of `engine: deepspeed` do: the model and batches of tests/megatron, trained by either engine.
+"""What the ranks of these tests do: train the model and batches of tests/megatron by either engine.
 
 The test process itself does not import this: it would load Megatron-core and DeepSpeed.
 """
@@ -121,7 +121,7 @@ def state_of(engine: Engine) -> list[torch.Tensor]:
 
 
 def save_and_go_on(run: Run, folder: Path) -> dict[str, list[float]]:
-    """Losses after a checkpoint that is written while training goes on: of the run itself, then after a rollback to it."""
+    """Losses after a checkpoint, written while training goes on: of the run itself, then after a rollback."""
     with engine_of(run, folder) as engine:
         before, undisturbed, rolled_back = Trained(), Trained(), Trained()
         for _ in range(STEPS_BEFORE_SAVE):

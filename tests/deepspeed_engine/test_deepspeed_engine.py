@@ -1,4 +1,4 @@
-"""`engine: deepspeed` trains to what `engine: megatron` trains to, at every ZeRO stage, and goes on from its checkpoints."""
+"""`engine: deepspeed` trains to what `engine: megatron` trains to, at every ZeRO stage, and resumes exactly."""
 
 import re
 from dataclasses import dataclass, field
