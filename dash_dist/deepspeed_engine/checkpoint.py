@@ -24,9 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from dash_dist.checkpoints.folders import sync
+from dash_dist.checkpoints.integrity import FileChecksum, checksum_of
 from dash_dist.deepspeed_engine.slices import OwnedSlice, owned_slices, parameter_shapes
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
-from dash_dist.megatron.checkpoint import EngineState
+from dash_dist.megatron.checkpoint import EngineState, check_fit, create_directory, raise_at_every_rank
 from dash_dist.megatron.parallel import ParallelDims
 
 INDEX = "deepspeed.json"
@@ -34,8 +36,8 @@ _FORMAT = 1
 _OF_MEGATRON = "metadata.json"
 
 
-class PendingSave:
-    """A checkpoint that is being written in the background from copies in host memory; made by `start_save`."""
+class ZeroSave:
+    """A checkpoint that is being written in the background from copies in host memory: a `PendingSave`."""
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class PendingSave:
         background: bool,
     ) -> None:
         self._directory, self._index, self._dims = directory, index, dims
+        self._checksums: dict[str, FileChecksum] = {}
         self._problem: str | None = None
         # Copies: the optimizer goes on while they are written.
         tensors = {
@@ -64,25 +67,25 @@ class PendingSave:
         """Whether `finish` would not wait for this rank's file. Local."""
         return not self._writer.is_alive()
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, FileChecksum]:
         """Wait for all files and complete the checkpoint. A collective: all ranks call it.
 
         Returns:
-            The checksums that were taken while writing: none.
+            Size and CRC-32 of the file that this rank wrote.
 
         Raises:
             OSError: at every rank: some rank could not write.
         """
         self._writer.join()
-        raise_first(self._problem, self._dims)
+        _raise_first(self._problem, self._dims)
         problem = None
         if self._dims.rank == 0:
             try:
                 _write_json(self._directory / INDEX, self._index)
             except OSError as error:
                 problem = f"cannot write {self._directory / INDEX}: {error}"
-        raise_first(problem, self._dims)
-        return {}
+        _raise_first(problem, self._dims)
+        return self._checksums
 
     def abandon(self) -> None:
         """Leave the checkpoint incomplete. Local.
@@ -95,6 +98,8 @@ class PendingSave:
         path = self._directory / _file_of(self._dims.rank)
         try:
             save_file(tensors, path)
+            sync(path)
+            self._checksums[path.name] = checksum_of(path)
         except (OSError, SafetensorError) as error:
             self._problem = f"cannot write {path}: {error}"
 
@@ -107,7 +112,7 @@ def start_save(
     run: EngineState,
     *,
     background: bool,
-) -> PendingSave:
+) -> ZeroSave:
     """Copy this rank's slices and begin to write them. A collective: all ranks call it.
 
     Args:
@@ -118,7 +123,7 @@ def start_save(
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
     """
-    raise_first(_create_directory(directory) if dims.rank == 0 else None, dims)
+    raise_at_every_rank(create_directory(directory) if dims.rank == 0 else None, dims)
     slices = owned_slices(model, optimizer)
     places: list[Any] = [None] * dims.world_size
     dist.all_gather_object(places, [(one.parameter, one.start, len(one)) for one in slices])
@@ -126,12 +131,12 @@ def start_save(
         "format": _FORMAT,
         "engine": "deepspeed",
         "zero_stage": optimizer.stage,
-        **asdict(run),
+        "run": asdict(run),
         "updates": optimizer.updates,
         "shapes": parameter_shapes(model),
         "slices": {_file_of(rank): of_rank for rank, of_rank in enumerate(places)},
     }
-    return PendingSave(directory, slices, index, dims, background=background)
+    return ZeroSave(directory, slices, index, dims, background=background)
 
 
 def load_checkpoint(
@@ -161,29 +166,19 @@ def load_checkpoint(
         _read_slices(directory, index["slices"], owned_slices(model, optimizer))
     except ValueError as error:
         problem = str(error)
-    raise_first(problem, dims, error_type=ValueError)
+    _raise_first(problem, dims, error_type=ValueError)
     optimizer.updates = index["updates"]
     optimizer.share_weights()
-    return EngineState(step=index["step"], identity=index["identity"], function=index["function"])
+    return EngineState(**index["run"])
 
 
-def raise_first(problem: str | None, dims: ParallelDims, *, error_type: type[Exception] = OSError) -> None:
+def _raise_first(problem: str | None, dims: ParallelDims, *, error_type: type[Exception] = OSError) -> None:
     """Raise the first rank's problem at every rank, if there is any. A collective."""
     problems: list[str | None] = [None] * dims.world_size
     dist.all_gather_object(problems, problem)
     for one in problems:
         if one is not None:
             raise error_type(one)
-
-
-def _create_directory(directory: Path) -> str | None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            return f"{directory} is not empty: save to a new directory"
-    except OSError as error:
-        return f"cannot create the checkpoint directory {directory}: {error}"
-    return None
 
 
 def _read_index(directory: Path, identity: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:
@@ -200,17 +195,15 @@ def _read_index(directory: Path, identity: dict[str, Any], shapes: dict[str, lis
         ) from None
     if index["format"] != _FORMAT:
         raise ValueError(f"{directory / INDEX} has format {index['format']}, and this version reads {_FORMAT}")
-    saved = index["identity"] | {f"the shape of {name}": shape for name, shape in index["shapes"].items()}
-    here = identity | {f"the shape of {name}": shape for name, shape in shapes.items()}
-    differing = [
-        f"{key} is {saved.get(key)!r} in the checkpoint and {here.get(key)!r} in this run"
-        for key in sorted(saved.keys() | here.keys())
-        if saved.get(key) != here.get(key)
-    ]
-    if differing:
-        raise ValueError(f"{directory} does not fit this run: {'; '.join(differing)}")
+    saved = EngineState(**index["run"])
+    saved.identity.update(_shapes_as_settings(index["shapes"]))
+    check_fit(directory, saved, identity | _shapes_as_settings(shapes))
     _check_coverage(index["slices"], index["shapes"], directory)
     return index
+
+
+def _shapes_as_settings(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {f"the shape of {name}": shape for name, shape in shapes.items()}
 
 
 def _check_coverage(files: dict[str, list[Any]], shapes: dict[str, list[int]], directory: Path) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dash_dist.deepspeed_engine.checkpoint import PendingSave, load_checkpoint, start_save
+from dash_dist.deepspeed_engine.checkpoint import ZeroSave, load_checkpoint, start_save
 from dash_dist.deepspeed_engine.config import DeepSpeedSection, check_engine
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
-from dash_dist.megatron.checkpoint import EngineState
 from dash_dist.megatron.config import OptimizerConfig, ParallelConfig
 from dash_dist.megatron.engine import Engine, MicroBatch, StepResult, summed_loss
 
@@ -74,7 +73,7 @@ class DeepSpeedEngine(Engine):
             skipped=skipped,
         )
 
-    def start_save(self, directory: Path, *, background: bool) -> PendingSave:
+    def start_save(self, directory: Path, *, background: bool) -> ZeroSave:
         """Begin to write model, optimizer and step, as they are now.
 
         Args:
@@ -84,16 +83,7 @@ class DeepSpeedEngine(Engine):
         Raises:
             OSError: at every rank: the directory cannot be created, or is not empty.
         """
-        run = EngineState(step=self.step, identity=self._identity, function=self._function)
-        return start_save(Path(directory), self.model, self._zero, self.dims, run, background=background)
-
-    def save(self, directory: Path) -> None:
-        """Write model, optimizer and step; returns when the checkpoint is complete.
-
-        Raises:
-            OSError: at every rank: the directory cannot be created, is not empty, or some rank could not write.
-        """
-        self.start_save(directory, background=False).finish()
+        return start_save(Path(directory), self.model, self._zero, self.dims, self._state(), background=background)
 
     def load(self, directory: Path) -> list[str]:
         """Go on from a checkpoint, written at this ZeRO stage and these parallel sizes or others.

@@ -158,7 +158,7 @@ class MegatronSave:
                 plan.write_index([results for results, _ in outcomes])
             except OSError as error:
                 problem = error
-        _raise_at_every_rank(problem, self._dims)
+        raise_at_every_rank(problem, self._dims)
         return written.checksums
 
     def abandon(self) -> None:
@@ -188,7 +188,7 @@ def start_save(
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
     """
-    _raise_at_every_rank(_create_directory(directory) if dims.rank == 0 else None, dims)
+    raise_at_every_rank(create_directory(directory) if dims.rank == 0 else None, dims)
     state = _sharded_state(model, optimizer, dims, is_loading=False)
     if state["optimizer"].get("param_state") is None:
         # The distributed optimizer's state is gathered on one rank; the others' empty entry would look to
@@ -224,10 +224,10 @@ def load_checkpoint(
     problem: Exception | None = None
     if dims.rank == 0:
         try:
-            _check_fit(directory, read_engine_state(directory), identity)
+            check_fit(directory, read_engine_state(directory), identity)
         except (FileNotFoundError, ValueError) as error:
             problem = error
-    _raise_at_every_rank(problem, dims)
+    raise_at_every_rank(problem, dims)
     run: EngineState | None = None
     failure: str | None = None
     try:
@@ -271,7 +271,8 @@ def _sharded_state(
     }
 
 
-def _create_directory(directory: Path) -> OSError | None:
+def create_directory(directory: Path) -> OSError | None:
+    """Create the directory of a new checkpoint, or say why not."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
@@ -281,7 +282,8 @@ def _create_directory(directory: Path) -> OSError | None:
     return None
 
 
-def _check_fit(directory: Path, run: EngineState, identity: dict[str, Any]) -> None:
+def check_fit(directory: Path, run: EngineState, identity: dict[str, Any]) -> None:
+    """Raise ValueError, which names what differs, if a checkpoint's identity is not `identity`."""
     differing = [
         f"{key} is {run.identity.get(key)!r} in the checkpoint and {identity.get(key)!r} in this run"
         for key in sorted(identity.keys() | run.identity.keys())
@@ -298,8 +300,8 @@ def _of_ranks(failures: dict[int, OSError]) -> OSError:
     return OSError(first.errno, f"rank {rank} could not write{others}: {first.strerror or first}", first.filename)
 
 
-def _raise_at_every_rank(problem_of_rank_0: Exception | None, dims: ParallelDims) -> None:
-    """Storage may look different to other ranks for a while: rank 0 decides for all."""
+def raise_at_every_rank(problem_of_rank_0: Exception | None, dims: ParallelDims) -> None:
+    """A collective. Storage may look different to other ranks for a while: rank 0 decides for all."""
     problem = [problem_of_rank_0]
     dist.broadcast_object_list(problem, src=0, device=dims.device)
     if problem[0] is not None:

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from dash_dist.checkpoints.pending import PendingSave
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.megatron.batch import MicroBatch, ShardBatch, count_loss_tokens, split_micro_batches
-from dash_dist.megatron.checkpoint import MegatronSave, load_checkpoint, start_save
+from dash_dist.megatron.checkpoint import load_checkpoint, start_save
 from dash_dist.megatron.config import (
     AttentionConfig,
     ModelConfig,
@@ -207,7 +208,7 @@ class Engine:
         )
         return tokens * per_token
 
-    def start_save(self, directory: Path, *, background: bool) -> MegatronSave:
+    def start_save(self, directory: Path, *, background: bool) -> PendingSave:
         """Begin to write model, optimizer and step as they are now; the next steps do not change what is written.
 
         Args:
@@ -218,10 +219,7 @@ class Engine:
         Raises:
             OSError: at every rank: the directory cannot be created, or is not empty.
         """
-        run = EngineState(
-            step=self.step, sequence_length=self._sequence_length, identity=self._identity, function=self._function
-        )
-        return start_save(Path(directory), self.model, self._optimizer, self.dims, run, background=background)
+        return start_save(Path(directory), self.model, self._optimizer, self.dims, self._state(), background=background)
 
     def load(self, directory: Path) -> list[str]:
         """Go on from a checkpoint, written at this layout or another.
@@ -239,6 +237,11 @@ class Engine:
         run = load_checkpoint(Path(directory), self.model, self._optimizer, self.dims, self._identity)
         self.step = run.step
         return self._changes_since(run)
+
+    def _state(self) -> EngineState:
+        return EngineState(
+            step=self.step, sequence_length=self._sequence_length, identity=self._identity, function=self._function
+        )
 
     def _changes_since(self, run: EngineState) -> list[str]:
         return [

@@ -11,7 +11,7 @@ inside, nor when a checkpoint is due.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,31 +29,12 @@ from dash_dist.checkpoints.integrity import (
     RunState,
     read_metadata,
 )
+from dash_dist.checkpoints.pending import PendingSave
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.errors import CheckpointError
 from dash_dist.training.events import EventLog
 
 __all__ = ["CheckpointManager", "PendingSave", "RunState", "Saveable", "Saved"]
-
-
-class PendingSave(Protocol):
-    """What an engine is writing, at one rank."""
-
-    def done(self) -> bool:
-        """Whether this rank's writing has ended, well or not. Answers at once."""
-        ...
-
-    def finish(self) -> Mapping[str, FileChecksum]:
-        """Wait for the writing at every rank, and complete the files; every rank calls it.
-
-        Returns the checksums of the files that this rank took while it wrote them, by path relative to the engine's
-        folder; those of other files are taken by reading them. Raises OSError at every rank if any could not write.
-        """
-        ...
-
-    def abandon(self) -> None:
-        """End this rank's writing and leave the files incomplete. Waits for no other rank."""
-        ...
 
 
 class Saveable(Protocol):

@@ -129,7 +129,7 @@ def save_and_go_on(run: Run, folder: Path) -> dict[str, list[float]]:
         pending = engine.start_save(folder / "saved", background=True)
         for _ in range(STEPS_AFTER_LOAD):
             take_step(engine, run, undisturbed)
-        assert pending.finish() == {}
+        assert list(pending.finish()) == [f"rank_{engine.dims.rank:05d}.safetensors"]
         assert pending.done()
         assert engine.load(folder / "saved") == []
         for _ in range(STEPS_AFTER_LOAD):
@@ -163,7 +163,7 @@ def refused_checkpoints(folder: Path) -> dict[str, str]:
         assert all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))
 
     with engine_of(Run(None), folder) as engine:
-        engine.save(folder / "of megatron")
+        engine.start_save(folder / "of megatron", background=False).finish()
         load("deepspeed's to megatron", engine, folder / "saved")
     with engine_of(Run(1), folder) as engine:
         load("megatron's to deepspeed", engine, folder / "of megatron")

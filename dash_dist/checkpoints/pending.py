@@ -1,0 +1,29 @@
+"""What every engine's checkpoint is while it is being written.
+
+Knows what is asked of it; does not know who writes what, nor how.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from dash_dist.checkpoints.integrity import FileChecksum
+
+
+class PendingSave(Protocol):
+    """What an engine is writing, at one rank."""
+
+    def done(self) -> bool:
+        """Whether this rank's writing has ended, well or not. Answers at once."""
+        ...
+
+    def finish(self) -> Mapping[str, FileChecksum]:
+        """Wait for the writing at every rank, and complete the files; every rank calls it.
+
+        Returns the checksums of the files that this rank took while it wrote them, by path relative to the engine's
+        folder; those of other files are taken by reading them. Raises OSError at every rank if any could not write.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """End this rank's writing and leave the files incomplete. Waits for no other rank."""
+        ...
