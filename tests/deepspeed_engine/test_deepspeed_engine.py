@@ -11,6 +11,10 @@ from deepspeed_cases import STEPS, Run, Trained
 from megatron_cases import Case
 from ranks import run_ranks
 
+# The fixture does everything. Its time, on idle cores a minute or two, says nothing on a busy machine.
+TIME_LIMIT = 600.0
+pytestmark = pytest.mark.timeout(4 * TIME_LIMIT)
+
 RECOMPUTE = Case(context=2, recompute="full")
 BAD_STEP = 5
 REFERENCES = {
@@ -54,7 +58,8 @@ def seen(tmp_path_factory) -> Seen:
     seen = Seen()
 
     def run(world_size: int, runs: dict[str, Run], *then: tuple[str, Any]) -> None:
-        by_rank = run_ranks("deepspeed_jobs:one_after_another", world_size, runs, then, folder, cpu_only=True)
+        job, arguments = "deepspeed_jobs:one_after_another", (runs, then, folder)
+        by_rank = run_ranks(job, world_size, *arguments, cpu_only=True, time_limit=TIME_LIMIT)
         for name in runs:
             seen.trained[name] = [trained[name] for trained, *_ in by_rank]
         for others in zip(*(others for _, *others in by_rank), strict=True):
@@ -64,7 +69,7 @@ def seen(tmp_path_factory) -> Seen:
     run(2, ON_TWO, ("save_and_go_on", SAVED))
     run(1, REFERENCES | ALONE, ("load_and_train", LOADED_BY_ONE))
     run(4, ON_FOUR, ("load_and_train", LOADED_BY_FOUR))
-    (seen.messages,) = run_ranks("deepspeed_jobs:refused_checkpoints", 1, folder, cpu_only=True)
+    (seen.messages,) = run_ranks("deepspeed_jobs:refused_checkpoints", 1, folder, cpu_only=True, time_limit=TIME_LIMIT)
     return seen
 
 
