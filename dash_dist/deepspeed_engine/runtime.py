@@ -5,12 +5,10 @@ Knows what DeepSpeed takes from the environment and from its caller. Does not kn
 
 from __future__ import annotations
 
-import logging
 import os
 from types import ModuleType
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from dash_dist.megatron.parallel import ParallelDims
 
@@ -35,7 +33,7 @@ class ParallelUnit:
         return dist.get_world_size(self._dims.dp_cp_group)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_model_parallel_group()
+        return self._dims.model_parallel_group
 
     def get_model_parallel_rank(self) -> int:
         return dist.get_rank(self.get_model_parallel_group())
@@ -54,14 +52,11 @@ def start_deepspeed(dims: ParallelDims) -> ModuleType:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed wants it, though it is told its device below; not every launcher sets it.
     os.environ.setdefault("LOCAL_RANK", str(dims.device.index or 0))
-    # Every module that is patched or set up would be reported; warnings are still shown.
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
     import deepspeed
     import deepspeed.comm
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     kind = get_accelerator().device_name()
     if kind != dims.device.type:
         raise ValueError(

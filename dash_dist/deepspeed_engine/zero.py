@@ -157,6 +157,7 @@ def _deepspeed_config(settings: DeepSpeedSettings, optimizer: OptimizerConfig, d
         "gradient_clipping": optimizer.grad_clip or 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": True, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "timers": {"throughput": {"enabled": False}},  # would wait for the device in every forward pass
     }
 
 

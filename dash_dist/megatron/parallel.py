@@ -113,6 +113,11 @@ class ParallelDims:
         """The ranks that hold the same weights: gradients are summed over them."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
+    @property
+    def model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that hold one copy of the weights between them, over tensor and pipeline parallelism."""
+        return parallel_state.get_model_parallel_group()
+
     def describe(self) -> str:
         """The layout in one line, for logs."""
         return (

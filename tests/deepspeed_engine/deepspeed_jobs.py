@@ -6,6 +6,7 @@ The test process itself does not import this: it would load Megatron-core and De
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,17 +14,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # read where DeepSpeed is imported, and that is here
+
+import deepspeed
 import torch
 from deepspeed_cases import STEPS, STEPS_AFTER_LOAD, STEPS_BEFORE_SAVE, Run, Trained
 from megatron_cases import CHUNK_SIZE, MODEL, ROUTING_SCALE, SEQUENCE_LENGTH, VOCAB_SIZE, Case
 from megatron_jobs import micro_batches
 
 from dash_dist.deepspeed_engine import engine as deepspeed_module
-from dash_dist.deepspeed_engine.config import DeepSpeedSection
+from dash_dist.deepspeed_engine.checkpoint import load_checkpoint, start_save
+from dash_dist.deepspeed_engine.config import DeepSpeedSection, DeepSpeedSettings, ZeroSettings
 from dash_dist.deepspeed_engine.engine import DeepSpeedEngine
 from dash_dist.deepspeed_engine.slices import owned_slices
+from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.megatron import AttentionConfig, Engine, OptimizerConfig, ParallelConfig, ParallelDims
 from dash_dist.megatron import engine as megatron_module
+from dash_dist.megatron.checkpoint import EngineState
 from dash_dist.megatron.engine import summed_loss as megatron_summed_loss
 
 
@@ -64,15 +71,15 @@ def engine_of(run: Run, folder: Path) -> Iterator[Engine]:
 
 def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The model's own, not the optimizer's copies."""
-    import deepspeed
-
+    if not isinstance(engine, DeepSpeedEngine):
+        return {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
     with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):
         return {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
 
 
 def one_after_another(runs: dict[str, Run], then: list[tuple[str, Any]], folder: Path) -> list[Any]:
     """Several jobs in the same processes, whose start is what takes longest."""
-    jobs = {"save_and_go_on": save_and_go_on, "load_and_train": load_and_train}
+    jobs = {"save_and_go_on": save_and_go_on, "load_and_train": load_and_train, "odd_sizes": odd_sizes}
     return [train(runs, folder), *(jobs[name](argument, folder) for name, argument in then)]
 
 
@@ -148,6 +155,44 @@ def load_and_train(runs: dict[str, Run], folder: Path) -> dict[str, list[float]]
                 take_step(engine, run, trained)
             losses[name] = trained.losses
     return losses
+
+
+def odd_sizes(stages: list[int], folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Per stage: what all ranks own of a model whose parameters cannot be cut evenly, loaded from the stage before."""
+    contents = {}
+    dims = ParallelDims.initialise(ParallelConfig(), timeout=timedelta(seconds=60))
+    run = EngineState(step=1, sequence_length=1, identity={}, function={})
+    previous: Path | None = None
+    for stage in stages:
+        torch.manual_seed(stage)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))  # of 15, 5, 5 and 1 elements
+        settings = DeepSpeedSettings(zero_optimization=ZeroSettings(stage=stage, stage3_param_persistence_threshold=0))
+        zero = ZeroOptimizer(model, OptimizerConfig(lr=0.1), settings, dims, total_steps=10)
+        if previous is None:
+            zero.backward(zero.forward(torch.ones(2, 3), last=True).sum(), weight=1.0)
+            zero.update()
+        else:
+            load_checkpoint(previous, model, zero, dims, {})
+        previous = folder / f"odd {stage}"
+        start_save(previous, model, zero, dims, run, background=False).finish()
+        of_ranks: list[Any] = [None] * dims.world_size
+        torch.distributed.all_gather_object(of_ranks, owned_slices(model, zero))
+        contents[f"zero {stage}"] = {
+            f"{key} {name}": [
+                element
+                for one in sorted((one for rank in of_ranks for one in rank), key=lambda one: one.start)
+                if one.parameter == name
+                for element in one.tensors[key].tolist()
+            ]
+            for key in ("weight", "exp_avg", "exp_avg_sq")
+            for name, _ in model.named_parameters()
+        }
+        # What the next forward pass would compute with is what the optimizer has.
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            for name, parameter in model.named_parameters():
+                assert parameter.flatten().tolist() == contents[f"zero {stage}"][f"weight {name}"]
+    dims.close()
+    return contents
 
 
 def refused_checkpoints(folder: Path) -> dict[str, str]:

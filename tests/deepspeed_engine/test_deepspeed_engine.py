@@ -39,7 +39,7 @@ ON_FOUR = {
     "packed, zero 2, cp 2, dp 2, recompute": Run(2, Case(packed=True, context=2, recompute="full"), bad_step=BAD_STEP),
 }
 SAVED = Run(2)
-LOADED_BY_ONE = {"zero 1": Run(1)}
+LOADED_BY_ONE = {"zero 1, alone": Run(1)}
 LOADED_BY_FOUR = {"zero 2, dp 4": SAVED, "zero 3, cp 2, dp 2": Run(3, Case(context=2, micro_batch_size=2))}
 
 
@@ -48,7 +48,7 @@ class Seen:
     """Run -> what each rank saw; loads likewise; messages of one rank."""
 
     trained: dict[str, list[Trained]] = field(default_factory=dict)
-    losses: dict[str, list[list[float]]] = field(default_factory=dict)
+    losses: dict[str, list[Any]] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
 
 
@@ -66,7 +66,7 @@ def seen(tmp_path_factory) -> Seen:
             for name in others[0]:
                 seen.losses[name] = [of_rank[name] for of_rank in others]
 
-    run(2, ON_TWO, ("save_and_go_on", SAVED))
+    run(2, ON_TWO, ("save_and_go_on", SAVED), ("odd_sizes", [2, 3, 1]))
     run(1, REFERENCES | ALONE, ("load_and_train", LOADED_BY_ONE))
     run(4, ON_FOUR, ("load_and_train", LOADED_BY_FOUR))
     (seen.messages,) = run_ranks("deepspeed_jobs:refused_checkpoints", 1, folder, cpu_only=True, time_limit=TIME_LIMIT)
@@ -110,6 +110,14 @@ def test_a_run_goes_on_exactly_from_its_checkpoint(seen):
 def test_another_number_of_ranks_and_another_stage_go_on_from_it(seen, name):
     for rank in seen.losses[name]:
         assert rank == pytest.approx(seen.losses["undisturbed"][0], rel=1e-5)
+
+
+def test_slices_of_parameters_that_cannot_be_cut_evenly_are_kept_whole(seen):
+    expected = seen.losses["zero 2"][0]
+    assert [len(expected[f"exp_avg {name}"]) for name in ("0.weight", "0.bias", "1.weight", "1.bias")] == [15, 5, 5, 1]
+    assert any(expected["exp_avg_sq 1.bias"])
+    for stage in (2, 3, 1):
+        assert seen.losses[f"zero {stage}"] == [expected, expected]
 
 
 @pytest.mark.parametrize(
