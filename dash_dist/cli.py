@@ -166,6 +166,50 @@ def submit(
     )
 
 
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of the whole run.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Their kind: H100, H200, A100 or B200.")] = "H100",
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of each; by default what the kind has.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs with NVLink between them.")] = 8,
+    density: Annotated[float, typer.Option(help="Selected / causally available chunks, in (0, 1].")] = 0.1,
+    neighbours: Annotated[
+        str, typer.Option(help="Neighbouring tokens select: alike, or independent (worst).")
+    ] = "alike",
+    coverage: Annotated[
+        float | None, typer.Option(help="Share of other ranks' chunks that a rank needs; by default from the density.")
+    ] = None,
+    document_length: Annotated[
+        float | None, typer.Option(help="Tokens of a token's document on average; by default a whole sequence.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Tokens of the tokenizer, where it cannot be read here.")
+    ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of a measured run, a JSON file of measurements, or of a calibration. Repeatable."),
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the plan as JSON, too.")] = None,
+) -> None:
+    """Predict memory, traffic and time of a step on a number of GPUs, and the best layouts. Needs no GPU."""
+    from dash_dist.planning.command import Options, run_plan
+
+    options = Options(
+        gpus=gpus,
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        gpus_per_node=gpus_per_node,
+        density=density,
+        neighbours=neighbours,
+        coverage=coverage,
+        document_length=document_length,
+        vocab_size=vocab_size,
+        calibrate=tuple(calibrate or ()),
+    )
+    run_plan(config, overrides or [], options, json_path=json_path)
+
+
 def run_app(command: typer.Typer) -> None:
     """Run a typer command and end the process; a RunError is printed as it is, once, and not as a traceback.
 

@@ -1,0 +1,132 @@
+"""Bytes of one layer, counted tensor by tensor: what autograd saves, and what a pass has beside that for a moment.
+
+Knows the modules of `dash_dist.megatron.model` on a GPU (bfloat16, PyTorch's fused RMSNorm, Megatron-core's unfused
+rotary embedding and SwiGLU, the Triton attention). Does not know layers' number, pipelines nor weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dash_dist.planning.layouts import Sizes
+from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
+
+INT64 = 8
+MAX_SLAB = 256 * 2**20
+"""Bits per token and chunk that the key gradients need at a time (`triton_backend.selection.MAX_SLAB_BYTES`)."""
+LOGITS_PER_PIECE = 2**26
+"""That of `dash_dist.megatron.model`: logits of one rank that exist at a time."""
+
+
+def saved_by_layer(sizes: Sizes) -> int:
+    """Kept from a layer's forward pass to its backward pass, without recomputation."""
+    hidden, q, kv, ffn = sizes.hidden, sizes.q, sizes.kv, sizes.ffn
+    copy = q if sizes.batch > 1 else 0  # [b, s] to [s, b] for the projection after the attention
+    numbers = (
+        2 * hidden  # the layer's input, and after its norm
+        + (q + 2 * kv)  # queries, keys and values in one tensor: the values are a view of it
+        + (q + kv)  # queries and keys after the rotary embedding
+        + q  # output of the attention
+        + copy
+        + 2 * hidden  # input of the MLP's norm, and after it
+        + 5 * ffn  # both halves of SwiGLU's input, silu of one, the other once more, their product
+    )
+    norms = 2 * FP32  # reciprocal root mean squares
+    angles = 4 * sizes.shard * sizes.head_dim * BF16  # cosines and sines, for queries and for keys
+    return sizes.tokens * (numbers * BF16 + norms) + angles + saved_by_routing(sizes) + _saved_by_attention(sizes)
+
+
+def saved_by_routing(sizes: Sizes) -> int:
+    """Thresholds, mean of the prior and number of selected chunks per token, and a bit per tile and chunk."""
+    tiles = sizes.tokens // sizes.tile_tokens
+    words = -(-sizes.chunks // 32)
+    per_token = sizes.query_heads * FP32 + 2 * sizes.kv_heads * FP32
+    return sizes.tokens * per_token + tiles * sizes.kv_heads * words * 4
+
+
+def _saved_by_attention(sizes: Sizes) -> int:
+    log_sums = sizes.tokens * sizes.query_heads * FP32
+    return log_sums + sizes.batch * sizes.chunks * sizes.kv * FP32  # summaries of the whole sequence
+
+
+def saved_by_exchange(sizes: Sizes, exchange: ExchangePlan) -> int:
+    """Addresses of the blocks of a plan: one number of each block received, three of each sent."""
+    return round(exchange.received * 4 * INT64) if exchange.name == "selective" else 0
+
+
+def input_of_layer(sizes: Sizes) -> int:
+    """One number per token and channel of the residual stream: what full recomputation keeps of a layer."""
+    return sizes.tokens * sizes.hidden * BF16
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes beside what is saved, at the fullest moment of a part of the backward pass. freed: of what was saved.
+
+    attention: work space of the kernels. exchange: K, V and gradients of other ranks.
+    """
+
+    name: str
+    activations: int = 0
+    attention: int = 0
+    exchange: int = 0
+    freed: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.attention + self.exchange - self.freed
+
+
+def mlp_moment(sizes: Sizes) -> Moment:
+    """Gradients of SwiGLU: of the product and of both factors, where the product itself is freed; or of the product and
+    of the second matrix."""
+    half = sizes.tokens * sizes.ffn * BF16
+    gradients = max(2 * half, half + sizes.ffn * sizes.hidden * BF16)
+    return Moment("backward of an MLP", activations=input_of_layer(sizes) + gradients)
+
+
+def attention_moment(sizes: Sizes, exchange: ExchangePlan) -> Moment:
+    """Gradients of the keys, once the layer's MLP is done with."""
+    tokens, q, kv = sizes.tokens, sizes.q, sizes.kv
+    gradients = tokens * BF16 * (2 * q + sizes.hidden)  # of the output, the queries, and the residual stream
+    own = 2 * tokens * kv * FP32
+    scratch = min(sizes.batch * sizes.kv_heads * sizes.chunks * sizes.shard // 8, MAX_SLAB)
+    values = tokens * kv * BF16 if sizes.batch == 1 else tokens * BF16 * (2 * q + 2 * kv)  # made contiguous
+    # At the end the scratch is gone and the gradients are rounded to bfloat16.
+    work = own + max(scratch + values, 2 * tokens * kv * BF16)
+    travelling = 0
+    if exchange.name != "none":
+        work += tokens * q * FP32  # the first parts' gradient of the queries
+        block = 2 * sizes.chunk_size * sizes.head_dim
+        # As received, their gradients, and those that others send home; the ring has the next part on its way, too.
+        copies = {"selective": BF16 + 2 * FP32, "allgather": BF16 + FP32 + FP32 / exchange_ranks(sizes)}
+        ring = 2 * BF16 + 2 * FP32
+        travelling = round(exchange.received * block * copies.get(exchange.name, ring))
+    freed = tokens * BF16 * (5 * sizes.ffn + 2 * sizes.hidden)
+    return Moment("backward of an attention", gradients, work, travelling, freed)
+
+
+def exchange_ranks(sizes: Sizes) -> float:
+    """Context-parallel ranks."""
+    return sizes.chunks * sizes.chunk_size / sizes.shard
+
+
+def saved_by_loss(sizes: Sizes) -> int:
+    """The last norm's input and output, and the probabilities, unless the loss is computed in pieces."""
+    kept = 2 * sizes.tokens * sizes.hidden * BF16 + sizes.tokens * (FP32 + INT64 + 1)
+    if loss_in_pieces(sizes):
+        return kept
+    return kept + sizes.tokens * sizes.vocab * FP32
+
+
+def loss_in_pieces(sizes: Sizes) -> bool:
+    """The logits of a shard are more than `LOGITS_PER_PIECE`."""
+    return sizes.tokens * sizes.vocab > LOGITS_PER_PIECE
+
+
+def loss_moment(sizes: Sizes) -> Moment:
+    """Logits in bfloat16 and float32, or the latter and their gradient; gradients of the output layer's weight, one
+    of them the sum of the pieces', and of its input."""
+    logits = min(sizes.tokens * sizes.vocab, LOGITS_PER_PIECE) * (BF16 + (FP32 if loss_in_pieces(sizes) else 0))
+    weight = (2 if loss_in_pieces(sizes) else 1) * sizes.vocab * sizes.hidden * BF16
+    return Moment("loss", activations=logits + weight + sizes.tokens * sizes.hidden * BF16)

@@ -1,0 +1,47 @@
+"""What a prediction takes for granted beside the configuration: how the model routes, and how fast kernels are.
+
+Knows the numbers and where they come from; does not know what is computed with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NEIGHBOURS = ("alike", "independent")
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the configuration does not say.
+
+    Attributes:
+        density: selected / causally available chunks, of all layers.
+        neighbours: whether neighbouring tokens select alike, as on the inputs of the benchmarks (docs/results), or
+            independently of each other: the worst case, which a model that was not trained comes near.
+        coverage: share of the chunks of other ranks that the queries of a context-parallel rank select between them;
+            None: from density and neighbours.
+        document_length: tokens of the document that a token is in, on average over tokens; None: the whole sequence.
+        matmul_efficiency: share of the GPU's bf16 peak that matrix products reach.
+        memory_efficiency: share of the memory bandwidth that element-wise kernels reach.
+        host_seconds: that the host takes to launch one layer's forward pass; the backward pass takes twice as long.
+        dense_factor: times what is not attention, see `dash_dist.planning.calibration`.
+        attention_factor: times the attention.
+        memory_offset: bytes that the allocator holds beside what is counted.
+        context_gib: of the GPU's memory outside of the allocator: CUDA's context and loaded kernels.
+        nccl_gib: likewise, NCCL's buffers, where there are several ranks.
+        fragmentation: share of activations and work space that the allocator reserves in vain.
+    """
+
+    density: float = 0.1
+    neighbours: str = "alike"
+    coverage: float | None = None
+    document_length: float | None = None
+    matmul_efficiency: float = 0.65
+    memory_efficiency: float = 0.75
+    host_seconds: float = 1e-3
+    dense_factor: float = 1.0
+    attention_factor: float = 1.0
+    memory_offset: float = 0.0
+    context_gib: float = 1.0
+    nccl_gib: float = 1.0
+    fragmentation: float = 0.05

@@ -1,0 +1,87 @@
+"""Seconds of the DashAttention kernels on one rank's queries, stage by stage, from the measured ones.
+
+Knows what each stage's time is proportional to. Does not know ranks nor layers.
+
+With P = pairs of a query head's token and an available chunk, S = those selected, W = those that a tile walks because
+one of its tokens selected them, R = rows (token and query head), all of one rank, an H200 takes
+
+    route      ROUTE_ROW x R + (ROUTE_PAIR + ROUTE_DENSITY x density) x P
+    attend     ATTEND x W
+    queries    QUERIES x W
+    keys       KEYS x S + KEYS_PAIR x P / (query heads of a KV head)
+
+at head_dim 128 and chunks of 64; of the others, `_head_factor`. Long sequences are slower per pair: K and V no longer
+stay in the cache, see `_length_factor`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+
+from dash_dist.planning.assumptions import Assumptions
+from dash_dist.planning.layouts import Sizes
+from dash_dist.planning.selection import tile_efficiency
+
+# Fitted to docs/results/h200_64k.json, four rows: (32, 2) and (32, 8) heads, density 0.05 and 0.25, T = 65536; each of
+# its stages is met within 12 %. Routing beyond T = 65536: cp_2xh200.json and cp_2xh200_long.json.
+ROUTE_ROW = 0.65e-9
+ROUTE_PAIR = 1.8e-12
+ROUTE_DENSITY = 5.8e-12
+ROUTE_DENSEST = 0.55
+"""Routing does not grow beyond this density: all chunks are listed (h100_64k.json at density 1)."""
+ATTEND = 0.0887e-9
+QUERIES = 0.115e-9
+KEYS = 0.215e-9
+KEYS_PAIR = 0.025e-9
+BACKWARD_OTHERS = 0.02
+"""Row sums and conversions, of the backward pass."""
+
+# Time per pair over that at T = 65536, forward and backward: cp_2xh200.json, cp_2xh200_long.json, density 0.25.
+_LENGTHS = ((2**16, 1.0, 1.0), (2**17, 1.03, 1.04), (2**18, 1.06, 1.06), (2**19, 1.165, 1.09), (2**20, 1.29, 1.13))
+_HEAD_DIM, _CHUNK = 128, 64
+_FIXED_SHARE = 0.35
+"""Of a pair's time that does not depend on the head dim: assumed, the products are the rest."""
+
+
+@dataclass(frozen=True)
+class AttentionTime:
+    """Seconds of one layer and micro-batch on an H200. route: stages 1 and 2."""
+
+    route: float
+    attend: float
+    backward: float
+
+
+def attention_time(sizes: Sizes, assumptions: Assumptions, *, sequence_length: int) -> AttentionTime:
+    """Of one rank's queries against all chunks that they may select, wherever those are."""
+    rows = sizes.tokens * sizes.query_heads
+    pairs = rows * sizes.chunks_per_token
+    selected = assumptions.density * pairs
+    walked = selected / tile_efficiency(sizes.tile_tokens, assumptions)
+    per_pair = _head_factor(sizes) * sizes.chunk_size / _CHUNK
+    forward_length, backward_length = _length_factor(min(sizes.document, sequence_length))
+    density = min(assumptions.density, ROUTE_DENSEST)
+    queries, keys = QUERIES * walked, KEYS * selected + KEYS_PAIR * pairs / sizes.group
+    return AttentionTime(
+        route=ROUTE_ROW * rows + (ROUTE_PAIR + ROUTE_DENSITY * density) * pairs * _head_factor(sizes),
+        attend=ATTEND * walked * per_pair * forward_length,
+        backward=(queries + keys) * per_pair * backward_length * (1 + BACKWARD_OTHERS),
+    )
+
+
+def _head_factor(sizes: Sizes) -> float:
+    padded = max(1 << (sizes.head_dim - 1).bit_length(), 16)
+    return _FIXED_SHARE + (1 - _FIXED_SHARE) * padded / _HEAD_DIM
+
+
+def _length_factor(tokens: float) -> tuple[float, float]:
+    place = bisect.bisect([length for length, *_ in _LENGTHS], tokens)
+    if place in (0, len(_LENGTHS)):
+        _, forward, backward = _LENGTHS[min(place, len(_LENGTHS) - 1)]
+        return forward, backward
+    (low, *below), (high, *above) = _LENGTHS[place - 1], _LENGTHS[place]
+    share = math.log(tokens / low) / math.log(high / low)
+    forward, backward = (x + (y - x) * share for x, y in zip(below, above, strict=True))
+    return forward, backward

@@ -1,0 +1,120 @@
+"""`dash-dist plan`: from options to predictions, to a report or JSON.
+
+Knows the command's options and how a refused one is named; does not know how a prediction is made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dash_dist.planning.assumptions import NEIGHBOURS, Assumptions
+from dash_dist.planning.calibration import Calibration, calibrate
+from dash_dist.planning.hardware import GPUS, Machine
+from dash_dist.planning.layouts import Layout
+from dash_dist.planning.prediction import Prediction, predict
+from dash_dist.planning.report import as_json, as_text
+from dash_dist.planning.search import best_layouts
+from dash_dist.training.config import RunConfig
+from dash_dist.training.config_file import load_config
+from dash_dist.training.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the configuration. Raises ConfigError that names an impossible option."""
+
+    gpus: int
+    gpu: str = "H100"
+    gpu_memory: float | None = None
+    gpus_per_node: int = 8
+    density: float = 0.1
+    neighbours: str = "alike"
+    coverage: float | None = None
+    document_length: float | None = None
+    vocab_size: int | None = None
+    calibrate: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.gpu.upper() not in GPUS:
+            raise ConfigError(f"--gpu {self.gpu}: give one of {', '.join(GPUS)}")
+        if self.neighbours not in NEIGHBOURS:
+            raise ConfigError(f"--neighbours {self.neighbours}: give one of {', '.join(NEIGHBOURS)}")
+        for name in ("gpus", "gpus_per_node", "gpu_memory", "document_length", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        for name in ("density", "coverage"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"--{name} {value}: is a share of the chunks, above 0 and at most 1")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise ConfigError(
+                f"--gpus {self.gpus} is not a multiple of --gpus-per-node {self.gpus_per_node}: "
+                "give whole nodes, or the number of GPUs of a node"
+            )
+
+    def machine(self) -> Machine:
+        gpu = GPUS[self.gpu.upper()]
+        memory = self.gpu_memory or gpu.memory
+        return Machine(gpu, self.gpus, min(self.gpus_per_node, self.gpus), memory * GIB)
+
+    def assumptions(self, calibration: Calibration | None) -> Assumptions:
+        plain = Assumptions(
+            density=self.density,
+            neighbours=self.neighbours,
+            coverage=self.coverage,
+            document_length=self.document_length,
+        )
+        return plain if calibration is None else calibration.apply(plain)
+
+
+def run_plan(path: Path, overrides: list[str], options: Options, *, json_path: Path | None) -> None:
+    """Print the plan of the configuration at `path`, and write it as JSON where asked. Raises ConfigError."""
+    config = load_config(path, overrides)
+    machine = options.machine()
+    vocab_size = options.vocab_size or vocabulary_of(config)
+    calibration = None
+    if options.calibrate:
+        calibration = calibrate(options.calibrate, gpu=options.gpu.upper(), gpus_per_node=options.gpus_per_node)
+    assumptions = options.assumptions(calibration)
+    asked: Prediction | None = None
+    refusal = None
+    try:
+        asked = predict(config, Layout.of(config, options.gpus), machine, assumptions, vocab_size=vocab_size)
+    except ValueError as error:
+        refusal = str(error)
+    best, looked_at = best_layouts(config, machine, assumptions, vocab_size=vocab_size)
+    sys.stdout.write(
+        as_text(
+            config,
+            machine,
+            assumptions,
+            asked,
+            refusal,
+            best,
+            looked_at,
+            vocab_size=vocab_size,
+            calibration=calibration,
+        )
+    )
+    if json_path is not None:
+        content = as_json(machine, assumptions, asked, refusal, best, looked_at, vocab_size=vocab_size)
+        try:
+            json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json {json_path}: {error.strerror}") from None
+
+
+def vocabulary_of(config: RunConfig) -> int:
+    """Tokens of the configuration's tokenizer. Raises ConfigError where it cannot be read here."""
+    from dash_dist.data.tokenizer import load_tokenizer
+
+    try:
+        return load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document).vocab_size
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.tokenizer: {error}; or give --vocab-size") from None

@@ -1,0 +1,142 @@
+"""A layout, and what of a model one rank has under it.
+
+Knows sizes; does not know bytes nor seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dash_dist.megatron.config import padded_vocab_size
+from dash_dist.training.config import RunConfig
+
+TILE_ROWS = 64
+"""Rows of a tile of the attention kernels (`dash_kernels.triton_backend.tiles`)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread over its ranks, and what it trades for memory."""
+
+    tensor: int
+    context: int
+    pipeline: int
+    data: int
+    exchange: str
+    recompute: str
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.context * self.pipeline * self.data
+
+    @property
+    def weight_replicas(self) -> int:
+        """Ranks that hold the same weights: gradients are summed, and the optimizer's state is sharded, over them."""
+        return self.context * self.data
+
+    def __str__(self) -> str:
+        exchange = f", {self.exchange}" if self.context > 1 else ""
+        return (
+            f"TP {self.tensor} x CP {self.context} x PP {self.pipeline} x DP {self.data}{exchange}, "
+            f"recompute {self.recompute}"
+        )
+
+    @staticmethod
+    def of(config: RunConfig, gpus: int) -> Layout:
+        """The layout that the configuration asks for on so many GPUs. Raises ValueError where it cannot run there."""
+        config.check_world_size(gpus)
+        parallel = config.parallel
+        return Layout(
+            tensor=parallel.tensor,
+            context=parallel.context,
+            pipeline=parallel.pipeline,
+            data=parallel.data_parallel_size(gpus),
+            exchange=config.attention.exchange,
+            recompute=parallel.recompute,
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one rank has of a run: numbers of channels, heads, tokens and chunks.
+
+    Attributes:
+        batch: sequences of a micro-batch.
+        shard: tokens of a sequence that the rank holds, T / cp.
+        chunks: of the whole sequence, n.
+        hidden, q, kv, ffn, vocab: channels of the residual stream, of the rank's queries, of its keys (as many of its
+            values), of its half of SwiGLU, and rows of its part of the padded vocabulary.
+        query_heads, kv_heads, head_dim, chunk_size: of the rank's attention.
+        layers: of one pipeline stage.
+        micro_batches: of one step.
+        document: tokens of the document of a token.
+        masks: whether routing keeps bits (the Triton backend; all GPUs).
+    """
+
+    batch: int
+    shard: int
+    chunks: int
+    hidden: int
+    q: int
+    kv: int
+    ffn: int
+    vocab: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    chunk_size: int
+    layers: int
+    micro_batches: int
+    document: float
+
+    @staticmethod
+    def of(config: RunConfig, layout: Layout, *, vocab_size: int, document_length: float | None = None) -> Sizes:
+        """
+        Args:
+            vocab_size: tokens of the tokenizer.
+            document_length: tokens; None: that of a sequence.
+        """
+        model, training = config.model, config.training
+        head_dim = model.resolved_head_dim
+        return Sizes(
+            batch=training.micro_batch_size,
+            shard=training.sequence_length // layout.context,
+            chunks=math.ceil(training.sequence_length / config.attention.chunk_size),
+            hidden=model.hidden_size,
+            q=model.num_attention_heads * head_dim // layout.tensor,
+            kv=model.num_kv_heads * head_dim // layout.tensor,
+            ffn=model.ffn_hidden_size // layout.tensor,
+            vocab=padded_vocab_size(vocab_size) // layout.tensor,
+            query_heads=model.num_attention_heads // layout.tensor,
+            kv_heads=model.num_kv_heads // layout.tensor,
+            head_dim=head_dim,
+            chunk_size=config.attention.chunk_size,
+            layers=model.num_layers // layout.pipeline,
+            micro_batches=training.global_batch_size // (training.micro_batch_size * layout.data),
+            document=min(document_length or training.sequence_length, training.sequence_length),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on this rank."""
+        return self.batch * self.shard
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a tile: `TileShape.of` of the Triton backend."""
+        padded_group = 1 << (self.group - 1).bit_length()
+        tokens = max(16 // padded_group, 1)
+        while tokens * 2 * padded_group <= TILE_ROWS and self.chunk_size % (tokens * 2) == 0:
+            tokens *= 2
+        return tokens
+
+    @property
+    def chunks_per_token(self) -> float:
+        """Causally available chunks of a token, the own one counted, on average."""
+        return (max(self.document, self.chunk_size) / self.chunk_size + 1) / 2

@@ -1,0 +1,119 @@
+"""Memory of one rank by kind, at the fullest moment of a step.
+
+Knows which micro-batches of a pipeline are in flight and what stays between steps. Does not know speeds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from dash_dist.planning import activations
+from dash_dist.planning.assumptions import Assumptions
+from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.parameters import buffer_numbers, stage_weights
+from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
+
+GIB = 2**30
+_CUBLAS = 32 * 2**20  # its work space on Hopper, in torch's allocator
+_BATCH = 2 * activations.INT64 + 1  # of a token: itself, its label, and whether it counts
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        weights: bfloat16, in Megatron-core's buffer.
+        gradients: float32, likewise.
+        optimizer: float32 weights and two moments, of this rank's part with the distributed optimizer.
+        activations: what is saved for the backward pass of every micro-batch in flight, and what comes and goes.
+        attention: work space of the attention, where the fullest moment is one of the attention.
+        communication: K, V and gradients of other ranks, likewise.
+        reserve: CUDA's context, NCCL's buffers, and what the allocator reserves in vain.
+        moment: the fullest one.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    attention: float
+    communication: float
+    reserve: float
+    moment: str
+
+    @property
+    def allocated(self) -> float:
+        """The peak that torch's allocator reports (memory/allocated_peak_gib of a run)."""
+        return self.total - self.reserve
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
+
+
+def stage_memory(
+    sizes: Sizes,
+    layout: Layout,
+    stage: int,
+    exchange: ExchangePlan,
+    assumptions: Assumptions,
+    *,
+    tie_embeddings: bool,
+    distributed_optimizer: bool,
+) -> Memory:
+    """Of a rank of pipeline stage `stage`."""
+    weights = stage_weights(sizes, layout, stage, tie_embeddings=tie_embeddings)
+    numbers = buffer_numbers(weights, layout.weight_replicas, distributed_optimizer=distributed_optimizer)
+    of_optimizer = numbers // layout.weight_replicas if distributed_optimizer else numbers
+
+    base, saved_once, moments = _activations(sizes, layout, stage, exchange)
+    # AdamW's for-each form takes the square roots of all second moments at once, when no activation is left.
+    step = activations.Moment("optimizer step", of_optimizer * FP32 - saved_once)
+    fullest = max([*moments, step], key=lambda moment: moment.total)
+    held = base + saved_once + fullest.activations - fullest.freed + assumptions.memory_offset
+    several = layout.gpus > 1
+    working = held + fullest.attention + fullest.exchange
+    reserve = (assumptions.context_gib + assumptions.nccl_gib * several) * GIB + assumptions.fragmentation * working
+    return Memory(
+        weights=numbers * BF16,
+        gradients=numbers * FP32,
+        optimizer=of_optimizer * 3 * FP32,
+        activations=held,
+        attention=fullest.attention,
+        communication=fullest.exchange,
+        reserve=reserve,
+        moment=fullest.name,
+    )
+
+
+def micro_batches_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
+    """Forward passes whose backward pass has not ended, at most, in the 1F1B schedule."""
+    return min(layout.pipeline - stage, micro_batches)
+
+
+def _activations(
+    sizes: Sizes, layout: Layout, stage: int, exchange: ExchangePlan
+) -> tuple[int, int, list[activations.Moment]]:
+    """(bytes held all step, bytes saved when the fullest moments come, those moments)"""
+    last = stage == layout.pipeline - 1
+    layer = activations.saved_by_layer(sizes) + activations.saved_by_exchange(sizes, exchange)
+    of_layer = [activations.mlp_moment(sizes), activations.attention_moment(sizes, exchange)]
+    kept = layer
+    if layout.recompute == "full":
+        kept = activations.input_of_layer(sizes)
+        if layout.context > 1:  # the first pass leaves its routing and its plan to the second
+            kept += activations.saved_by_routing(sizes) + activations.saved_by_exchange(sizes, exchange)
+        # The layer that is recomputed has its output beside it, and its input is the one that was kept.
+        of_layer = [replace(moment, activations=moment.activations + layer) for moment in of_layer]
+    in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)
+    saved = in_flight * (kept * sizes.layers + sizes.shard * sizes.head_dim * FP32)  # and the rotary angles
+    moments = of_layer
+    if last:
+        # The fullest moments of layers are those of the last one, when the loss is done with.
+        of_loss = activations.saved_by_loss(sizes)
+        saved += of_loss
+        moments = [replace(moment, freed=moment.freed + of_loss) for moment in of_layer]
+        moments.append(activations.loss_moment(sizes))
+    base = sizes.micro_batches * sizes.tokens * _BATCH + _CUBLAS
+    return base, saved, moments

@@ -1,0 +1,189 @@
+"""A prediction: memory, operations, bytes and seconds of a configuration on a layout.
+
+Puts the parts together; knows no constant itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dash_dist.megatron.flops import flops_per_token
+from dash_dist.planning.activations import loss_in_pieces
+from dash_dist.planning.assumptions import Assumptions
+from dash_dist.planning.attention_time import attention_time
+from dash_dist.planning.hardware import Machine
+from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.memory import Memory, stage_memory
+from dash_dist.planning.parameters import buffer_numbers, stage_weights
+from dash_dist.planning.step import (
+    Pace,
+    StepTime,
+    embedding_time,
+    layer_matmul,
+    layer_time,
+    loss_time,
+    optimizer_time,
+)
+from dash_dist.planning.traffic import BF16, FP32, Bytes, ExchangePlan, all_reduce, plan_exchange
+from dash_dist.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one layout. All of one rank, and of the worst one: memory of the fullest pipeline stage, bytes of the busiest.
+
+    Attributes:
+        memory: by pipeline stage.
+        flops: operations that a rank executes in a step: matrix products and attention, recomputation included.
+        model_flops: operations that a step is worth over all ranks (`dash_dist.megatron.flops`).
+        sent: bytes that a rank sends in a step, by purpose.
+        exchange: of one layer and micro-batch.
+        time: of a step.
+        mfu: model FLOPs utilisation.
+        tokens: of a global batch.
+        budget: bytes of a GPU.
+    """
+
+    layout: Layout
+    memory: tuple[Memory, ...]
+    flops: float
+    model_flops: float
+    sent: dict[str, Bytes]
+    exchange: ExchangePlan
+    time: StepTime
+    mfu: float
+    tokens: int
+    budget: float
+
+    @property
+    def fullest_stage(self) -> int:
+        return max(range(len(self.memory)), key=lambda stage: self.memory[stage].total)
+
+    @property
+    def peak(self) -> Memory:
+        """Memory of the fullest stage."""
+        return self.memory[self.fullest_stage]
+
+    @property
+    def fits(self) -> bool:
+        return self.peak.total <= self.budget
+
+    @property
+    def seconds(self) -> float:
+        return self.time.total
+
+
+def predict(
+    config: RunConfig, layout: Layout, machine: Machine, assumptions: Assumptions, *, vocab_size: int
+) -> Prediction:
+    """
+    Args:
+        config: its `parallel` and `attention.exchange` are not read: `layout` is.
+        vocab_size: tokens of the tokenizer.
+    """
+    sizes = Sizes.of(config, layout, vocab_size=vocab_size, document_length=assumptions.document_length)
+    exchange = plan_exchange(sizes, layout, machine, assumptions)
+    tie, distributed = config.model.tie_embeddings, config.parallel.distributed_optimizer
+    memory = tuple(
+        stage_memory(sizes, layout, stage, exchange, assumptions, tie_embeddings=tie, distributed_optimizer=distributed)
+        for stage in sorted({0, layout.pipeline - 1})
+    )
+    numbers = max(
+        buffer_numbers(
+            stage_weights(sizes, layout, stage, tie_embeddings=tie),
+            layout.weight_replicas,
+            distributed_optimizer=distributed,
+        )
+        for stage in (0, layout.pipeline - 1)
+    )
+    sent = _bytes(sizes, layout, machine, exchange, numbers, distributed=distributed)
+    pace = Pace(machine, assumptions)
+    time = _time(config, sizes, layout, pace, exchange, sent, numbers, distributed=distributed)
+    tokens = config.training.global_batch_size * config.training.sequence_length
+    model_flops = tokens * flops_per_token(
+        config.model,
+        config.attention,
+        vocab_size=vocab_size,
+        document_length=sizes.document,
+        density=assumptions.density,
+    )
+    return Prediction(
+        layout=layout,
+        memory=memory,
+        flops=_executed(sizes, layout, assumptions),
+        model_flops=model_flops,
+        sent=sent,
+        exchange=exchange,
+        time=time,
+        mfu=model_flops / (time.total * layout.gpus * machine.gpu.flops),
+        tokens=tokens,
+        budget=machine.memory,
+    )
+
+
+def _bytes(
+    sizes: Sizes, layout: Layout, machine: Machine, exchange: ExchangePlan, numbers: int, *, distributed: bool
+) -> dict[str, Bytes]:
+    """Of a step, by what it is for."""
+    passes = 2 if layout.recompute == "full" else 1
+    times = sizes.layers * sizes.micro_batches
+    residual = sizes.tokens * sizes.hidden * BF16
+    one = all_reduce(residual, layout.tensor, 1, machine)
+    stride = layout.tensor
+    reduced = all_reduce(numbers * FP32, layout.weight_replicas, stride, machine)
+    if distributed:  # gradients go home by half an all-reduce, weights are gathered by the other half, in bfloat16
+        reduced = reduced * (0.5 * (1 + BF16 / FP32))
+    pipeline = Bytes()
+    if layout.pipeline > 1:
+        sends = 2 * residual * sizes.micro_batches
+        within_node = layout.gpus // layout.pipeline < machine.gpus_per_node
+        pipeline = Bytes(sends) if within_node else Bytes(0.0, sends)
+    return {
+        "exchange": (exchange.forward + exchange.backward) * times,
+        "summaries": exchange.summaries * (times * passes if exchange.name != "none" else 0),
+        "tensor": one * (times * 2 * (passes + 1)),
+        "pipeline": pipeline,
+        "gradients": reduced,
+    }
+
+
+def _time(
+    config: RunConfig,
+    sizes: Sizes,
+    layout: Layout,
+    pace: Pace,
+    exchange: ExchangePlan,
+    sent: dict[str, Bytes],
+    numbers: int,
+    *,
+    distributed: bool,
+) -> StepTime:
+    attention = attention_time(sizes, pace.assumptions, sequence_length=config.training.sequence_length)
+    one = all_reduce(sizes.tokens * sizes.hidden * BF16, layout.tensor, 1, pace.machine)
+    layer = layer_time(sizes, layout, pace, attention, exchange, one, sequence_layout=config.attention.layout)
+    stage = layer * sizes.layers
+    first = stage + embedding_time(sizes, pace)
+    last = loss_time(sizes, pace, in_pieces=loss_in_pieces(sizes)) + (first if layout.pipeline == 1 else stage)
+    slowest = max(first, last, key=lambda time: time.total)
+    time = slowest * sizes.micro_batches
+    if layout.pipeline > 1:
+        others = first.total + last.total + stage.total * (layout.pipeline - 2) - slowest.total
+        sends = pace.send(sent["pipeline"], 2 * sizes.micro_batches)
+        time = time + StepTime(bubble=others, pipeline=sends)
+    if layout.weight_replicas > 1:
+        time = time + StepTime(reduction=pace.reduce(sent["gradients"]))
+    of_optimizer = numbers // layout.weight_replicas if distributed else numbers
+    return time + optimizer_time(numbers, of_optimizer, pace)
+
+
+def _executed(sizes: Sizes, layout: Layout, assumptions: Assumptions) -> float:
+    """Operations of a rank of the last pipeline stage; the tiles' waste is not counted."""
+    passes = 4 if layout.recompute == "full" else 3
+    pairs = sizes.tokens * sizes.query_heads * sizes.chunks_per_token
+    selected = assumptions.density * pairs * 4 * sizes.head_dim * sizes.chunk_size
+    routed = pairs * 2 * sizes.head_dim
+    # Stage 3 is two products forward, and seven backward: three for the queries, four for the keys.
+    attention = (selected + routed) * (passes - 2) + selected * 3.5 + routed * 2
+    layers = (layer_matmul(sizes) * passes + attention) * sizes.layers
+    output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * (4 if loss_in_pieces(sizes) else 3)
+    return (layers + output) * sizes.micro_batches

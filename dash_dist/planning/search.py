@@ -1,0 +1,73 @@
+"""All layouts of a run on so many GPUs, and the best of them.
+
+Knows what can be varied; does not know how a prediction is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dash_dist.planning.assumptions import Assumptions
+from dash_dist.planning.hardware import Machine
+from dash_dist.planning.layouts import Layout
+from dash_dist.planning.prediction import Prediction, predict
+from dash_dist.training.config import RunConfig
+
+EXCHANGES = ("selective", "allgather", "ring")
+RECOMPUTE = ("none", "full")
+
+
+def layouts(config: RunConfig, machine: Machine) -> Iterator[Layout]:
+    """Every layout that the configuration's model, sequence and batch allow on these GPUs.
+
+    Tensor parallelism stays inside a node, where its all-reduces are fast. Without context parallelism there is no
+    exchange to choose.
+    """
+    for tensor in _divisors(machine.gpus):
+        if tensor > machine.gpus_per_node:
+            break
+        for pipeline in _divisors(machine.gpus // tensor):
+            for context in _divisors(machine.gpus // (tensor * pipeline)):
+                if not _is_possible(config, tensor, pipeline, context, machine.gpus):
+                    continue
+                data = machine.gpus // (tensor * pipeline * context)
+                for exchange in EXCHANGES if context > 1 else (config.attention.exchange,):
+                    for recompute in RECOMPUTE:
+                        yield Layout(tensor, context, pipeline, data, exchange, recompute)
+
+
+def best_layouts(
+    config: RunConfig, machine: Machine, assumptions: Assumptions, *, vocab_size: int, count: int = 3
+) -> tuple[list[Prediction], list[Prediction]]:
+    """The fastest layouts that fit, each with the exchange that is fastest for it, and all that were looked at.
+
+    Of two that differ in nothing but the exchange only the faster one is among the best.
+    """
+    looked_at = [
+        predict(config, layout, machine, assumptions, vocab_size=vocab_size) for layout in layouts(config, machine)
+    ]
+    best: list[Prediction] = []
+    for prediction in sorted((one for one in looked_at if one.fits), key=lambda one: one.seconds):
+        if all(_but_for_exchange(prediction.layout) != _but_for_exchange(other.layout) for other in best):
+            best.append(prediction)
+        if len(best) == count:
+            break
+    return best, looked_at
+
+
+def _but_for_exchange(layout: Layout) -> tuple[int, int, int, int, str]:
+    return layout.tensor, layout.context, layout.pipeline, layout.data, layout.recompute
+
+
+def _is_possible(config: RunConfig, tensor: int, pipeline: int, context: int, gpus: int) -> bool:
+    parallel = config.parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline, "context": context})
+    attention = config.attention.model_copy(update={"ranks_per_node": None})
+    try:
+        config.model_copy(update={"parallel": parallel, "attention": attention}).check_world_size(gpus)
+    except ValueError:
+        return False
+    return True
+
+
+def _divisors(value: int) -> list[int]:
+    return [candidate for candidate in range(1, value + 1) if value % candidate == 0]

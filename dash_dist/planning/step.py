@@ -1,0 +1,216 @@
+"""Seconds of a step by part, from operations and bytes.
+
+Knows how the engine runs a step: which communication waits and which runs beside computation. Does not know memory.
+
+A layer's pass takes as long as its matrix products at a share of the peak, its attention as measured, its element-wise
+kernels at a share of the memory bandwidth, and the communication that nothing hides; or as long as the host takes to
+launch it. In the code as it is,
+
+- an exchange of K and V runs beside the attention on the rank's own shard (the ring: beside all parts);
+- tensor-parallel all-reduces wait in the forward pass; in the backward pass they run beside the weight's gradient;
+- a pipeline's sends wait, and its stages idle for pipeline - 1 micro-batches;
+- gradients are summed after the last backward pass, and weights gathered after the optimizer: nothing runs beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from dash_dist.planning.assumptions import Assumptions
+from dash_dist.planning.attention_time import AttentionTime
+from dash_dist.planning.hardware import Machine
+from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.traffic import BF16, Bytes, ExchangePlan
+
+# Selected chunks of the busiest rank / of the mean one, by layout: docs/results/cp_2xh200.json, two ranks.
+_IMBALANCE = {"zigzag": 1.07, "double_zigzag": 1.03, "contiguous": 1.27}
+_BACKWARD_OF_FORWARD = 2  # products of a backward pass / of a forward pass
+
+# Bytes that element-wise kernels read and write per token, in numbers of bfloat16 of a width.
+_ELEMENTWISE = {
+    # width: (forward, backward)
+    # norms (2 + 2, backward 3 + 3) and residual additions (3 + 3; gradients of the branches are added)
+    "hidden": (10, 12),
+    # queries made contiguous (2), rotary embedding: two products, half turned, a sum, a copy (12)
+    "q": (14, 15),
+    # rotary embedding of the keys; backward also the gradients put together
+    "kv": (12, 16),
+    # silu, the other half once more, the product
+    "ffn": (7, 13),
+}
+_WEIGHT_GRADIENT = 12  # bytes per weight and micro-batch: written in bfloat16, added to float32
+_LOGITS = (40, 14)  # bytes per logit of the loss, forward and backward
+_STEP_PER_GRADIENT = 12  # bytes per number of the gradients' buffer: cleared, and divided by the number of tokens
+_STEP_PER_STATE = 98  # bytes per number of this rank's optimizer state: norm, clipping, AdamW's passes, rounding
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step. What waits for nothing else; a pipeline's idle time by itself.
+
+    Attributes:
+        matmul, attention, elementwise: computation of all micro-batches of the slowest stage.
+        launch: what the host's launches take beyond that.
+        exchange, tensor, pipeline: communication that nothing hides, by kind of parallelism.
+        bubble: a stage waits for the others.
+        reduction: gradients summed and weights gathered over the ranks that hold the same ones.
+        optimizer: gradients cleared, clipped, and the update.
+    """
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    launch: float = 0.0
+    exchange: float = 0.0
+    tensor: float = 0.0
+    pipeline: float = 0.0
+    bubble: float = 0.0
+    reduction: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: StepTime) -> StepTime:
+        return StepTime(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def __mul__(self, times: float) -> StepTime:
+        return StepTime(**{f.name: getattr(self, f.name) * times for f in fields(self)})
+
+
+def exposed(transfers: Sequence[float], beside: Sequence[float]) -> float:
+    """What is left of transfers, each of which runs beside a computation."""
+    return sum(max(0.0, transfer - hides) for transfer, hides in zip(transfers, beside, strict=True))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a rank is."""
+
+    machine: Machine
+    assumptions: Assumptions
+
+    def products(self, operations: float) -> float:
+        peak = self.machine.gpu.flops * self.assumptions.matmul_efficiency
+        return operations / peak * self.assumptions.dense_factor
+
+    def elementwise(self, size: float) -> float:
+        bandwidth = self.machine.gpu.bandwidth * self.assumptions.memory_efficiency
+        return size / bandwidth * self.assumptions.dense_factor
+
+    def attention(self, seconds: float) -> float:
+        return seconds * self.machine.gpu.attention_time * self.assumptions.attention_factor
+
+    def send(self, size: Bytes, messages: int = 1) -> float:
+        return (
+            size.nvlink / self.machine.gpu.nvlink
+            + size.network / self.machine.network
+            + messages * self.machine.latency
+        )
+
+    def reduce(self, size: Bytes) -> float:
+        """A ring over all links at once: the slower kind is what it takes."""
+        return max(size.nvlink / self.machine.gpu.nvlink, size.network / self.machine.network)
+
+
+def layer_matmul(sizes: Sizes) -> float:
+    """Operations of a layer's matrix products, forward, of one micro-batch on one rank."""
+    weights = sizes.hidden * (sizes.q + 2 * sizes.kv) + sizes.q * sizes.hidden + 3 * sizes.hidden * sizes.ffn
+    return 2.0 * sizes.tokens * weights
+
+
+def layer_time(
+    sizes: Sizes,
+    layout: Layout,
+    pace: Pace,
+    attention: AttentionTime,
+    exchange: ExchangePlan,
+    all_reduce: Bytes,
+    *,
+    sequence_layout: str,
+) -> StepTime:
+    """Forward and backward pass of one layer and micro-batch, recomputation included.
+
+    Args:
+        attention: on an H200, of the mean rank.
+        all_reduce: of one tensor-parallel all-reduce; there are two in each pass.
+        sequence_layout: `attention.layout` of the configuration.
+    """
+    uneven = imbalance(sequence_layout, layout.context)
+    stage3 = pace.attention(attention.attend) * uneven, pace.attention(attention.backward) * uneven
+    route = pace.attention(attention.route)
+    passes = 2 if layout.recompute == "full" else 1
+    # With context parallelism the second pass finds the routing of the first one.
+    routes = 1 if layout.context > 1 else passes
+    matmul = pace.products(layer_matmul(sizes))
+    widths = {name: getattr(sizes, name) for name in _ELEMENTWISE}
+    forward, backward = (
+        pace.elementwise(BF16 * sizes.tokens * sum(_ELEMENTWISE[name][i] * width for name, width in widths.items()))
+        for i in (0, 1)
+    )
+    weights = layer_matmul(sizes) / (2 * sizes.tokens)
+    backward += pace.elementwise(_WEIGHT_GRADIENT * weights)
+    computed = StepTime(
+        matmul=matmul * (passes + _BACKWARD_OF_FORWARD),
+        attention=stage3[0] * passes + stage3[1] + route * routes,
+        elementwise=forward * passes + backward,
+    )
+    tensor = 0.0
+    if layout.tensor > 1:
+        one = pace.send(all_reduce, 2)
+        # In the backward pass they run beside the gradients of the projection and of the MLP's first matrix.
+        beside = [
+            pace.products(2.0 * sizes.tokens * sizes.hidden * width)
+            for width in (sizes.q + 2 * sizes.kv, 2 * sizes.ffn)
+        ]
+        tensor = 2 * one * passes + exposed([one, one], beside)
+    launched = pace.assumptions.host_seconds * (passes + 2)
+    waited = StepTime(tensor=tensor, exchange=_exchange_time(layout, pace, exchange, stage3, passes))
+    return computed + waited + StepTime(launch=max(0.0, launched - computed.total - waited.total))
+
+
+def _exchange_time(
+    layout: Layout, pace: Pace, exchange: ExchangePlan, stage3: tuple[float, float], passes: int
+) -> float:
+    """What nothing hides of an exchange."""
+    if exchange.name == "none":
+        return 0.0
+    ring = exchange.name == "ring"
+    share = 1.0 if ring else 1 / layout.context  # of the attention that runs beside it
+    half = exchange.messages // 2
+    forward, backward = pace.send(exchange.forward, half), pace.send(exchange.backward, half)
+    if passes == 2 and not ring:
+        # K and V of the recomputation are still there in the backward pass, to which gradients are left.
+        backward -= forward
+    transfers = [forward] * passes + [backward]
+    beside = [stage3[0] * share] * passes + [stage3[1] * share]
+    merging = exchange.merged / (pace.machine.gpu.bandwidth * pace.assumptions.memory_efficiency)
+    return exposed(transfers, beside) + passes * pace.send(exchange.summaries) + merging
+
+
+def imbalance(sequence_layout: str, ranks: int) -> float:
+    """Attention of the busiest context-parallel rank / of the mean one; of more than two ranks as of two."""
+    return _IMBALANCE[sequence_layout] if ranks > 1 else 1.0
+
+
+def loss_time(sizes: Sizes, pace: Pace, *, in_pieces: bool) -> StepTime:
+    """Output layer and loss, forward and backward, of one micro-batch."""
+    logits = sizes.tokens * sizes.vocab
+    passes = 2 if in_pieces else 1
+    return StepTime(
+        matmul=pace.products(2.0 * logits * sizes.hidden) * (passes + _BACKWARD_OF_FORWARD),
+        elementwise=pace.elementwise(logits * (_LOGITS[0] * passes + _LOGITS[1])),
+    )
+
+
+def embedding_time(sizes: Sizes, pace: Pace) -> StepTime:
+    """Rows looked up, and their gradients added up."""
+    rows = 4 * sizes.tokens * sizes.hidden * BF16
+    return StepTime(elementwise=pace.elementwise(rows + 2 * sizes.vocab * sizes.hidden * BF16))
+
+
+def optimizer_time(numbers: int, of_optimizer: int, pace: Pace) -> StepTime:
+    """Of a buffer of so many gradients, and so many of them in this rank's optimizer state."""
+    return StepTime(optimizer=pace.elementwise(_STEP_PER_GRADIENT * numbers + _STEP_PER_STATE * of_optimizer))
