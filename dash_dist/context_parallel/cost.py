@@ -1,6 +1,6 @@
 """What an exchange costs, predicted: `exchange="auto"` takes the cheapest one that fits in memory.
 
-Knows byte counts and links; does not know tensors. One line (`Cost.seconds`) holds the model:
+Knows byte counts and links; does not know tensors, and does not import torch. One line (`Cost.seconds`) holds the model:
 
     seconds = messages x latency + fast bytes / fast bandwidth + slow bytes / slow bandwidth + merged / memory bandwidth
 
@@ -13,8 +13,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dash_dist.context_parallel.plan import Busiest
 from dash_dist.context_parallel.topology import Topology
+
+
+MEMORY_BUDGET = 8 * 2**30
+"""Bytes that "auto" lets K, V and gradients of other ranks take: a constant, since all ranks must decide alike."""
+
+
+@dataclass(frozen=True)
+class Busiest:
+    """Over the ranks of the group, and equal at all of them: the most blocks that one rank sends, or receives, over
+    links of a kind, and that it holds at once of what it received.
+    """
+
+    fast: int
+    slow: int
+    held: int
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from dash_dist.context_parallel.traffic import Traffic
 from dash_kernels.spec import Blocks, Part, accumulation_dtype
 
 EXCHANGES = ("auto", "selective", "allgather", "ring")
-MEMORY_BUDGET = 8 * 2**30
-"""Bytes that "auto" lets K, V and gradients of other ranks take: a constant, since all ranks must decide alike."""
 
 
 class Delivery(Protocol):
@@ -89,7 +87,7 @@ def from_plan(
             group=group,
             planned=True,
         )
-        other = of_everything(cost.cheapest(costs, cost.Links(), MEMORY_BUDGET), shard, topology, plan)
+        other = of_everything(cost.cheapest(costs, cost.Links(), cost.MEMORY_BUDGET), shard, topology, plan)
         if other is not None:
             return other
     return Selective(shard, plan)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dash_dist.context_parallel.cost import Busiest
 from dash_dist.context_parallel.errors import naming_the_exchange
 from dash_dist.context_parallel.shard import Shard
 from dash_dist.context_parallel.topology import Topology
@@ -61,17 +62,6 @@ class PerLink:
     @property
     def total(self) -> int:
         return self.fast + self.slow
-
-
-@dataclass(frozen=True)
-class Busiest:
-    """Over the ranks of the group, and equal at all of them: the most blocks that one rank sends, or receives, over
-    links of a kind, and that it holds at once of what it received.
-    """
-
-    fast: int
-    slow: int
-    held: int
 
 
 @dataclass(frozen=True)

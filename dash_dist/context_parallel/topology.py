@@ -1,6 +1,6 @@
 """Which ranks of a context-parallel group share a node, and with it a fast link.
 
-Knows ranks and host names; does not know what travels.
+Knows ranks and host names; does not know what travels. Imports torch only to find nodes.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import logging
 import socket
 import weakref
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
-from dash_dist.context_parallel.errors import naming_the_exchange
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,10 @@ class Topology:
         Where nodes hold unequal numbers of the group's ranks, or not consecutive ones, all links count as fast: the
         group is taken for one node, which is right but sends a chunk over a slow link once per rank that needs it.
         """
+        import torch.distributed as dist
+
+        from dash_dist.context_parallel.errors import naming_the_exchange
+
         if ranks_per_node is not None:
             return Topology(dist.get_world_size(group), ranks_per_node)
         if group not in _found:

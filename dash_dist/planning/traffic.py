@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dash_dist.context_parallel import cost
-from dash_dist.context_parallel.plan import Busiest
+from dash_dist.context_parallel.cost import Busiest
 from dash_dist.context_parallel.topology import Topology
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
@@ -17,8 +17,6 @@ from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.selection import shard_coverage
 
 BF16, FP32 = 2, 4
-MEMORY_BUDGET = 8 * 2**30
-"""That of `dash_dist.context_parallel.exchanges`: what "auto" lets an exchange hold."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def plan_exchange(sizes: Sizes, layout: Layout, machine: Machine, assumptions: A
     )
     name = layout.exchange
     if name == "auto":
-        name = cost.cheapest(costs, cost.Links(), MEMORY_BUDGET)
+        name = cost.cheapest(costs, cost.Links(), cost.MEMORY_BUDGET)
     chosen = costs[name]
     both = Bytes(chosen.fast_bytes, chosen.slow_bytes)
     forward = forward_share(name, layout.context)

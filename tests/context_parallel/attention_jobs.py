@@ -203,7 +203,7 @@ def automatic_choices() -> dict[str, list[str]]:
     inputs = same_inputs(4 * size)
     shun(inputs, slice(1, None, 2))  # every other chunk is needed
     alone = same_inputs(4 * size, batch=1, bounds=tuple(range(4 * size + 1)))
-    links, budget = cost.Links, exchanges.MEMORY_BUDGET
+    links, budget = cost.Links, cost.MEMORY_BUDGET
     constants: dict[str, tuple[Any, int, Inputs, int]] = {
         "default": (links, budget, inputs, size),
         "bandwidth is scarce": (partial(links, fast_bandwidth=1.0), budget, inputs, size),
@@ -216,7 +216,7 @@ def automatic_choices() -> dict[str, list[str]]:
         traffic = Traffic()
         with (
             replaced(cost, "Links", chosen_links),
-            replaced(exchanges, "MEMORY_BUDGET", chosen_budget),
+            replaced(cost, "MEMORY_BUDGET", chosen_budget),
             recorded(exchanges, "make_plan") as plans,
         ):
             for layout in LAYOUTS:
