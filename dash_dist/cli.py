@@ -174,9 +174,9 @@ def plan(
     gpu_memory: Annotated[float | None, typer.Option(help="GiB of each; by default what the kind has.")] = None,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs with NVLink between them.")] = 8,
     density: Annotated[float, typer.Option(help="Selected / causally available chunks, in (0, 1].")] = 0.1,
-    neighbours: Annotated[
-        str, typer.Option(help="Neighbouring tokens select: alike, or independent (worst).")
-    ] = "alike",
+    independence: Annotated[
+        float | None, typer.Option(help="Neighbouring tokens select: 0 alike to 1 independently of each other.")
+    ] = None,
     coverage: Annotated[
         float | None, typer.Option(help="Share of other ranks' chunks that a rank needs; by default from the density.")
     ] = None,
@@ -201,7 +201,7 @@ def plan(
         gpu_memory=gpu_memory,
         gpus_per_node=gpus_per_node,
         density=density,
-        neighbours=neighbours,
+        independence=independence,
         coverage=coverage,
         document_length=document_length,
         vocab_size=vocab_size,

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from dash_dist.context_parallel.topology import Topology
 
-
 MEMORY_BUDGET = 8 * 2**30
 """Bytes that "auto" lets K, V and gradients of other ranks take: a constant, since all ranks must decide alike."""
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NEIGHBOURS = ("alike", "independent")
-
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -16,16 +14,16 @@ class Assumptions:
 
     Attributes:
         density: selected / causally available chunks, of all layers.
-        neighbours: whether neighbouring tokens select alike, as on the inputs of the benchmarks (docs/results), or
-            independently of each other: the worst case, which a model that was not trained comes near.
+        independence: how independently of each other neighbouring tokens select: 0 as alike as on the benchmarks'
+            inputs (docs/results), 1 not alike at all. Young models lie between (docs/planning.md).
         coverage: share of the chunks of other ranks that the queries of a context-parallel rank select between them;
-            None: from density and neighbours.
+            None: from density and independence.
         document_length: tokens of the document that a token is in, on average over tokens; None: the whole sequence.
         matmul_efficiency: share of the GPU's bf16 peak that matrix products reach.
         memory_efficiency: share of the memory bandwidth that element-wise kernels reach.
         host_seconds: that the host takes to launch one layer's forward pass; the backward pass takes twice as long.
-        dense_factor: times what is not attention, see `dash_dist.planning.calibration`.
-        attention_factor: times the attention.
+        dense_factor: times the computation that is not attention, see `dash_dist.planning.calibration`.
+        attention_factor: times the attention, likewise.
         memory_offset: bytes that the allocator holds beside what is counted.
         context_gib: of the GPU's memory outside of the allocator: CUDA's context and loaded kernels.
         nccl_gib: likewise, NCCL's buffers, where there are several ranks.
@@ -33,7 +31,7 @@ class Assumptions:
     """
 
     density: float = 0.1
-    neighbours: str = "alike"
+    independence: float = 0.5
     coverage: float | None = None
     document_length: float | None = None
     matmul_efficiency: float = 0.65

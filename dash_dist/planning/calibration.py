@@ -1,16 +1,21 @@
-"""Factors of the planner's times, and an offset of its memory, from measured runs.
+"""What measured runs say about a machine and a model, for predictions of others.
 
 Knows how runs are fitted; does not know what a prediction consists of beyond its parts.
 
-The time of a run is taken as dense_factor x (matrix products, element-wise kernels, optimizer) + attention_factor x
-attention + the rest as predicted. One run tells one factor, for both; several runs of different shares of attention tell
-both, by least squares of the relative errors. What the allocator holds beside what is counted is the mean difference.
+The time of a run is dense_factor x (matrix products, element-wise kernels, optimizer) + attention_factor x attention +
+the rest as predicted. What is found depends on what the runs tell apart:
+
+- One run, or several with equal shares of attention: one factor for both.
+- Several runs on a GPU whose attention kernels were measured (`Gpu.measured`): dense_factor, and instead of a factor how
+  alike neighbouring tokens select (`independence`), which is the model's and not the machine's.
+- Several runs on another GPU: both factors.
+
+By least squares of the relative errors. What the allocator holds beside what is counted is the mean difference.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,19 +29,28 @@ from dash_dist.planning.prediction import Prediction, predict
 from dash_dist.training.errors import ConfigError
 
 GIB = 2**30
-LEAST_ANGLE = 0.1
-"""Of the runs' (dense, attention) parts of the time, in radians: with less between them, two factors are not told
-apart."""
+LEAST_SHARE = 0.1
+"""Runs whose shares of attention in the time differ by less do not tell it from the rest."""
+_STEPS = 100
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What runs said. runs: their names."""
+    """What runs said.
+
+    Attributes:
+        gpu: a key of GPUS.
+        runs: their names.
+        dense_factor, attention_factor: see the module.
+        independence: see `Assumptions`; None where the runs do not tell it.
+        memory_offset: bytes.
+    """
 
     gpu: str
     runs: tuple[str, ...]
     dense_factor: float
     attention_factor: float
+    independence: float | None
     memory_offset: float
 
     def apply(self, assumptions: Assumptions) -> Assumptions:
@@ -44,11 +58,19 @@ class Calibration:
             assumptions,
             dense_factor=self.dense_factor,
             attention_factor=self.attention_factor,
+            independence=assumptions.independence if self.independence is None else self.independence,
             memory_offset=self.memory_offset,
         )
 
     def as_json(self) -> dict[str, Any]:
         return {"calibration": asdict(self)}
+
+    def __str__(self) -> str:
+        routing = "" if self.independence is None else f", independence {self.independence:.2f}"
+        return (
+            f"calibrated on {', '.join(self.runs)} ({self.gpu}): attention x {self.attention_factor:.3f}, other "
+            f"computation x {self.dense_factor:.3f}{routing}, memory {self.memory_offset / GIB:+.2f} GiB"
+        )
 
 
 def calibrate(sources: Sequence[Path], *, gpu: str, gpus_per_node: int = 8) -> Calibration:
@@ -98,46 +120,76 @@ def fit(measurements: Sequence[Measurement], *, gpu: str, gpus_per_node: int = 8
     """Least squares over runs. Raises ConfigError where there is none."""
     if not measurements:
         raise ConfigError("--calibrate: there is no measured run in what was given")
+
+    def predictions(assumptions: Assumptions) -> list[Prediction]:
+        return [predict_measured(one, assumptions, gpu=gpu, gpus_per_node=gpus_per_node) for one in measurements]
+
+    seconds = [one.step_seconds for one in measurements]
     plain = Assumptions()
-    parts, offsets = [], []
-    for measurement in measurements:
-        prediction = predict_measured(measurement, plain, gpu=gpu, gpus_per_node=gpus_per_node)
-        time = prediction.time
-        dense = time.matmul + time.elementwise + time.optimizer
-        rest = time.total - dense - time.attention
-        measured = measurement.step_seconds
-        parts.append((dense / measured, time.attention / measured, (measured - rest) / measured))
-        if measurement.allocated_gib is not None:
-            offsets.append(measurement.allocated_gib * GIB - prediction.peak.allocated)
-    dense_factor, attention_factor = _factors(parts)
+    expected = predictions(plain)
+    shares = [one.time.attention / one.seconds for one in expected]
+    independence: float | None = None
+    if max(shares) - min(shares) < LEAST_SHARE:
+        factor = _one_factor([(_dense(one) + one.time.attention, _rest(one)) for one in expected], seconds)[1]
+        factors = factor, factor
+    elif GPUS[gpu].measured:
+        candidates = []
+        for step in range(_STEPS + 1):
+            tried = step / _STEPS
+            parts = [
+                (_dense(one), _rest(one) + one.time.attention)
+                for one in predictions(replace(plain, independence=tried))
+            ]
+            candidates.append((*_one_factor(parts, seconds), tried))
+        # The first of equals is the nearest to the default: runs with all chunks selected say nothing about it.
+        _, factor, independence = min(candidates, key=lambda one: (one[0], abs(one[2] - plain.independence)))
+        factors = factor, 1.0
+    else:
+        factors = _two_factors([(_dense(one), one.time.attention, _rest(one)) for one in expected], seconds)
+    offsets = [
+        measurement.allocated_gib * GIB - prediction.peak.allocated
+        for measurement, prediction in zip(measurements, expected, strict=True)
+        if measurement.allocated_gib is not None
+    ]
     return Calibration(
         gpu=gpu,
         runs=tuple(measurement.name for measurement in measurements),
-        dense_factor=dense_factor,
-        attention_factor=attention_factor,
+        dense_factor=factors[0],
+        attention_factor=factors[1],
+        independence=independence,
         memory_offset=sum(offsets) / len(offsets) if offsets else 0.0,
     )
 
 
-def _factors(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """(x, y) of dense x + attention y = wanted, by least squares; x = y where the runs do not tell them apart."""
-    angles = [math.atan2(attention, dense) for dense, attention, _ in parts]
-    if max(angles) - min(angles) > LEAST_ANGLE:
-        dd, da, aa, dw, aw = (
-            sum(x * y for x, y in pairs)
-            for pairs in (
-                [(d, d) for d, _, _ in parts],
-                [(d, a) for d, a, _ in parts],
-                [(a, a) for _, a, _ in parts],
-                [(d, w) for d, _, w in parts],
-                [(a, w) for _, a, w in parts],
-            )
-        )
-        determinant = dd * aa - da * da
-        factors = (dw * aa - aw * da) / determinant, (dd * aw - da * dw) / determinant
-        if min(factors) > 0:
-            return factors
-    both = sum((d + a) * w for d, a, w in parts) / sum((d + a) ** 2 for d, a, _ in parts)
+def _dense(prediction: Prediction) -> float:
+    time = prediction.time
+    return time.matmul + time.elementwise + time.optimizer
+
+
+def _rest(prediction: Prediction) -> float:
+    return prediction.seconds - _dense(prediction) - prediction.time.attention
+
+
+def _one_factor(parts: Sequence[tuple[float, float]], seconds: Sequence[float]) -> tuple[float, float]:
+    """(sum of squared relative errors, x) of x part + rest = seconds."""
+    relative = [(part / measured, 1 - rest / measured) for (part, rest), measured in zip(parts, seconds, strict=True)]
+    factor = sum(part * wanted for part, wanted in relative) / sum(part * part for part, _ in relative)
+    return sum((factor * part - wanted) ** 2 for part, wanted in relative), factor
+
+
+def _two_factors(parts: Sequence[tuple[float, float, float]], seconds: Sequence[float]) -> tuple[float, float]:
+    """(x, y) of x dense + y attention + rest = seconds; x = y where one of them would not be above 0."""
+    relative = [
+        (dense / measured, attention / measured, 1 - rest / measured)
+        for (dense, attention, rest), measured in zip(parts, seconds, strict=True)
+    ]
+    dd, da, aa = (sum(one[i] * one[j] for one in relative) for i, j in ((0, 0), (0, 1), (1, 1)))
+    dw, aw = (sum(one[i] * one[2] for one in relative) for i in (0, 1))
+    determinant = dd * aa - da * da
+    factors = (dw * aa - aw * da) / determinant, (dd * aw - da * dw) / determinant
+    if min(factors) > 0:
+        return factors
+    both = _one_factor([(dense + attention, rest) for dense, attention, rest in parts], seconds)[1]
     return both, both
 
 

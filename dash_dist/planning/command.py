@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dash_dist.planning.assumptions import NEIGHBOURS, Assumptions
+from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.calibration import Calibration, calibrate
 from dash_dist.planning.hardware import GPUS, Machine
 from dash_dist.planning.layouts import Layout
@@ -33,7 +33,7 @@ class Options:
     gpu_memory: float | None = None
     gpus_per_node: int = 8
     density: float = 0.1
-    neighbours: str = "alike"
+    independence: float | None = None
     coverage: float | None = None
     document_length: float | None = None
     vocab_size: int | None = None
@@ -42,8 +42,6 @@ class Options:
     def __post_init__(self) -> None:
         if self.gpu.upper() not in GPUS:
             raise ConfigError(f"--gpu {self.gpu}: give one of {', '.join(GPUS)}")
-        if self.neighbours not in NEIGHBOURS:
-            raise ConfigError(f"--neighbours {self.neighbours}: give one of {', '.join(NEIGHBOURS)}")
         for name in ("gpus", "gpus_per_node", "gpu_memory", "document_length", "vocab_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -52,6 +50,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ConfigError(f"--{name} {value}: is a share of the chunks, above 0 and at most 1")
+        if self.independence is not None and not 0 <= self.independence <= 1:
+            raise ConfigError(f"--independence {self.independence}: give 0 (alike) to 1 (independent)")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise ConfigError(
                 f"--gpus {self.gpus} is not a multiple of --gpus-per-node {self.gpus_per_node}: "
@@ -64,13 +64,11 @@ class Options:
         return Machine(gpu, self.gpus, min(self.gpus_per_node, self.gpus), memory * GIB)
 
     def assumptions(self, calibration: Calibration | None) -> Assumptions:
-        plain = Assumptions(
-            density=self.density,
-            neighbours=self.neighbours,
-            coverage=self.coverage,
-            document_length=self.document_length,
-        )
-        return plain if calibration is None else calibration.apply(plain)
+        """What was given goes before what runs have said."""
+        found = Assumptions(density=self.density, coverage=self.coverage, document_length=self.document_length)
+        if calibration is not None:
+            found = calibration.apply(found)
+        return found if self.independence is None else replace(found, independence=self.independence)
 
 
 def run_plan(path: Path, overrides: list[str], options: Options, *, json_path: Path | None) -> None:

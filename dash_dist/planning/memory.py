@@ -5,12 +5,11 @@ Knows which micro-batches of a pipeline are in flight and what stays between ste
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from dash_dist.planning import activations
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.layouts import Layout, Sizes
-from dash_dist.planning.parameters import buffer_numbers, stage_weights
 from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
 
 GIB = 2**30
@@ -49,7 +48,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
+        kept = self.weights + self.gradients + self.optimizer
+        return kept + self.activations + self.attention + self.communication + self.reserve
 
 
 def stage_memory(
@@ -59,19 +59,16 @@ def stage_memory(
     exchange: ExchangePlan,
     assumptions: Assumptions,
     *,
-    tie_embeddings: bool,
+    numbers: int,
     distributed_optimizer: bool,
 ) -> Memory:
-    """Of a rank of pipeline stage `stage`."""
-    weights = stage_weights(sizes, layout, stage, tie_embeddings=tie_embeddings)
-    numbers = buffer_numbers(weights, layout.weight_replicas, distributed_optimizer=distributed_optimizer)
+    """Of a rank of pipeline stage `stage`, whose weights' buffer holds so many numbers."""
     of_optimizer = numbers // layout.weight_replicas if distributed_optimizer else numbers
-
-    base, saved_once, moments = _activations(sizes, layout, stage, exchange)
+    base, saved, moments = _activations(sizes, layout, stage, exchange)
     # AdamW's for-each form takes the square roots of all second moments at once, when no activation is left.
-    step = activations.Moment("optimizer step", of_optimizer * FP32 - saved_once)
+    step = activations.Moment("optimizer step", activations=of_optimizer * FP32, freed=saved)
     fullest = max([*moments, step], key=lambda moment: moment.total)
-    held = base + saved_once + fullest.activations - fullest.freed + assumptions.memory_offset
+    held = base + saved + fullest.activations - fullest.freed + assumptions.memory_offset
     several = layout.gpus > 1
     working = held + fullest.attention + fullest.exchange
     reserve = (assumptions.context_gib + assumptions.nccl_gib * several) * GIB + assumptions.fragmentation * working

@@ -6,10 +6,11 @@ Knows `dash_dist.megatron.model`'s parameters and how `_ParamAndGradBuffer` (meg
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
-from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.layouts import Sizes
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,10 @@ def layer_weights(sizes: Sizes) -> list[Weight]:
     ]
 
 
-def stage_weights(sizes: Sizes, layout: Layout, stage: int, *, tie_embeddings: bool) -> list[Weight]:
-    """Of pipeline stage `stage`, which counts from 0."""
-    first, last = stage == 0, stage == layout.pipeline - 1
-    shared = tie_embeddings and layout.pipeline > 1
-    embedding = Weight(sizes.vocab * sizes.hidden, own_bucket=shared)
+def stage_weights(sizes: Sizes, *, pipeline: int, stage: int, tie_embeddings: bool) -> list[Weight]:
+    """Of pipeline stage `stage` of `pipeline`, which counts from 0."""
+    first, last = stage == 0, stage == pipeline - 1
+    embedding = Weight(sizes.vocab * sizes.hidden, own_bucket=tie_embeddings and pipeline > 1)
     weights = [embedding] if first else []
     weights += layer_weights(sizes) * sizes.layers
     if last:
@@ -45,6 +45,15 @@ def stage_weights(sizes: Sizes, layout: Layout, stage: int, *, tie_embeddings: b
         if not (tie_embeddings and first):
             weights.append(embedding)
     return weights
+
+
+@functools.lru_cache(maxsize=1024)
+def stage_numbers(
+    sizes: Sizes, *, pipeline: int, stage: int, replicas: int, tie_embeddings: bool, distributed_optimizer: bool
+) -> int:
+    """`buffer_numbers` of a stage."""
+    weights = stage_weights(sizes, pipeline=pipeline, stage=stage, tie_embeddings=tie_embeddings)
+    return buffer_numbers(weights, replicas, distributed_optimizer=distributed_optimizer)
 
 
 def buffer_numbers(weights: list[Weight], replicas: int, *, distributed_optimizer: bool) -> int:

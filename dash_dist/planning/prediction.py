@@ -14,7 +14,7 @@ from dash_dist.planning.attention_time import attention_time
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.memory import Memory, stage_memory
-from dash_dist.planning.parameters import buffer_numbers, stage_weights
+from dash_dist.planning.parameters import stage_numbers
 from dash_dist.planning.step import (
     Pace,
     StepTime,
@@ -33,7 +33,7 @@ class Prediction:
     """Of one layout. All of one rank, and of the worst one: memory of the fullest pipeline stage, bytes of the busiest.
 
     Attributes:
-        memory: by pipeline stage.
+        memory: of the first and the last pipeline stage; those between hold less.
         flops: operations that a rank executes in a step: matrix products and attention, recomputation included.
         model_flops: operations that a step is worth over all ranks (`dash_dist.megatron.flops`).
         sent: bytes that a rank sends in a step, by purpose.
@@ -83,22 +83,26 @@ def predict(
     """
     sizes = Sizes.of(config, layout, vocab_size=vocab_size, document_length=assumptions.document_length)
     exchange = plan_exchange(sizes, layout, machine, assumptions)
-    tie, distributed = config.model.tie_embeddings, config.parallel.distributed_optimizer
-    memory = tuple(
-        stage_memory(sizes, layout, stage, exchange, assumptions, tie_embeddings=tie, distributed_optimizer=distributed)
-        for stage in sorted({0, layout.pipeline - 1})
-    )
-    numbers = max(
-        buffer_numbers(
-            stage_weights(sizes, layout, stage, tie_embeddings=tie),
-            layout.weight_replicas,
+    distributed = config.parallel.distributed_optimizer
+    numbers = {
+        stage: stage_numbers(
+            sizes,
+            pipeline=layout.pipeline,
+            stage=stage,
+            replicas=layout.weight_replicas,
+            tie_embeddings=config.model.tie_embeddings,
             distributed_optimizer=distributed,
         )
         for stage in (0, layout.pipeline - 1)
+    }
+    memory = tuple(
+        stage_memory(sizes, layout, stage, exchange, assumptions, numbers=count, distributed_optimizer=distributed)
+        for stage, count in numbers.items()
     )
-    sent = _bytes(sizes, layout, machine, exchange, numbers, distributed=distributed)
+    most = max(numbers.values())
+    sent = _bytes(sizes, layout, machine, exchange, most, distributed=distributed)
     pace = Pace(machine, assumptions)
-    time = _time(config, sizes, layout, pace, exchange, sent, numbers, distributed=distributed)
+    time = _time(config, sizes, layout, pace, exchange, sent, most, distributed=distributed)
     tokens = config.training.global_batch_size * config.training.sequence_length
     model_flops = tokens * flops_per_token(
         config.model,

@@ -168,13 +168,13 @@ def _assumptions(
 ) -> list[str]:
     gpu = machine.gpu
     document = assumptions.document_length or config.training.sequence_length
-    coverage = "from these" if assumptions.coverage is None else f"{assumptions.coverage:g}"
+    coverage = "from both" if assumptions.coverage is None else f"{assumptions.coverage:g}"
     kernels = (
         "measured on it (docs/results)" if gpu.measured else "NOT measured on it: scaled from an H200 by the peaks"
     )
     lines = [
-        f"density {assumptions.density:g} in every layer; neighbouring tokens select {assumptions.neighbours}; "
-        f"coverage {coverage}; a token's document has {document:,.0f} tokens; vocabulary {vocab_size:,}",
+        f"density {assumptions.density:g} in every layer; independence of neighbouring tokens "
+        f"{assumptions.independence:g} (0 alike, 1 independent); coverage {coverage}; a token's document has {document:,.0f} tokens; vocabulary {vocab_size:,}",
         f"{gpu.name}: {gpu.flops / 1e12:,.0f} TFLOP/s bf16 and {gpu.bandwidth / 1e12:.2f} TB/s (published), of which "
         f"matrix products reach {100 * assumptions.matmul_efficiency:.0f} % and element-wise kernels "
         f"{100 * assumptions.memory_efficiency:.0f} %; attention: {kernels}",
@@ -188,10 +188,7 @@ def _assumptions(
         "not counted: reading data, saving checkpoints, recording routing, what other programs do",
     ]
     if calibration is not None:
-        lines.append(
-            f"calibrated on {', '.join(calibration.runs)}: attention x {calibration.attention_factor:.3f}, other "
-            f"computation x {calibration.dense_factor:.3f}, memory {calibration.memory_offset / GIB:+.2f} GiB"
-        )
+        lines.append(str(calibration))
     return lines
 
 

@@ -38,12 +38,12 @@ def shard_coverage(tokens: float, assumptions: Assumptions) -> float:
 
 
 def _independent(tokens: float, assumptions: Assumptions) -> float:
-    if assumptions.neighbours == "independent":
-        return max(tokens, 1.0)
+    """As how many independently selecting tokens they reach chunks: between the benchmarks' and their own number."""
     (sparse, below), (dense, above) = _ALIKE.items()
     share = (math.log(assumptions.density) - math.log(sparse)) / (math.log(dense) - math.log(sparse))
     share = min(max(share, 0.0), 1.0)
-    return _interpolate(tokens, below) ** (1 - share) * _interpolate(tokens, above) ** share
+    alike = _interpolate(tokens, below) ** (1 - share) * _interpolate(tokens, above) ** share
+    return alike ** (1 - assumptions.independence) * max(tokens, 1.0) ** assumptions.independence
 
 
 def _interpolate(tokens: float, table: tuple[tuple[int, float], ...]) -> float:
