@@ -123,11 +123,7 @@ def compare(arguments: argparse.Namespace) -> None:
     calibration = fit(used, gpu=_kind(used[0]))
     rows = [_compared(one, calibration, fitted=one.name in calibrating) for one in measurements]
     print(_table(rows))
-    print(
-        f"\nCalibrated on {', '.join(calibration.runs)} ({calibration.gpu}): attention x "
-        f"{calibration.attention_factor:.3f}, other computation x {calibration.dense_factor:.3f}, memory "
-        f"{calibration.memory_offset / GIB:+.2f} GiB"
-    )
+    print(f"\n{calibration}")
     if arguments.out is not None:
         environments = [json.loads(path.read_text(encoding="utf-8")).get("environment") for path in arguments.measured]
         content = {
@@ -178,7 +174,8 @@ def _parts(prediction: Prediction) -> dict[str, float]:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| run | layout | density | step, s: measured | predicted | calibrated | memory, GiB: measured | predicted | calibrated |",
+        "| run | layout | density | step, s: measured | predicted | calibrated "
+        "| memory, GiB: measured | predicted | calibrated |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

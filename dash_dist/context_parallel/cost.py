@@ -1,6 +1,6 @@
 """What an exchange costs, predicted: `exchange="auto"` takes the cheapest one that fits in memory.
 
-Knows byte counts and links; does not know tensors, and does not import torch. One line (`Cost.seconds`) holds the model:
+Knows byte counts and links; does not know tensors, nor import torch. One line (`Cost.seconds`) holds the model:
 
     seconds = messages x latency + fast bytes / fast bandwidth + slow bytes / slow bandwidth + merged / memory bandwidth
 

@@ -37,11 +37,15 @@ def saved_by_layer(sizes: Sizes) -> int:
 
 
 def saved_by_routing(sizes: Sizes) -> int:
-    """Thresholds, mean of the prior and number of selected chunks per token, and a bit per tile and chunk."""
-    tiles = sizes.tokens // sizes.tile_tokens
-    words = -(-sizes.chunks // 32)
+    """Thresholds, mean of the prior and number of selected chunks per token, and the bits of tiles."""
     per_token = sizes.query_heads * FP32 + 2 * sizes.kv_heads * FP32
-    return sizes.tokens * per_token + tiles * sizes.kv_heads * words * 4
+    return sizes.tokens * per_token + tile_bits(sizes)
+
+
+def tile_bits(sizes: Sizes) -> int:
+    """A bit per tile and chunk of the whole sequence, in words of 32, as the Triton backend keeps them."""
+    tiles = sizes.tokens // sizes.tile_tokens
+    return tiles * sizes.kv_heads * -(-sizes.chunks // 32) * 4
 
 
 def _saved_by_attention(sizes: Sizes) -> int:

@@ -47,8 +47,8 @@ def what_would_help(
     peak = nearest.peak
     lines = [
         f"\nNo layout of {len(looked_at)} fits in {machine.memory / GIB:.1f} GiB.",
-        f"The nearest, {nearest.layout}, takes {peak.total / GIB:.1f} GiB: {(peak.total - machine.memory) / GIB:.1f} GiB "
-        f"too much; {_largest_part(nearest)}",
+        f"The nearest, {nearest.layout}, takes {peak.total / GIB:.1f} GiB: "
+        f"{(peak.total - machine.memory) / GIB:.1f} GiB too much; {_largest_part(nearest)}",
     ]
     enough = _enough_gpus(config, machine, assumptions, vocab_size=vocab_size)
     if enough is not None:
@@ -63,8 +63,8 @@ def what_would_help(
 def _smallest_change(
     config: RunConfig, machine: Machine, assumptions: Assumptions, layout: Layout, *, vocab_size: int
 ) -> str | None:
-    """Recompute first, then context, tensor and pipeline parallelism in place of data parallelism, each doubled until it
-    fits."""
+    """Recompute first, then context, tensor and pipeline parallelism in place of data parallelism, each doubled until
+    it fits."""
     changed = replace(layout, recompute="full")
     tried = [("parallel.recompute=full", changed)] if layout.recompute != "full" else []
     for recompute in dict.fromkeys((layout.recompute, "full")):

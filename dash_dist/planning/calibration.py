@@ -6,8 +6,8 @@ The time of a run is dense_factor x (matrix products, element-wise kernels, opti
 the rest as predicted. What is found depends on what the runs tell apart:
 
 - One run, or several with equal shares of attention: one factor for both.
-- Several runs on a GPU whose attention kernels were measured (`Gpu.measured`): dense_factor, and instead of a factor how
-  alike neighbouring tokens select (`independence`), which is the model's and not the machine's.
+- Several runs on a GPU whose attention kernels were measured (`Gpu.measured`): dense_factor, and instead of a factor
+  how alike neighbouring tokens select (`independence`), which is the model's and not the machine's.
 - Several runs on another GPU: both factors.
 
 By least squares of the relative errors. What the allocator holds beside what is counted is the mean difference.

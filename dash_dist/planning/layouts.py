@@ -71,7 +71,6 @@ class Sizes:
         layers: of one pipeline stage.
         micro_batches: of one step.
         document: tokens of the document of a token.
-        masks: whether routing keeps bits (the Triton backend; all GPUs).
     """
 
     batch: int

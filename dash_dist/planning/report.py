@@ -114,8 +114,9 @@ def _print_prediction(console: Console, prediction: Prediction) -> None:
             seconds.add_row(label, f"{getattr(time, name):.4g}")
     seconds.add_row("total", f"{time.total:.4g}")
     console.print(seconds)
+    rate = prediction.tokens / time.total
     console.print(
-        f"{prediction.tokens / time.total:,.0f} tokens/s, {prediction.tokens / time.total / prediction.layout.gpus:,.0f} "
+        f"{rate:,.0f} tokens/s, {rate / prediction.layout.gpus:,.0f} "
         f"tokens/s per GPU; {prediction.flops / 1e12:,.1f} TFLOP executed per rank, "
         f"{prediction.model_flops / 1e12:,.1f} TFLOP of model over all; MFU {100 * prediction.mfu:.1f} %\n"
     )
@@ -130,7 +131,7 @@ def _print_prediction(console: Console, prediction: Prediction) -> None:
         console.print(links)
     if prediction.exchange.name != "none":
         console.print(
-            f"exchange: {prediction.exchange.name}, of {100 * prediction.exchange.coverage:.0f} % of the other ranks' chunks"
+            f"exchange: {prediction.exchange.name}, {100 * prediction.exchange.coverage:.0f} % of others' chunks"
         )
 
 
@@ -169,17 +170,16 @@ def _assumptions(
     gpu = machine.gpu
     document = assumptions.document_length or config.training.sequence_length
     coverage = "from both" if assumptions.coverage is None else f"{assumptions.coverage:g}"
-    kernels = (
-        "measured on it (docs/results)" if gpu.measured else "NOT measured on it: scaled from an H200 by the peaks"
-    )
+    kernels = "measured on it (docs/results)" if gpu.measured else "NOT measured on it: scaled from an H200 by peaks"
     lines = [
         f"density {assumptions.density:g} in every layer; independence of neighbouring tokens "
-        f"{assumptions.independence:g} (0 alike, 1 independent); coverage {coverage}; a token's document has {document:,.0f} tokens; vocabulary {vocab_size:,}",
+        f"{assumptions.independence:g} (0 alike, 1 independent); coverage {coverage}; "
+        f"a token's document has {document:,.0f} tokens; vocabulary {vocab_size:,}",
         f"{gpu.name}: {gpu.flops / 1e12:,.0f} TFLOP/s bf16 and {gpu.bandwidth / 1e12:.2f} TB/s (published), of which "
         f"matrix products reach {100 * assumptions.matmul_efficiency:.0f} % and element-wise kernels "
         f"{100 * assumptions.memory_efficiency:.0f} %; attention: {kernels}",
-        f"links, each direction and GPU: {gpu.nvlink / 1e9:.0f} GB/s in a node, {machine.network / 1e9:.0f} GB/s between "
-        f"nodes; {machine.latency * 1e6:.0f} us a message; no collisions",
+        f"links, each direction and GPU: {gpu.nvlink / 1e9:.0f} GB/s in a node, {machine.network / 1e9:.0f} GB/s "
+        f"between nodes; {machine.latency * 1e6:.0f} us a message; no collisions",
         "K and V travel beside the attention on the own shard; TP all-reduces wait forward and run beside the weights' "
         "gradients backward; gradients are summed after the last backward pass; PP is 1F1B",
         f"outside of torch's allocator: {assumptions.context_gib:g} GiB"

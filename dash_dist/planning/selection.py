@@ -14,7 +14,10 @@ from dash_dist.planning.assumptions import Assumptions
 # g in union = 1 - (1 - density)^g. From the tile efficiencies of docs/kernel-log.md (4 and 16 tokens) and the measured
 # coverage in docs/results/cp_2xh200_long.json (128 tokens and more).
 _ALIKE = {
-    0.05: ((1, 1.0), (4, 1.47), (16, 2.52), (128, 6.95), (256, 12.6), (512, 23.5), (1024, 42.3), (2048, 78.0), (4096, 139.0)),
+    0.05: (
+        (1, 1.0), (4, 1.47), (16, 2.52), (128, 6.95), (256, 12.6), (512, 23.5), (1024, 42.3), (2048, 78.0),
+        (4096, 139.0),
+    ),
     0.25: ((1, 1.0), (4, 1.30), (16, 1.94), (128, 4.82), (256, 8.37), (512, 15.5), (1024, 28.2)),
 }  # fmt: skip
 

@@ -81,7 +81,7 @@ def expected_busiest(sizes: Sizes, topology: Topology, assumptions: Assumptions)
 
 
 def plan_exchange(sizes: Sizes, layout: Layout, machine: Machine, assumptions: Assumptions) -> ExchangePlan:
-    """The exchange that a layer would use: the layout's, or with "auto" the one that the run's own rule would choose."""
+    """The exchange that a layer would use: the layout's, or with "auto" the one that the run's rule would choose."""
     if layout.context == 1:
         return NO_EXCHANGE
     topology = cp_topology(layout, machine)

@@ -1,0 +1,118 @@
+"""What the ranks of the planner's tests do: build the real model, and look at what it holds and sends.
+
+The test process itself does not import this: it would load Megatron-core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from planning_cases import CHUNK_SIZE, GLOBAL_BATCH, MODEL, SEQUENCE_LENGTH, VOCAB_SIZE, Case, batch
+
+from dash_dist.megatron import AttentionConfig, Engine, OptimizerConfig, ParallelConfig, ParallelDims
+from dash_dist.megatron.model import build_model, transformer_config
+
+
+@dataclass(frozen=True)
+class Held:
+    """Of one rank. buffer, gradients: numbers in Megatron's buffers; states: in the optimizer's three tensors each;
+    sent: bytes to other ranks in a step."""
+
+    stage: int
+    weights: list[int]
+    buffer: int
+    gradients: int
+    states: dict[str, int]
+    sent: int | None
+
+
+def held_by(cases: list[Case]) -> list[Held]:
+    """What this rank holds and sends, case by case."""
+    return [_held(case) for case in cases]
+
+
+def _held(case: Case) -> Held:
+    parallel = ParallelConfig(
+        tensor=case.tensor,
+        pipeline=case.pipeline,
+        context=case.context,
+        distributed_optimizer=case.distributed_optimizer,
+    )
+    dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
+    try:
+        model = MODEL.model_copy(update={"tie_embeddings": case.tie_embeddings})
+        engine = Engine(
+            model,
+            AttentionConfig(chunk_size=CHUNK_SIZE, exchange=case.exchange, routing_scale=1e-3),
+            parallel,
+            OptimizerConfig(lr=1e-3),
+            dims=dims,
+            vocab_size=VOCAB_SIZE,
+            sequence_length=SEQUENCE_LENGTH,
+            total_steps=2,
+        )
+        engine.train_step([batch() for _ in range(GLOBAL_BATCH // dims.dp_size)])
+        sent = None
+        if case.context > 1:
+            sent = sum(attention.traffic.take().sent_bytes for _, attention in engine.model.attentions())
+        buffers = engine._wrapped.buffers
+        return Held(
+            stage=dims.pp_rank,
+            weights=[weight.numel() for weight in engine.model.parameters()],
+            buffer=sum(buffer.param_data.numel() for buffer in buffers if buffer.param_data is not None),
+            gradients=sum(buffer.grad_data.numel() for buffer in buffers),
+            states=_states(engine),
+            sent=sent,
+        )
+    finally:
+        dims.close()
+
+
+def _states(engine: Engine) -> dict[str, int]:
+    numbers = {"weights": 0, "exp_avg": 0, "exp_avg_sq": 0}
+    for part in engine._optimizer.megatron.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for weight in group["params"]:
+                numbers["weights"] += weight.numel()
+                for name in ("exp_avg", "exp_avg_sq"):
+                    numbers[name] += part.optimizer.state[weight][name].numel()
+    return numbers
+
+
+def saved_bytes(batch: int, sequence_length: int, layers: int) -> dict[str, int]:
+    """dtype -> bytes of the distinct tensors, but for weights, that autograd keeps of a bfloat16 forward pass."""
+    parallel = ParallelConfig()
+    dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
+    try:
+        shape = MODEL.model_copy(update={"num_layers": layers})
+        config = transformer_config(shape, parallel, dtype=torch.bfloat16, device=dims.device)
+        model = build_model(
+            config,
+            shape,
+            AttentionConfig(chunk_size=CHUNK_SIZE),
+            dims,
+            vocab_size=VOCAB_SIZE,
+            sequence_length=sequence_length,
+            seed=0,
+        ).bfloat16()
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage().data_ptr()
+            if storage not in weights:
+                kept.setdefault(storage, tensor)
+            return tensor
+
+        tokens = torch.zeros(batch, sequence_length, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(tokens, None, None, labels=tokens)
+        sizes: dict[str, int] = {}
+        for tensor in kept.values():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            sizes[kind] = sizes.get(kind, 0) + tensor.untyped_storage().nbytes()
+        return sizes
+    finally:
+        dims.close()
