@@ -102,6 +102,8 @@ def run_plan(path: Path, overrides: list[str], options: Options, *, json_path: P
     )
     if json_path is not None:
         content = as_json(machine, assumptions, asked, refusal, best, looked_at, vocab_size=vocab_size)
+        if calibration is not None:
+            content |= calibration.as_json()
         try:
             json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
