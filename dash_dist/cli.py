@@ -119,6 +119,7 @@ def export_checkpoint(
     export(checkpoint, out, progress=lambda name: print(f"wrote {out / name}", file=sys.stderr))
 
 
+@app.command()
 def submit(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -166,6 +167,7 @@ def submit(
     )
 
 
+@app.command()
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,

@@ -87,12 +87,13 @@ def run(arguments: argparse.Namespace) -> None:
         cases = [case for case in cases if case.name in arguments.only]
     if not cases:
         raise SystemExit(f"no case wants {gpus} GPUs: {', '.join(f'{case.name} ({case.gpus})' for case in CASES)}")
-    environment = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "cuda": torch.version.cuda}
+    gpu = torch.cuda.get_device_name(0)
+    environment = {"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda}
     measured, failed = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             try:
-                measured.append(_measure(case, Path(folder), environment["gpu"], arguments.timeout).as_json())
+                measured.append(_measure(case, Path(folder), gpu, arguments.timeout).as_json())
                 print(json.dumps({k: v for k, v in measured[-1].items() if k != "config"}), flush=True)
             except (subprocess.SubprocessError, RuntimeError) as error:
                 failed[case.name] = str(error)
