@@ -1,4 +1,4 @@
-"""All processes that come out of this one, orphans included: who they are, what they listen on, and their end.
+"""All processes that come out of this one, orphans included: who they are, and their end.
 
 Knows Linux processes; does not know Ray nor runs. Processes are ended by pid, never by name.
 """
@@ -71,19 +71,6 @@ def tree(root: psutil.Process) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return [one for one in (root, *root.children(recursive=True)) if alive(one)]
     return []
-
-
-def listeners(processes: Collection[psutil.Process]) -> dict[str, list[str]]:
-    """address -> processes that listen on it for TCP connections, each as `describe` puts it."""
-    found: dict[str, list[str]] = {}
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            for connection in process.net_connections(kind="tcp"):
-                if connection.status == psutil.CONN_LISTEN:
-                    found.setdefault(connection.laddr.ip, []).append(
-                        f"{describe(process)} port {connection.laddr.port}"
-                    )
-    return found
 
 
 def describe(process: psutil.Process) -> str:
