@@ -12,6 +12,7 @@ run at that moment is printed.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -34,6 +35,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="write the result as JSON to this file")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as with Ctrl-C, the cluster is ended
     with tempfile.TemporaryDirectory(prefix="storm") as folder:  # short: Ray's sockets lie below it
         storm = Storm(
             Path(folder),
