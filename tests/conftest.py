@@ -9,13 +9,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-KERNELS = Path(__file__).parent / "kernels"
+TESTS = Path(__file__).parent
+WITH_DEADLINES = {"cluster", "doctor", "launch", "report", "training"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where pytest-xdist runs several workers: tests that start processes, measure times or kill ranks get a worker to
-    themselves, one after another; those of the kernels, which only compute, fill the others.
+    """Where pytest-xdist runs several workers: tests that start whole runs, kill ranks or open a browser share one, one
+    after another; other files with processes stay on a worker each; those of the kernels, which only compute, go anywhere.
     """
     for item in items:
-        if KERNELS not in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("processes"))
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in WITH_DEADLINES:
+            item.add_marker(pytest.mark.xdist_group("runs"))
+        elif folder != "kernels":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
