@@ -15,7 +15,7 @@ WITH_DEADLINES = {"cluster", "doctor", "launch", "report", "training"}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where pytest-xdist runs several workers: tests that start whole runs, kill ranks or open a browser share one, one
-    after another; other files with processes stay on a worker each; those of the kernels, which only compute, go anywhere.
+    after another; other files with processes stay on a worker each; those of the kernels go anywhere.
     """
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
