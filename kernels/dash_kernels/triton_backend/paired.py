@@ -279,5 +279,6 @@ def entry_numbers(shape: gl.constexpr):
 
 @gluon.jit
 def selected_word(entries, shape: gl.constexpr, WHICH: gl.constexpr):
-    """A bit for each of the entries: the tile selected the chunk."""
-    return gl.sum(((entries >> (SELECTED_BIT + WHICH)) & 1) << entry_numbers(shape), 0)
+    """A bit for each of the entries, of which there are at most 64: the tile selected the chunk."""
+    selected = ((entries >> (SELECTED_BIT + WHICH)) & 1).to(gl.int64)
+    return gl.sum(selected << entry_numbers(shape).to(gl.int64), 0)
