@@ -212,6 +212,17 @@ def plan(
     run_plan(config, overrides or [], options, json_path=json_path)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, such as runs/demo.")],
+    output: Annotated[Path | None, typer.Option(help="The HTML file; by default report.html in that folder.")] = None,
+) -> None:
+    """Write one HTML page about a finished or running run."""
+    from dash_dist.report import write_report
+
+    print(write_report(run, output))
+
+
 def run_app(command: typer.Typer) -> None:
     """Run a typer command and end the process; a RunError is printed as it is, once, and not as a traceback.
 

@@ -64,8 +64,9 @@ class Traffic:
         """Forget what was added."""
         self._bytes: Counter[str] = Counter()
         self._blocks: Counter[str] = Counter()
-        self._flights: deque[Timing] = deque()  # whose times are not known yet
-        self._flight_seconds = self._waited_seconds = 0.0
+        self._flights: deque[tuple[Timing, bool]] = deque()  # whose times are not known yet; in a backward pass?
+        self._flight_seconds = 0.0
+        self._waited_seconds = {False: 0.0, True: 0.0}  # in forward passes, in backward ones
         self._work: torch.Tensor | None = None
         self._exchanges: Counter[str] = Counter()
 
@@ -82,7 +83,8 @@ class Traffic:
 
     def under_way(self, timing: Timing) -> None:
         self._settle()
-        self._flights.append(timing)
+        in_backward = torch._C._current_graph_task_id() != -1  # where a recomputed forward pass belongs as well
+        self._flights.append((timing, in_backward))
 
     def call(self, exchange: str, selected: torch.Tensor, chunks: int, plan: Plan | None) -> None:
         """One forward pass over a shard of complete chunks; selected is `Routing.selected`."""
@@ -91,6 +93,11 @@ class Traffic:
         self._work = work if self._work is None else self._work + work
         if plan is not None:
             self._blocks.update(needed=len(plan.addresses), reachable=plan.reachable)
+
+    def waited(self) -> tuple[float, float]:
+        """Seconds waited in forward and in backward passes, of the flights whose times are known. Does not wait."""
+        self._settle()
+        return self._waited_seconds[False], self._waited_seconds[True]
 
     def take(self) -> TrafficSummary:
         """What was added since the last call of it; waits for the device."""
@@ -104,7 +111,7 @@ class Traffic:
             needed_blocks=self._blocks["needed"],
             reachable_blocks=self._blocks["reachable"],
             flight_seconds=self._flight_seconds,
-            waited_seconds=self._waited_seconds,
+            waited_seconds=sum(self._waited_seconds.values()),
             work=work,
             exchanges=dict(self._exchanges),
         )
@@ -113,7 +120,8 @@ class Traffic:
 
     def _settle(self) -> None:
         """Adds up the flights that are over, so that what nobody asks for does not pile up. Does not wait."""
-        while self._flights and self._flights[0].is_known():
-            flight, waited = self._flights.popleft().seconds()
+        while self._flights and self._flights[0][0].is_known():
+            timing, in_backward = self._flights.popleft()
+            flight, waited = timing.seconds()
             self._flight_seconds += flight
-            self._waited_seconds += waited
+            self._waited_seconds[in_backward] += waited

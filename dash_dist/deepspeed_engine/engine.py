@@ -16,7 +16,8 @@ from dash_dist.deepspeed_engine.checkpoint import ZeroSave, load_checkpoint, sta
 from dash_dist.deepspeed_engine.config import DeepSpeedSection, check_engine
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.megatron.config import OptimizerConfig, ParallelConfig
-from dash_dist.megatron.engine import Engine, MicroBatch, StepResult, summed_loss
+from dash_dist.megatron.engine import Engine, MicroBatch, StepResult
+from dash_dist.megatron.loss import summed_loss
 
 
 class DeepSpeedEngine(Engine):
@@ -48,23 +49,26 @@ class DeepSpeedEngine(Engine):
         shards = self._split(micro_batches)
         total = torch.zeros(1, dtype=torch.float64, device=self.dims.device)
         for number, shard in enumerate(shards, start=1):
-            token_losses = self._zero.forward(
-                shard.tokens,
-                None,
-                None,
-                labels=shard.labels,
-                packed_seq_params=shard.documents,
-                last=number == len(shards),
-            )
-            loss = summed_loss(shard.loss_mask, token_losses)
+            with self._timer.span("forward"):
+                token_losses = self._zero.forward(
+                    shard.tokens,
+                    None,
+                    None,
+                    labels=shard.labels,
+                    packed_seq_params=shard.documents,
+                    last=number == len(shards),
+                )
+                loss = summed_loss(shard.loss_mask, token_losses)
             total += loss.detach()
-            self._zero.backward(loss, weight=1.0 / tokens)
+            with self._timer.span("backward"):
+                self._zero.backward(loss, weight=1.0 / tokens)
         dist.all_reduce(total)
         return float(total)
 
     def _update_weights(self, loss: float, tokens: int) -> StepResult:
         self._zero.set_step(self.step + 1)
-        grad_norm, skipped = self._zero.update()
+        with self._timer.span("optimizer"):
+            grad_norm, skipped = self._zero.update()
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dash_dist.megatron.flops import flops_per_token
     from dash_dist.megatron.parallel import ParallelDims
     from dash_dist.megatron.routing import LayerRouting
+    from dash_dist.megatron.selection_map import SelectionMap
     from dash_dist.megatron.traffic import ExchangeStatistics
 
 _MODULE_OF = {
@@ -47,6 +48,7 @@ _MODULE_OF = {
     "OptimizerConfig": "config",
     "ParallelConfig": "config",
     "ParallelDims": "parallel",
+    "SelectionMap": "selection_map",
     "StepResult": "engine",
     "check_combination": "config",
     "flops_per_token": "flops",
@@ -62,6 +64,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ParallelDims",
+    "SelectionMap",
     "StepResult",
     "check_combination",
     "flops_per_token",

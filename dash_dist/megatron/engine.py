@@ -6,9 +6,8 @@ when to save, nor what a run logs.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,14 @@ from dash_dist.megatron.config import (
     check_combination,
 )
 from dash_dist.megatron.flops import flops_per_token
+from dash_dist.megatron.loss import loss_of_batch
 from dash_dist.megatron.model import DashGPTModel, build_model, transformer_config
 from dash_dist.megatron.optimizer import Optimizer, wrap_model
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.routing import LayerRouting, gather_routing, set_recording
+from dash_dist.megatron.selection_map import SelectionMap, SelectionRecorder, gather_selections
 from dash_dist.megatron.state import EngineState
+from dash_dist.megatron.step_timer import StepTimer
 from dash_dist.megatron.traffic import ExchangeStatistics, gather_traffic
 
 __all__ = ["Engine", "MicroBatch", "StepResult"]
@@ -127,6 +129,9 @@ class Engine:
             seed=seed,
         )
         self._record_routing = False
+        self._timer = StepTimer(dims.device)
+        self._record_seconds = False
+        self._selections = SelectionRecorder(dict(self.model.attentions()), self._timer)
         self._prepare_training(parallel, optimizer, total_steps=total_steps)
 
     @property
@@ -138,6 +143,28 @@ class Engine:
     def record_routing(self, record: bool) -> None:
         self._record_routing = record
         set_recording(self.model, record)
+
+    @property
+    def record_seconds(self) -> bool:
+        """Measure the parts of the steps to come, for `seconds_by_part`. Set it alike at every rank."""
+        return self._record_seconds
+
+    @record_seconds.setter
+    def record_seconds(self, record: bool) -> None:
+        self._record_seconds = record
+        self._config.timers = self._timer if record else None
+
+    @property
+    def record_selections(self) -> Sequence[int]:
+        """Layers, from 0, that count which chunks they select, for `selection_maps`; as costly as routing them twice.
+
+        Set it alike at every rank, for the steps of interest.
+        """
+        return self._selections.layers
+
+    @record_selections.setter
+    def record_selections(self, layers: Sequence[int]) -> None:
+        self._selections.layers = tuple(layers)
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Train on one global batch.
@@ -156,6 +183,7 @@ class Engine:
             ExchangeError: a rank of this one's context-parallel group died or did not answer; names the step.
         """
         self._forget_last_step()
+        self._timer.begin(record=self._record_seconds)
         tokens = count_loss_tokens(
             micro_batches,
             self.dims,
@@ -179,6 +207,39 @@ class Engine:
         """
         num_chunks = math.ceil(self._sequence_length / self._attention.chunk_size)
         return gather_routing(self.model, self.dims, num_chunks=num_chunks)
+
+    def selection_maps(self) -> list[SelectionMap]:
+        """The layers of `record_selections` in the last micro-batch of the last step, at every rank.
+
+        Raises:
+            RuntimeError: at every rank: `record_selections` was not set before that step.
+        """
+        num_chunks = math.ceil(self._sequence_length / self._attention.chunk_size)
+        return gather_selections(self._selections, self.dims, num_chunks=num_chunks)
+
+    def seconds_by_part(self) -> dict[str, float]:
+        """How long this rank's device was busy with the parts of the last step. Local; waits for the device.
+
+        Ask before `exchange_statistics`, which gives the waits for K and V away.
+
+        Returns:
+            Seconds: "forward" and "backward" (with recomputation) of all micro-batches, without what the attention
+            waited for K and V, which is "exchange"; "gradients", their reduction over the ranks; "optimizer", the
+            gradient norm and the update; and "heat_map", where selections were recorded. What a step takes beyond
+            their sum is waiting, for other pipeline stages above all.
+
+        Raises:
+            RuntimeError: `record_seconds` was not set before that step.
+        """
+        seconds = self._timer.seconds()
+        seconds["forward"] -= seconds.get("heat_map", 0.0)
+        if self.dims.cp_size > 1:
+            waited = [attention.traffic.waited() for _, attention in self.model.attentions()]
+            in_forward, in_backward = (sum(part) for part in zip(*waited, strict=True))
+            seconds["forward"] -= in_forward
+            seconds["backward"] -= in_backward
+            seconds["exchange"] = in_forward + in_backward
+        return seconds
 
     def exchange_statistics(self) -> ExchangeStatistics | None:
         """What context parallelism moved in the last step, at every rank; None without context parallelism.
@@ -255,7 +316,7 @@ class Engine:
 
     def _prepare_training(self, parallel: ParallelConfig, optimizer: OptimizerConfig, *, total_steps: int) -> None:
         """Make what turns `self.model`'s losses into updates of its weights."""
-        self._config.finalize_model_grads_func = finalize_model_grads
+        self._config.finalize_model_grads_func = self._reduce_gradients
         self._wrapped = wrap_model(self._config, parallel, self.model)
         self._optimizer = Optimizer(
             optimizer, parallel, self._wrapped, total_steps=total_steps, dtype=self._config.params_dtype
@@ -268,6 +329,10 @@ class Engine:
             attention.traffic.clear()
             if attention.memory is not None:
                 attention.memory.clear()
+
+    def _reduce_gradients(self, *arguments: Any, **options: Any) -> None:
+        with self._timer.span("gradients"):
+            finalize_model_grads(*arguments, **options)
 
     def _split(self, micro_batches: Sequence[MicroBatch]) -> list[ShardBatch]:
         return split_micro_batches(
@@ -283,7 +348,7 @@ class Engine:
         self._wrapped.zero_grad_buffer()
         self._optimizer.zero_grad()
         losses = self._forward_backward(
-            forward_step_func=_forward_step,
+            forward_step_func=loss_of_batch,
             data_iterator=iter(shards),
             model=[self._wrapped],
             num_microbatches=len(shards),
@@ -299,7 +364,8 @@ class Engine:
 
     def _update_weights(self, loss: float, tokens: int) -> StepResult:
         """Let the gradients change the weights, or skip the step."""
-        grad_norm = self._optimizer.prepare()
+        with self._timer.span("optimizer"):
+            grad_norm = self._optimizer.prepare()
         finite = torch.tensor(
             [math.isfinite(loss) and math.isfinite(grad_norm)], dtype=torch.int32, device=self.dims.device
         )
@@ -313,24 +379,6 @@ class Engine:
             skipped=not finite.item(),
         )
         if not result.skipped:
-            self._optimizer.update(grad_norm)
+            with self._timer.span("optimizer"):
+                self._optimizer.update(grad_norm)
         return result
-
-
-def _forward_step(shards: Iterator[ShardBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    shard = next(shards)
-    output = model(shard.tokens, None, None, labels=shard.labels, packed_seq_params=shard.documents)
-    return output, functools.partial(_summed_loss, shard.loss_mask)
-
-
-def summed_loss(loss_mask: torch.Tensor, token_losses: torch.Tensor) -> torch.Tensor:
-    """Sum of `token_losses` where `loss_mask`, both [b, s]; a scalar."""
-    # where, not a product: the loss of a masked token may be anything.
-    return torch.where(loss_mask, token_losses, 0.0).sum()
-
-
-def _summed_loss(
-    loss_mask: torch.Tensor, token_losses: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss = summed_loss(loss_mask, token_losses)
-    return loss, loss_mask.sum(dtype=torch.int32), loss.detach()

@@ -139,10 +139,19 @@ class FaultsSection(Section):
 
 
 class LoggingSection(Section):
-    """Metrics and the progress line every `interval` steps; each layer's routing every `routing_interval` steps."""
+    """What goes to TensorBoard, and when; the first and the last step of a run have all of it.
+
+    Attributes:
+        interval: steps between two points of the curves, and two progress lines.
+        routing_interval: steps between two looks at every layer's density and selected chunks.
+        heat_map_interval: steps between two pictures of the routing; one costs its layers a second routing.
+        heat_map_layers: which ones are drawn, from 0; None for the first, the middle and the last.
+    """
 
     interval: Positive = 10
     routing_interval: Positive = 50
+    heat_map_interval: Positive = 500
+    heat_map_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
 
 
 class RunConfig(Section):
@@ -174,6 +183,18 @@ class RunConfig(Section):
                 f"optimizer.warmup_steps = {warmup} is not below training.steps = {steps}: "
                 f"lower it, to 0 if need be, or train longer"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _drawn_layers_exist(self) -> "RunConfig":
+        drawn, layers = list(self.logging.heat_map_layers or ()), self.model.num_layers
+        if beyond := [layer for layer in drawn if layer >= layers]:
+            raise ValueError(
+                f"logging.heat_map_layers = {drawn} names {beyond[0]}, and model.num_layers is {layers}: "
+                f"give layers from 0 to {layers - 1}"
+            )
+        if len(set(drawn)) < len(drawn):
+            raise ValueError(f"logging.heat_map_layers = {drawn} names a layer twice: name each once")
         return self
 
     @model_validator(mode="after")

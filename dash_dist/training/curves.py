@@ -19,11 +19,20 @@ class Curves:
 
     Args:
         start_step: see MetricsWriter.
+        describe: writes what every file of curves begins with.
         on_failure: told once, in words, when curves stop being written; it may call `write`.
     """
 
-    def __init__(self, directory: Path, *, start_step: int, on_failure: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        start_step: int,
+        describe: Callable[[MetricsWriter], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
         self._directory = directory
+        self._describe = describe
         self._on_failure = on_failure
         self._last_step = start_step
         self._writer: MetricsWriter | None = None
@@ -36,6 +45,7 @@ class Curves:
         try:
             if self._writer is None:
                 self._writer = MetricsWriter(self._directory, start_step=self._last_step)
+                self._describe(self._writer)
             write(self._writer)
             self._writer.flush()
         except OSError as error:

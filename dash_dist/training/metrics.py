@@ -1,24 +1,23 @@
-"""The curves of a run in TensorBoard, and the memory and peak-speed figures of the device behind them.
+"""The curves, pictures and texts of a run in TensorBoard.
 
-Knows the names of the curves; does not know how a step computes what it reports. One process of a run writes.
+Knows the names of what it writes; does not know how a step computes what it reports. One process of a run writes.
 """
 
-import resource
-import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
-from dash_dist.megatron import ExchangeStatistics, LayerRouting
-
-# Dense bf16 peak in FLOP/s as published by NVIDIA for the SXM form (L40S: PCIe), by a part of the device's name; the
-# first match counts.
-_PEAK_BF16_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+from dash_dist.megatron import ExchangeStatistics, LayerRouting, SelectionMap
+from dash_dist.training.dashboard import FINAL_METRICS, Chart
 
 _GIB = 1 << 30
+_LONGEST_WAIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,13 @@ class StepMetrics:
         loss: mean over the tokens of the global batch, in nats.
         tokens: of all global batches so far, this one included, each counted once.
         tokens_per_second_per_gpu: tokens of the global batch / step_seconds / ranks (processes, where there is no GPU).
+        model_tflops_per_gpu: floating-point operations that the model is worth, in 1e12 a second and GPU.
         mfu: model FLOPs utilisation, a share of the bf16 peak; None where that peak is unknown.
         skipped_documents: empty and undecodable ones passed over since the start of the run, at all ranks.
         padding: share of the tokens of this global batch that are padding.
         memory: name -> GiB, the largest of all ranks.
+        seconds: part of the step (`dashboard.PARTS`) -> mean over the ranks; they add up to the step, and "save".
+        seconds_max: part -> the slowest rank's.
     """
 
     step: int
@@ -42,10 +44,13 @@ class StepMetrics:
     tokens: int
     step_seconds: float
     tokens_per_second_per_gpu: float
+    model_tflops_per_gpu: float
     mfu: float | None
     skipped_documents: int
     padding: float
     memory: Mapping[str, float]
+    seconds: Mapping[str, float]
+    seconds_max: Mapping[str, float]
 
 
 class MetricsWriter:
@@ -56,7 +61,24 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: Path, *, start_step: int) -> None:
+        _wait_for_a_later_name(directory)
         self._writer = SummaryWriter(log_dir=str(directory), purge_step=start_step + 1)
+        self._start_step = start_step
+
+    def describe(self, config: str, settings: Mapping[str, object], pages: Mapping[str, Mapping[str, Chart]]) -> None:
+        """What the run is: its configuration as YAML, its hyperparameters, and the pages its curves are shown on."""
+        code = "\n".join(f"    {line}" for line in config.splitlines())  # a block of code in Markdown
+        self._writer.add_text("config", code, self._start_step)
+        self._writer.add_custom_scalars(pages)
+        # add_hparams would make a run of its own out of them. The plugin shows the last values of the metrics' curves.
+        experiment, start, _ = hparams(hyperparameters(settings), dict.fromkeys(FINAL_METRICS))
+        for summary in (experiment, start):
+            self._writer._get_file_writer().add_summary(summary)
+
+    def finished(self) -> None:
+        """Mark the run as one that came to its last step."""
+        _, _, end = hparams({}, {})
+        self._writer._get_file_writer().add_summary(end)
 
     def step(self, metrics: StepMetrics) -> None:
         scalars = {
@@ -66,17 +88,22 @@ class MetricsWriter:
             "train/tokens": metrics.tokens,
             "perf/step_seconds": metrics.step_seconds,
             "perf/tokens_per_second_per_gpu": metrics.tokens_per_second_per_gpu,
+            "perf/model_tflops_per_gpu": metrics.model_tflops_per_gpu,
             "data/skipped_documents": metrics.skipped_documents,
             "data/padding": metrics.padding,
             **{f"memory/{name}": gib for name, gib in metrics.memory.items()},
+            **{f"time/{part}": seconds for part, seconds in metrics.seconds.items()},
+            **{f"time_max/{part}": seconds for part, seconds in metrics.seconds_max.items()},
         }
         if metrics.mfu is not None:
             scalars["perf/mfu"] = metrics.mfu
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, metrics.step)
 
-    def routing(self, step: int, layers: Iterable[LayerRouting]) -> None:
+    def routing(self, step: int, layers: Collection[LayerRouting]) -> None:
         """Per layer the density, and a histogram of how many chunks a (token, KV head) pair selected."""
+        if layers:
+            self._writer.add_scalar("routing/mean_density", fmean(layer.density for layer in layers), step)
         for routing in layers:
             self._writer.add_scalar(f"routing/density/layer_{routing.layer}", routing.density, step)
             numbers = torch.arange(len(routing.selected), dtype=torch.float64)
@@ -93,6 +120,14 @@ class MetricsWriter:
                 bucket_counts=counts.tolist(),
                 global_step=step,
             )
+
+    def heat_maps(self, step: int, maps: Iterable[SelectionMap], *, sequence_length: int) -> None:
+        """A picture per layer of which key chunks the query chunks selected."""
+        from dash_dist.training.heat_map import heat_map  # loads Matplotlib, which the other ranks have no use for
+
+        for layer in maps:
+            picture = heat_map(layer, sequence_length=sequence_length)
+            self._writer.add_image(f"routing/heat_map/layer_{layer.layer}", picture, step, dataformats="HWC")
 
     def exchange(self, step: int, statistics: ExchangeStatistics) -> None:
         """What context parallelism moved in a step, over all ranks; nothing of what that step did not have."""
@@ -125,22 +160,22 @@ class MetricsWriter:
         self._writer.close()
 
 
-def memory_used(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GiB: on GPU the peaks since the last call, on CPU the largest resident set so far."""
-    if device.type == "cuda":
-        used = {
-            "allocated_peak_gib": torch.cuda.max_memory_allocated(device) / _GIB,
-            "reserved_peak_gib": torch.cuda.max_memory_reserved(device) / _GIB,
-        }
-        torch.cuda.reset_peak_memory_stats(device)
-        return used
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB}
+def _wait_for_a_later_name(directory: Path) -> None:
+    """Return when a new file's name sorts after those of the files in `directory`.
+
+    Readers go through them by name, which begins with the second they were begun in, and take what the last one purges
+    from those before. The clock of another node may be a little ahead.
+    """
+    begun = [int(name.split(".")[3]) for name in (file.name for file in directory.glob("events.out.tfevents.[0-9]*.*"))]
+    time.sleep(min(max(0.0, max(begun, default=0) + 1 - time.time()), _LONGEST_WAIT_SECONDS))
 
 
-def peak_bf16_flops(device: torch.device) -> float | None:
-    """Published dense bf16 peak of the device in FLOP/s; None for a CPU and for a GPU that is not listed here."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
+def hyperparameters(settings: Mapping[str, object]) -> dict[str, float | str | bool]:
+    """`section.key` -> value of a configuration as a dict: what the hyperparameters plugin can hold, None left out."""
+    flat: dict[str, float | str | bool] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": inner for name, inner in hyperparameters(value).items()}
+        elif value is not None:
+            flat[key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

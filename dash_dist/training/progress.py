@@ -3,9 +3,10 @@
 Knows how to show a run that is told to it; does not know where the numbers come from, nor in which process they arose.
 """
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -162,8 +163,15 @@ class Pace:
         return seconds
 
     def leave_out_since_step(self) -> None:
-        """Do not count what was done since the last step, such as logging or a checkpoint."""
+        """Do not count what was done since the last step, such as logging."""
         self._last = time.perf_counter()
+
+    @contextlib.contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        """Do not count the time of the body."""
+        start = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - start
 
     def go_to(self, step: int) -> None:
         """Go on from `step` without counting how it was reached."""

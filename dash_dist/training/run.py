@@ -4,6 +4,7 @@ Knows the parts by what they promise; does not know how its processes were start
 """
 
 import contextlib
+from collections.abc import Iterator
 from statistics import fmean
 
 from dash_dist.data import Batch, DataStream, build_data_stream, load_tokenizer
@@ -14,17 +15,20 @@ from dash_dist.training.config import RunConfig
 from dash_dist.training.config_file import to_yaml
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.curves import Curves
+from dash_dist.training.dashboard import pages
+from dash_dist.training.device import memory_used, peak_bf16_flops
 from dash_dist.training.engines import build_engine
 from dash_dist.training.errors import ConfigError, RunError
 from dash_dist.training.fault_log import FaultLog
 from dash_dist.training.files import replace_text
-from dash_dist.training.metrics import MetricsWriter, StepMetrics, memory_used, peak_bf16_flops
+from dash_dist.training.metrics import MetricsWriter, StepMetrics
 from dash_dist.training.position import RunPosition
 from dash_dist.training.progress import ConsoleProgress, Pace, ProgressReporter, RunStart, RunSummary, StepReport
 from dash_dist.training.recovery import LossRecovery
 from dash_dist.training.requests import Request, Requests, RequestsOfRank, nothing_asked
 from dash_dist.training.saving import Saver
 from dash_dist.training.stopping import StopSignal
+from dash_dist.training.telemetry import Telemetry, over_ranks
 from dash_dist.training.watchdog import Watchdog, hang_folder
 
 
@@ -152,10 +156,12 @@ class _Run:
             self._curves = self._log.curves = Curves(
                 self._tensorboard,
                 start_step=self._state.step,
+                describe=self._describe,
                 on_failure=lambda reason: self._log.record("metrics_failed", reason, step=self._state.step),
             )
             cleanup.callback(self._curves.close)
             self._log.draw(self._state.step)
+        self._telemetry = Telemetry(config, self._engine, self._curves)
 
     def to_the_end(self) -> RunSummary:
         """Train to the last step or the request to stop, and leave a checkpoint of where it ended."""
@@ -167,8 +173,9 @@ class _Run:
             )
         if self._is_new and self._config.faults.spike_z_score is not None:
             # A spike may come before the first regular checkpoint.
-            self._saver.start(self._state, self._position.own_in_data())
-            self._saver.settle(self._state.step)
+            with self._saving():
+                self._saver.start(self._state, self._position.own_in_data())
+                self._saver.settle(self._state.step)
         while self._state.step < steps:
             self._watchdog.beat()
             micro_batches = self._next_batches()
@@ -180,11 +187,13 @@ class _Run:
             else:
                 self._step(micro_batches)
             if self._saver.is_due(self._state):
-                self._saver.start(self._state, self._position.own_in_data())
-                self._pace.leave_out_since_step()
+                with self._saving():
+                    self._saver.start(self._state, self._position.own_in_data())
         self._saver.save_at_the_end(self._state, self._position.own_in_data())
         summary = self._summary()
         self._attempt.completed(self._state.step, stopped=not summary.completed)
+        if self._curves is not None and summary.completed:
+            self._curves.write(self._state.step, lambda writer: writer.finished())
         if self._control.is_main:
             self._reporter.finish(summary)
         return summary
@@ -195,7 +204,8 @@ class _Run:
         batches: list[Batch] | None = None
         failure: Exception | None = None
         try:
-            batches = self._data.next_step()
+            with self._telemetry.measure("data"):
+                batches = self._data.next_step()
         except Exception as error:  # whatever the readers and the network raise: the other ranks must not wait
             failure = error
         request, any_failure, writing = self._control.maximum(
@@ -206,7 +216,8 @@ class _Run:
             with self._control.together("cannot read the data", RunError):
                 if failure is not None:
                     raise failure
-        self._saver.poll(self._state.step, any_writing=bool(writing))
+        with self._saving():
+            self._saver.poll(self._state.step, any_writing=bool(writing))
         if request == Request.SAVE:
             self._save_as_asked(self._requests.heed(self._control.gather(asked)))
         return None if request == Request.STOP else batches
@@ -214,14 +225,22 @@ class _Run:
     def _save_as_asked(self, reasons: list[str]) -> None:
         for reason in reasons:
             self._log.record("preemption", reason, step=self._state.step)
-        self._saver.save_now(self._state, self._position.own_in_data())
-        self._pace.leave_out_since_step()
+        with self._saving():
+            self._saver.save_now(self._state, self._position.own_in_data())
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """What training stands still for in the body is no part of a step."""
+        with self._pace.leaving_out(), self._telemetry.measure("save"):
+            yield
 
     def _step(self, micro_batches: list[Batch]) -> None:
         step, logging = self._state.step + 1, self._config.logging
         at_an_end = step in (1, self._config.training.steps)
         with_routing = at_an_end or step % logging.routing_interval == 0
+        logged = at_an_end or step % logging.interval == 0
         self._engine.record_routing = with_routing
+        self._telemetry.before_step(step, logged=logged)
         result = self._position.train(micro_batches)
         seconds = self._pace.step(result.tokens)
         if not self._recovery.check(result):
@@ -229,9 +248,17 @@ class _Run:
         self._position.batch_read()
         if with_routing:
             self._log_routing(step)
-        if at_an_end or step % logging.interval == 0:
+        if logged:
             self._log_step(result, seconds, [batch.document_length for batch in micro_batches])
+        self._telemetry.log_heat_maps(step)
         self._pace.leave_out_since_step()
+
+    def _describe(self, writer: MetricsWriter) -> None:
+        writer.describe(
+            to_yaml(self._config),
+            self._config.model_dump(mode="json", exclude={"run", "checkpoint", "logging", "faults"}),
+            pages(with_mfu=self._peak_flops is not None, context_parallel=self._dims.cp_size > 1),
+        )
 
     def _continue_curves(self, step: int) -> None:
         """The steps after `step` are undone."""
@@ -247,20 +274,20 @@ class _Run:
 
     def _log_step(self, result: StepResult, seconds: float, document_lengths: list[float]) -> None:
         memory = memory_used(self._dims.device)
-        of_ranks = self._control.gather((memory, self._own_skipped_documents(), fmean(document_lengths)))
+        parts = self._telemetry.own_seconds()
+        of_ranks = self._control.gather((memory, self._own_skipped_documents(), fmean(document_lengths), parts))
         exchange = self._engine.exchange_statistics()
         if self._curves is None:
             return
         config, world_size = self._config, self._dims.world_size
         density = sum(self._density.values()) / len(self._density) if self._density else None
-        mfu = None
-        if self._peak_flops is not None:
-            flops = self._engine.flops_per_step(
-                result.tokens,
-                document_length=fmean(length for _, _, length in of_ranks),
-                density=1.0 if density is None else density,
-            )
-            mfu = flops / (seconds * world_size * self._peak_flops)
+        flops = self._engine.flops_per_step(
+            result.tokens,
+            document_length=fmean(length for _, _, length, _ in of_ranks),
+            density=1.0 if density is None else density,
+        )
+        flops_per_gpu = flops / (seconds * world_size)
+        mean_seconds, max_seconds = over_ranks([parts for *_, parts in of_ranks], seconds)
         metrics = StepMetrics(
             step=self._state.step,
             loss=result.loss,
@@ -269,10 +296,13 @@ class _Run:
             tokens=self._state.tokens,
             step_seconds=seconds,
             tokens_per_second_per_gpu=result.tokens / (seconds * world_size),
-            mfu=mfu,
+            model_tflops_per_gpu=flops_per_gpu / 1e12,
+            mfu=None if self._peak_flops is None else flops_per_gpu / self._peak_flops,
             padding=1.0 - result.tokens / self._tokens_per_step,
-            skipped_documents=sum(skipped for _, skipped, _ in of_ranks),
-            memory={name: max(used[name] for used, _, _ in of_ranks) for name in memory},
+            skipped_documents=sum(skipped for _, skipped, _, _ in of_ranks),
+            memory={name: max(used[name] for used, *_ in of_ranks) for name in memory},
+            seconds=mean_seconds,
+            seconds_max=max_seconds,
         )
 
         def write(writer: MetricsWriter) -> None:

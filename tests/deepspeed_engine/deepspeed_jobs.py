@@ -30,8 +30,9 @@ from dash_dist.deepspeed_engine.slices import owned_slices
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.megatron import AttentionConfig, Engine, OptimizerConfig, ParallelConfig, ParallelDims
 from dash_dist.megatron import engine as megatron_module
+from dash_dist.megatron import loss as loss_module
 from dash_dist.megatron.checkpoint import EngineState
-from dash_dist.megatron.engine import summed_loss as megatron_summed_loss
+from dash_dist.megatron.loss import summed_loss as megatron_summed_loss
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def take_step(engine: Engine, run: Run, trained: Trained, *, bad: bool = False) 
     before = state_of(engine) if bad else []
     with contextlib.ExitStack() as patches:
         if bad and engine.dims.rank == engine.dims.world_size - 1:
-            for module in (megatron_module, deepspeed_module):
+            for module in (loss_module, deepspeed_module):
                 patches.enter_context(mock.patch.object(module, "summed_loss", infinite_loss))
         result = engine.train_step(micro_batches(engine.step, engine.dims, run.case))
     if bad:

@@ -15,7 +15,7 @@ from megatron_jobs import engine_of, micro_batches
 from dash_dist.context_parallel import selective
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.megatron import Engine, ExchangeStatistics
-from dash_dist.megatron import engine as engine_module
+from dash_dist.megatron import loss as loss_module
 
 
 def statistics_of_steps(cases: dict[str, Case]) -> dict[str, ExchangeStatistics | None]:
@@ -58,7 +58,7 @@ def step_after_a_failed_one(case: Case) -> dict[str, Any]:
         seen["remembered after a step"] = passes_remembered(engine)
         seen["undisturbed traffic"] = dataclasses.replace(engine.exchange_statistics(), overlap=None)
     with engine_of(case) as engine:
-        with mock.patch.object(engine_module, "_summed_loss", side_effect=ZeroDivisionError):
+        with mock.patch.object(loss_module, "_summed_loss", side_effect=ZeroDivisionError):
             try:
                 engine.train_step(micro_batches(1, engine.dims, case))
             except ZeroDivisionError:

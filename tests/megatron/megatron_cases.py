@@ -68,6 +68,9 @@ class Measured:
     weights: dict[str, tuple[torch.Tensor, int | None]] = field(default_factory=dict)
     density: list[float] = field(default_factory=list)
     selected: list[list[int]] = field(default_factory=list)
+    maps: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # selected and available of each layer
+    seconds: dict[str, float] = field(default_factory=dict)
+    step_seconds: float = 0.0
 
 
 def global_batch(step: int) -> Batch:

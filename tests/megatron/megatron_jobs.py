@@ -4,6 +4,7 @@ The test process itself does not import this: it would load Megatron-core.
 """
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -97,8 +98,13 @@ def measure_step(case: Case) -> Measured:
     """Gradients of the first step and the weights after it."""
     with engine_of(case) as engine:
         measured = Measured(ranks_of(engine.dims))
-        engine.record_routing = True
+        engine.record_routing = engine.record_seconds = True
+        engine.record_selections = range(engine.model.config.num_layers)
+        started = time.perf_counter()
         result = engine.train_step(micro_batches(0, engine.dims, case))
+        measured.step_seconds = time.perf_counter() - started
+        measured.seconds = engine.seconds_by_part()
+        measured.maps = [(one.selected, one.available) for one in engine.selection_maps()]
         measured.losses, measured.tokens, measured.grad_norm = [result.loss], result.tokens, result.grad_norm
         for routing in engine.routing_statistics():
             measured.density.append(routing.density)
@@ -198,6 +204,10 @@ def errors_and_skips(folder: Path) -> dict[str, Any]:
         four = dataclasses.replace(global_batch(0), cu_seqlens=packed[0].cu_seqlens)
         catch("borders for four sequences at rank 1", engine.train_step, [four] if rank == 1 else packed)
         catch("no routing", engine.routing_statistics)
+        catch("no seconds", engine.seconds_by_part)
+        engine.record_selections = [1]
+        catch("no selections", engine.selection_maps)
+        engine.record_selections = ()
         catch("no checkpoint", engine.load, folder / "nothing")
         (folder / "taken").mkdir(exist_ok=True)
         (folder / "taken" / f"rank{rank}").touch()

@@ -175,6 +175,41 @@ def test_routing_statistics_cover_all_ranks(measured: dict[str, list[Measured]],
     )
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_selection_maps_hold_what_the_layers_selected(measured: dict[str, list[Measured]], name: str) -> None:
+    """Sums of the maps are those of the histograms, which come from the attention itself, at every rank."""
+    chunks = SEQUENCE_LENGTH // CHUNK_SIZE
+    for rank in measured[name]:
+        assert len(rank.maps) == 2
+        for (selected, available), histogram, density in zip(rank.maps, rank.selected, rank.density, strict=True):
+            assert selected.shape == available.shape == (chunks, chunks)
+            assert int(selected.sum()) == sum(number * count for number, count in enumerate(histogram))
+            assert int(selected.sum()) / int(available.sum()) == pytest.approx(density)
+            assert not available.triu(1).any()
+            assert (selected <= available).all()
+            assert torch.equal(selected.diagonal(), available.diagonal())  # the own chunk is always selected
+
+
+@pytest.mark.parametrize("name", ["tp 2", "pp 2", "cp 2, contiguous, allgather", "cp 2, recompute", "cp 2, pp 2"])
+def test_selection_maps_do_not_depend_on_the_layout(measured: dict[str, list[Measured]], name: str) -> None:
+    alone = measured["four micro-batches"][0].maps  # the same last micro-batch
+    for (selected, available), (selected_alone, available_alone) in zip(measured[name][0].maps, alone, strict=True):
+        assert torch.equal(available, available_alone)
+        assert (selected - selected_alone).abs().sum() <= 1e-3 * selected_alone.sum()  # sums in another order
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_parts_of_a_step_lie_within_it(measured: dict[str, list[Measured]], name: str) -> None:
+    case = (ALONE | ON_TWO | ON_FOUR)[name]
+    parts = {"forward", "backward", "gradients", "optimizer", "heat_map"} | (
+        {"exchange"} if case.context > 1 else set()
+    )
+    for rank in measured[name]:
+        assert rank.seconds.keys() == parts
+        assert all(seconds > 0 for part, seconds in rank.seconds.items() if part != "exchange")
+        assert sum(rank.seconds.values()) < rank.step_seconds
+
+
 @pytest.mark.parametrize(
     "case", [Case(context=2, micro_batch_size=4), Case(context=2, micro_batch_size=4, layout="contiguous")]
 )
@@ -243,6 +278,8 @@ def test_errors_reach_every_rank_and_bad_steps_change_nothing(tmp_path: Path) ->
         for name in ("other borders at rank 1", "no borders at rank 1"):
             assert "ranks [0, 1] share data-parallel index 0 and were given different sequences" in seen[name]
         assert "set record_routing = True" in seen["no routing"]
+        assert "set record_seconds = True" in seen["no seconds"]
+        assert "layers [1] were not recorded: set record_selections" in seen["no selections"]
         assert "is not a checkpoint" in seen["no checkpoint"]
         assert "taken is not empty" in seen["taken directory"]
         assert "close() the earlier ParallelDims" in seen["second dims"]

@@ -49,12 +49,19 @@ def scalars(folder, tag):
     return [(event.step, event.value) for event in read_curves(folder).Scalars(tag)]
 
 
+def curves_in(folder, on_failure):
+    def describe(writer):
+        writer.faults(0, {"described": 1}, [])
+
+    return Curves(folder / "tensorboard", start_step=0, describe=describe, on_failure=on_failure)
+
+
 # Events
 
 
 def test_events_are_counted_over_all_attempts_and_all_writers(tmp_path, log):
     EventLog(tmp_path).append("restart", "of an earlier attempt")
-    log.curves = Curves(tmp_path / "tensorboard", start_step=0, on_failure=pytest.fail)
+    log.curves = curves_in(tmp_path, pytest.fail)
     log.draw(1)
     log.record("save_failed", "the disk is full", step=2)
     EventLog(tmp_path).append("restart", "told by the launcher")
@@ -93,7 +100,7 @@ def test_ranks_that_do_not_print_tell_nothing(tmp_path):
 
 def test_curves_go_on_in_a_new_file_when_the_disk_takes_them_again(tmp_path, monkeypatch):
     failures = []
-    curves = Curves(tmp_path / "tensorboard", start_step=0, on_failure=failures.append)
+    curves = curves_in(tmp_path, failures.append)
 
     def draw(step):
         curves.write(step, lambda writer: writer.faults(step, {"hang": step}, []))
@@ -112,22 +119,24 @@ def test_curves_go_on_in_a_new_file_when_the_disk_takes_them_again(tmp_path, mon
     draw(5)
     curves.close()
     assert scalars(tmp_path, "fault/hang") == [(1, 1), (5, 5)]
+    assert scalars(tmp_path, "fault/described") == [(0, 1)] * 3  # each file by itself
 
 
 def test_curves_of_undone_steps_are_purged(tmp_path):
-    curves = Curves(tmp_path / "tensorboard", start_step=0, on_failure=pytest.fail)
+    curves = curves_in(tmp_path, pytest.fail)
     for step in (1, 2, 3):
         curves.write(step, lambda writer, step=step: writer.faults(step, {"hang": step}, []))
     curves.restart(1)
     curves.write(2, lambda writer: writer.faults(2, {"hang": 7}, []))
     curves.close()
     assert scalars(tmp_path, "fault/hang") == [(1, 1), (2, 7)]
+    assert len(scalars(tmp_path, "fault/described")) == 2
 
 
 def test_a_folder_that_cannot_be_made_is_told_once_and_ends_nothing(tmp_path):
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
     failures = []
-    curves = Curves(tmp_path / "tensorboard", start_step=0, on_failure=failures.append)
+    curves = curves_in(tmp_path, failures.append)
     curves.write(1, lambda writer: writer.faults(1, {"hang": 1}, []))
     curves.close()
     assert len(failures) == 1

@@ -69,7 +69,10 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
 
     with (
         mock.patch.object(Engine, "train_step", diverged),
-        mock.patch.object(Engine, "routing_statistics", return_value=[]),  # no forward pass recorded any
+        # No forward pass recorded any.
+        mock.patch.object(Engine, "routing_statistics", return_value=[]),
+        mock.patch.object(Engine, "selection_maps", return_value=[]),
+        mock.patch.object(Engine, "seconds_by_part", return_value={}),
     ):
         outcomes["diverged"] = alone("nan", "training.steps=10", "faults.max_skipped_steps=3")
     return outcomes

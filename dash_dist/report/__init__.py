@@ -1,0 +1,38 @@
+"""One HTML page that says how a run went, from the files in its folder; needs nothing else, and loads nothing.
+
+record.py    what the files say
+health.py    what to think of it
+figures.py   the curves as SVG
+page.py      the page
+"""
+
+from pathlib import Path
+
+from dash_dist.report.page import render
+from dash_dist.report.record import read_run
+
+__all__ = ["write_report"]
+
+
+def write_report(run_directory: Path, output: Path | None = None) -> Path:
+    """Write the report of a finished or a running run; returns its path.
+
+    Args:
+        run_directory: `runs/NAME`.
+        output: the HTML file; by default `report.html` in the folder of the run.
+
+    Raises:
+        RunError: the folder is not that of a run, or a file of it, or the report, cannot be read or written.
+    """
+    from dash_dist.training.errors import RunError
+
+    record = read_run(run_directory)
+    output = output or run_directory / "report.html"
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(render(record), encoding="utf-8")
+        partial.replace(output)
+    except OSError as error:
+        raise RunError(f"cannot write {output}: {error.strerror or error}: name another file with --output") from error
+    return output
