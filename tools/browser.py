@@ -26,6 +26,7 @@ import aiohttp
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 START_SECONDS = 90
+WAIT_SECONDS = 240  # far more than any page takes: a busy machine must not look like a broken page
 _OPTIONS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
     "disable-component-update disable-sync hide-scrollbars remote-debugging-port=0"
@@ -82,14 +83,22 @@ class Page:
             raise BrowserError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    async def wait_for(self, expression: str, *, seconds: float = 150) -> Any:
-        """The first value of a JavaScript expression that is true. Raises BrowserError where there is none in time."""
+    async def wait_for(self, expression: str, expected: Any = True, *, seconds: float = WAIT_SECONDS) -> None:
+        """Return when the value of a JavaScript expression is `expected`. Raises BrowserError if it is not in time.
+
+        An expression that cannot be evaluated, of elements that are not there yet for example, has no value yet.
+        """
         deadline = time.monotonic() + seconds
-        while not (value := await self.evaluate(expression)):
+        while True:
+            try:
+                value = await self.evaluate(expression)
+            except BrowserError as error:
+                value = error
+            if value == expected:
+                return
             if time.monotonic() > deadline:
-                raise BrowserError(f"not within {seconds} s: {expression}")
+                raise BrowserError(f"not {expected!r} within {seconds} s but {value!r}: {expression}")
             await asyncio.sleep(0.3)
-        return value
 
     async def photograph(self, *, whole: bool = False) -> bytes:
         """A PNG of the window, or of the whole page."""

@@ -19,8 +19,8 @@ from browser import Page, chromium, open_page, tensorboard
 from dash_dist.report import write_report
 from dash_dist.report.record import numbered, read_run
 
-WIDTH = 1400
-TENSORBOARD_HEIGHT, REPORT_HEIGHT = 1560, 1700
+TENSORBOARD_WINDOW = 1500, 1460  # three charts side by side
+REPORT_WINDOW = 1400, 1700
 SETTLE_SECONDS = 6  # charts grow into their place
 # In place of what a visitor would click: every point inside its chart, as it was measured.
 UNSMOOTHED = "localStorage.setItem('_tb_global_settings', " + json.dumps(json.dumps({"ignoreOutliers": False})) + ")"
@@ -34,9 +34,9 @@ def main(
     """Write the pictures of a run."""
     pictures.mkdir(parents=True, exist_ok=True)
     with tensorboard(run / "tensorboard") as address:
-        _photograph(pictures / "tensorboard.png", TENSORBOARD_HEIGHT, lambda page: _first_page(page, address))
+        _photograph(pictures / "tensorboard.png", TENSORBOARD_WINDOW, lambda page: _first_page(page, address))
     report = write_report(run)
-    _photograph(pictures / "report.png", REPORT_HEIGHT, lambda page: page.go(report.resolve().as_uri()))
+    _photograph(pictures / "report.png", REPORT_WINDOW, lambda page: page.go(report.resolve().as_uri()))
     maps = {tag: map_ for tag, map_ in read_run(run).pictures.items() if tag.startswith("routing/heat_map/")}
     if maps:
         (pictures / "heat_map.png").write_bytes(maps[max(maps, key=numbered)].png)
@@ -48,14 +48,14 @@ async def _first_page(page: Page, address: str) -> None:
     await page.evaluate(TAKE_ALL)
 
 
-def _photograph(picture: Path, height: int, visit: Callable[[Page], Coroutine[Any, Any, None]]) -> None:
+def _photograph(picture: Path, window: tuple[int, int], visit: Callable[[Page], Coroutine[Any, Any, None]]) -> None:
     async def look(devtools: str) -> bytes:
         async with open_page(devtools, before=UNSMOOTHED) as page:
             await visit(page)
             await asyncio.sleep(SETTLE_SECONDS)
             return await page.photograph()
 
-    with chromium(WIDTH, height) as devtools:
+    with chromium(*window) as devtools:
         picture.write_bytes(asyncio.run(look(devtools)))
     print(f"{picture}: {picture.stat().st_size} bytes")
 

@@ -10,7 +10,9 @@ from dash_dist.training.events import EVENT_KINDS
 PARTS = ("data", "forward", "backward", "exchange", "gradients", "optimizer", "heat_map", "save", "rest")
 """Of the time of a step, in the order in which pages show them; see docs/dashboards.md."""
 
-COMPUTING = ("forward", "backward")
+_COMPUTING = ("forward", "backward")
+# Not the parts of a few steps only: TensorBoard would draw a line from one to the next.
+_NOT_COMPUTING = tuple(part for part in PARTS if part not in (*_COMPUTING, "heat_map"))
 
 HEALTH = "Health"
 FINAL_METRICS = (
@@ -38,8 +40,8 @@ def pages(*, with_mfu: bool, context_parallel: bool) -> dict[str, dict[str, Char
         "Gradient norm": ["train/grad_norm"],
         "Tokens/s per GPU": ["perf/tokens_per_second_per_gpu"],
         **({"MFU": ["perf/mfu"]} if with_mfu else {"Model TFLOP/s per GPU": ["perf/model_tflops_per_gpu"]}),
-        "Computing (s per step, mean of ranks)": [f"time/{part}" for part in COMPUTING],
-        "Not computing (s per step, mean of ranks)": [f"time/{part}" for part in PARTS if part not in COMPUTING],
+        "Computing (s per step, mean of ranks)": [f"time/{part}" for part in _COMPUTING],
+        "Not computing (s per step, mean of ranks)": [f"time/{part}" for part in _NOT_COMPUTING],
         "Faults and recoveries (count)": [f"fault/{kind}" for kind in EVENT_KINDS],
         "Memory (GiB, fullest rank)": ["memory/.*"],
         "Density (selected / available chunks)": ["routing/mean_density"],
@@ -48,10 +50,13 @@ def pages(*, with_mfu: bool, context_parallel: bool) -> dict[str, dict[str, Char
     speed = {
         "Step (s)": ["perf/step_seconds"],
         "Model TFLOP/s per GPU": ["perf/model_tflops_per_gpu"],
-        "Computing (s per step, slowest rank)": [f"time_max/{part}" for part in COMPUTING],
-        "Not computing (s per step, slowest rank)": [f"time_max/{part}" for part in PARTS if part not in COMPUTING],
+        "Computing (s per step, slowest rank)": [f"time_max/{part}" for part in _COMPUTING],
+        "Not computing (s per step, slowest rank)": [f"time_max/{part}" for part in _NOT_COMPUTING],
     }
-    routing = {"Density by layer": ["routing/density/.*"]}
+    routing = {
+        "Density by layer": ["routing/density/.*"],
+        "Heat maps (s of a step that draws them, mean of ranks)": ["time/heat_map"],
+    }
     exchange = {
         "Bytes of a step (GiB)": [f"cp/{name}_gib" for name in ("planned", "sent", "slow_link", "dense")],
         "Union coverage by layer": ["cp/coverage/.*"],

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     config = str(write_config(folder))
     jobs = [config, NEVER, "run.name=whole", "--", config, "10", "run.name=stopped"]
-    for status, output in run_rank_processes([RANK, *jobs], 2):
+    for status, output in run_rank_processes([RANK, *jobs], 2, seconds=250):
         assert status == 0, output
     return folder
 
