@@ -25,7 +25,6 @@ from typing import Any
 import aiohttp
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-START_SECONDS = 90
 WAIT_SECONDS = 240  # far more than any page takes: a busy machine must not look like a broken page
 _OPTIONS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
@@ -142,8 +141,7 @@ def chromium(width: int, height: int) -> Iterator[str]:
                 raise BrowserError(f"{path} ended without starting its DevTools")
             yield f"http://{match[1]}"
         finally:
-            process.terminate()
-            process.communicate(timeout=20)
+            _end(process)
 
 
 @contextlib.contextmanager
@@ -157,7 +155,7 @@ def tensorboard(log_directory: Path) -> Iterator[str]:
         server = subprocess.Popen([*command, f"--port={port}"], stdout=log, stderr=log)
         address = f"http://127.0.0.1:{port}"
         try:
-            deadline = time.monotonic() + START_SECONDS
+            deadline = time.monotonic() + WAIT_SECONDS
             while not _lists_a_run(address):
                 if server.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
@@ -165,8 +163,16 @@ def tensorboard(log_directory: Path) -> Iterator[str]:
                 time.sleep(0.5)
             yield address
         finally:
-            server.terminate()
-            server.wait(timeout=20)
+            _end(server)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    process.terminate()
+    try:
+        process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def _lists_a_run(address: str) -> bool:

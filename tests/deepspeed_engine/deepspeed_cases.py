@@ -31,4 +31,6 @@ class Trained:
     skipped: list[int] = field(default_factory=list)
     unchanged: bool | None = None
     sent_bytes: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # of the last step by part
+    chunks: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # selected by layer 0 in the last step
     weights: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -90,7 +90,11 @@ def train(runs: dict[str, Run], folder: Path) -> dict[str, Trained]:
         with engine_of(run, folder) as engine:
             by_name[name] = trained = Trained()
             for step in range(run.steps):
+                if step == run.steps - 1:
+                    engine.record_seconds, engine.record_selections = True, [0]
                 take_step(engine, run, trained, bad=step == run.bad_step)
+            trained.seconds = engine.seconds_by_part()
+            (trained.chunks,) = (found.selected for found in engine.selection_maps())
             exchange = engine.exchange_statistics()
             trained.sent_bytes = None if exchange is None else exchange.sent_bytes
             trained.weights = full_weights(engine)

@@ -74,6 +74,21 @@ def seen(tmp_path_factory) -> Seen:
 
 
 @pytest.mark.parametrize("name", [*ALONE, *ON_TWO, *ON_FOUR])
+def test_what_the_dashboards_ask_for_is_there(seen, name):
+    run = (ALONE | ON_TWO | ON_FOUR)[name]
+    parts = {"forward", "backward", "optimizer", "heat_map"} | ({"exchange"} if run.case.context > 1 else set())
+    for rank in seen.trained[name]:
+        assert rank.seconds.keys() == parts  # the reduction of gradients is within the backward pass
+        assert all(seconds > 0 for part, seconds in rank.seconds.items() if part != "exchange")
+        assert torch.equal(rank.chunks, seen.trained[name][0].chunks)
+
+
+def test_selections_are_those_of_engine_megatron(seen):
+    (expected,), found = seen.trained["packed"], seen.trained["packed, zero 3, cp 2"][0]
+    assert (found.chunks - expected.chunks).abs().sum() <= 0.02 * expected.chunks.sum()
+
+
+@pytest.mark.parametrize("name", [*ALONE, *ON_TWO, *ON_FOUR])
 def test_the_run_is_that_of_engine_megatron(seen, name):
     run = (ALONE | ON_TWO | ON_FOUR)[name]
     (expected,) = seen.trained[name.split(",")[0]]

@@ -12,6 +12,7 @@ from ranks import run_ranks
 from training_runs import losses, rank_processes, read_curves, run_rank_processes, write_config
 
 from dash_dist.training import load_config
+from dash_dist.training.dashboard import PARTS
 from dash_dist.training.events import EVENT_KINDS
 
 RANK = str(Path(__file__).with_name("training_rank.py"))
@@ -74,9 +75,11 @@ def test_the_whole_run_wrote_every_curve(folder):
         "train/tokens",
         "perf/tokens_per_second_per_gpu",
         "perf/step_seconds",
+        "perf/model_tflops_per_gpu",
         "data/skipped_documents",
         "data/padding",
         "memory/rss_peak_gib",
+        "routing/mean_density",
         "routing/density/layer_0",
         "routing/density/layer_1",
         "cp/planned_gib",
@@ -93,11 +96,19 @@ def test_the_whole_run_wrote_every_curve(folder):
         "cp/exchange/allgather",
         "cp/exchange/ring",
         *(f"fault/{kind}" for kind in EVENT_KINDS),
+        *(f"time/{part}" for part in PARTS),
+        *(f"time_max/{part}" for part in PARTS),
     }
     assert set(curves.Tags()["histograms"]) == {
         "routing/selected_chunks/layer_0",
         "routing/selected_chunks/layer_1",
     }
+    parts = [part for part in PARTS if part not in ("save", "heat_map")]
+    for index in range(1, 19):  # the first and the last step draw maps
+        known = sum(curves.Scalars(f"time/{part}")[index].value for part in parts)
+        assert known >= 0.999 * curves.Scalars("perf/step_seconds")[index].value
+    for layer in (0, 1):
+        assert [event.step for event in curves.Images(f"routing/heat_map/layer_{layer}")] == [1, 20]
     # 2 sequences of 256 tokens a step, not once more for each context-parallel rank.
     assert [event.value for event in curves.Scalars("train/tokens")] == [512 * step for step in range(1, 21)]
     seconds = curves.Scalars("perf/step_seconds")[5].value
