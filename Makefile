@@ -21,12 +21,12 @@ DEMO_OVERRIDES = $(if $(filter 1,$(GPUS)),parallel.context=1)
 demo: $(INSTALLED)
 	$(BIN)/python launch/ray_train.py configs/demo.yaml $(DEMO_OVERRIDES) $(ARGS)
 
-# Two workers: what starts processes of its own stays together on one (tests/conftest.py).
+# Two workers; those that start Ray clusters come after, with the machine to themselves: five nodes on two cores that do
+# something else do not start in the time that Ray gives them. Exit status 5: ARGS chose none of a part's tests.
+ALONE := tests/launch tests/cluster
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
-
-storm: $(INSTALLED_DEV)
-	$(BIN)/python tools/fault_storm.py --faults 32 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ALONE:%=--ignore=%) $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest $(ALONE) $(ARGS) || [ $$? -eq 5 ]
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check $(LINTED)

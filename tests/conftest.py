@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 TESTS = Path(__file__).parent
-WITH_DEADLINES = {"cluster", "doctor", "launch", "report", "training"}
+WITH_DEADLINES = {"doctor", "report", "training"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
