@@ -140,7 +140,7 @@ def find_damage(
     """Compare the files of `folder` with `metadata`, and look into those that Python objects would be read from.
 
     Args:
-        names: the files to check; all by default.
+        names: the files to check; all by default, and then also that there are no others.
         sizes_only: read no file.
 
     Returns:
@@ -148,7 +148,7 @@ def find_damage(
 
     Raises OSError for a file that cannot be read for a reason that says nothing of its content.
     """
-    found = {}
+    found = find_unlisted(folder, metadata) if names is None else {}
     for name in metadata.files if names is None else names:
         problem = _damage_of_file(folder, name, metadata.files[name], sizes_only)
         if problem is None and not sizes_only and name == DATA_STATE:
@@ -158,6 +158,15 @@ def find_damage(
         if problem is not None:
             found[name] = f"{folder / name} {problem}"
     return found
+
+
+def find_unlisted(folder: Path, metadata: CheckpointMetadata) -> dict[str, str]:
+    """Files that an engine would find, and that nothing here has looked into: file -> a message that names it."""
+    there = (path.relative_to(folder).as_posix() for path in (folder / ENGINE).rglob("*") if path.is_file())
+    return {
+        name: f"{folder / name} is not safe to load: {METADATA} does not list it"
+        for name in sorted(set(there) - metadata.files.keys())
+    }
 
 
 def read_data_state(folder: Path) -> dict[str, Any]:

@@ -282,10 +282,11 @@ class CheckpointManager:
             if self._control.is_main:
                 try:
                     metadata = read_metadata(folder)
+                    messages = list(integrity.find_unlisted(folder, metadata).values())
                 except DamagedCheckpoint as error:
                     messages = [str(error)]
         metadata, messages = self._control.from_main((metadata, messages))
-        if metadata is None:
+        if metadata is None or messages:
             return messages
         by_size = sorted(metadata.files, key=lambda name: (metadata.files[name].size, name))
         with self._control.together(failure, CheckpointError):

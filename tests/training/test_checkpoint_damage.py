@@ -14,6 +14,7 @@ from ranks import run_ranks
 from training_runs import losses, write_config
 from typer.testing import CliRunner
 
+from dash_dist.checkpoints.integrity import CheckpointMetadata, read_metadata, write_metadata
 from dash_dist.checkpoints.pickles import read_index
 from dash_dist.cli import app
 from dash_dist.training.checkpoints import CheckpointManager
@@ -178,6 +179,18 @@ def test_nothing_that_a_stranger_wrote_is_run(run, control, tmp_path, place):
     assert not marker.exists()
     pickle.loads(pickle.dumps(payload))
     assert marker.exists()  # it does what it says
+
+
+def test_a_file_that_the_metadata_leaves_out_is_never_read(run, control, tmp_path):
+    """Nothing verifies it, and an engine would unpickle it."""
+    file = newest(run) / "engine" / ".metadata"
+    file.write_bytes(pickle.dumps(Payload(tmp_path / "payload_was_run")))
+    old = read_metadata(newest(run))
+    listed = {name: checksum for name, checksum in old.files.items() if name != "engine/.metadata"}
+    write_metadata(newest(run), CheckpointMetadata(old.state, old.saved_at, listed))
+    assert f"{file} is not safe to load" in call("verify", newest(run)).stdout
+    assert_refused_and_stepped_over(run, control, "engine/.metadata is not safe to load: metadata.json does not list")
+    assert not (tmp_path / "payload_was_run").exists()
 
 
 def make_an_object_of_a_tensor(engine):
