@@ -70,5 +70,5 @@ class Limits:
             argument
             for field in fields(self)
             if (value := getattr(self, field.name)) != field.default
-            for argument in (f"--{field.name.replace('_', '-')}", f"{value:g}")
+            for argument in (f"--{field.name.replace('_', '-')}", str(value))
         ]

@@ -79,7 +79,7 @@ def test_a_tree_that_is_too_large_is_refused_with_its_largest_folders(tree):
         packed(tree)
 
 
-def submission(tree: Path, *overrides: str, **limits: int):
+def submission(tree: Path, *overrides: str, **limits: float):
     return prepare_submission(tree / "configs" / "tiny.yaml", overrides, limits=Limits(**limits), exclude=(), root=tree)
 
 
@@ -89,6 +89,12 @@ def test_the_job_runs_what_was_given(tree):
     assert f"entrypoint   {command}\n" in text
     assert '"PYTHONPATH": "kernels"' in text
     assert "4 files" in text
+
+
+def test_limits_are_passed_on_as_they_are(tree):
+    """Large whole numbers too: the job's command line takes no 1e+06 for one."""
+    entrypoint = submission(tree, max_failures=1_000_000, node_wait_seconds=1_234_567.5).entrypoint
+    assert entrypoint.endswith(" --max-failures 1000000 --node-wait-seconds 1234567.5")
 
 
 @pytest.mark.parametrize(
