@@ -184,13 +184,7 @@ class WorkerGroup:
     def _take_places(self) -> None:
         """Learn where every process is, and order them: by node, and on a node by GPU."""
         places: list[Place] = self._answers([actor.place.remote() for actor in self._actors])
-        nodes = list(dict.fromkeys(place.node_id for place in places))
-
-        def order(worker: tuple[Any, Place]) -> tuple[int, int]:
-            place = worker[1]
-            return nodes.index(place.node_id), int(place.gpu or 0)
-
-        workers = sorted(zip(self._actors, places, strict=True), key=order)
+        workers = sorted(zip(self._actors, places, strict=True), key=rank_order(places))
         self._actors = [actor for actor, _ in workers]
         self.places = [place for _, place in workers]
 
@@ -233,6 +227,21 @@ class WorkerGroup:
     def _described(self, rank: int) -> str:
         place = self.places[rank]
         return f"rank {rank} (process {place.process.pid} on {place.address})"
+
+
+def rank_order(places: Sequence[Place]) -> Callable[[tuple[Any, Place]], tuple[int, int, str]]:
+    """The key that sorts workers at `places`, each given with its place: by node, and on a node by GPU.
+
+    GPUs have numbers, or names ("GPU-1f...", "MIG-...") where the node's CUDA_VISIBLE_DEVICES has.
+    """
+    nodes = list(dict.fromkeys(place.node_id for place in places))
+
+    def key(worker: tuple[Any, Place]) -> tuple[int, int, str]:
+        place = worker[1]
+        gpu = place.gpu or ""
+        return nodes.index(place.node_id), int(gpu) if gpu.isdecimal() else 0, gpu
+
+    return key
 
 
 def seats(places: Sequence[Place], master_port: int) -> list[Seat]:

@@ -7,7 +7,7 @@ import pytest
 from training_runs import write_config
 
 from dash_dist.cluster.capacity import check_local_gpus, default_num_workers, usable_workers
-from dash_dist.cluster.group import AttemptFailed, NodeLost, seats
+from dash_dist.cluster.group import AttemptFailed, NodeLost, rank_order, seats
 from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.nodes import Node, preemption_notice, room_for_workers
 from dash_dist.cluster.processes import ProcessId
@@ -355,6 +355,15 @@ def test_room_is_what_is_free_and_what_is_held_on_nodes_that_stay():
 def test_only_a_node_in_use_gives_a_notice():
     assert preemption_notice(NODES, ["a", "b"]) == ""
     assert preemption_notice(NODES, ["a", "c"]) == "node 10.0.0.3 is about to be taken away"
+
+
+@pytest.mark.parametrize("gpus", [("0", "2", "10"), ("GPU-0a", "GPU-4c", "MIG-17"), (None, None, None)])
+def test_workers_are_ordered_by_node_and_gpu(gpus):
+    expected = [("b", gpus[0]), ("b", gpus[2]), ("a", gpus[0]), ("a", gpus[1]), ("a", gpus[2])]
+    found = [expected[index] for index in (1, 3, 4, 0, 2)]  # node b is met first
+    places = [Place(node, "10.0.0.1", ProcessId(1, 1), gpu) for node, gpu in found]
+    ordered = sorted(zip("vwxyz", places, strict=True), key=rank_order(places))
+    assert [(place.node_id, place.gpu) for _, place in ordered] == expected
 
 
 def test_ranks_of_a_node_are_neighbours_and_see_its_gpus():
