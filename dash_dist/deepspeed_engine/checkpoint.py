@@ -100,7 +100,7 @@ class ZeroSave:
             save_file(tensors, path)
             sync(path)
             self._checksums[path.name] = checksum_of(path)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is: `finish` must not complete a checkpoint without this file
             self._problem = f"cannot write {path}: {error}"
 
 
@@ -193,12 +193,15 @@ def _read_index(directory: Path, identity: dict[str, Any], shapes: dict[str, lis
         raise FileNotFoundError(
             f"{directory} has no {INDEX}: it is not a checkpoint, or not written to its end"
         ) from None
-    if index["format"] != _FORMAT:
-        raise ValueError(f"{directory / INDEX} has format {index['format']}, and this version reads {_FORMAT}")
-    saved = EngineState(**index["run"])
-    saved.identity.update(_shapes_as_settings(index["shapes"]))
-    check_fit(directory, saved, identity | _shapes_as_settings(shapes))
-    _check_coverage(index["slices"], index["shapes"], directory)
+    try:
+        if index["format"] != _FORMAT:
+            raise ValueError(f"{directory / INDEX} has format {index['format']}, and this version reads {_FORMAT}")
+        saved = EngineState(**index["run"])
+        saved.identity.update(_shapes_as_settings(index["shapes"]))
+        check_fit(directory, saved, identity | _shapes_as_settings(shapes))
+        _check_coverage(index["slices"], index["shapes"], directory)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / INDEX} is damaged or of another program: {error!r}") from error
     return index
 
 
@@ -236,7 +239,7 @@ def _read_slices(directory: Path, files: dict[str, list[Any]], slices: Sequence[
                     for key, tensor in one.tensors.items():
                         stored = readers[file].get_slice(f"{key}/{one.parameter}")
                         tensor[start - one.start : end - one.start].copy_(stored[start - offset : end - offset])
-                except (OSError, SafetensorError) as error:
+                except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: fewer elements than listed
                     raise ValueError(f"cannot read {directory / file}: {error}") from error
 
 
