@@ -18,7 +18,7 @@ from dash_dist.cli import app
 from dash_dist.planning import GPUS, Assumptions, Prediction, best_layouts, predict
 from dash_dist.planning.advice import what_would_help
 from dash_dist.planning.calibration import calibrate, fit, predict_measured
-from dash_dist.planning.measurements import Measurement
+from dash_dist.planning.measurements import Measurement, read_measurements
 from dash_dist.planning.search import layouts
 from dash_dist.planning.selection import tile_efficiency, union
 from dash_dist.training.config_file import to_yaml
@@ -197,6 +197,12 @@ def test_on_a_gpu_without_measured_kernels_both_factors_are_found() -> None:
     ]
     found = fit(given_runs, gpu="A100")
     assert {name: getattr(found, name) for name in factors} == pytest.approx(factors)
+
+
+def test_the_published_measurements_are_of_configurations_that_are_still_known() -> None:
+    published = read_measurements(Path(__file__).parents[2] / "docs" / "results" / "plan_h100.json")
+    assert [one.run_config().run.name for one in published] == [one.name for one in published]
+    assert published
 
 
 def test_a_calibration_is_read_back_from_its_file(tmp_path: Path) -> None:
