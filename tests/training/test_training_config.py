@@ -28,7 +28,12 @@ def tiny(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_in_the_repository_is_valid(path):
-    assert load_config(path).run.name
+    config = load_config(path)
+    assert config.run.name
+    # As docs/faults.md asks for: a rank that waits must not give up before it has written its stacks.
+    hang = config.faults.hang_timeout_seconds
+    assert hang is not None
+    assert hang < config.training.distributed_timeout_seconds
 
 
 def test_the_resolved_configuration_reads_back_equal(tiny, tmp_path):
