@@ -38,7 +38,6 @@ def launch(config: RunConfig, limits: Limits) -> None:
         room = gpus or sum(node.room for node in alive_nodes(CPU_WORKER))
         console.note(f"Ray: the cluster has room for {room} {'GPU' if gpus else 'CPU'} workers")
         cluster = RayCluster(
-            use_gpu=gpus > 0,
             start_seconds=limits.start_timeout_seconds,
             answer_seconds=limits.answer_timeout_seconds,
         )

@@ -3,7 +3,7 @@
 Knows which resources a worker takes; does not know when workers are started.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dash_dist.cluster.group import NodeLost, WorkerGroup
 from dash_dist.cluster.nodes import (
@@ -20,18 +20,25 @@ from dash_dist.cluster.supervisor import View
 class RayCluster:
     """Workers on the connected Ray cluster.
 
+    A worker takes a CPU, and a GPU too from the moment on that the cluster was seen to have any: nodes with GPUs may
+    still be on their way when the run starts.
+
     Args:
-        use_gpu: whether each worker takes a GPU, beside a CPU.
         start_seconds, answer_seconds: of each WorkerGroup.
     """
 
-    def __init__(self, *, use_gpu: bool, start_seconds: float, answer_seconds: float) -> None:
-        self._worker = GPU_WORKER if use_gpu else CPU_WORKER
+    def __init__(self, *, start_seconds: float, answer_seconds: float) -> None:
+        self._worker: Mapping[str, float] = CPU_WORKER
+        self._asked_for = 0
         self._start_seconds = start_seconds
         self._answer_seconds = answer_seconds
 
     def look(self, held: Sequence[str] = ()) -> View:
         """How things are now; `held` are the nodes of the workers there are, an id for each worker."""
+        if self._worker is CPU_WORKER and any(node.room for node in alive_nodes(GPU_WORKER)):
+            self._worker = GPU_WORKER
+            if self._asked_for:
+                ask_for_nodes(self._worker, self._asked_for)
         nodes = alive_nodes(self._worker)
         return View(room=room_for_workers(nodes, held), notice=preemption_notice(nodes, held))
 
@@ -57,4 +64,5 @@ class RayCluster:
 
     def ask_for(self, workers: int) -> None:
         """Say how many workers there is work for, where someone may add nodes."""
+        self._asked_for = workers
         ask_for_nodes(self._worker, workers)

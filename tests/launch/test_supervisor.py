@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from training_runs import write_config
 
+from dash_dist.cluster import ray_cluster
 from dash_dist.cluster.capacity import check_local_gpus, default_num_workers, usable_workers
 from dash_dist.cluster.group import AttemptFailed, NodeLost, rank_order, seats
 from dash_dist.cluster.limits import Limits
-from dash_dist.cluster.nodes import Node, preemption_notice, room_for_workers
+from dash_dist.cluster.nodes import CPU_WORKER, GPU_WORKER, Node, preemption_notice, room_for_workers
 from dash_dist.cluster.processes import ProcessId
 from dash_dist.cluster.rank import Ended, Job, News, Place
 from dash_dist.cluster.retries import Retries
@@ -350,6 +351,27 @@ NODES = [
 def test_room_is_what_is_free_and_what_is_held_on_nodes_that_stay():
     assert room_for_workers(NODES) == 5
     assert room_for_workers(NODES, held=["a", "a", "a", "c", "c", "lost"]) == 8
+
+
+def test_nodes_with_gpus_may_come_after_the_run_has_started(monkeypatch):
+    """No worker is placed on the CPUs of a node that came for its GPUs, and GPUs are what is asked for then."""
+    nodes = {"CPU": 0, "GPU": 0}
+    asked = []
+
+    def alive_nodes(worker):
+        room = nodes["GPU" if "GPU" in worker else "CPU"]
+        return [Node("a", "10.0.0.1", room=room, free=room)]
+
+    monkeypatch.setattr(ray_cluster, "alive_nodes", alive_nodes)
+    monkeypatch.setattr(ray_cluster, "ask_for_nodes", lambda worker, workers: asked.append((worker, workers)))
+    cluster = ray_cluster.RayCluster(start_seconds=1, answer_seconds=1)
+    assert cluster.look().room == 0
+    cluster.ask_for(32)
+    nodes.update(CPU=192, GPU=8)
+    assert cluster.look().room == 8
+    nodes.update(GPU=0)  # taken back
+    assert cluster.look().room == 0
+    assert asked == [(CPU_WORKER, 32), (GPU_WORKER, 32)]
 
 
 def test_only_a_node_in_use_gives_a_notice():
