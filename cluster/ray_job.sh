@@ -33,6 +33,8 @@ export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 # The working directory is uploaded: what is not needed to run stays here.
 excludes='".git", ".venv", "runs", "build", "tests", "docs", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"'
 variables="\"RAY_AUTH_MODE\": \"$RAY_AUTH_MODE\", \"RAY_JOB_STOP_WAIT_TIME_S\": \"${RAY_JOB_STOP_WAIT_TIME_S:-600}\""
+# Below the job's copy of this repository: its kernels go before those that are installed, as its dash_dist does.
+variables+=", \"PYTHONPATH\": \"kernels\""
 command=(
     ray job submit --working-dir .
     --runtime-env-json "{\"excludes\": [$excludes], \"env_vars\": {$variables}}"

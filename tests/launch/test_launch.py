@@ -142,7 +142,11 @@ def test_a_ray_job_passes_the_arguments_on():
     done = run_command([script, "--dry-run", *arguments], environment, seconds=20)
     words = shlex.split(done.stdout)
     runtime = json.loads(words[words.index("--runtime-env-json") + 1])
-    assert runtime["env_vars"] == {"RAY_AUTH_MODE": "disabled", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
+    assert runtime["env_vars"] == {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_JOB_STOP_WAIT_TIME_S": "600",
+        "PYTHONPATH": "kernels",
+    }
     assert {".git", ".venv", "runs"} < set(runtime["excludes"])
     assert words[:3] == ["ray", "job", "submit"]
     assert words[words.index("--") + 1 :] == ["python", "launch/ray_train.py", *arguments]
