@@ -64,8 +64,11 @@ class RunSection(Section):
     @field_validator("resume")
     @classmethod
     def _resume_is_known(cls, resume: str) -> str:
-        if resume not in ("auto", "never") and not Path(resume).is_dir():
-            raise ValueError("neither auto, never nor a folder that exists: name a checkpoint's step_* folder")
+        # Whether it is there is seen where the run starts: here, its storage may not be mounted.
+        if resume not in ("auto", "never") and ("/" not in resume or "\0" in resume or not _is_encodable(resume)):
+            raise ValueError(
+                "neither auto, never nor a folder: name a checkpoint's, such as runs/NAME/checkpoints/step_*"
+            )
         return resume
 
     @property

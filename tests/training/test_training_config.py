@@ -36,6 +36,12 @@ def test_every_configuration_in_the_repository_is_valid(path):
     assert hang < config.training.distributed_timeout_seconds
 
 
+def test_a_checkpoint_to_resume_from_may_be_on_storage_that_is_not_mounted_here(tiny):
+    """`dash-dist submit` checks a configuration on another machine than the run's."""
+    checkpoint = "/not/mounted/here/checkpoints/step_00000010"
+    assert load_config(tiny, [f"run.resume={checkpoint}"]).run.resume == checkpoint
+
+
 def test_the_resolved_configuration_reads_back_equal(tiny, tmp_path):
     config = load_config(tiny, ["data.source=files", "data.paths=[a.txt, b.txt]", "data.shuffle_seed=3"])
     resolved = tmp_path / "resolved.yaml"
