@@ -9,7 +9,6 @@ starts them again write to the same file, which is therefore what counts over al
 import json
 import os
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -66,11 +65,6 @@ class EventLog:
         except FileNotFoundError:
             return []
         return [event for event in map(_parse, lines) if event is not None]
-
-    def counts(self) -> dict[EventKind, int]:
-        """How many events of each kind there were, zeros included. Raises OSError."""
-        found = Counter(event.kind for event in self.read())
-        return {kind: found[kind] for kind in EVENT_KINDS}
 
 
 def _parse(line: str) -> Event | None:

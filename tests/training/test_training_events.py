@@ -1,6 +1,6 @@
 """Events outlive the processes that write them, also those that die while writing."""
 
-from dash_dist.training.events import EVENT_KINDS, EventLog
+from dash_dist.training.events import EventLog
 
 
 def test_events_of_several_writers_are_read_in_order(tmp_path):
@@ -9,7 +9,6 @@ def test_events_of_several_writers_are_read_in_order(tmp_path):
     second = EventLog(tmp_path).append("hang", "rank 1 stood still")
     log = EventLog(tmp_path)
     assert log.read() == [first, second]
-    assert log.counts() == {kind: int(kind in ("restart", "hang")) for kind in EVENT_KINDS}
 
 
 def test_a_line_cut_short_loses_only_itself(tmp_path):
