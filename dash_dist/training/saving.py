@@ -114,8 +114,9 @@ class Saver:
         for pause in (*_PAUSES_AT_THE_END, None):
             self._beat()
             try:
-                saved = self._checkpoints.finish()
-                if state.step > (saved.step if saved else self.saved_step):
+                if (saved := self._checkpoints.finish()) is not None:
+                    self.saved_step = saved.step
+                if state.step > self.saved_step:
                     self._checkpoints.start(state, self._engine, positions, merge_states)
                     self._checkpoints.finish()
                 return
