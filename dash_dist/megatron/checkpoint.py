@@ -158,6 +158,8 @@ class MegatronSave:
                 plan.write_index([results for results, _ in outcomes])
             except OSError as error:
                 problem = error
+            except Exception as error:  # whatever it is: the other ranks wait for what this one says
+                problem = OSError(f"{type(error).__name__}: {error}")
         raise_at_every_rank(problem, self._dims)
         return written.checksums
 

@@ -8,11 +8,15 @@ import stat
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
 from dash_dist.megatron.background import FinishedCall, ForkedCall
+from dash_dist.megatron.checkpoint import MegatronSave
 
 
 def wait_for_end(pid: int) -> None:
@@ -101,3 +105,20 @@ def test_the_copy_dies_with_a_killed_process() -> None:
     process = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL
     wait_for_end(int(process.stdout))
+
+
+def test_an_index_that_cannot_be_made_is_an_error_of_every_rank() -> None:
+    """Rank 0 makes it alone, while the others wait for its word; what goes wrong there need be no OSError."""
+
+    def write_index(results: list[list[object]]) -> None:
+        raise KeyError("planner")
+
+    plan = SimpleNamespace(write=lambda: SimpleNamespace(results=[], checksums={}), write_index=write_index)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dims = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+        save = MegatronSave(plan, dims, background=False)
+        with pytest.raises(OSError, match="KeyError: 'planner'"):
+            save.finish()
+    finally:
+        dist.destroy_process_group()
