@@ -60,12 +60,14 @@ class Saved:
     Attributes:
         blocked_seconds: how long training stood still for it.
         seconds: from the step it is of to its being complete.
+        not_dropped: why older checkpoints could not be removed; empty if they were.
     """
 
     step: int
     folder: Path
     blocked_seconds: float
     seconds: float
+    not_dropped: str
 
 
 @dataclass
@@ -169,11 +171,15 @@ class CheckpointManager:
             with self._together_writing(started.state):
                 if self._control.is_main:
                     self._complete(started, files)
-        with self._control.together(f"{final} is written, but older checkpoints cannot be removed", CheckpointError):
-            if self._control.is_main:
-                self._drop_old()
+        not_dropped = ""
+        try:
+            with self._control.together(f"{final} is written, but older ones cannot be removed", CheckpointError):
+                if self._control.is_main:
+                    self._drop_old()
+        except CheckpointError as error:  # this one is there all the same
+            not_dropped = str(error)
         blocked = started.blocked_seconds + time.monotonic() - began
-        return Saved(started.state.step, final, blocked, time.time() - started.started_at)
+        return Saved(started.state.step, final, blocked, time.time() - started.started_at, not_dropped)
 
     def close(self) -> None:
         """Abandon what this rank is still writing, without a word to the others: the run is over."""

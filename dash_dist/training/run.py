@@ -99,6 +99,7 @@ class _Run:
         with self._control.together("the run cannot start", ConfigError):
             config.check_world_size(dims.world_size)
             vocab_size, data = _open_data(config, dims)
+        self._checkpoints.clean()  # brings back what was being replaced, which may be what the run goes on from
         origin = self._checkpoints.resume_from(config.run.resume)
         self._log = FaultLog(config.run.path, reporter, is_main=self._control.is_main)
         with self._control.together(f"cannot prepare {config.run.path}", RunError):
@@ -108,7 +109,6 @@ class _Run:
         self._attempt = cleanup.enter_context(begin_attempt(config.run.path, self._control, self._log, origin))
         with self._control.together(f"cannot prepare {config.run.path}", RunError):
             watchdog.start(hang_folder(config.run.path, self._attempt.number), dims.rank)
-        self._checkpoints.clean()
         with self._control.together("the model cannot be built", ConfigError):
             self._engine = build_engine(config, dims, vocab_size)
         self._position = RunPosition(self._engine, data, dims, self._control)

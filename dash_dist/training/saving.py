@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dash_dist.data import merge_states
-from dash_dist.training.checkpoints import CheckpointManager, RunState, Saveable
+from dash_dist.training.checkpoints import CheckpointManager, RunState, Saveable, Saved
 from dash_dist.training.errors import CheckpointError
 from dash_dist.training.fault_log import FaultLog
 
@@ -100,7 +100,7 @@ class Saver:
         else:
             self._failures = 0
             if saved is not None:
-                self.saved_step = saved.step
+                self._take(saved)
 
     def save_now(self, state: RunState, positions: list[Any]) -> None:
         """Have a complete checkpoint of `state` on return, if the disk takes it."""
@@ -115,10 +115,11 @@ class Saver:
             self._beat()
             try:
                 if (saved := self._checkpoints.finish()) is not None:
-                    self.saved_step = saved.step
+                    self._take(saved)
                 if state.step > self.saved_step:
                     self._checkpoints.start(state, self._engine, positions, merge_states)
-                    self._checkpoints.finish()
+                    if (saved := self._checkpoints.finish()) is not None:
+                        self._take(saved)
                 return
             except CheckpointError as error:
                 self._log.record("save_failed", f"at the end of the run: {error}", step=state.step)
@@ -129,6 +130,11 @@ class Saver:
                     ) from error
                 self._beat()
                 time.sleep(pause)
+
+    def _take(self, saved: Saved) -> None:
+        self.saved_step = saved.step
+        if saved.not_dropped:
+            self._log.record("save_failed", saved.not_dropped, step=saved.step)
 
     def _count_failure(self, step: int, error: CheckpointError) -> None:
         self._failures += 1

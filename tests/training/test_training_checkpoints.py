@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dash_dist.checkpoints import integrity
+from dash_dist.checkpoints import folders, integrity
 from dash_dist.checkpoints.integrity import FileChecksum
 from dash_dist.training.checkpoints import CheckpointManager, RunState
 from dash_dist.training.control import ControlGroup
@@ -131,6 +131,21 @@ def test_only_the_latest_stay(manager):
     for step in (5, 10, 15):
         save(manager, step)
     assert names(manager) == ["step_00000010", "step_00000015"]
+
+
+def test_older_ones_that_cannot_be_removed_do_not_undo_the_new_one(manager, monkeypatch):
+    for step in (10, 20):
+        save(manager, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "drop", lambda folder: (_ for _ in ()).throw(PermissionError(13, "denied", str(folder))))
+        start(manager, 30)
+        saved = manager.finish()
+    assert saved.step == 30
+    assert "step_00000030 is written, but older ones cannot be removed: denied" in saved.not_dropped
+    assert names(manager) == ["step_00000010", "step_00000020", "step_00000030"]
+    start(manager, 40)
+    assert manager.finish().not_dropped == ""
+    assert names(manager) == ["step_00000030", "step_00000040"]
 
 
 def test_an_older_one_goes_only_when_the_new_one_is_complete(manager):
