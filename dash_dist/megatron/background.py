@@ -20,6 +20,11 @@ from typing import Generic, TypeVar, cast
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
+
+# CPython 3.11 forks with a lock that another thread may hold for a moment (of the list of thread states, which Ray's
+# threads change without the interpreter's lock): such a copy never begins. It is ended, and another one forked.
+_BEGIN_SECONDS = 20.0
+_FORKS = 3
 # Loaded here: between fork and exec of a process with threads, nothing may be loaded any more.
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -28,13 +33,23 @@ class ForkedCall(Generic[T]):
     """`function()` in a forked process, which ends with its result, with this process, or with `abandon`.
 
     The function may use what it finds in memory, and open files; no CUDA, no connection of its parent's, no module that
-    is not imported yet. Forking a process with threads is safe for such functions only.
+    is not imported yet. Forking a process with threads is safe for such functions only. Where no copy begins, the
+    function runs in this process, before `ForkedCall` returns.
 
     Args:
         function: what it returns is sent back by pickle; what it raises becomes an OSError.
     """
 
     def __init__(self, function: Callable[[], T]) -> None:
+        self._here: FinishedCall[T] | None = None
+        for _ in range(_FORKS):
+            self._fork(function)
+            if self._has_begun():
+                return
+            self._end()
+        self._here = FinishedCall(function)
+
+    def _fork(self, function: Callable[[], T]) -> None:
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
         self._process = context.Process(target=_run, args=(function, sender, os.getpid()), daemon=True)
@@ -42,15 +57,29 @@ class ForkedCall(Generic[T]):
             self._process.start()
         sender.close()
 
+    def _has_begun(self) -> bool:
+        if not self._receiver.poll(_BEGIN_SECONDS):
+            return False
+        with contextlib.suppress(EOFError):  # it was killed, which `result` will say
+            self._receiver.recv()
+        return True
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._receiver.close()
+
     def done(self) -> bool:
         """Whether the function has ended, well or not."""
-        return self._receiver.poll()
+        return self._here is not None or self._receiver.poll()
 
     def result(self) -> T:
         """Wait for the function, and return or raise what it did.
 
         Raises OSError if its process was killed.
         """
+        if self._here is not None:
+            return self._here.result()
         try:
             outcome = self._receiver.recv()
         except EOFError:
@@ -65,9 +94,8 @@ class ForkedCall(Generic[T]):
 
     def abandon(self) -> None:
         """End the process wherever it is."""
-        self._process.kill()
-        self._process.join()
-        self._receiver.close()
+        if self._here is None:
+            self._end()
 
 
 class FinishedCall(Generic[T]):
@@ -90,6 +118,7 @@ class FinishedCall(Generic[T]):
 
 def _run(function: Callable[[], T], sender: Connection, parent: int) -> None:
     _die_with(parent)
+    sender.send("begun")
     _let_go_of_sockets()
     # Whoever ends the rank politely lets it save first; what is under way is part of that.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -8,13 +8,16 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
+from dash_dist.megatron import background
 from dash_dist.megatron.background import FinishedCall, ForkedCall
 from dash_dist.megatron.checkpoint import MegatronSave
 
@@ -52,6 +55,26 @@ def test_what_the_function_raises_is_raised(kind: type[ForkedCall] | type[Finish
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, "/somewhere")
     with pytest.raises(OSError, match="ZeroDivisionError"):
         kind(lambda: 1 // 0).result()
+
+
+@pytest.mark.parametrize("stuck", [1, 3])
+def test_a_copy_that_never_begins_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stuck: int) -> None:
+    """One forked while another thread held a lock of the interpreter. After the last of them, the function runs here."""
+    run = background._run
+
+    def begin_later(*arguments: Any) -> None:
+        with (tmp_path / "forks").open("a") as forks:
+            forks.write("fork\n")
+        if len((tmp_path / "forks").read_text().split()) <= stuck:
+            time.sleep(600)
+        run(*arguments)
+
+    monkeypatch.setattr(background, "_run", begin_later)
+    monkeypatch.setattr(background, "_BEGIN_SECONDS", 2.0)
+    call = ForkedCall(os.getpid)
+    wait_until_done(call)
+    assert (call.result() == os.getpid()) == (stuck == 3)
+    assert not psutil.Process().children()
 
 
 def test_a_copy_that_is_killed_is_an_error() -> None:
