@@ -59,7 +59,7 @@ def test_what_the_function_raises_is_raised(kind: type[ForkedCall] | type[Finish
 
 @pytest.mark.parametrize("stuck", [1, 3])
 def test_a_copy_that_never_begins_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stuck: int) -> None:
-    """One forked while another thread held a lock of the interpreter. After the last of them, the function runs here."""
+    """One forked while another thread held the interpreter's lock. After the last of them, the function runs here."""
     run = background._run
 
     def begin_later(*arguments: Any) -> None:
