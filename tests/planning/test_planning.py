@@ -275,7 +275,7 @@ def test_planning_needs_no_torch() -> None:
 
 
 def test_the_table_of_gpus_is_that_of_the_runs_mfu() -> None:
-    from dash_dist.training.metrics import _PEAK_BF16_FLOPS
+    from dash_dist.training.device import _PEAK_BF16_FLOPS
 
     assert {name: gpu.flops for name, gpu in GPUS.items()} == {name: _PEAK_BF16_FLOPS[name] for name in GPUS}
 
