@@ -84,8 +84,8 @@ def query_gradient_pairs_kernel(
     BN: gl.constexpr = SHAPE.block
     k_ring = gl.allocate_shared_memory(k_map.dtype, [SHAPE.ring, C, D], k_map.layout)
     v_ring = gl.allocate_shared_memory(v_map.dtype, [SHAPE.ring, C, D], v_map.layout)
-    # Of each tile partition: the high and the low part of a block of summaries; the biases of its chunks, which the row
-    # sums of the scores' gradients replace as they are used up.
+    # Of each tile partition: the high and the low part of a block of summaries; the biases of its chunks, and the row
+    # sums of the gradients of its scores.
     summaries = gl.allocate_shared_memory(k_map.dtype, [4, BN, D], k_map.layout)
     by_chunk: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     biases = gl.allocate_shared_memory(gl.float32, [2, BN, SHAPE.rows], by_chunk)
