@@ -21,6 +21,7 @@ from dash_dist.data.config import DataConfig
 from dash_dist.data.files import (
     files_fingerprint,
     format_of,
+    printable,
     resolve_paths,
     size_of_readable_file,
     standard_library_files,
@@ -129,11 +130,12 @@ class FileCorpus:
         return _text_or_error(row[self._column], self._column, name)
 
     def name(self, reference: dict[str, Any]) -> str:
+        path = printable(reference["path"])
         if self._format == "text":
-            return reference["path"]
+            return path
         if self._format == "jsonl":
-            return f"{reference['path']} line {reference['number']}"
-        return f"{reference['path']} row {reference['number']} of row group {reference['row_group']}"
+            return f"{path} line {reference['number']}"
+        return f"{path} row {reference['number']} of row group {reference['row_group']}"
 
     def file(self, reference: dict[str, Any]) -> str:
         return reference["path"]
@@ -201,7 +203,7 @@ def _list_lines(paths: list[str]) -> Iterator[dict[str, Any]]:
 
 def _list_parquet_rows(row_groups: list[tuple[str, int]], column: str) -> Iterator[dict[str, Any]]:
     for path, group in row_groups:
-        number = 0
+        number, name = 0, printable(path)
         try:
             with _open(path) as source, pq.ParquetFile(source) as file:
                 for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
@@ -210,7 +212,7 @@ def _list_parquet_rows(row_groups: list[tuple[str, int]], column: str) -> Iterat
                         yield {"path": path, "row_group": group, "number": number, "text": text.as_py()}
                         number += 1
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: cannot read row group {group}: {error}; repair or remove the file") from error
+            raise ValueError(f"{name}: cannot read row group {group}: {error}; repair or remove the file") from error
 
 
 def _open(path: str) -> pa.NativeFile:
@@ -241,16 +243,17 @@ def _text_or_error(value: object, column: str, name: str) -> str:
 
 
 def _row_groups_of(path: str, column: str) -> int:
+    name = printable(path)
     try:
         with _open(path) as source, pq.ParquetFile(source) as file:
             schema, row_groups = file.schema_arrow, file.num_row_groups
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file: {error}; repair or remove the file") from error
+        raise ValueError(f"{name}: not a readable Parquet file: {error}; repair or remove the file") from error
     if column not in schema.names:
-        raise ValueError(f"{path} has no column {column!r}, it has {schema.names}: set data.text_column")
+        raise ValueError(f"{name} has no column {column!r}, it has {schema.names}: set data.text_column")
     if schema.names.count(column) > 1:
-        raise ValueError(f"{path} has several columns {column!r}, it has {schema.names}: rename all but one of them")
+        raise ValueError(f"{name} has several columns {column!r}, it has {schema.names}: rename all but one of them")
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise ValueError(f"{path}: column {column!r} holds {kind}, not text: set data.text_column to a text column")
+        raise ValueError(f"{name}: column {column!r} holds {kind}, not text: set data.text_column to a text column")
     return row_groups

@@ -33,6 +33,11 @@ def standard_library_files() -> list[str]:
     return paths
 
 
+def printable(path: str | Path) -> str:
+    """The path for messages: logs, TensorBoard and others take no str that is not UTF-8, which a file's name may be."""
+    return str(path).encode("utf-8", errors="backslashreplace").decode()
+
+
 def resolve_paths(config: DataConfig) -> list[str]:
     """Absolute paths of all files, in the order of `config.paths`."""
     files: dict[str, None] = {}
@@ -46,7 +51,7 @@ def resolve_paths(config: DataConfig) -> list[str]:
             found = sorted(match for match in glob.glob(path, recursive=True) if not os.path.isdir(match))
         if not found:
             raise FileNotFoundError(
-                f"data.paths: {given!r} matches no file (looked for {path}, data.format={config.format}): "
+                f"data.paths: {given!r} matches no file (looked for {printable(path)}, data.format={config.format}): "
                 "correct the path, which every node must see"
             )
         files.update(dict.fromkeys(found))
@@ -66,7 +71,7 @@ def _files_below(folder: Path, file_format: str) -> list[str]:
 def _suffix_format(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix in _COMPRESSED_SUFFIXES:
-        raise ValueError(f"{path} is compressed ({suffix}), which is not read: decompress it, or use Parquet")
+        raise ValueError(f"{printable(path)} is compressed ({suffix}), which is not read: decompress it or use Parquet")
     return "jsonl" if suffix in _JSONL_SUFFIXES else "parquet" if suffix == ".parquet" else "text"
 
 
@@ -77,13 +82,13 @@ def format_of(paths: list[str], config: DataConfig) -> str:
     if len(example) > 1:
         raise ValueError(
             "data.paths has files of several formats, "
-            f"{', '.join(f'{k} ({v})' for k, v in sorted(example.items()))}: "
+            f"{', '.join(f'{k} ({printable(v)})' for k, v in sorted(example.items()))}: "
             "give files of one format, or set data.format"
         )
     file_format = next(iter(example))
     if file_format == "text" and config.text_column != "text":
         raise ValueError(
-            f"data.text_column={config.text_column}: {paths[0]} is read as text, which has no columns: "
+            f"data.text_column={config.text_column}: {printable(paths[0])} is read as text, which has no columns: "
             "drop data.text_column or set data.format"
         )
     return file_format
@@ -93,9 +98,9 @@ def size_of_readable_file(path: str) -> int:
     status = os.stat(path)  # FileNotFoundError names the file, also for a link that leads nowhere
     if not stat.S_ISREG(status.st_mode):
         # Opening a pipe or a terminal would wait for ever.
-        raise ValueError(f"{path} is not a regular file: give a file, a folder or a glob")
+        raise ValueError(f"{printable(path)} is not a regular file: give a file, a folder or a glob")
     if not os.access(path, os.R_OK):
-        raise PermissionError(f"{path} may not be read by this user: change its permissions or leave it out")
+        raise PermissionError(f"{printable(path)} may not be read by this user: change its permissions or leave it out")
     return status.st_size
 
 

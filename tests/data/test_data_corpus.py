@@ -77,6 +77,13 @@ def test_half_a_surrogate_pair_is_not_text(tmp_path):
     assert stream.skipped_documents == 5
 
 
+def test_file_names_that_are_not_utf8_are_told_in_characters_that_a_log_can_hold(tmp_path, caplog):
+    (tmp_path / "\udcff.txt").write_bytes(b"\xff")
+    (tmp_path / "fine.txt").write_text("fine")
+    assert text_of(build(files(tmp_path), length=5, batch=1), 1) == "fine"
+    assert any(r"\udcff.txt: it is not UTF-8" in record.getMessage() for record in caplog.records)
+
+
 def test_text_is_read_as_it_is(tmp_path):
     text = "tab\there\r\nwindows é ✓\n"
     (tmp_path / "a.md").write_bytes(text.encode())

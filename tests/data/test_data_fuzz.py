@@ -85,6 +85,7 @@ def steps_or_words(stream: DataStream, count: int, root: Path) -> list:
 def words_of(error: Exception, root: Path) -> str:
     """Those of an error that a user can act on: they name a file below `root`, or say that there is no text."""
     text = str(error)
+    text.encode()  # TensorBoard and pytest-xdist take no others
     named = str(root) in text or str(root).encode("unicode_escape").decode() in text
     assert named or "data.paths" in text, text
     return text
