@@ -34,8 +34,10 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train in this process, or as one rank where torchrun or DeepSpeed started several."""
     from dash_dist.training import load_config
     from dash_dist.training import train as train_run
+    from dash_dist.training.restarts import is_restarted
 
-    train_run(load_config(config, overrides or []))
+    loaded = load_config(config, overrides or [])
+    train_run(loaded.going_on() if is_restarted() else loaded)
 
 
 @app.command("config")
@@ -232,9 +234,12 @@ def run_app(command: typer.Typer) -> None:
         command()
     except Exception as error:
         from dash_dist.training.errors import ConfigError, RunError
+        from dash_dist.training.restarts import tell_refused
 
         if not isinstance(error, RunError):
             raise
+        if not error.may_pass:
+            tell_refused()
         # Such an error is raised at every rank; one of them says it.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

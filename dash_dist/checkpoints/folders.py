@@ -7,6 +7,7 @@ Knows names and times; does not know what is inside, nor ranks.
         .step_00000020.partial/         being written, or left behind by a killed run: never read
         .step_00000010.replaced/        the earlier checkpoint of a step, until the new one stands in its place
         .step_00000030.damaged/         set aside for inspection: never read, counted or removed
+        .step_00000040.rolled_back/     whole, and set aside alike: the run went back behind it
 """
 
 import contextlib
@@ -16,16 +17,18 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
 _PARTIAL_FOLDER = re.compile(r"^\.step_\d{8,}\.partial$")
 _REPLACED_FOLDER = re.compile(r"^\.(step_\d{8,})\.replaced$")
-_HIDDEN_FOLDER = re.compile(r"^\.step_\d{8,}\.(partial|replaced|damaged)(-\d+)?$")
+_HIDDEN_FOLDER = re.compile(r"^\.step_\d{8,}\.(partial|replaced|damaged|rolled_back)(-\d+)?$")
 
 HIDDEN_STATES = {
     "partial": "being written, or left behind",
     "replaced": "being replaced, or left behind",
     "damaged": "set aside as damaged",
+    "rolled_back": "set aside by a rollback",
 }
 """Suffix of a folder that is not a complete checkpoint -> what it is, in words."""
 
@@ -89,10 +92,10 @@ def clean(directory: Path) -> None:
                 os.replace(folder, folder.with_name(match[1]))
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that it is never read, and return its new place. Raises OSError."""
+def set_aside(folder: Path, why: Literal["damaged", "rolled_back"]) -> Path:
+    """Rename a checkpoint so that it is never read, and return its new place. Raises OSError."""
     for number in itertools.count(1):
-        place = folder.with_name(f".{folder.name}.damaged" + (f"-{number}" if number > 1 else ""))
+        place = folder.with_name(f".{folder.name}.{why}" + (f"-{number}" if number > 1 else ""))
         if not place.exists():
             os.replace(folder, place)
             sync(folder.parent)

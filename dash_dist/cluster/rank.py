@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -71,6 +72,16 @@ class Ended:
     refusal: RunError | None = None
 
 
+def end_of(run: Callable[[], RunSummary]) -> Ended:
+    """How `run` came to its end. Raises what it raises that may succeed when tried again."""
+    try:
+        return Ended(summary=run())
+    except RunError as error:  # raised at every rank
+        if error.may_pass:
+            raise
+        return Ended(refusal=error)
+
+
 class RankProcess:
     """The actor of one rank. `train` runs in one thread, `poll` answers in another.
 
@@ -117,10 +128,7 @@ class RankProcess:
         # Imported with the environment of the seat in place.
         from dash_dist.training import train
 
-        try:
-            ended = Ended(summary=train(job.config, reporter=_NewsReporter(self._news), requests=lambda: self._asked))
-        except RunError as error:  # raised at every rank
-            ended = Ended(refusal=error)
+        ended = end_of(lambda: train(job.config, reporter=_NewsReporter(self._news), requests=lambda: self._asked))
         # Not after any other error: the others may be gone, and leaving together would wait for them.
         dist.destroy_process_group()
         return ended

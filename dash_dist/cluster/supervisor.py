@@ -124,7 +124,7 @@ class Supervisor:
         self._run_directory = directory / config.run.path
         if config.run.resume == "never" and not self._saved_step():
             # What is there later is this run's own: an attempt after the first must go on from it.
-            config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+            config = config.going_on()
         self._job = Job(config=config, directory=str(directory), join_seconds=limits.start_timeout_seconds)
         self._asked_for_nodes = False
         self._fewest = limits.min_workers or model_ranks(config)

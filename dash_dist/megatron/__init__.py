@@ -24,6 +24,7 @@ for _message, _module in (
     warnings.filterwarnings("ignore", message=_message, module=_module)
 
 if TYPE_CHECKING:
+    from dash_dist.megatron.batch import BatchError
     from dash_dist.megatron.config import (
         AttentionConfig,
         ModelConfig,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "AttentionConfig": "config",
+    "BatchError": "batch",
     "Engine": "engine",
     "ExchangeStatistics": "traffic",
     "LayerRouting": "routing",
@@ -56,6 +58,7 @@ _MODULE_OF = {
 
 __all__ = [
     "AttentionConfig",
+    "BatchError",
     "Engine",
     "ExchangeStatistics",
     "LayerRouting",

@@ -70,6 +70,10 @@ def split_micro_batches(
     ]
 
 
+class BatchError(ValueError):
+    """The micro-batches that the ranks were given make no step."""
+
+
 def count_loss_tokens(
     micro_batches: Sequence[MicroBatch],
     dims: ParallelDims,
@@ -84,7 +88,7 @@ def count_loss_tokens(
         Tokens of the global batch that count in its loss.
 
     Raises:
-        ValueError: at every rank: some rank's micro-batches are malformed, their number or size differs between
+        BatchError: at every rank: some rank's micro-batches are malformed, their number or size differs between
             ranks, ranks of one data-parallel index hold different data, or no token counts in the loss.
     """
     problem = _find_problem(micro_batches, sequence_length, vocab_size, chunk_size)
@@ -100,25 +104,25 @@ def count_loss_tokens(
     table = torch.stack(rows).cpu()
 
     if problem is not None:
-        raise ValueError(problem)
+        raise BatchError(problem)
     malformed = table[:, 0].nonzero().flatten().tolist()
     if malformed:
-        raise ValueError(f"ranks {malformed} were given malformed micro-batches: their own errors say how")
+        raise BatchError(f"ranks {malformed} were given malformed micro-batches: their own errors say how")
     if (table[:, 2:4] != table[0, 2:4]).any():
         given = {rank: f"{n} of {size} sequences" for rank, (n, size) in enumerate(table[:, 2:4].tolist())}
-        raise ValueError(f"ranks were given different micro-batches: {given}: give every rank the same number and size")
+        raise BatchError(f"ranks were given different micro-batches: {given}: give every rank the same number and size")
     tokens = 0
     for dp_rank in range(dims.dp_size):
         same = table[table[:, 1] == dp_rank]
         if (same[:, 5] != same[0, 5]).any():
             ranks = (table[:, 1] == dp_rank).nonzero().flatten().tolist()
-            raise ValueError(
+            raise BatchError(
                 f"ranks {ranks} share data-parallel index {dp_rank} and were given different sequences: "
                 "read the data by ParallelDims.dp_rank, not by the rank"
             )
         tokens += int(same[0, 4])
     if tokens == 0:
-        raise ValueError("loss_mask is 0 for every token of the global batch: there is nothing to learn from it")
+        raise BatchError("loss_mask is 0 for every token of the global batch: there is nothing to learn from it")
     return tokens
 
 

@@ -179,7 +179,7 @@ class Engine:
             is the caller's decision.
 
         Raises:
-            ValueError: at every rank: see `count_loss_tokens`.
+            BatchError: at every rank: see `count_loss_tokens`.
             ExchangeError: a rank of this one's context-parallel group died or did not answer; names the step.
         """
         self._forget_last_step()

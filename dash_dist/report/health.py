@@ -59,8 +59,7 @@ def verdict(record: RunRecord) -> Verdict:
     """
     if record.ended in _ENDED:
         return _ENDED[record.ended]
-    steps = record.setting("training", "steps")
-    if steps is not None and record.last_step >= steps:
+    if record.steps is not None and record.last_step >= record.steps:
         return "finished"
     if record.read_at - record.last_write < GRACE_SECONDS + GRACE_INTERVALS * _logging_seconds(record):
         return "running"

@@ -60,10 +60,9 @@ def render(record: RunRecord) -> str:
 
 def _header(record: RunRecord, name: str) -> Iterator[str]:
     state = verdict(record)
-    steps = record.setting("training", "steps")
     yield f"<header>\n<h1>Run {name}: <span class='verdict {state.replace(' ', '-')}'>{state}</span></h1>"
     yield f"<p class='soft'>Read on {_date(record.read_at)}, last written {_date(record.last_write)}.</p>"
-    facts = {"step": f"{record.last_step:,}" + (f" of {steps:,}" if steps else "")}
+    facts = {"step": f"{record.last_step:,}" + (f" of {record.steps:,}" if record.steps else "")}
     tokens, loss = record.curve("train/tokens"), record.curve("train/loss")
     if tokens is not None:
         facts["tokens seen"] = f"{tokens.last:,.0f}"

@@ -101,7 +101,14 @@ class RunRecord:
 
     def setting(self, section: str, key: str) -> Any:
         """A value of the configuration; None where the file lacks it."""
-        return (self.config.get(section) or {}).get(key)
+        settings = self.config.get(section)
+        return settings.get(key) if isinstance(settings, Mapping) else None
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that the run is to do; None where the configuration does not say, as one that was edited may not."""
+        steps = self.setting("training", "steps")
+        return steps if isinstance(steps, int) else None
 
     def curve(self, tag: str) -> Curve | None:
         return self.curves.get(tag)

@@ -34,7 +34,7 @@ class AttemptRecord:
         host, pid: of rank 0.
         step: the last one known to be done.
         ended: how it ended by itself ("error": with a RunError, which says what to change); None while it runs, and
-            for ever if it was killed, crashed or hung.
+            for ever if it was killed, crashed or hung, or storage or a server did not answer.
     """
 
     attempt: int
@@ -47,7 +47,7 @@ class AttemptRecord:
 
 
 class Attempt:
-    """Context of one attempt: leaves `ended` None if it is left by anything but a RunError or its end.
+    """Context of one attempt: leaves `ended` None if left by anything but its end or a RunError that will not pass.
 
     Rank 0's writes; on entering, the disk must take it, and later on a refusal is passed over.
     """
@@ -74,7 +74,7 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, RunError):
+        if isinstance(error, RunError) and not error.may_pass:
             self._update(replace(self._record, ended="error"))
 
     def _update(self, record: AttemptRecord) -> None:

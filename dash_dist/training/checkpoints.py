@@ -267,7 +267,7 @@ class CheckpointManager:
                 return folder
             with self._control.together(f"cannot set {folder} aside", CheckpointError):
                 if self._control.is_main:
-                    place = folders.set_aside(folder)
+                    place = folders.set_aside(folder, "damaged")
                     message = f"{_in_short(messages)}; {folder.name} is set aside as {place.name}"
                     self._events.append("checkpoint_damaged", message, step=step_of(folder))
                     self.stepped_over.append(message)

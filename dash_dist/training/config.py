@@ -221,6 +221,12 @@ class RunConfig(Section):
         self.check_world_size(self.parallel.tensor * self.parallel.context * self.parallel.pipeline)
         return self
 
+    def going_on(self) -> "RunConfig":
+        """For the attempts after the first: the checkpoints that are there by then are this run's own."""
+        if self.run.resume != "never":
+            return self
+        return self.model_copy(update={"run": self.run.model_copy(update={"resume": "auto"})})
+
     def check_world_size(self, world_size: int) -> None:
         """Refuse, with ValueError, a number of processes that this configuration cannot run on."""
         check_combination(

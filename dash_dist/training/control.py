@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dash_dist.training.errors import RunError
+from dash_dist.training.errors import RunError, may_pass
 
 T = TypeVar("T")
 
@@ -55,20 +55,23 @@ class ControlGroup:
     def together(self, what: str, error_type: type[RunError]) -> Iterator[None]:
         """Run the body at every rank; if it raises at any, raise `error_type` with the first one's reason at all.
 
+        The error `may_pass` if every reason may.
+
         Without this a rank that fails alone leaves the others waiting in their next collective. The body may be a
         collective only if that collective itself fails at every rank.
         """
-        failure: str | None = None
+        failure: tuple[str, bool] | None = None
         cause: Exception | None = None
         try:
             yield
         except Exception as error:
-            failure, cause = _reason(error), error
+            failure, cause = (_reason(error), may_pass(error)), error
         failures = [one for one in self.gather(failure) if one is not None]
         if failures:
-            if cause is not None and not isinstance(cause, RunError | ValueError | OSError):
+            passing = all(passes for _, passes in failures)
+            if cause is not None and not passing and not isinstance(cause, RunError | ValueError | OSError):
                 raise cause  # a defect, not bad input: its traceback is wanted
-            raise error_type(f"{what}: {failures[0]}") from cause
+            raise error_type(f"{what}: {failures[0][0]}", may_pass=passing) from cause
 
 
 def _reason(error: Exception) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dash_dist.data import Batch, DataStream, merge_states
-from dash_dist.megatron import Engine, ParallelDims, StepResult
+from dash_dist.megatron import BatchError, Engine, ParallelDims, StepResult
 from dash_dist.training.checkpoints import CheckpointManager, RunState
 from dash_dist.training.control import ControlGroup
-from dash_dist.training.errors import CheckpointError
+from dash_dist.training.errors import CheckpointError, RunError
 from dash_dist.training.guard import LossGuard
 
 
@@ -47,9 +47,15 @@ class RunPosition:
         return changes
 
     def train(self, micro_batches: list[Batch]) -> StepResult:
-        """Train on the next global batch. The position in the data stays before it until `batch_read` is called."""
-        result = self._engine.train_step(micro_batches)
+        """Train on the next global batch. The position in the data stays before it until `batch_read` is called.
+
+        Raises RunError at every rank if it makes no step.
+        """
         step = self.state.step + 1
+        try:
+            result = self._engine.train_step(micro_batches)
+        except BatchError as error:
+            raise RunError(f"step {step}: {error}") from error
         self.state = replace(
             self.state,
             step=step,

@@ -30,6 +30,7 @@ class LossRecovery:
 
     Args:
         start: the checkpoint of another run that this one began from, with its step.
+        beat: called before what may take long.
         undone: called with a step when all steps after it are undone.
     """
 
@@ -43,6 +44,7 @@ class LossRecovery:
         log: FaultLog,
         *,
         start: tuple[Path, int] | None,
+        beat: Callable[[], None],
         undone: Callable[[int], None],
     ) -> None:
         self._faults = config.faults
@@ -53,6 +55,7 @@ class LossRecovery:
         self._control = control
         self._log = log
         self._start = start
+        self._beat = beat
         self._undone = undone
         self._guard = LossGuard(config.faults, position.state)
         self._skipped = _read(config.run.path, control)
@@ -86,13 +89,16 @@ class LossRecovery:
         self._saver.settle(step)
         if self._skipped.rollbacks >= limit:
             raise RunError(f"{rollback.reason}, after faults.max_rollbacks = {limit} rollbacks: {_ADVICE}")
+        self._beat()
         origin = checkpoint_before(self._checkpoints, self._control, rollback.newest_step, start=self._start)
         if origin is None:
             raise RunError(
                 f"{rollback.reason}, and no checkpoint is of step {rollback.newest_step} or before: {_ADVICE}"
             )
         first, in_data = rollback.first, self._position.in_data()
+        self._beat()
         self._position.load(self._checkpoints, origin)
+        self._beat()
         here = self._position.state.step
         if first is None:
             first, in_data = here + 1, self._position.in_data()

@@ -29,7 +29,7 @@ def checkpoint_before(
             from_start = start is not None and start[1] <= newest_step and start[0].is_dir()
             if own or from_start:
                 for folder in in_doubt:
-                    set_aside(folder)
+                    set_aside(folder, "rolled_back")
     own, from_start = control.from_main((own, from_start))
     if own:
         return checkpoints.resume_from("auto")

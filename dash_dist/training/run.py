@@ -21,6 +21,7 @@ from dash_dist.training.engines import build_engine
 from dash_dist.training.errors import ConfigError, RunError
 from dash_dist.training.fault_log import FaultLog
 from dash_dist.training.files import replace_text
+from dash_dist.training.lock import RunLock
 from dash_dist.training.metrics import MetricsWriter, StepMetrics
 from dash_dist.training.position import RunPosition
 from dash_dist.training.progress import ConsoleProgress, Pace, ProgressReporter, RunStart, RunSummary, StepReport
@@ -87,6 +88,14 @@ class _Run:
         self._watchdog = watchdog
         self._tokens_per_step = config.training.global_batch_size * config.training.sequence_length  # with padding
         self._control = ControlGroup(config.training.distributed_timeout)
+        self._tensorboard = config.run.path / "tensorboard"
+        with self._control.together("the run cannot start", ConfigError):
+            config.check_world_size(dims.world_size)
+            vocab_size, data = _open_data(config, dims)
+        with self._control.together(f"cannot prepare {config.run.path}", RunError):
+            if self._control.is_main:
+                config.run.path.mkdir(parents=True, exist_ok=True)
+                cleanup.enter_context(RunLock(config.run.path, reporter.note))
         self._checkpoints = CheckpointManager(
             config.run.path,
             self._control,
@@ -95,16 +104,11 @@ class _Run:
             asynchronous=config.checkpoint.asynchronous,
         )
         cleanup.callback(self._checkpoints.close)
-        self._tensorboard = config.run.path / "tensorboard"
-        with self._control.together("the run cannot start", ConfigError):
-            config.check_world_size(dims.world_size)
-            vocab_size, data = _open_data(config, dims)
         self._checkpoints.clean()  # brings back what was being replaced, which may be what the run goes on from
         origin = self._checkpoints.resume_from(config.run.resume)
         self._log = FaultLog(config.run.path, reporter, is_main=self._control.is_main)
         with self._control.together(f"cannot prepare {config.run.path}", RunError):
             if self._control.is_main:
-                config.run.path.mkdir(parents=True, exist_ok=True)
                 replace_text(config.run.path / "config.yaml", to_yaml(config))
         self._attempt = cleanup.enter_context(begin_attempt(config.run.path, self._control, self._log, origin))
         with self._control.together(f"cannot prepare {config.run.path}", RunError):
@@ -121,7 +125,7 @@ class _Run:
             watchdog.beat,
             interval=config.checkpoint.interval,
             max_failures=config.faults.max_failed_saves,
-            saved_step=self._state.step,
+            saved_step=None if origin is None else self._state.step,
         )
         self._recovery = LossRecovery(
             config,
@@ -131,6 +135,7 @@ class _Run:
             self._control,
             self._log,
             start=None if origin is None else (origin, self._state.step),
+            beat=watchdog.beat,
             undone=self._continue_curves,
         )
         self._is_new = origin is None

@@ -31,10 +31,10 @@ class Saver:
         beat: called before what may take long.
         interval: a checkpoint every so many steps.
         max_failures: more in a row end the run.
-        saved_step: of the checkpoint the run goes on from.
+        saved_step: of the checkpoint the run goes on from; None without one.
 
     Attributes:
-        saved_step: of the newest complete checkpoint.
+        saved_step: of the newest complete checkpoint; 0 without one.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Saver:
         *,
         interval: int,
         max_failures: int,
-        saved_step: int,
+        saved_step: int | None,
     ) -> None:
         self._checkpoints = checkpoints
         self._engine = engine
@@ -55,7 +55,9 @@ class Saver:
         self._interval = interval
         self._max_failures = max_failures
         self._failures = 0
-        self.go_back_to(saved_step)
+        self._any_saved = saved_step is not None
+        self.saved_step = saved_step or 0
+        self._next_step = self._next_regular(self.saved_step)
 
     def go_back_to(self, step: int) -> None:
         """The run goes on from the checkpoint of `step`."""
@@ -132,6 +134,7 @@ class Saver:
                 time.sleep(pause)
 
     def _take(self, saved: Saved) -> None:
+        self._any_saved = True
         self.saved_step = saved.step
         if saved.not_dropped:
             self._log.record("save_failed", saved.not_dropped, step=saved.step)
@@ -147,7 +150,7 @@ class Saver:
         self._log.record("save_failed", f"{error}; the next try is at step {self._next_step}", step=step)
 
     def _lost(self, step: int) -> str:
-        if self.saved_step == 0:
+        if not self._any_saved:
             return "and it has no checkpoint"
         return f"{step - self.saved_step} steps after its last checkpoint"
 

@@ -167,3 +167,21 @@ def test_a_launcher_is_started_again_until_the_run_succeeds(
     assert done.returncode == status, done.stdout
     assert len(calls.read_text().splitlines()) == starts
     assert all(given in call and call.endswith("dash_dist.cli train x.yaml") for call in calls.read_text().splitlines())
+
+
+@pytest.mark.parametrize(("script", "launcher"), [("torchrun.sh", "torchrun"), ("deepspeed.sh", "deepspeed")])
+def test_a_launcher_is_not_started_again_for_what_trying_again_cannot_mend(tmp_path, script, launcher):
+    """A launcher that dies once and is then refused, as `dash-dist train` tells."""
+    calls = tmp_path / "calls"
+    path = tmp_path / launcher
+    path.write_text(
+        f"#!/usr/bin/env bash\necho attempt $DASH_DIST_ATTEMPT >> {calls}\n"
+        f"[[ $DASH_DIST_ATTEMPT -eq 0 ]] || touch $DASH_DIST_REFUSED\n"
+        f"echo $DASH_DIST_REFUSED > {tmp_path}/told\nexit 1\n"
+    )
+    path.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "1", "RESTART_PAUSE": "0", "RESTARTS": "9"}
+    done = run_command([str(ROOT / "launch" / script), "x.yaml"], environment, seconds=60)
+    assert done.returncode == 1, done.stdout
+    assert calls.read_text().splitlines() == ["attempt 0", "attempt 1"]
+    assert not Path((tmp_path / "told").read_text().strip()).parent.exists()  # nothing is left in the temporary folder

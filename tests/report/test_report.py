@@ -189,6 +189,14 @@ def test_a_damaged_event_file_and_an_old_run_do_not_matter(tmp_path: Path) -> No
     assert verdict(record) == "interrupted"
 
 
+@pytest.mark.parametrize("text", ["training: 3", "training: {steps: soon}\nlogging: []", "- a list", "# nothing"])
+def test_an_edited_configuration_does_not_matter(tmp_path: Path, text: str) -> None:
+    run = new_run(tmp_path)
+    write_curves(run, {"train/loss": [(1, 5.0), (2, 4.0)]})
+    (run / "config.yaml").write_text(text)
+    assert "loss, first and last" in write_report(run).read_text()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -3,7 +3,9 @@
 The test process itself does not import this: it would load Megatron-core.
 """
 
+import errno
 import math
+import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from training_jobs import Outcome, attempt
 
+from dash_dist.data import DataStream
 from dash_dist.megatron import Engine, StepResult
 from dash_dist.training import Asked, Request
 from dash_dist.training.skipped import SkippedBatches, SkipRecord
@@ -112,7 +115,16 @@ def runs_with_other_faults(config: Path, folder: Path) -> dict[str, FaultyRun]:
 
         return train
 
+    def away_once(stream):
+        """The file server does not answer when rank 1 asks for the fourth batch."""
+        asked.append(None)
+        if dist.get_rank() == 1 and len(asked) == 4:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "part-0.parquet")
+        return next_step(stream)
+
     polled: list[None] = []
+    asked: list[None] = []
+    next_step = DataStream.next_step
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     small = ["parallel.context=1", "training.steps=10", "checkpoint.interval=5"]
     outcomes = {
@@ -123,4 +135,9 @@ def runs_with_other_faults(config: Path, folder: Path) -> dict[str, FaultyRun]:
         ),
     }
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    with mock.patch.object(DataStream, "next_step", away_once):
+        for attempt_name in ("server away", "server back"):
+            outcomes[attempt_name] = faulty_run(
+                config, "run.name=away", *small, "checkpoint.interval=2", train_step=undisturbed
+            )
     return outcomes

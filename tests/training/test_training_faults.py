@@ -4,7 +4,6 @@ import errno
 import os
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -13,7 +12,7 @@ from training_runs import read_curves
 from dash_dist.training import curves as curves_module
 from dash_dist.training import saving
 from dash_dist.training.attempt import begin_attempt
-from dash_dist.training.checkpoints import RunState
+from dash_dist.training.checkpoints import RunState, Saved
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.curves import Curves
 from dash_dist.training.errors import CheckpointError, RunError
@@ -150,6 +149,7 @@ class Checkpoints:
 
     def __init__(self):
         self.broken = False
+        self.not_dropped = ""
         self.pending = False
         self.done = []
 
@@ -166,7 +166,7 @@ class Checkpoints:
         if self.broken:
             raise CheckpointError("no space")
         self.done.append(self._step)
-        return SimpleNamespace(step=self._step)
+        return Saved(self._step, Path(), blocked_seconds=0.1, seconds=1.0, not_dropped=self.not_dropped)
 
 
 def saver(log, checkpoints, *, interval=20, max_failures=2, saved_step=0):
@@ -261,6 +261,27 @@ def test_what_is_saved_already_is_not_saved_again(log):
     assert checkpoints.done == [20]
 
 
+def test_older_checkpoints_that_cannot_be_removed_are_told_of_and_cost_nothing_else(tmp_path, log):
+    checkpoints = Checkpoints()
+    checkpoints.not_dropped = "step_00000020 cannot be removed"
+    one = saver(log, checkpoints)
+    steps(one, 1, 41)
+    assert (checkpoints.done, one.saved_step) == ([20, 40], 40)
+    events = EventLog(tmp_path).read()
+    assert [(event.kind, event.message) for event in events] == [("save_failed", checkpoints.not_dropped)] * 2
+
+
+@pytest.mark.parametrize(
+    ("saved_step", "lost"), [(None, "and it has no checkpoint"), (0, "3 steps after its last checkpoint")]
+)
+def test_what_is_lost_counts_from_the_last_checkpoint_that_of_step_0_included(log, monkeypatch, saved_step, lost):
+    monkeypatch.setattr(saving.time, "sleep", lambda seconds: None)
+    checkpoints = Checkpoints()
+    checkpoints.broken = True
+    with pytest.raises(CheckpointError, match=f"The run ends at step 3, {lost}"):
+        saver(log, checkpoints, saved_step=saved_step).save_at_the_end(RunState(step=3), [])
+
+
 # Attempts
 
 
@@ -297,6 +318,13 @@ def test_an_error_that_says_what_to_change_is_an_end_by_itself(tmp_path, control
         raise RunError("lower optimizer.lr")
     assert attempt(tmp_path, control, log).number == 2
     assert EventLog(tmp_path).read() == []
+
+
+def test_an_error_that_may_pass_is_no_end_and_the_next_attempt_tells_of_it(tmp_path, control, log):
+    with pytest.raises(RunError), attempt(tmp_path, control, log):
+        raise RunError("the file server does not answer", may_pass=True)
+    attempt(tmp_path, control, log)
+    assert [event.kind for event in EventLog(tmp_path).read()] == ["restart"]
 
 
 # Requests and skipped batches

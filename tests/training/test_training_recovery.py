@@ -64,6 +64,9 @@ def test_what_was_done_is_an_event_and_a_record(folder, bad_losses):
     assert record.rollbacks == 2
     assert {(batch.first, batch.last) for batch in record.batches} >= {(4, 4), (6, 9), (16, 16)}
     assert all(sorted(batch.position["rows"]) == ["0", "1"] for batch in record.batches)
+    hidden = [path.name for path in (folder / "runs" / "bad" / "checkpoints").glob(".*")]
+    assert hidden
+    assert all(name.endswith(".rolled_back") for name in hidden)
     output = bad_losses[0]["bad"].outcome.output
     assert "batch_skipped: the batches of steps 6 to 9 will not be trained on" in output
     assert "rollback: step 16: loss 100.0000" in output
@@ -115,6 +118,15 @@ def test_a_disk_that_stays_full_ends_the_run_at_every_rank_with_what_to_do(other
         assert error.startswith("CheckpointError: cannot write checkpoint")
         assert "More than faults.max_failed_saves = 1 in a row failed" in error
         assert "it has no checkpoint: make space, and the same command" in error
+
+
+def test_data_that_cannot_be_read_for_a_while_ends_the_attempt_at_every_rank_and_the_next_goes_on(folder, other_faults):
+    for rank in other_faults:
+        error = rank["server away"].outcome.error
+        assert error == "RunError: cannot read the data: Stale file handle: part-0.parquet"
+        assert rank["server back"].outcome.summary.completed
+        assert rank["server back"].trained == list(range(4, 11))  # what was being written then was worth keeping
+    assert [kind for kind, _ in events(folder, "away")] == ["restart"]
 
 
 @pytest.mark.timeout(450)
