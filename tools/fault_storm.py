@@ -1,11 +1,11 @@
 """Trains a small model on a Ray cluster of this machine while faults strike, and compares it with an undisturbed run.
 
     python tools/fault_storm.py --faults 30 --seed 1 --out docs/results/storm_cpu.json
-    python tools/fault_storm.py --quick                  every kind of fault once
+    python tools/fault_storm.py --quick                  every kind of fault once, 2 ranks
 
-The cluster has several raylets with loopback addresses of their own, and 4 ranks (CP=2 x DP=2) train under
-launch/ray_train.py. docs/storm.md says what is injected and what it proves. Needs Linux, about 8 GiB of memory and no
-GPU; 30 faults take about an hour on two cores. Exit status 1: something did not hold, and the state of the
+The cluster has several raylets with loopback addresses of their own. 4 ranks (CP=2 x DP=2; 2 in the quick form) train
+under launch/ray_train.py. docs/storm.md says what is injected and what it proves. Needs Linux, about 8 GiB of memory
+and no GPU; 30 faults take about an hour on two cores. Exit status 1: something did not hold, and the state of the
 run at that moment is printed.
 """
 
@@ -26,7 +26,7 @@ from storm.storm import Storm
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=30, help="how many (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help=f"{len(FAULT_KINDS)} faults, each kind once")
+    parser.add_argument("--quick", action="store_true", help=f"{len(FAULT_KINDS)} faults, each kind once, and 2 ranks")
     parser.add_argument("--seed", type=int, default=1, help="of the faults and of their order (default: %(default)s)")
     parser.add_argument("--step-seconds", type=float, default=0.25, help="least time of a step (default: %(default)s)")
     parser.add_argument("--interval", type=int, default=6, help="steps between checkpoints (default: %(default)s)")
@@ -41,6 +41,7 @@ def main() -> int:
             Path(folder),
             faults=len(FAULT_KINDS) if options.quick else options.faults,
             seed=options.seed,
+            workers=2 if options.quick else 4,
             step_seconds=options.step_seconds,
             interval=options.interval,
             fault_seconds=options.fault_seconds,

@@ -27,7 +27,7 @@ def test_a_run_goes_on_with_the_nodes_that_are_left(short_folder, family):
     watch = RunWatch(ranks, files.directory)
     with LocalCluster(short_folder, environment=node_environment(hook)) as cluster:
         nodes = [cluster.add_node(cpus=2) for _ in range(2)]
-        driver = start_run(cluster, files, PATIENCE, node_wait=3)
+        driver = start_run(cluster, files, PATIENCE, workers=4, node_wait=3)
         deadline = time.monotonic() + 300
         while watch.step < 8:
             assert driver.poll() is None, files.log.read_text()

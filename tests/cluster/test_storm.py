@@ -19,6 +19,7 @@ def test_a_run_comes_through_every_kind_of_fault(short_folder):
         short_folder,
         faults=len(FAULT_KINDS),
         seed=7,
+        workers=2,
         step_seconds=0.25,
         interval=6,
         fault_seconds=400,

@@ -67,4 +67,5 @@ def test_every_kernel_compiles_and_fits(shape: str, variants: dict[str, int], tm
     assert not too_large
     if shape in ("model", "float16"):  # the kernels were tuned for it
         assert not [(kernel["kernel"], kernel["variant"]) for kernel in kernels if kernel["serialised"]]
+    if shape == "float16":  # kernels on pairs of tiles have no other way to K and V
         assert any("MAPS=True" in kernel["variant"] for kernel in kernels)

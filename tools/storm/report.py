@@ -28,8 +28,8 @@ def table(result: Result) -> str:
         [
             *lines,
             "",
-            f"{len(result.outcomes)} faults (seed {result.seed}), {result.steps} steps, {result.storm_seconds:.0f} s. "
-            f"{lost_steps} steps were done again; a checkpoint every {result.interval}.",
+            f"{len(result.outcomes)} faults (seed {result.seed}), {result.workers} ranks, {result.steps} steps, "
+            f"{result.storm_seconds:.0f} s. {lost_steps} steps were done again; a checkpoint every {result.interval}.",
             f"Events: {events}.",
             f"All {result.losses.compared} losses and all {result.weights.compared} tensors of the last checkpoint are "
             f"those of the undisturbed run, bit for bit.",

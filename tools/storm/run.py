@@ -19,7 +19,6 @@ from storm.cluster import LocalCluster
 from storm.errors import StormError
 
 ROOT = Path(__file__).parents[2]
-WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Patience:
 
 
 def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: Patience) -> RunFiles:
-    """The configuration of a small run of CP=2 and DP=2. Its checkpoints are larger than its curves."""
+    """The configuration of a small run of CP=2. Its checkpoints are larger than its curves."""
     config: dict[str, Any] = {
         "run": {"name": name, "directory": str(folder / "runs")},
         "model": {
@@ -80,7 +79,7 @@ def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: P
 
 
 def start_run(
-    cluster: LocalCluster, files: RunFiles, patience: Patience, *, node_wait: float | None = None
+    cluster: LocalCluster, files: RunFiles, patience: Patience, *, workers: int, node_wait: float | None = None
 ) -> subprocess.Popen[bytes]:
     """Its driver, a child of this process.
 
@@ -88,7 +87,7 @@ def start_run(
     cluster needs to see that a spare node has the room that the lost one has no more.
     """
     options = {
-        "num-workers": WORKERS,
+        "num-workers": workers,
         "max-failures": 10,  # in a row: a fault may strike while the run recovers from another
         "answer-timeout-seconds": patience.answer,
         "node-wait-seconds": 4 * patience.hang if node_wait is None else node_wait,

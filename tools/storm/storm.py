@@ -23,10 +23,10 @@ from storm.processes import Family
 from storm.rank_hook.sitecustomize import crc
 from storm.run import ROOT, Patience, RunFiles, finish_run, start_run, tail, write_run
 from storm.schedule import Schedule, draw_schedule
-from storm.trial import CPUS_PER_NODE, Outcome, Trial
+from storm.trial import Outcome, Trial
 from storm.watch import RunWatch
 
-# One more than the run needs: a lost node's ranks move to the spare one, and the next spare joins meanwhile.
+# The run needs two: a lost node's ranks move to the spare one, and the next spare joins meanwhile.
 NODES = 3
 
 
@@ -35,6 +35,7 @@ class Result:
     """Of a storm that the run came through."""
 
     seed: int
+    workers: int
     steps: int
     interval: int
     outcomes: list[Outcome]
@@ -48,6 +49,7 @@ class Storm:
     """A storm of `faults` faults drawn from `seed`; everything it writes is below `folder`.
 
     Args:
+        workers: ranks, 2 (CP=2) or 4 (CP=2 x DP=2); half of them on each of two nodes.
         step_seconds: how long a step takes at least, so that it can be hit in the middle.
         interval: steps between checkpoints.
         fault_seconds: a fault that the run has not recovered from by then ends the storm.
@@ -60,6 +62,7 @@ class Storm:
         *,
         faults: int,
         seed: int,
+        workers: int,
         step_seconds: float,
         interval: int,
         fault_seconds: float,
@@ -69,6 +72,8 @@ class Storm:
         self._folder = folder
         self._hook = folder / "ranks.json"
         self._seed = seed
+        self._workers = workers
+        self._node_cpus = workers // 2
         self._step_seconds = step_seconds
         self._interval = interval
         self._fault_seconds = fault_seconds
@@ -80,8 +85,8 @@ class Storm:
         family = Family()
         with family, LocalCluster(self._folder, environment=node_environment(self._hook)) as cluster:
             for _ in range(NODES):
-                cluster.add_node(cpus=CPUS_PER_NODE)
-            self._note(f"a head and {NODES} nodes of {CPUS_PER_NODE} CPUs are up")
+                cluster.add_node(cpus=self._node_cpus)
+            self._note(f"a head and {NODES} nodes of {self._node_cpus} CPUs are up")
             undisturbed, patience = self._undisturbed(cluster)
             begun = time.monotonic()
             watch, outcomes = self._disturbed(cluster, patience)
@@ -90,6 +95,7 @@ class Storm:
             raise StormError("processes were left over:\n" + "\n".join(family.strays))
         result = Result(
             seed=self._seed,
+            workers=self._workers,
             steps=self.schedule.steps,
             interval=self._interval,
             outcomes=outcomes,
@@ -108,7 +114,8 @@ class Storm:
         patience = Patience(hang=int(self._fault_seconds))
         files, watch = self._prepare("undisturbed", patience, step_seconds=0.0)
         started = time.time()
-        finish_run(start_run(cluster, files, patience), files, seconds=self._fault_seconds + 2 * self.schedule.steps)
+        driver = start_run(cluster, files, patience, workers=self._workers)
+        finish_run(driver, files, seconds=self._fault_seconds + 2 * self.schedule.steps)
         watch.refresh()
         first = min(one.time for one in watch.steps) - started
         self._note(
@@ -120,11 +127,18 @@ class Storm:
         files, watch = self._prepare("storm", patience, step_seconds=self._step_seconds)
         chance = random.Random(f"{self._seed} faults")
         outcomes = []
-        driver = start_run(cluster, files, patience)
+        driver = start_run(cluster, files, patience, workers=self._workers)
         try:
             for fault in self.schedule.faults:
                 trial = Trial(
-                    fault, cluster, driver, watch, chance, interval=self._interval, seconds=self._fault_seconds
+                    fault,
+                    cluster,
+                    driver,
+                    watch,
+                    chance,
+                    node_cpus=self._node_cpus,
+                    interval=self._interval,
+                    seconds=self._fault_seconds,
                 )
                 outcome = trial.run()
                 outcomes.append(outcome)

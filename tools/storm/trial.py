@@ -19,8 +19,6 @@ from storm.faults import FullDisk, choose_node, damage_checkpoint, kill_worker, 
 from storm.schedule import Fault, FaultKind
 from storm.watch import RunWatch, saved_step
 
-CPUS_PER_NODE = 2
-
 _DRAIN_SECONDS = 10
 _POLL_SECONDS = 0.05
 
@@ -70,6 +68,7 @@ class Trial:
     """Args:
     fault: to be made.
     cluster, driver, watch: of the run.
+    node_cpus: of a node that takes the place of a lost one.
     chance: decides what the schedule leaves open.
     interval: steps between checkpoints.
     seconds: it fails if the run has not come to the fault's step by then, or not recovered in as many again.
@@ -83,6 +82,7 @@ class Trial:
         watch: RunWatch,
         chance: random.Random,
         *,
+        node_cpus: int,
         interval: int,
         seconds: float,
     ) -> None:
@@ -91,6 +91,7 @@ class Trial:
         self._driver = driver
         self._watch = watch
         self._chance = chance
+        self._node_cpus = node_cpus
         self._interval = interval
         self._seconds = seconds
         self._event = _EVENTS[fault.kind]
@@ -191,7 +192,7 @@ class Trial:
         left = self._cluster.lose(node)
         if left:
             raise StormError(f"processes of the lost node {node.address} went on: {left}")
-        self._cluster.add_node(cpus=CPUS_PER_NODE)
+        self._cluster.add_node(cpus=self._node_cpus)
         return f"SIGKILL to the raylet of ranks {', '.join(map(str, held))}"
 
     def _wait_for_event(self, kind: EventKind) -> None:
