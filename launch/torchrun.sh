@@ -12,7 +12,7 @@
 # Each time with a new torchrun: its own --max-restarts keeps the store of the attempt before, where the ranks of the next
 # one may read what the last one left.
 #
-# Environment: NPROC (processes on this node), NNODES (1), RENDEZVOUS (a free local port), RESTARTS (0),
+# Environment: NPROC (processes on this node), NNODES (1), RENDEZVOUS (loopback), RESTARTS (0),
 # OMP_NUM_THREADS (cores / NPROC).
 set -euo pipefail
 
@@ -32,12 +32,14 @@ if [[ -z ${RENDEZVOUS:-} && ${NNODES:-1} != 1 ]]; then
 fi
 
 attempt() {
-    local where=(--standalone)
+    local launcher=(python "$launch/local_torchrun.py")
     if [[ -n ${RENDEZVOUS:-} ]]; then
-        where=(--nnodes "${NNODES:-1}" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "dash-dist-$1")
+        launcher=(torchrun --nnodes "${NNODES:-1}" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS")
+        launcher+=(--rdzv-id "dash-dist-$1")
     fi
-    exec torchrun "${where[@]}" --nproc-per-node "$nproc_per_node" -m dash_dist.cli train "${@:2}"
+    exec "${launcher[@]}" --nproc-per-node "$nproc_per_node" -m dash_dist.cli train "${@:2}"
 }
 
-source "$(dirname "${BASH_SOURCE[0]}")/restarts.sh"
+launch=$(dirname "${BASH_SOURCE[0]}")
+source "$launch/restarts.sh"
 run_with_restarts "$@"

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help=f"{len(FAULT_KINDS)} faults, each kind once, and 2 ranks")
     parser.add_argument("--seed", type=int, default=1, help="of the faults and of their order (default: %(default)s)")
     parser.add_argument("--step-seconds", type=float, default=0.25, help="least time of a step (default: %(default)s)")
-    parser.add_argument("--interval", type=int, default=6, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--interval", type=int, help="steps between checkpoints (default: 6, or 3 with --quick)")
     parser.add_argument(
         "--fault-seconds", type=float, default=300, help="give up on a fault after this time (default: %(default)s)"
     )
@@ -43,7 +43,7 @@ def main() -> int:
             seed=options.seed,
             workers=2 if options.quick else 4,
             step_seconds=options.step_seconds,
-            interval=options.interval,
+            interval=options.interval or (3 if options.quick else 6),
             fault_seconds=options.fault_seconds,
             say=lambda text: print(text, flush=True),
         )

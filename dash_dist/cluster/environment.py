@@ -3,13 +3,10 @@
 Knows Ray's environment variables; does not know what is run.
 """
 
-import ipaddress
 import os
 import socket
 
 from dash_dist.training.errors import RunError
-
-LOOPBACK_INTERFACE = "lo"
 
 # Ray allows its processes 30 s to start, which a busy machine may exceed once.
 _LOCAL_STARTS = 3
@@ -79,8 +76,3 @@ def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "://" not in address:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-
-
-def is_loopback(address: str) -> bool:
-    """Whether `address`, an IP address, is of this machine only."""
-    return ipaddress.ip_address(address).is_loopback

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from dash_dist.cluster.environment import LOOPBACK_INTERFACE, is_loopback
 from dash_dist.cluster.processes import ProcessId
+from dash_dist.loopback import is_loopback, keep_to_loopback, listen, meet
 from dash_dist.training.config import RunConfig
 from dash_dist.training.errors import RunError
 from dash_dist.training.progress import RunStart, RunSummary, StepReport
@@ -110,8 +110,7 @@ class RankProcess:
         """
         import ray
 
-        # Every rank connects at about the same time.
-        self._listener = socket.create_server((ray.util.get_node_ip_address(), 0), backlog=4096)
+        self._listener = listen(ray.util.get_node_ip_address())
         return self._listener.getsockname()[1]
 
     def train(self, job: Job, seat: Seat) -> Ended:
@@ -154,8 +153,7 @@ class RankProcess:
             "MASTER_PORT": str(seat.master_port),
         }
         if is_loopback(seat.master_address):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK_INTERFACE)
+            keep_to_loopback()
         group: dict[str, Any] = {"backend": "gloo"}
         if seat.gpus:
             # As torchrun does: every rank sees the GPUs of its node's ranks, which NCCL needs for direct copies
@@ -164,14 +162,12 @@ class RankProcess:
             device = torch.device("cuda", seat.local_rank)
             torch.cuda.set_device(device)
             group = {"backend": "nccl", "device_id": device}
-        store = dist.TCPStore(
+        store = meet(
             seat.master_address,
             seat.master_port,
             seat.world_size,
-            is_master=self._listener is not None,
+            listener=self._listener,
             timeout=timedelta(seconds=job.join_seconds),
-            wait_for_workers=False,  # the process group waits, and says who is missing
-            master_listen_fd=None if self._listener is None else self._listener.detach(),
         )
         # Store operations of the group wait as long as the group; that all have arrived is awaited for less.
         store.set(f"arrived/{seat.rank}", "")

@@ -5,17 +5,15 @@ meet through a file, and their connections are on loopback.
 """
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
-
 from dash_dist.doctor.findings import Finding
 from dash_dist.doctor.processes import call_in_processes
 from dash_dist.doctor.site import Site
+from dash_dist.loopback import loopback_interface
 
 
 def check_in_ranks(
@@ -40,8 +38,7 @@ def _rank(
     ranks: int,
     time_limit: float,
 ) -> list[Finding]:
-    loopback = _loopback_interface()
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback_interface()
     import torch
     import torch.distributed as dist
 
@@ -59,10 +56,3 @@ def _rank(
         return function(site)
     finally:
         dist.destroy_process_group()
-
-
-def _loopback_interface() -> str:
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.family == socket.AF_INET and one.address == "127.0.0.1" for one in addresses):
-            return name
-    raise OSError("no network interface has the address 127.0.0.1")

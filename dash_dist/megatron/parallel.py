@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from dash_dist.loopback import is_loopback, keep_to_loopback, listen, meet
 from dash_dist.megatron.config import ParallelConfig
 from dash_dist.megatron.cpu import run_megatron_on_cpu
 
@@ -46,8 +47,9 @@ class ParallelDims:
         """Join the run's process group, build Megatron-core's groups in it, and choose this process's device.
 
         An initialised `torch.distributed` is used as it is. Otherwise the environment's RANK, WORLD_SIZE, MASTER_ADDR
-        and MASTER_PORT start one, and without RANK the process is a world of its own. The backend is nccl with CUDA and
-        gloo without; the CUDA device is the only one visible, or LOCAL_RANK's, or else the current one.
+        and MASTER_PORT start one, and without RANK the process is a world of its own. With a MASTER_ADDR of this
+        machine only, nothing listens beyond it unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME say so. The backend is
+        nccl with CUDA and gloo without; the CUDA device is the only one visible, or LOCAL_RANK's, or else the current.
 
         Args:
             timeout: after which a collective that some rank never joins fails.
@@ -147,4 +149,11 @@ def _join_process_group(device: torch.device, timeout: timedelta) -> None:
         options |= {"backend": "nccl", "device_id": device}
     if "RANK" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif is_loopback(address := os.environ.get("MASTER_ADDR", "")):
+        keep_to_loopback()
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun may have one already
+            port, rank, world_size = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
+            listener = listen(address, port) if rank == 0 else None
+            store = meet(address, port, world_size, listener=listener, timeout=timeout)
+            options |= {"store": store, "rank": rank, "world_size": world_size}
     dist.init_process_group(**options)

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def test_a_run_comes_through_every_kind_of_fault(short_folder):
         seed=7,
         workers=2,
         step_seconds=0.25,
-        interval=6,
+        interval=3,
         fault_seconds=400,
         say=print,
     )
@@ -33,7 +34,7 @@ def test_a_run_comes_through_every_kind_of_fault(short_folder):
 
 
 def test_a_schedule_follows_from_its_seed():
-    first, again, other = (draw_schedule(faults=30, seed=seed, interval=8) for seed in (1, 1, 2))
+    first, again, other = (draw_schedule(faults=30, seed=seed, interval=8, drain_steps=40) for seed in (1, 1, 2))
     assert first == again
     assert first != other
     assert len(first.faults) == 30
@@ -42,6 +43,8 @@ def test_a_schedule_follows_from_its_seed():
     assert steps == sorted(steps)
     assert steps[0] > 16
     assert steps[-1] < first.steps
+    for fault, following in pairwise(first.faults):
+        assert following.step - fault.step >= (44 if fault.kind == "node_drained" else 4)
 
 
 def test_a_damaged_file_differs_in_one_bit_or_in_length(tmp_path):

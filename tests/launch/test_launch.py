@@ -1,5 +1,6 @@
 """Every launcher ends in the same training: the same losses, whoever started the processes."""
 
+import contextlib
 import json
 import os
 import re
@@ -27,6 +28,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def listening(process: psutil.Process) -> list[tuple[str, str]]:
+    """Name and address of everything that a process and what it started listens on."""
+    return [
+        (one.name(), connection.laddr.ip)
+        for one in [process, *process.children(recursive=True)]
+        for connection in one.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
 def overrides(name: str) -> list[str]:
     return [f"run.name={name}", f"training.steps={STEPS}", "checkpoint.interval=4"]
 
@@ -52,6 +63,34 @@ def test_deepspeed_gives_the_losses_of_torchrun(folder):
     assert losses(folder / "runs" / "deepspeed") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-5)
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_on_one_machine_the_launchers_listen_on_loopback_only(folder, tmp_path, script):
+    command = [str(ROOT / "launch" / script), str(folder / "tiny.yaml"), *overrides(f"listening_{script}")]
+    environment = {"PATH": PATH, "NPROC": "2", "MASTER_PORT": str(free_port()), "TMPDIR": str(tmp_path)}
+    found: list[tuple[str, str]] = []
+    with subprocess.Popen(
+        command,
+        env=cpu_environment(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as driver:
+        try:
+            lines = []
+            for line in driver.stdout:
+                lines.append(line)
+                if line.startswith(f"step 6/{STEPS}"):
+                    found = listening(psutil.Process(driver.pid))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(driver.pid, signal.SIGKILL)
+    assert f"finished, step {STEPS}" in "".join(lines), "".join(lines)
+    assert len(found) > 2  # where the ranks met, and both of them
+    assert {address for _, address in found} <= LOOPBACK, found
+    assert not list(tmp_path.rglob("store"))  # they met through a file
+
+
 def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
     """One worker is killed after step 6: all start again from the checkpoint of step 4, and nothing else changes.
 
@@ -72,14 +111,9 @@ def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
                 killed = True
                 workers = [p for p in processes.children(recursive=True) if "RankProcess" in " ".join(p.cmdline())]
                 assert len(workers) == 2
-                listening = [
-                    (process.name(), connection.laddr.ip)
-                    for process in [processes, *processes.children(recursive=True)]
-                    for connection in process.net_connections(kind="inet")
-                    if connection.status == psutil.CONN_LISTEN
-                ]
-                assert len(listening) > 5  # Ray's head, node and agents, and where the ranks met
-                assert {address for _, address in listening} <= LOOPBACK, listening
+                found = listening(processes)
+                assert len(found) > 5  # Ray's head, node and agents, and where the ranks met
+                assert {address for _, address in found} <= LOOPBACK, found
                 workers[1].kill()
         status = driver.wait(timeout=30)
     finally:

@@ -151,7 +151,7 @@ def test_a_slurm_job_that_is_cancelled_lets_the_run_save_and_ends(slurm):
 
 @pytest.mark.parametrize(
     ("script", "launcher", "given"),
-    [("torchrun.sh", "torchrun", "--standalone"), ("deepspeed.sh", "deepspeed", "--num_accelerators 1")],
+    [("torchrun.sh", "torchrun", "--rdzv-endpoint node0:1"), ("deepspeed.sh", "deepspeed", "--num_accelerators 1")],
 )
 @pytest.mark.parametrize(("restarts", "status", "starts"), [(0, 3, 1), (1, 3, 2), (2, 0, 3), (5, 0, 3)])
 def test_a_launcher_is_started_again_until_the_run_succeeds(
@@ -162,7 +162,12 @@ def test_a_launcher_is_started_again_until_the_run_succeeds(
     path = tmp_path / launcher
     path.write_text(f'#!/usr/bin/env bash\necho "$*" >> {calls}\n[[ $(wc -l < {calls}) -ge 3 ]] || exit 3\n')
     path.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "1", "RESTART_PAUSE": "0"}
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "NPROC": "1",
+        "RENDEZVOUS": "node0:1",
+        "RESTART_PAUSE": "0",
+    }
     done = run_command([str(ROOT / "launch" / script), "x.yaml"], environment | {"RESTARTS": str(restarts)}, seconds=60)
     assert done.returncode == status, done.stdout
     assert len(calls.read_text().splitlines()) == starts
@@ -180,7 +185,8 @@ def test_a_launcher_is_not_started_again_for_what_trying_again_cannot_mend(tmp_p
         f"echo $DASH_DIST_REFUSED > {tmp_path}/told\nexit 1\n"
     )
     path.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "1", "RESTART_PAUSE": "0", "RESTARTS": "9"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "1", "RENDEZVOUS": "node0:1"}
+    environment |= {"RESTART_PAUSE": "0", "RESTARTS": "9"}
     done = run_command([str(ROOT / "launch" / script), "x.yaml"], environment, seconds=60)
     assert done.returncode == 1, done.stdout
     assert calls.read_text().splitlines() == ["attempt 0", "attempt 1"]

@@ -67,6 +67,7 @@ def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: P
             "steps": steps,
             "sequence_length": 128,
             "global_batch_size": 4,
+            "micro_batch_size": 2,
             "distributed_timeout_seconds": 4 * patience.hang,
         },
         "checkpoint": {"interval": interval, "keep": 3},

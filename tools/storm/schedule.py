@@ -54,11 +54,12 @@ class Schedule:
         return [fault.step for fault in self.faults if fault.kind == "nan_batch"]
 
 
-def draw_schedule(*, faults: int, seed: int, interval: int) -> Schedule:
+def draw_schedule(*, faults: int, seed: int, interval: int, drain_steps: int) -> Schedule:
     """`faults` faults, every kind among them if there are enough of them; `interval` is the run's, between checkpoints.
 
     The first comes after two checkpoints. Between two lie enough steps for a checkpoint, so that a fault is not
-    answered by the recovery from the one before.
+    answered by the recovery from the one before; and after the announcement of a node's end the `drain_steps` that the
+    run may do until then.
     """
     chance = random.Random(seed)
     kinds = list(FAULT_KINDS[:faults])
@@ -69,4 +70,5 @@ def draw_schedule(*, faults: int, seed: int, interval: int) -> Schedule:
     for number, kind in enumerate(kinds, start=1):
         step += chance.randint(interval // 2, 2 * interval)
         drawn.append(Fault(number, kind, step))
+        step += drain_steps if kind == "node_drained" else 0
     return Schedule(drawn, steps=step + 3 * interval)

@@ -6,6 +6,7 @@ Knows the order of things; `trial.py` knows what must follow each fault, `compar
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -23,7 +24,7 @@ from storm.processes import Family
 from storm.rank_hook.sitecustomize import crc
 from storm.run import ROOT, Patience, RunFiles, finish_run, start_run, tail, write_run
 from storm.schedule import Schedule, draw_schedule
-from storm.trial import Outcome, Trial
+from storm.trial import DRAIN_SECONDS, Outcome, Trial
 from storm.watch import RunWatch
 
 # The run needs two: a lost node's ranks move to the spare one, and the next spare joins meanwhile.
@@ -68,7 +69,9 @@ class Storm:
         fault_seconds: float,
         say: Callable[[str], None],
     ) -> None:
-        self.schedule: Schedule = draw_schedule(faults=faults, seed=seed, interval=interval)
+        self.schedule: Schedule = draw_schedule(
+            faults=faults, seed=seed, interval=interval, drain_steps=math.ceil(DRAIN_SECONDS / step_seconds)
+        )
         self._folder = folder
         self._hook = folder / "ranks.json"
         self._seed = seed

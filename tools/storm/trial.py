@@ -19,7 +19,9 @@ from storm.faults import FullDisk, choose_node, damage_checkpoint, kill_worker, 
 from storm.schedule import Fault, FaultKind
 from storm.watch import RunWatch, saved_step
 
-_DRAIN_SECONDS = 10
+# From the announcement that a node will be taken away to its end.
+DRAIN_SECONDS = 10
+
 _POLL_SECONDS = 0.05
 
 # What a killed rank leaves half done is done or lost after this time, and the run is not started again before.
@@ -148,7 +150,7 @@ class Trial:
                 what = self._lose_node(choose_node(self._cluster, self._watch, self._chance))
             case "node_drained":
                 assert draining is not None
-                what = f"announced {_DRAIN_SECONDS} s before: {self._lose_node(draining)}"
+                what = f"announced {DRAIN_SECONDS} s before: {self._lose_node(draining)}"
             case "checkpoint_damaged":
                 what = kill_worker(self._watch, self._chance)
                 time.sleep(_SETTLE_SECONDS)
@@ -178,11 +180,11 @@ class Trial:
         """A node with ranks announces its end; returns it when its time has come."""
         node = choose_node(self._cluster, self._watch, self._chance)
         begun = time.monotonic()
-        self._cluster.drain(node, seconds=_DRAIN_SECONDS)
+        self._cluster.drain(node, seconds=DRAIN_SECONDS)
         reached = self._watch.step
         self._wait_for_event("preemption")
         self._wait(lambda: self._watch.saved_steps()[-1] >= reached, f"saved at step {reached} or later")
-        time.sleep(max(0.0, begun + _DRAIN_SECONDS - time.monotonic()))
+        time.sleep(max(0.0, begun + DRAIN_SECONDS - time.monotonic()))
         return node
 
     def _lose_node(self, node: Node) -> str:
