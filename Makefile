@@ -28,6 +28,9 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ALONE:%=--ignore=%) $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest $(ALONE) $(ARGS) || [ $$? -eq 5 ]
 
+storm: $(INSTALLED_DEV)
+	$(BIN)/python tools/fault_storm.py --faults 32 $(ARGS)
+
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)

@@ -34,10 +34,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train in this process, or as one rank where torchrun or DeepSpeed started several."""
     from dash_dist.training import load_config
     from dash_dist.training import train as train_run
-    from dash_dist.training.restarts import is_restarted
 
-    loaded = load_config(config, overrides or [])
-    train_run(loaded.going_on() if is_restarted() else loaded)
+    train_run(load_config(config, overrides or []))
 
 
 @app.command("config")

@@ -6,13 +6,19 @@ Knows addresses and interfaces, and how the ranks of one machine meet there; doe
 import ipaddress
 import os
 import socket
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+
+MEETING_FOLDER = "DASH_DIST_MEETING"
+"""Environment variable with the folder for `meet_in`, where the ranks of one machine were started for that."""
 
 
 def is_loopback(address: str) -> bool:
@@ -40,7 +46,26 @@ def keep_to_loopback() -> None:
 
 def listen(address: str, port: int = 0) -> socket.socket:
     """A socket for `meet`; port 0 takes a free one. Raises OSError if the port is taken."""
-    return socket.create_server((address, port), backlog=4096)  # every rank connects at about the same time
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    # Every rank connects at about the same time.
+    return socket.create_server((address, port), family=family, backlog=4096)
+
+
+def meet_in(folder: Path, rank: int, world_size: int, *, timeout: timedelta) -> "Store":
+    """`meet` at a port that rank 0 takes when it arrives, and tells in `folder`, which is of this start alone."""
+    told = folder / "port"
+    if rank == 0:
+        listener = listen("127.0.0.1")
+        port = listener.getsockname()[1]
+        told.with_suffix(".new").write_text(str(port))
+        told.with_suffix(".new").replace(told)
+        return meet("127.0.0.1", port, world_size, listener=listener, timeout=timeout)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not told.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank 0 did not arrive within {timeout.total_seconds():.0f} s")
+        time.sleep(0.05)
+    return meet("127.0.0.1", int(told.read_text()), world_size, listener=None, timeout=timeout)
 
 
 def meet(address: str, port: int, world_size: int, *, listener: socket.socket | None, timeout: timedelta) -> "Store":

@@ -7,7 +7,7 @@
 # Several nodes: either HOSTFILE=path, and the launcher reaches the others by ssh; or, without ssh, on every node with its own
 # NODE_RANK:
 #
-#   HOSTFILE=hosts NODE_RANK=0 MASTER_ADDR=node0 launch/deepspeed.sh configs/llama_1b_128k.yaml
+#   HOSTFILE=hosts NODE_RANK=0 MASTER_ADDR=node0 launch/deepspeed.sh configs/llama_1b_128k.yaml data.paths=DATA
 #
 # RESTARTS=N starts it again after a failure, at most N times and on every node alike; it goes on from its newest checkpoint.
 #

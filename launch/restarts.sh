@@ -11,11 +11,11 @@ run_with_restarts() {
     fi
     # Launchers have one exit status for everything: dash_dist.training.restarts makes the file if an attempt was refused.
     told=$(mktemp -d)
-    export DASH_DIST_REFUSED=$told/refused
+    export DASH_DIST_REFUSED=$told/refused DASH_DIST_SINCE=$EPOCHSECONDS
     trap 'rm -rf -- "$told"' EXIT
     trap 'stopping=yes signalled=yes; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
     while :; do
-        DASH_DIST_ATTEMPT=$number attempt "$number" "$@" &
+        attempt "$number" "$@" &
         child=$!
         while :; do
             status=0

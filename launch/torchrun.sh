@@ -6,7 +6,7 @@
 #
 # Several nodes: run it on every node with the same NNODES and RENDEZVOUS (host:port of one of them).
 #
-#   NNODES=4 RENDEZVOUS=node0:29400 launch/torchrun.sh configs/llama_1b_128k.yaml
+#   NNODES=4 RENDEZVOUS=node0:29400 launch/torchrun.sh configs/llama_1b_128k.yaml data.paths=DATA
 #
 # RESTARTS=N starts it again after a failure, at most N times and on every node alike; it goes on from its newest checkpoint.
 # Each time with a new torchrun: its own --max-restarts keeps the store of the attempt before, where the ranks of the next

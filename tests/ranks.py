@@ -1,11 +1,13 @@
 """Processes for tests of several ranks: started together, ended together, results by rank."""
 
+import contextlib
 import functools
 import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import random
 import socket
 import time
 import traceback
@@ -35,6 +37,15 @@ def backend_for(world_size: int) -> str:
     return "nccl" if torch.cuda.device_count() >= world_size else "gloo"
 
 
+def free_port() -> int:
+    """A port of loopback to listen on later: not one of those that the system gives to connections meanwhile."""
+    while True:
+        port = random.randrange(21000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run_ranks(
     job: str,
     world_size: int,
@@ -48,9 +59,7 @@ def run_ranks(
     Returns what each rank returned. The first failure, or the time limit in seconds, ends them all. `cpu_only` hides
     GPUs from the ranks. The death of a rank in `dying` is no failure; its result is None.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = _context()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [

@@ -5,12 +5,13 @@ is for nor what follows it.
 """
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NoReturn
 
-from dash_dist.cluster.processes import wait_until_gone
+from dash_dist.cluster.processes import signal_all, wait_until_gone
 from dash_dist.cluster.rank import Ended, Job, News, Place, RankProcess, Seat
 from dash_dist.training.requests import Asked
 
@@ -112,6 +113,8 @@ class WorkerGroup:
                 with contextlib.suppress(ray.exceptions.RayError):  # its run ends too, and says why
                     news += ray.get(answer)
             elif now - since > self._answer_seconds:
+                # What the others wait in, and where this one is if it can be interrupted, before all of them are ended.
+                signal_all(((place.node_id, place.process) for place in self.places), signal.SIGUSR1)
                 raise AttemptFailed(
                     f"{self._described(rank)} has not answered for {now - since:.0f} s: "
                     f"the process is stopped, or its node cannot be reached"

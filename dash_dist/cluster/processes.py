@@ -1,4 +1,4 @@
-"""Processes of the cluster's nodes: which one it is, and that it is gone.
+"""Processes of the cluster's nodes: which one it is, a signal to it, and that it is gone.
 
 Knows Linux's process table and how to look at that of another node through Ray; does not know what the processes do.
 """
@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,6 +17,9 @@ _PATIENCE_SECONDS = 15.0
 
 # A process in uninterruptible sleep, such as one that waits for a file server, is not waited for longer than this.
 _LONGEST_WAIT_SECONDS = 60.0
+
+# A node takes some seconds to start what sends the signals.
+_SIGNAL_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,28 @@ def wait_until_gone(processes: Iterable[tuple[str, ProcessId]]) -> None:
 
     Nodes that are gone themselves are left out.
     """
+    _on_their_nodes(see_them_gone, processes, seconds=_LONGEST_WAIT_SECONDS)
+
+
+def signal_all(processes: Iterable[tuple[str, ProcessId]], number: signal.Signals) -> None:
+    """Send a signal to `processes`, each given with the id of its Ray node; returns within seconds.
+
+    From outside: a process that is stuck with the interpreter's lock answers no call.
+    """
+
+    def send(of_node: Sequence[ProcessId]) -> None:
+        for process in of_node:
+            with contextlib.suppress(ProcessLookupError):
+                if process.exists():
+                    os.kill(process.pid, number)
+
+    _on_their_nodes(send, processes, seconds=_SIGNAL_SECONDS)
+
+
+def _on_their_nodes(
+    function: Callable[[Sequence[ProcessId]], None], processes: Iterable[tuple[str, ProcessId]], *, seconds: float
+) -> None:
+    """Call `function` on every node that lives with those of its processes; waits `seconds` at most."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -49,15 +74,15 @@ def wait_until_gone(processes: Iterable[tuple[str, ProcessId]]) -> None:
     for node_id, process in processes:
         if node_id in of_node:
             of_node[node_id].append(process)
-    watch = ray.remote(num_cpus=0, max_retries=0)(see_them_gone)
-    watches = [
-        watch.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(on_node)
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    calls = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(on_node)
         for node_id, on_node in of_node.items()
         if on_node
     ]
-    if watches:
-        # A watch that fails does so because its node goes; then so do the processes.
-        ray.wait(watches, num_returns=len(watches), timeout=_LONGEST_WAIT_SECONDS)
+    if calls:
+        # A call that fails does so because its node goes; then so do the processes.
+        ray.wait(calls, num_returns=len(calls), timeout=seconds)
 
 
 def see_them_gone(processes: Sequence[ProcessId]) -> None:

@@ -25,13 +25,14 @@ class Retries:
         """Attempts that failed one after the other without a new checkpoint."""
         return self._in_a_row
 
-    def pause_after_failure(self, saved_step: int) -> float | None:
+    def pause_after_failure(self, saved_step: int, *, trained: bool = True) -> float | None:
         """Seconds to wait before the next attempt, None to give up.
 
         Args:
             saved_step: of the newest checkpoint after the failed attempt; 0 for none.
+            trained: whether the attempt came so far; if not, a newer checkpoint is another run's.
         """
-        self._in_a_row = 0 if saved_step > self._saved_step else self._in_a_row + 1
+        self._in_a_row = 0 if trained and saved_step > self._saved_step else self._in_a_row + 1
         self._saved_step = saved_step  # also a lower one: a checkpoint may have been set aside as damaged
         if self._most == 0 or self._in_a_row > self._most:
             return None

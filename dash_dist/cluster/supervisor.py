@@ -2,7 +2,7 @@
 
 Knows why attempts end and what follows; does not know Ray (`Cluster` does) nor what a training step is.
 
-An attempt ends because the run is complete or was asked to stop, because it cannot be mended (RunError), because
+An attempt ends because the run is complete or was asked to stop, because of what a person must mend (RunError), because
 workers were lost, or because it was asked to save and start again on more workers. After the latter two the run
 resumes by itself from its newest checkpoint, with the same global batch whatever the number of workers.
 """
@@ -129,6 +129,7 @@ class Supervisor:
         self._asked_for_nodes = False
         self._fewest = limits.min_workers or model_ranks(config)
         self._retries = Retries(limits.max_failures, saved_step=self._saved_step())
+        self._trained = False
 
     def run(self) -> RunSummary | None:
         """Bring the run to its end. Returns its summary, None if it was asked to stop before any worker ran.
@@ -195,6 +196,7 @@ class Supervisor:
 
     def _attempt(self, workers: int) -> RunSummary | None:
         """One attempt: the run's summary, or None to start again on more. Raises AttemptFailed and RunError."""
+        self._trained = False
         group = self._cluster.place(workers, self._check_stop)
         try:
             group.start(self._job)
@@ -242,7 +244,7 @@ class Supervisor:
     def _failed(self, failure: AttemptFailed) -> None:
         """Wait before the next attempt. Raises RunError if there is to be none."""
         step = self._saved_step()
-        pause = self._retries.pause_after_failure(step)
+        pause = self._retries.pause_after_failure(step, trained=self._trained)
         where = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
         if self._stop_requested():
             raise RunError(f"asked to stop, the run failed before it had saved: {failure}\n{where}")
@@ -286,6 +288,8 @@ class Supervisor:
 
     def _show(self, news: Sequence[News]) -> None:
         for kind, content in news:
+            # Checkpoints that came without this are not of this attempt: another run is at work in the folder.
+            self._trained |= kind == "start"
             if kind != "finish":  # shown when no further attempt follows
                 getattr(self._console, kind)(content)
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset, load_dataset_builder
+from datasets import config as datasets_config
 
 from dash_dist.data.config import DataConfig
 from dash_dist.data.files import (
@@ -151,7 +152,15 @@ class HubCorpus:
         self._column = config.text_column
         self._name = config.name
         self.description = f"data.name={config.name} (subset {config.subset}, split {config.split})"
-        builder = load_dataset_builder(config.name, config.subset, revision=config.revision)
+        try:
+            builder = load_dataset_builder(config.name, config.subset, revision=config.revision)
+        except ConnectionError as error:
+            if not datasets_config.HF_HUB_OFFLINE:
+                raise
+            raise ValueError(
+                f"{self.description} is not in this machine's cache, and HF_HUB_OFFLINE is set: download it first, or "
+                f"unset HF_HUB_OFFLINE ({error})"
+            ) from None
         try:
             stream = builder.as_streaming_dataset(split=config.split)
         except ValueError as error:

@@ -25,6 +25,8 @@ _PR_SET_PDEATHSIG = 1
 # threads change without the interpreter's lock): such a copy never begins. It is ended, and another one forked.
 _BEGIN_SECONDS = 20.0
 _FORKS = 3
+# A killed process that waits for a disk in the kernel goes when that answers.
+_END_SECONDS = 30.0
 # Loaded here: between fork and exec of a process with threads, nothing may be loaded any more.
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -66,7 +68,7 @@ class ForkedCall(Generic[T]):
 
     def _end(self) -> None:
         self._process.kill()
-        self._process.join()
+        self._process.join(_END_SECONDS)
         self._receiver.close()
 
     def done(self) -> bool:

@@ -220,6 +220,7 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: at every rank: there is no complete checkpoint in the directory.
+        OSError: at every rank: the storage does not give it.
         ValueError: at every rank: the checkpoint's identity is not `identity`, and names what differs; or what it holds
             is not what this model needs.
     """
@@ -227,27 +228,35 @@ def load_checkpoint(
     if dims.rank == 0:
         try:
             check_fit(directory, read_engine_state(directory), identity)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             problem = error
     raise_at_every_rank(problem, dims)
     run: EngineState | None = None
-    failure: str | None = None
+    failure: tuple[str, int | None] | None = None
     try:
         state = dist_checkpointing.load(_sharded_state(model, optimizer, dims, is_loading=True), str(directory))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         run = EngineState(**state[RUN])
     except CheckpointException as error:  # of all ranks' reading, raised at every one; is not an Exception
-        failure = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items()) or str(error)
+        text = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items()) or str(error)
+        failure = text, next((_errno(reason[0]) for reason in error.failures.values()), None)
     except Exception as error:  # a checkpoint whose inside is not what Megatron expects fails in many ways
-        failure = f"{type(error).__name__}: {error}"
-    failures: list[str | None] = [None] * dims.world_size
+        failure = f"{type(error).__name__}: {error}", _errno(error)
+    failures: list[tuple[str, int | None] | None] = [None] * dims.world_size
     dist.all_gather_object(failures, failure)
-    if any(failures):
-        reason = next(one for one in failures if one is not None)
+    if found := [one for one in failures if one is not None]:
+        reason, number = found[0]
+        if number is not None:
+            raise OSError(number, f"{directory} cannot be read: {reason}")
         raise ValueError(f"{directory} does not hold what this model needs: {reason}")
     assert run is not None
     return run
+
+
+def _errno(error: BaseException) -> int | None:
+    """Of an error of the storage; a file that is not there is one of the checkpoint."""
+    return error.errno if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else None
 
 
 def _sharded_state(

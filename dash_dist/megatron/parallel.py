@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from dash_dist.loopback import is_loopback, keep_to_loopback, listen, meet
+from dash_dist.loopback import MEETING_FOLDER, is_loopback, keep_to_loopback, listen, meet, meet_in
 from dash_dist.megatron.config import ParallelConfig
 from dash_dist.megatron.cpu import run_megatron_on_cpu
 
@@ -151,8 +152,11 @@ def _join_process_group(device: torch.device, timeout: timedelta) -> None:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif is_loopback(address := os.environ.get("MASTER_ADDR", "")):
         keep_to_loopback()
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun may have one already
-            port, rank, world_size = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
+        port, rank, world_size = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
+        if folder := os.environ.get(MEETING_FOLDER):  # launch/local_torchrun.py
+            store = meet_in(Path(folder), rank, world_size, timeout=timeout)
+            options |= {"store": store, "rank": rank, "world_size": world_size}
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun may have one already
             listener = listen(address, port) if rank == 0 else None
             store = meet(address, port, world_size, listener=listener, timeout=timeout)
             options |= {"store": store, "rank": rank, "world_size": world_size}

@@ -41,6 +41,7 @@ def read_engine_state(directory: Path) -> EngineState:
 
     Raises:
         FileNotFoundError: there is no complete checkpoint in the directory.
+        OSError: the storage does not give it.
         ValueError: the file that it is in is damaged or of another program; names it.
     """
     if (directory / "deepspeed.json").is_file():
@@ -53,7 +54,9 @@ def read_engine_state(directory: Path) -> EngineState:
     path = directory / COMMON
     try:
         return EngineState(**torch.load(path, map_location="cpu", weights_only=True)[RUN])
-    except OSError as error:
+    except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} cannot be read: {error.strerror}") from error
+    except OSError:
+        raise
     except Exception as error:  # what torch, and then the lookup, make of a foreign file can be anything
         raise ValueError(f"{path} is damaged or of another program: {error}") from error

@@ -19,6 +19,7 @@ from dash_dist.training.control import ControlGroup
 from dash_dist.training.errors import RunError
 from dash_dist.training.fault_log import FaultLog
 from dash_dist.training.files import read_json, replace_json
+from dash_dist.training.restarts import script_started_at
 from dash_dist.training.watchdog import describe_hang, hang_folder
 
 Ended = Literal["finished", "stopped", "error"]
@@ -101,6 +102,20 @@ def begin_attempt(run_directory: Path, control: ControlGroup, log: FaultLog, ori
                 record = replace(record, step=max(last.step, record.step))
             replace_json(path, asdict(record))
     return Attempt(path if control.is_main else None, control.from_main(record))
+
+
+def went_on_before(run_directory: Path, control: ControlGroup) -> bool:
+    """Whether an earlier attempt of the script that restarts this run has begun. Called at every rank.
+
+    What is in the folder then is this run's own, whatever `run.resume` says of an earlier one's.
+    """
+    since = script_started_at()
+    found = False
+    with control.together(f"cannot read {run_directory}", RunError):
+        if control.is_main and since is not None:
+            last = _last_attempt(run_directory / "attempt.json")
+            found = last is not None and last.started >= since
+    return control.from_main(found)
 
 
 def _last_attempt(path: Path) -> AttemptRecord | None:

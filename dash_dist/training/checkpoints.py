@@ -181,6 +181,11 @@ class CheckpointManager:
         blocked = started.blocked_seconds + time.monotonic() - began
         return Saved(started.state.step, final, blocked, time.time() - started.started_at, not_dropped)
 
+    def abandon(self) -> None:
+        """Give up the started checkpoint at every rank, and remove what there is of it."""
+        if self._started is not None:
+            self._give_up(self._started.state)
+
     def close(self) -> None:
         """Abandon what this rank is still writing, without a word to the others: the run is over."""
         if self._started is not None:
@@ -353,12 +358,15 @@ class CheckpointManager:
         try:
             yield
         except Exception:  # at every rank, from `together`: CheckpointError, or a defect at the rank that has it
-            self.close()
-            self._control.gather(None)  # nobody writes into the folder any more
-            if self._control.is_main:
-                with contextlib.suppress(OSError):  # the error that brought us here is the one to report
-                    folders.remove(partial_folder(self._folder(state)))
+            self._give_up(state)
             raise
+
+    def _give_up(self, state: RunState) -> None:
+        self.close()
+        self._control.gather(None)  # nobody writes into the folder any more
+        if self._control.is_main:
+            with contextlib.suppress(OSError):  # what brought us here is the thing to report
+                folders.remove(partial_folder(self._folder(state)))
 
 
 @contextlib.contextmanager

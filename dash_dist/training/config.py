@@ -128,6 +128,8 @@ class FaultsSection(Section):
         spike_window: finite losses that the median is taken of; no spike is seen before there are as many.
         max_rollbacks: the run ends when it would be set back more often than this, over all its attempts.
         max_failed_saves: the run ends when more checkpoints than this in a row cannot be written.
+        save_timeout_seconds: a checkpoint that takes longer to be written beside the training counts as one that cannot
+            be written. None waits for ever.
         hang_timeout_seconds: a process whose step, with its data and its checkpoint, takes longer writes its stacks
             and ends. Below training.distributed_timeout_seconds, or a rank that waits for the one that hangs gives up
             before it writes its own. None waits for ever.
@@ -138,6 +140,7 @@ class FaultsSection(Section):
     spike_window: Annotated[int, Field(ge=10)] = 100
     max_rollbacks: Annotated[int, Field(ge=0)] = 5
     max_failed_saves: Annotated[int, Field(ge=0)] = 20
+    save_timeout_seconds: Positive | None = 3600
     hang_timeout_seconds: Positive | None = 1200
 
 

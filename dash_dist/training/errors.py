@@ -14,6 +14,7 @@ _PASSING_ERRNOS = {
     errno.ENETRESET,
     errno.ENETUNREACH,
     errno.ENOLINK,
+    errno.ENOTCONN,  # a FUSE mount whose server died
     errno.EREMOTEIO,
     errno.ESTALE,  # what a network file system says of a file after its server was started again
 }
@@ -46,7 +47,9 @@ def may_pass(error: BaseException) -> bool:
     Looks at the errors that led to it, too: libraries wrap those of the network in their own.
     """
     one: BaseException | None = error
-    while one is not None:
+    seen: set[int] = set()
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
         if isinstance(one, RunError):
             return one.may_pass
         if isinstance(one, ConnectionError | TimeoutError):

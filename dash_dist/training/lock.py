@@ -5,6 +5,7 @@ Knows one small file and the system's lock on it; does not know what a run does.
     <run directory>/run.lock        locked while a run goes on; says by which process
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -61,9 +62,10 @@ class RunLock:
     ) -> None:
         assert self._file is not None
         # Not by closing alone: a forked process that still writes a checkpoint holds the file open, too.
-        if self._locked:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._file.close()
+        with contextlib.suppress(OSError):  # the file server is away; the run is over all the same
+            if self._locked:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._file.close()
 
     def _lock(self, file: IO[str]) -> None:
         until = time.monotonic() + self._patience
@@ -91,5 +93,6 @@ class RunLock:
             who = "another process"
         return (
             f"{who} is running in {self._path.parent}, and two runs would overwrite each other's checkpoints: wait "
-            f"for it or end it, or give this run another run.name"
+            f"for it or end it, or give this run another run.name (if that process and its node are gone for good, "
+            f"remove {self._path})"
         )

@@ -7,13 +7,14 @@ import contextlib
 import os
 from pathlib import Path
 
-_ATTEMPT = "DASH_DIST_ATTEMPT"
+_SINCE = "DASH_DIST_SINCE"
 _REFUSED = "DASH_DIST_REFUSED"
 
 
-def is_restarted() -> bool:
-    """Whether an attempt of this run came before, under the same script."""
-    return os.environ.get(_ATTEMPT, "0") != "0"
+def script_started_at() -> float | None:
+    """When the script was started, in seconds since 1970; None without one. Attempts since then are its own."""
+    since = os.environ.get(_SINCE)
+    return None if since is None else float(since)
 
 
 def tell_refused() -> None:

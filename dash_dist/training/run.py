@@ -9,7 +9,7 @@ from statistics import fmean
 
 from dash_dist.data import Batch, DataStream, build_data_stream, load_tokenizer
 from dash_dist.megatron import ParallelDims, StepResult
-from dash_dist.training.attempt import begin_attempt
+from dash_dist.training.attempt import begin_attempt, went_on_before
 from dash_dist.training.checkpoints import CheckpointManager, RunState
 from dash_dist.training.config import RunConfig
 from dash_dist.training.config_file import to_yaml
@@ -105,7 +105,8 @@ class _Run:
         )
         cleanup.callback(self._checkpoints.close)
         self._checkpoints.clean()  # brings back what was being replaced, which may be what the run goes on from
-        origin = self._checkpoints.resume_from(config.run.resume)
+        resume = config.going_on().run.resume if went_on_before(config.run.path, self._control) else config.run.resume
+        origin = self._checkpoints.resume_from(resume)
         self._log = FaultLog(config.run.path, reporter, is_main=self._control.is_main)
         with self._control.together(f"cannot prepare {config.run.path}", RunError):
             if self._control.is_main:
@@ -125,6 +126,7 @@ class _Run:
             watchdog.beat,
             interval=config.checkpoint.interval,
             max_failures=config.faults.max_failed_saves,
+            time_limit=config.faults.save_timeout_seconds,
             saved_step=None if origin is None else self._state.step,
         )
         self._recovery = LossRecovery(
@@ -213,8 +215,9 @@ class _Run:
                 batches = self._data.next_step()
         except Exception as error:  # whatever the readers and the network raise: the other ranks must not wait
             failure = error
-        request, any_failure, writing = self._control.maximum(
-            [float(asked.request), float(failure is not None), float(self._saver.writing())]
+        saver = self._saver
+        request, any_failure, writing, overdue = self._control.maximum(
+            [float(asked.request), float(failure is not None), float(saver.writing()), float(saver.is_overdue())]
         )
         if any_failure:
             self._saver.settle(self._state.step)  # what is being written is worth keeping
@@ -222,7 +225,7 @@ class _Run:
                 if failure is not None:
                     raise failure
         with self._saving():
-            self._saver.poll(self._state.step, any_writing=bool(writing))
+            self._saver.poll(self._state.step, any_writing=bool(writing), any_overdue=bool(overdue))
         if request == Request.SAVE:
             self._save_as_asked(self._requests.heed(self._control.gather(asked)))
         return None if request == Request.STOP else batches

@@ -31,6 +31,7 @@ class Saver:
         beat: called before what may take long.
         interval: a checkpoint every so many steps.
         max_failures: more in a row end the run.
+        time_limit: seconds that a checkpoint may take beside the training; None for any number.
         saved_step: of the checkpoint the run goes on from; None without one.
 
     Attributes:
@@ -46,6 +47,7 @@ class Saver:
         *,
         interval: int,
         max_failures: int,
+        time_limit: float | None,
         saved_step: int | None,
     ) -> None:
         self._checkpoints = checkpoints
@@ -54,6 +56,8 @@ class Saver:
         self._beat = beat
         self._interval = interval
         self._max_failures = max_failures
+        self._time_limit = time_limit
+        self._started_at = 0.0
         self._failures = 0
         self._any_saved = saved_step is not None
         self.saved_step = saved_step or 0
@@ -75,6 +79,7 @@ class Saver:
     def start(self, state: RunState, positions: list[Any]) -> None:
         """Begin a checkpoint of `state`; `positions` are this rank's in the data, as in `CheckpointManager.start`."""
         self._beat()
+        self._started_at = time.monotonic()
         self._next_step = self._next_regular(state.step)
         try:
             self._checkpoints.start(state, self._engine, positions, merge_states)
@@ -85,10 +90,23 @@ class Saver:
         """Whether this rank still writes; local. The maximum over the ranks goes into `poll`."""
         return self._checkpoints.writing()
 
-    def poll(self, step: int, *, any_writing: bool) -> None:
-        """Complete a checkpoint that all ranks have written by now."""
+    def is_overdue(self) -> bool:
+        """Whether this rank has written for longer than it may; local. The maximum over the ranks goes into `poll`."""
+        return (
+            self._time_limit is not None and self.writing() and time.monotonic() - self._started_at > self._time_limit
+        )
+
+    def poll(self, step: int, *, any_writing: bool, any_overdue: bool) -> None:
+        """Complete a checkpoint that all ranks have written by now, or give up one that takes too long."""
         if not any_writing:
             self.settle(step)
+        elif any_overdue:
+            self._beat()
+            self._checkpoints.abandon()
+            limit = f"faults.save_timeout_seconds = {self._time_limit:g}"
+            self._count_failure(
+                step, CheckpointError(f"a checkpoint takes longer than {limit} to write: does the storage answer?")
+            )
 
     def settle(self, step: int) -> None:
         """Wait for the checkpoint that is being written, if there is one."""
@@ -128,7 +146,8 @@ class Saver:
                 if pause is None:
                     raise CheckpointError(
                         f"{error}. The run ends at step {state.step}, {self._lost(state.step)}: make space, and the "
-                        f"same command goes on from there"
+                        f"same command goes on from there",
+                        may_pass=error.may_pass,
                     ) from error
                 self._beat()
                 time.sleep(pause)
@@ -144,7 +163,8 @@ class Saver:
         if self._failures > self._max_failures:
             raise CheckpointError(
                 f"{error}. More than faults.max_failed_saves = {self._max_failures} in a row failed; the run ends at "
-                f"step {step}, {self._lost(step)}: make space, and the same command goes on from there"
+                f"step {step}, {self._lost(step)}: make space, and the same command goes on from there",
+                may_pass=error.may_pass,
             ) from error
         self._next_step = min(self._next_step, step + max(1, self._interval // _RETRY_PART))
         self._log.record("save_failed", f"{error}; the next try is at step {self._next_step}", step=step)

@@ -25,6 +25,8 @@ _FILES_NAMED = 4
 class Watchdog:
     """Context in which every `beat` puts off the end of this process by `timeout` seconds.
 
+    While it watches, SIGUSR1 has the stacks written at once: whoever gives the run up for another reason asks for them.
+
     Two timers of the system run out: faulthandler's thread, which writes the stacks, and, a few seconds later, the
     process's interval timer, whose SIGALRM ends the process because nobody handles it. Both work without the
     interpreter, and forked processes inherit neither.
@@ -47,6 +49,7 @@ class Watchdog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"rank_{rank:05d}.txt").open("w")
+        faulthandler.register(signal.SIGUSR1, file=self._file)
         self._arm(self._file, self._timeout)
 
     def beat(self) -> None:
@@ -65,6 +68,7 @@ class Watchdog:
         if self._file is None:
             return
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR1)
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._file.close()
         path = Path(self._file.name)
@@ -97,6 +101,6 @@ def describe_hang(folder: Path) -> str | None:
         if dumps:
             named = ", ".join(path.name for path in dumps[:_FILES_NAMED])
             rest = f" and {len(dumps) - _FILES_NAMED} more" if len(dumps) > _FILES_NAMED else ""
-            return f"{len(dumps)} of the ranks made no progress and were ended; their stacks: {folder}/ {named}{rest}"
+            return f"no progress; {len(dumps)} of the ranks wrote their stacks and were ended: {folder}/ {named}{rest}"
         folder.rmdir()
     return None

@@ -1,38 +1,52 @@
-"""A node is lost for good: the run goes on at a smaller data-parallel size, and nobody can tell from its losses."""
+"""A node is lost for good: the run goes on at a smaller data-parallel size, and nobody can tell from its losses.
+
+And the driver is lost, which nothing but its user or a scheduler replaces.
+"""
 
 import json
+import subprocess
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from storm.cluster import LocalCluster
-from storm.run import Patience, finish_run, start_run, write_run
+from storm.run import Patience, RunFiles, finish_run, start_run, write_run
 from storm.storm import node_environment
 from storm.watch import RunWatch
 from training_runs import losses, run_rank_processes
 
 STEPS = 24
-PATIENCE = Patience(hang=120)
+PATIENCE = Patience(answer=120)
 
 pytestmark = pytest.mark.timeout(900)
 
 
+def prepare(folder: Path, name: str) -> tuple[RunFiles, RunWatch, Path]:
+    """A run's files, what is seen of it, and the settings of its ranks' hook."""
+    files = write_run(folder, name, steps=STEPS, interval=5, patience=PATIENCE)
+    ranks = folder / f"{name}_ranks"
+    ranks.mkdir()
+    hook = folder / f"{name}_ranks.json"
+    hook.write_text(json.dumps({"folder": str(ranks), "step_seconds": 0.3, "poisoned": []}))
+    return files, RunWatch(ranks, files.directory), hook
+
+
+def wait_for_step(step: int, watch: RunWatch, driver: subprocess.Popen[bytes], files: RunFiles) -> None:
+    deadline = time.monotonic() + 300
+    while watch.step < step:
+        assert driver.poll() is None, files.log.read_text()
+        assert time.monotonic() < deadline, files.log.read_text()
+        time.sleep(0.05)
+
+
 def test_a_run_goes_on_with_the_nodes_that_are_left(short_folder, family):
     """Of two nodes of two ranks each (CP=2, DP=2) one stays: CP=2, DP=1, and twice the micro-batches."""
-    files = write_run(short_folder, "smaller", steps=STEPS, interval=5, patience=PATIENCE)
-    ranks = short_folder / "ranks"
-    ranks.mkdir()
-    hook = short_folder / "ranks.json"
-    hook.write_text(json.dumps({"folder": str(ranks), "step_seconds": 0.3, "poisoned": []}))
-    watch = RunWatch(ranks, files.directory)
+    files, watch, hook = prepare(short_folder, "smaller")
     with LocalCluster(short_folder, environment=node_environment(hook)) as cluster:
         nodes = [cluster.add_node(cpus=2) for _ in range(2)]
         driver = start_run(cluster, files, PATIENCE, workers=4, node_wait=3)
-        deadline = time.monotonic() + 300
-        while watch.step < 8:
-            assert driver.poll() is None, files.log.read_text()
-            assert time.monotonic() < deadline, files.log.read_text()
-            time.sleep(0.05)
+        wait_for_step(8, watch, driver, files)
         assert cluster.lose(nodes[1]) == []
         finish_run(driver, files, seconds=400)
     watch.refresh()
@@ -47,3 +61,22 @@ def test_a_run_goes_on_with_the_nodes_that_are_left(short_folder, family):
     undisturbed = losses(files.directory.with_name("undisturbed"))
     assert list(watch.losses()) == list(range(1, STEPS + 1))
     assert watch.losses() == pytest.approx(undisturbed, rel=1e-5)
+
+
+def test_a_lost_driver_leaves_no_rank_behind_and_the_same_command_goes_on(short_folder, family):
+    files, watch, hook = prepare(short_folder, "driverless")
+    folder = short_folder / "d"
+    folder.mkdir()
+    with LocalCluster(folder, environment=node_environment(hook)) as cluster:
+        cluster.add_node(cpus=2)
+        driver = start_run(cluster, files, PATIENCE, workers=2)
+        wait_for_step(8, watch, driver, files)
+        driver.kill()
+        driver.wait(timeout=30)
+        watch.wait_until_ended(seconds=60)
+        reached = watch.step
+        finish_run(start_run(cluster, files, PATIENCE, workers=2), files, seconds=400)
+    assert list(watch.losses()) == list(range(1, STEPS + 1))
+    (restart,) = watch.events()
+    assert restart.kind == "restart"
+    assert restart.step == reached // 5 * 5

@@ -1,6 +1,7 @@
 """The quick storm: every kind of fault once, on a real cluster; and the parts that decide what is a difference."""
 
 import random
+import subprocess
 from collections import Counter
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import torch
 from storm.compare import compare_losses
 from storm.errors import StormError
 from storm.faults import damage_checkpoint
+from storm.run import ROOT
 from storm.schedule import FAULT_KINDS, draw_schedule
 from storm.storm import Storm
 
@@ -31,6 +33,11 @@ def test_a_run_comes_through_every_kind_of_fault(short_folder):
     assert result.losses.compared == result.steps == storm.schedule.steps
     assert result.weights.compared > 0
     assert set(result.events) >= {one.event for one in result.outcomes} | {"restart"}
+
+
+def test_make_storm_is_the_long_one():
+    done = subprocess.run(["make", "-n", "storm"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "tools/fault_storm.py --faults 32" in done.stdout, done.stderr
 
 
 def test_a_schedule_follows_from_its_seed():

@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 
 import pytest
+from ranks import free_port
 from training_runs import losses, run_command, write_config
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -20,11 +20,8 @@ pytestmark = pytest.mark.timeout(3 * TIME_LIMIT)
 
 
 def launch(script: str, folder: Path, name: str, *settings: str) -> tuple[int, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [str(LAUNCH / script), str(folder / "tiny.yaml"), f"run.name={name}", *SETTINGS, *settings]
-    done = run_command(command, {"PATH": PATH, "NPROC": "2", "MASTER_PORT": str(port)}, seconds=TIME_LIMIT)
+    done = run_command(command, {"PATH": PATH, "NPROC": "2", "MASTER_PORT": str(free_port())}, seconds=TIME_LIMIT)
     return done.returncode, done.stdout
 
 

@@ -114,7 +114,8 @@ def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(
     stages, dtype, tolerance, group = BACKENDS[backend]
     call = {"chunk_size": C, "alpha": 1.5, "routing_scale": 20.0, "prior_sigma": prior_sigma, "softmax_scale": None}
     chunks_in_all = 6 if backend == "eager" else 5
-    inputs = clear_inputs(chunks_in_all * C, call, kv_heads=2, group=group, batch=batch, dtype=dtype)
+    # Gradients of log P go with 1 / margin, and at this routing_scale scores have errors of 1e-6 in float32.
+    inputs = clear_inputs(chunks_in_all * C, call, margin=1e-3, kv_heads=2, group=group, batch=batch, dtype=dtype)
     expected = output_and_gradients(dash_attention, inputs.to(torch.float64), backend="eager", **call)
     c = inputs.summary_query
     spec = check_arguments(inputs.q, inputs.k, inputs.v, c, **call)

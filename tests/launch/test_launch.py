@@ -6,13 +6,13 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
+from ranks import free_port
 from training_runs import cpu_environment, losses, run_command, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -22,20 +22,17 @@ LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def listening(process: psutil.Process) -> list[tuple[str, str]]:
     """Name and address of everything that a process and what it started listens on."""
-    return [
-        (one.name(), connection.laddr.ip)
-        for one in [process, *process.children(recursive=True)]
-        for connection in one.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    found = []
+    for one in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that wrote a checkpoint may just have ended
+            found += [
+                (one.name(), connection.laddr.ip)
+                for connection in one.net_connections(kind="inet")
+                if connection.status == psutil.CONN_LISTEN
+            ]
+    return found
 
 
 def overrides(name: str) -> list[str]:
@@ -126,6 +123,14 @@ def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
     assert re.search(r"^resumed from .*step_00000004 at step 4$", output, re.MULTILINE), output
     assert f"finished, step {STEPS}" in output
     assert losses(folder / "runs" / "ray") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-5)
+
+
+def test_ray_starts_the_deepspeed_engine(folder):
+    script = [sys.executable, str(ROOT / "launch" / "ray_train.py")]
+    command = [*script, str(folder / "tiny.yaml"), *overrides("ray_deepspeed"), "engine=deepspeed", "--num-workers=2"]
+    done = run_command(command, {"RAY_ADDRESS": ""})
+    assert done.returncode == 0, done.stdout
+    assert losses(folder / "runs" / "ray_deepspeed") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-4)
 
 
 def test_the_demo_learns(tmp_path):

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ranks import free_port
 from training_runs import cpu_environment, losses, write_config
 
 from dash_dist.cluster import working_tree
@@ -115,12 +115,6 @@ def test_a_configuration_outside_the_tree_is_refused(tree, tmp_path):
     outside = write_config(tmp_path)
     with pytest.raises(ConfigError, match="is not in the tree that the job takes along"):
         prepare_submission(outside, (), limits=Limits(), exclude=(), root=tree)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Head:

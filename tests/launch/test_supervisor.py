@@ -17,6 +17,7 @@ from dash_dist.cluster.retries import Retries
 from dash_dist.cluster.supervisor import Supervisor, View
 from dash_dist.training import ConfigError, RunError, RunSummary, load_config
 from dash_dist.training.events import EventLog
+from dash_dist.training.progress import RunStart
 from dash_dist.training.requests import Asked, Request
 
 DEATH = "rank 1 died"
@@ -46,6 +47,9 @@ class Console:
         self.notes: list[str] = []
         self.finished: RunSummary | None = None
 
+    def start(self, run: RunStart) -> None:
+        self.notes.append(run.name)
+
     def note(self, text: str) -> None:
         self.notes.append(text)
 
@@ -54,7 +58,10 @@ class Console:
 
 
 class Workers:
-    """A group that runs for `seconds`, unless asked to stop, then saves `step` and ends as `outcome` says."""
+    """A group that runs for `seconds`, unless asked to stop, then saves `step` and ends as `outcome` says.
+
+    "shut out": another run saves `step` meanwhile, and this one dies before it trains.
+    """
 
     def __init__(self, cluster: "FakeCluster", size: int, step: int, outcome: str, seconds: float) -> None:
         self.size = size
@@ -62,10 +69,11 @@ class Workers:
         self.asked = Asked()
         self._cluster, self._step, self._outcome = cluster, step, outcome
         self._until = cluster.clock.now + seconds
+        self._started = False
 
     @property
     def ended(self) -> bool:
-        return self._outcome != "die" and self._over
+        return self._outcome not in ("die", "shut out") and self._over
 
     @property
     def _over(self) -> bool:
@@ -80,9 +88,12 @@ class Workers:
         self._cluster.asked.append(asked)
         if self._over:
             self._save()
-        if self._over and self._outcome == "die":
+        if self._over and self._outcome in ("die", "shut out"):
             raise AttemptFailed(DEATH)
-        return []
+        if self._outcome == "shut out" or self._started:
+            return []
+        self._started = True
+        return [("start", RunStart("tiny", "2 x cpu", 0, 20, 512, None))]
 
     def results(self) -> tuple[list[Ended], list[News]]:
         self._save()
@@ -234,6 +245,12 @@ def test_failures_without_progress_end_the_run_after_longer_and_longer_pauses(tm
         2,
         4,
     ]
+
+
+def test_checkpoints_of_another_run_in_the_folder_are_no_progress(tmp_path):
+    case = Case(tmp_path, 8, [(step, "shut out", 10) for step in (2, 4, 6, 8)], max_failures=2)
+    with pytest.raises(RunError, match="3 times in a row without a new checkpoint"):
+        case.supervisor.run()
 
 
 def test_without_retries_a_failure_ends_the_run(tmp_path):

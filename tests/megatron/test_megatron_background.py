@@ -36,9 +36,9 @@ def wait_until_done(call: ForkedCall) -> None:
         time.sleep(0.01)
 
 
-def children() -> list[psutil.Process]:
+def children() -> set[psutil.Process]:
     """Of this process, which may have others of earlier tests."""
-    return psutil.Process().children()
+    return set(psutil.Process().children())
 
 
 def test_the_copy_sees_memory_as_it_was() -> None:
@@ -80,7 +80,7 @@ def test_a_copy_that_never_begins_is_replaced(monkeypatch: pytest.MonkeyPatch, t
     call = ForkedCall(os.getpid)
     wait_until_done(call)
     assert (call.result() == os.getpid()) == (stuck == 3)
-    assert children() == before
+    assert children() <= before
 
 
 def test_a_copy_that_is_killed_is_an_error() -> None:
@@ -104,7 +104,7 @@ def test_abandoned_it_ends() -> None:
     call: ForkedCall = ForkedCall(lambda: time.sleep(1000))
     assert not call.done()
     call.abandon()
-    assert children() == before
+    assert children() <= before
 
 
 def test_the_copy_holds_no_socket() -> None:

@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from training_jobs import Outcome, attempt
 
 from dash_dist.data import DataStream
 from dash_dist.megatron import Engine, StepResult
+from dash_dist.megatron.checkpoint import _Plan
 from dash_dist.training import Asked, Request
 from dash_dist.training.skipped import SkippedBatches, SkipRecord
 
@@ -135,6 +137,21 @@ def runs_with_other_faults(config: Path, folder: Path) -> dict[str, FaultyRun]:
         ),
     }
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    def write_at_first_never(plan):
+        if not (folder / "stuck").exists():
+            (folder / "stuck").touch()
+            time.sleep(1000)
+        return write(plan)
+
+    def slow(real: Steps) -> Steps:
+        return lambda engine, micro_batches: (time.sleep(0.4), real(engine, micro_batches))[1]
+
+    write = _Plan.write
+    with mock.patch.object(_Plan, "write", write_at_first_never):
+        outcomes["stuck save"] = faulty_run(
+            config, "run.name=stuck", *small, "training.steps=16", "faults.save_timeout_seconds=3", train_step=slow
+        )
     with mock.patch.object(DataStream, "next_step", away_once):
         for attempt_name in ("server away", "server back"):
             outcomes[attempt_name] = faulty_run(

@@ -14,6 +14,7 @@ from ranks import run_ranks
 from training_runs import losses, write_config
 from typer.testing import CliRunner
 
+from dash_dist.checkpoints.folders import HIDDEN_STATES, hidden_checkpoints
 from dash_dist.checkpoints.integrity import CheckpointMetadata, read_metadata, write_metadata
 from dash_dist.checkpoints.pickles import read_index
 from dash_dist.cli import app
@@ -21,6 +22,7 @@ from dash_dist.training.checkpoints import CheckpointManager
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.errors import CheckpointError
 from dash_dist.training.events import EventLog
+from dash_dist.training.rollback import checkpoint_before
 
 SEEDS = 20
 """Of each of the five kinds of damage."""
@@ -126,6 +128,16 @@ def test_what_is_set_aside_is_never_overwritten(run, control, folder):
         CheckpointManager(run, control, keep=2).resume_from("auto")
     names = {path.name for path in (run / "checkpoints").iterdir()}
     assert names == {"step_00000002", ".step_00000004.damaged", ".step_00000004.damaged-2"}
+
+
+def test_checkpoints_that_a_rollback_goes_back_behind_are_set_aside_under_a_name_of_their_own(run, control):
+    manager = CheckpointManager(run, control, keep=2)
+    older = run / "checkpoints" / "step_00000002"
+    assert checkpoint_before(manager, control, 3, start=None) == older
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {older.name, ".step_00000004.rolled_back"}
+    (hidden,) = hidden_checkpoints(run / "checkpoints")
+    assert HIDDEN_STATES[hidden[1]] == "set aside by a rollback"
+    assert checkpoint_before(manager, control, 1, start=None) is None
 
 
 class Payload:

@@ -8,7 +8,6 @@ import pytest
 import yaml
 from training_runs import write_config
 
-from dash_dist import cli, training
 from dash_dist.training import ConfigError, load_config
 from dash_dist.training.config_file import to_yaml
 
@@ -138,13 +137,8 @@ def test_more_processes_than_the_batch_feeds_are_refused(tiny):
 
 
 @pytest.mark.parametrize(("resume", "later"), [("never", "auto"), ("auto", "auto"), ("runs/a/step_1", "runs/a/step_1")])
-def test_an_attempt_after_the_first_goes_on_from_the_checkpoints_of_the_first(tiny, monkeypatch, resume, later):
-    seen = []
-    monkeypatch.setattr(training, "train", lambda config: seen.append(config.run.resume))
-    cli.train(tiny, [f"run.resume={resume}"])
-    monkeypatch.setenv("DASH_DIST_ATTEMPT", "1")
-    cli.train(tiny, [f"run.resume={resume}"])
-    assert seen == [resume, later]
+def test_an_attempt_after_the_first_goes_on_from_the_checkpoints_of_the_first(tiny, resume, later):
+    assert load_config(tiny, [f"run.resume={resume}"]).going_on().run.resume == later
 
 
 def test_the_command_line_shows_a_refusal_without_a_traceback(tiny):

@@ -60,6 +60,9 @@ def test_the_errors_that_led_to_one_count():
     assert may_pass(wrapped(of(errno.ESTALE)))
     assert not may_pass(wrapped(of(errno.ESTALE), hidden=True))
     assert not may_pass(wrapped(of(errno.ENOENT)))
+    itself = ValueError("raised from itself")
+    itself.__cause__ = itself
+    assert not may_pass(itself)
 
 
 def test_an_error_keeps_it_from_process_to_process():

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from training_runs import read_curves
 
 from dash_dist.training import curves as curves_module
 from dash_dist.training import saving
-from dash_dist.training.attempt import begin_attempt
+from dash_dist.training.attempt import begin_attempt, went_on_before
 from dash_dist.training.checkpoints import RunState, Saved
 from dash_dist.training.control import ControlGroup
 from dash_dist.training.curves import Curves
@@ -159,6 +160,9 @@ class Checkpoints:
     def writing(self):
         return self.pending
 
+    def abandon(self):
+        self.pending = False
+
     def finish(self):
         if not self.pending:
             return None
@@ -171,14 +175,21 @@ class Checkpoints:
 
 def saver(log, checkpoints, *, interval=20, max_failures=2, saved_step=0):
     return Saver(
-        checkpoints, None, log, lambda: None, interval=interval, max_failures=max_failures, saved_step=saved_step
+        checkpoints,
+        None,
+        log,
+        lambda: None,
+        interval=interval,
+        max_failures=max_failures,
+        time_limit=60,
+        saved_step=saved_step,
     )
 
 
 def steps(one, first, last, *, still_writing=False, **state):
     """What the loop does with a Saver."""
     for step in range(first, last + 1):
-        one.poll(step - 1, any_writing=still_writing)
+        one.poll(step - 1, any_writing=still_writing, any_overdue=one.is_overdue())
         if one.is_due(RunState(step=step, **state)):
             one.start(RunState(step=step, **state), [])
 
@@ -261,6 +272,24 @@ def test_what_is_saved_already_is_not_saved_again(log):
     assert checkpoints.done == [20]
 
 
+def test_a_save_that_never_ends_is_given_up_and_tried_again(tmp_path, log, monkeypatch):
+    checkpoints, now = Checkpoints(), 1000.0
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now)
+    one = saver(log, checkpoints)
+    steps(one, 1, 30, still_writing=True)
+    now += 60.0
+    steps(one, 31, 32, still_writing=True)
+    assert checkpoints.pending
+    now += 0.1
+    steps(one, 33, 33, still_writing=True)  # noticed after step 32, and tried again two steps later
+    assert not checkpoints.pending
+    steps(one, 34, 35)
+    assert checkpoints.done == [34]
+    (event,) = EventLog(tmp_path).read()
+    assert (event.kind, event.step) == ("save_failed", 32)
+    assert "longer than faults.save_timeout_seconds = 60 to write" in event.message
+
+
 def test_older_checkpoints_that_cannot_be_removed_are_told_of_and_cost_nothing_else(tmp_path, log):
     checkpoints = Checkpoints()
     checkpoints.not_dropped = "step_00000020 cannot be removed"
@@ -325,6 +354,19 @@ def test_an_error_that_may_pass_is_no_end_and_the_next_attempt_tells_of_it(tmp_p
         raise RunError("the file server does not answer", may_pass=True)
     attempt(tmp_path, control, log)
     assert [event.kind for event in EventLog(tmp_path).read()] == ["restart"]
+
+
+def test_a_script_that_restarts_a_run_takes_only_its_own_attempts_for_the_runs(tmp_path, control, log, monkeypatch):
+    def since(moment):
+        monkeypatch.setenv("DASH_DIST_SINCE", str(moment))
+        return went_on_before(tmp_path, control)
+
+    assert not since(0)
+    attempt(tmp_path, control, log)
+    assert since(time.time() - 100)
+    assert not since(time.time() + 100)
+    monkeypatch.delenv("DASH_DIST_SINCE")
+    assert not went_on_before(tmp_path, control)
 
 
 # Requests and skipped batches

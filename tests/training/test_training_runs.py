@@ -290,7 +290,7 @@ def test_data_that_one_rank_cannot_read_ends_all_with_the_reason(of_two_ranks):
 def test_the_command_line_reports_a_wrong_world_size_at_one_rank_only(folder):
     arguments = ["-m", "dash_dist.cli", "train", str(folder / "tiny.yaml"), "parallel.context=4"]
     results = run_rank_processes(arguments, 2)
-    assert [status for status, _ in results] == [2, 2]
+    assert [status for status, _ in results] == [2, 2], results
     assert "world size 2 is not a multiple" in results[0][1]
     assert "Traceback" not in results[0][1]
     assert "error:" not in results[1][1]

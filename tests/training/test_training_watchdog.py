@@ -41,7 +41,7 @@ def test_a_hang_is_dumped_and_ended_in_any_thread(tmp_path, thread):
     dump = hang_folder(tmp_path, 2) / "rank_00003.txt"
     assert "in stands_still" in dump.read_text()
     assert describe_hang(dump.parent) == (
-        f"1 of the ranks made no progress and were ended; their stacks: {dump.parent}/ rank_00003.txt"
+        f"no progress; 1 of the ranks wrote their stacks and were ended: {dump.parent}/ rank_00003.txt"
     )
 
 
@@ -74,6 +74,6 @@ def test_of_many_dumps_some_are_named_and_empty_files_are_no_hang(tmp_path):
     for rank in range(8):
         (folder / f"rank_{rank:05d}.txt").write_text("File ..." if rank != 2 else "")
     text = describe_hang(folder)
-    assert text.startswith("7 of the ranks")
+    assert text.startswith("no progress; 7 of the ranks")
     assert text.endswith("rank_00000.txt, rank_00001.txt, rank_00003.txt, rank_00004.txt and 3 more")
     assert not (folder / "rank_00002.txt").exists()

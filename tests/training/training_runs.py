@@ -3,13 +3,13 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
+from ranks import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TINY = {
@@ -51,9 +51,7 @@ def cpu_environment(changes: dict[str, str]) -> dict[str, str]:
 @contextlib.contextmanager
 def rank_processes(arguments: Sequence[str], world_size: int) -> Iterator[list[subprocess.Popen[str]]]:
     """`python ARGUMENTS` as every rank of a world; whatever happens, none outlives the context."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, *arguments],

@@ -26,6 +26,11 @@ def kill_worker(watch: RunWatch, chance: random.Random) -> str:
     return f"SIGKILL to rank {rank}"
 
 
+def kill_first_rank(watch: RunWatch) -> str:
+    watch.ranks()[0].kill()
+    return "SIGKILL to rank 0"
+
+
 def stop_rank(watch: RunWatch, chance: random.Random) -> str:
     rank, process = _any_rank(watch, chance)
     process.send_signal(signal.SIGSTOP)

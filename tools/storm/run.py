@@ -34,19 +34,20 @@ class RunFiles:
 class Patience:
     """How long the parts of a run wait, in seconds, so that a fault is noticed soon and a slow machine is none.
 
-    hang: of a rank without progress, until its watchdog ends it. answer: of a rank that does not answer the driver.
+    answer: of a rank that does not answer the driver.
     """
 
-    hang: int
+    answer: int
 
     @classmethod
     def after_start_of(cls, seconds: float) -> Patience:
         """For a machine on which a run took `seconds` to its first step."""
-        return cls(hang=max(10, math.ceil(1.5 * seconds)))
+        return cls(answer=max(10, math.ceil(1.5 * seconds)))
 
     @property
-    def answer(self) -> int:
-        return self.hang + 20  # later than the watchdogs of the other ranks, and the dump of their stacks
+    def hang(self) -> int:
+        """Of a rank without progress, until its watchdog ends it: longer than `answer`, as in real runs."""
+        return 2 * self.answer
 
 
 def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: Patience) -> RunFiles:
@@ -68,7 +69,7 @@ def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: P
             "sequence_length": 128,
             "global_batch_size": 4,
             "micro_batch_size": 2,
-            "distributed_timeout_seconds": 4 * patience.hang,
+            "distributed_timeout_seconds": 4 * patience.answer,
         },
         "checkpoint": {"interval": interval, "keep": 3},
         "faults": {"hang_timeout_seconds": patience.hang},
@@ -91,8 +92,8 @@ def start_run(
         "num-workers": workers,
         "max-failures": 10,  # in a row: a fault may strike while the run recovers from another
         "answer-timeout-seconds": patience.answer,
-        "node-wait-seconds": 4 * patience.hang if node_wait is None else node_wait,
-        "grow-interval-seconds": patience.hang,
+        "node-wait-seconds": 4 * patience.answer if node_wait is None else node_wait,
+        "grow-interval-seconds": patience.answer,
     }
     command = [sys.executable, str(ROOT / "launch" / "ray_train.py"), str(files.config)]
     command += [f"--{name}={value}" for name, value in options.items()]

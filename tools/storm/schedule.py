@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 FaultKind = Literal[
     "worker_killed",  # SIGKILL to a rank
+    "first_rank_killed",  # SIGKILL to rank 0, which prints and writes for the others
     "node_killed",  # SIGKILL to a raylet that holds ranks
     "node_drained",  # a raylet that holds ranks announces its end, which comes seconds later
     "rank_stopped",  # SIGSTOP to a rank, which then neither answers nor dies
@@ -23,7 +24,8 @@ FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 # How often each comes in a long storm, relative to the others.
 _WEIGHTS: dict[FaultKind, int] = {
-    "worker_killed": 3,
+    "worker_killed": 2,
+    "first_rank_killed": 1,
     "node_killed": 2,
     "node_drained": 1,
     "rank_stopped": 2,

@@ -30,6 +30,9 @@ from storm.watch import RunWatch
 # The run needs two: a lost node's ranks move to the spare one, and the next spare joins meanwhile.
 NODES = 3
 
+# Within the cluster, which goes on: nobody else ends what a run has left.
+_END_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class Result:
@@ -70,7 +73,7 @@ class Storm:
         say: Callable[[str], None],
     ) -> None:
         self.schedule: Schedule = draw_schedule(
-            faults=faults, seed=seed, interval=interval, drain_steps=math.ceil(DRAIN_SECONDS / step_seconds)
+            faults=faults, seed=seed, interval=interval, drain_steps=math.ceil(DRAIN_SECONDS / max(step_seconds, 0.05))
         )
         self._folder = folder
         self._hook = folder / "ranks.json"
@@ -96,13 +99,17 @@ class Storm:
             storm_seconds = time.monotonic() - begun
         if family.strays:
             raise StormError("processes were left over:\n" + "\n".join(family.strays))
+        events = Counter[str](event.kind for event in watch.events())
+        drawn = {kind: count for kind, count in watch.drawn_events().items() if count}
+        if drawn != events:
+            raise StormError(f"TensorBoard shows other faults than happened: {drawn}, and not {dict(events)}")
         result = Result(
             seed=self._seed,
             workers=self._workers,
             steps=self.schedule.steps,
             interval=self._interval,
             outcomes=outcomes,
-            events=dict(Counter(event.kind for event in watch.events())),
+            events=dict(events),
             losses=compare_losses(undisturbed.losses(), watch.losses()),
             weights=compare_weights(undisturbed.checkpoints()[-1], watch.checkpoints()[-1]),
             storm_seconds=storm_seconds,
@@ -114,12 +121,12 @@ class Storm:
 
     def _undisturbed(self, cluster: LocalCluster) -> tuple[RunWatch, Patience]:
         """The same run without faults, and how patient one must be with this machine."""
-        patience = Patience(hang=int(self._fault_seconds))
+        patience = Patience(answer=int(self._fault_seconds))
         files, watch = self._prepare("undisturbed", patience, step_seconds=0.0)
         started = time.time()
         driver = start_run(cluster, files, patience, workers=self._workers)
         finish_run(driver, files, seconds=self._fault_seconds + 2 * self.schedule.steps)
-        watch.refresh()
+        watch.wait_until_ended(seconds=_END_SECONDS)
         first = min(one.time for one in watch.steps) - started
         self._note(
             f"undisturbed: {self.schedule.steps} steps in {time.time() - started:.0f} s, the first after {first:.0f} s"
@@ -150,6 +157,7 @@ class Storm:
                     f"lost {outcome.lost_steps} steps, recovered in {outcome.recovery_seconds:.1f} s"
                 )
             finish_run(driver, files, seconds=self._fault_seconds + 5 * self._interval * self._step_seconds)
+            watch.wait_until_ended(seconds=_END_SECONDS)
         except Exception as error:  # whatever it was: this is the time to see the state of the run
             raise StormError(f"{type(error).__name__}: {error}\n{_state(files, watch)}") from error
         return watch, outcomes

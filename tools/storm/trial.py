@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dash_dist.training.events import EventKind
 from storm.cluster import LocalCluster, Node
 from storm.errors import StormError
-from storm.faults import FullDisk, choose_node, damage_checkpoint, kill_worker, stop_rank
+from storm.faults import FullDisk, choose_node, damage_checkpoint, kill_first_rank, kill_worker, stop_rank
 from storm.schedule import Fault, FaultKind
 from storm.watch import RunWatch, saved_step
 
@@ -27,12 +27,15 @@ _POLL_SECONDS = 0.05
 # What a killed rank leaves half done is done or lost after this time, and the run is not started again before.
 _SETTLE_SECONDS = 0.3
 
+_STEPS_WHILE_WRITING = 6
+
 # One may be damaged.
 _CHECKPOINTS_NEEDED = 2
 
 # The event by which each fault must show, beside "restart" where ranks were lost.
 _EVENTS: dict[FaultKind, EventKind] = {
     "worker_killed": "restart",
+    "first_rank_killed": "restart",
     "node_killed": "restart",
     "node_drained": "preemption",
     "rank_stopped": "hang",
@@ -107,7 +110,7 @@ class Trial:
             lambda: (
                 self._watch.step >= self._fault.step
                 and len(self._watch.saved_steps()) >= _CHECKPOINTS_NEEDED
-                and bool(self._watch.ranks())
+                and 0 in self._watch.ranks()
             ),
             f"at step {self._fault.step} with {_CHECKPOINTS_NEEDED} checkpoints",
         )
@@ -144,6 +147,8 @@ class Trial:
         good = self._watch.saved_steps()
         made = time.time()
         match self._fault.kind:
+            case "first_rank_killed":
+                what = kill_first_rank(self._watch)
             case "rank_stopped":
                 what = stop_rank(self._watch, self._chance)
             case "node_killed":
@@ -171,7 +176,7 @@ class Trial:
         if resumed_at < good[-1]:
             raise StormError(f"{what}: went on from step {resumed_at}, and there was a checkpoint of step {good[-1]}")
         # One interval, what was trained while the newest checkpoint was being written, one more where that is damaged.
-        allowed = self._interval * (3 if self._fault.kind == "checkpoint_damaged" else 2)
+        allowed = self._interval * (2 if self._fault.kind == "checkpoint_damaged" else 1) + _STEPS_WHILE_WRITING
         if reached - resumed_at > allowed:
             raise StormError(f"{what}: {reached - resumed_at} steps were lost, more than {allowed}")
         return self._outcome(what, step=reached, resumed_at=resumed_at, seconds=new[0].time - made)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dash_dist.training.events import Event, EventLog
+from storm.errors import StormError
 from storm.processes import alive
 
 
@@ -94,6 +96,21 @@ class RunWatch:
 
     def events(self) -> list[Event]:
         return EventLog(self.run_directory).read()
+
+    def drawn_events(self) -> dict[str, int]:
+        """kind -> how many of them TensorBoard shows at its last step."""
+        curves = EventAccumulator(str(self.run_directory / "tensorboard"), size_guidance={"scalars": 0})
+        curves.Reload()
+        tags = [tag for tag in curves.Tags()["scalars"] if tag.startswith("fault/")]
+        return {tag.removeprefix("fault/"): int(curves.Scalars(tag)[-1].value) for tag in tags}
+
+    def wait_until_ended(self, *, seconds: float) -> None:
+        """Return when no rank of any attempt is left. Raises StormError."""
+        deadline = time.monotonic() + seconds
+        while left := self.ranks():
+            if time.monotonic() > deadline:
+                raise StormError(f"the run is over, and ranks are left: {left}")
+            time.sleep(0.1)
 
     def checkpoints(self) -> list[Path]:
         """The complete ones, oldest first."""
