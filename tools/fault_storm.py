@@ -5,7 +5,7 @@
 
 The cluster has several raylets with loopback addresses of their own. 4 ranks (CP=2 x DP=2; 2 in the quick form) train
 under launch/ray_train.py. docs/storm.md says what is injected and what it proves. Needs Linux, about 8 GiB of memory
-and no GPU; 30 faults take about an hour on two cores. Exit status 1: something did not hold, and the state of the
+and no GPU; 30 faults take 25 minutes on two cores. Exit status 1: something did not hold, and the state of the
 run at that moment is printed.
 """
 

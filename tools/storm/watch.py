@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import time
@@ -99,6 +100,7 @@ class RunWatch:
 
     def drawn_events(self) -> dict[str, int]:
         """kind -> how many of them TensorBoard shows at its last step."""
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every step that a restart took back
         curves = EventAccumulator(str(self.run_directory / "tensorboard"), size_guidance={"scalars": 0})
         curves.Reload()
         tags = [tag for tag in curves.Tags()["scalars"] if tag.startswith("fault/")]
