@@ -19,8 +19,12 @@ OF_A_WHOLE_PART = {
     "query_bits_kernel": 1,
     "key_gradient_kernel": 1,
 }
-# On pairs of tiles.
-IN_PAIRS = {"attend_kernel": "attend_pairs_kernel", "query_gradient_kernel": "query_gradient_pairs_kernel"}
+# With specialised warps.
+SPECIALISED = {
+    "attend_kernel": "attend_pairs_kernel",
+    "query_gradient_kernel": "query_gradient_pairs_kernel",
+    "key_gradient_kernel": "key_gradient_gathered_kernel",
+}
 # With and without a mean of log P; the first, a middle and the last of several parts, of which the last is blocks.
 OF_EVERY_CALL = OF_A_WHOLE_PART | {
     "route_kernel": 2,
@@ -52,7 +56,7 @@ def compile_kernels(shape: str, cache: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("shape", "variants"),
     [
-        ("model", {IN_PAIRS.get(name, name): count for name, count in OF_EVERY_CALL.items()}),
+        ("model", {SPECIALISED.get(name, name): count for name, count in OF_EVERY_CALL.items()}),
         ("float16", OF_A_WHOLE_PART),
         ("padded", OF_EVERY_CALL),
         ("largest", OF_A_WHOLE_PART),

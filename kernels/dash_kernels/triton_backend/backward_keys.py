@@ -23,7 +23,7 @@ import triton.language as tl
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Blocks, OutputGradient, Part, Queries
 from dash_kernels.triton_backend.keys import KeyRows, key_offsets, load_own_keys
-from dash_kernels.triton_backend.launch import launch_options
+from dash_kernels.triton_backend.launch import gather_options, launch_options
 from dash_kernels.triton_backend.selection import list_queries, query_bits, slab_slots
 from dash_kernels.triton_backend.summary import summary_weights
 from dash_kernels.triton_backend.tiles import (
@@ -68,6 +68,12 @@ def key_gradient(
         padded_chunk = max(padded_chunk, 64)  # Triton 3.6 multiplies wide heads by narrower chunks wrongly on Hopper
     # No tile of a chunk's own here: a step takes the next queries of the list, as many as fill its rows.
     constants = tile.constants | {"BT": max(options.rows // tile.padded_group, 1)}
+    gathered = gather_options(q, tile, chunks) if keys.aligned and _aligned(q, grad) else None
+    of_queries = (grad, q, chunks.on(q.device), chunks.slots_by_id(n, q.device))
+    factors = (
+        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale, spec.routing_logit_scale,
+        PRIOR_FLOOR,
+    )  # fmt: skip
     dkv = work_of_part.dkv
     for begin in range(0, len(chunks), per_slab):
         end = min(begin + per_slab, len(chunks))
@@ -76,21 +82,37 @@ def key_gradient(
             continue
         slab = query_bits(queries, split, keys, begin, end, piece, spec)
         work = slab.pieces * met * work_of_part.rows
-        programs = min(resident_programs(q.device, options.resident), work)
-        tokens = torch.empty(programs, piece * spec.chunk_size, dtype=torch.int32, device=q.device)
+        programs = min(resident_programs(q.device, 1 if gathered else options.resident), work)
         # The next piece of work, then whose turn it is to add to each chunk.
         turns = torch.zeros(1 + met * work_of_part.rows, dtype=torch.int32, device=q.device)
+        of_work = (
+            work_of_part.table, summary_query.contiguous(), routing.tau, routing.log_mean, upstream.lse, upstream.delta,
+            ratio, slab.words,
+        )  # fmt: skip
+        results = (turns, *work_of_part.dk_and_dv(spec.chunk_size), shares)
+        sizes = (
+            q.shape[1], keys.tokens, n, len(chunks), begin, end, piece, slab.pieces, met, work_of_part.slots,
+            work_of_part.rows,
+        )  # fmt: skip
+        if gathered is not None:
+            from dash_kernels.triton_backend.gathered_keys import launch_gathered  # Gluon is not in every Triton
+
+            launch_gathered(
+                programs, of_queries, keys, of_work, results, sizes, factors, piece * spec.chunk_size, tile, gathered,
+                has_sigma=spec.prior_sigma is not None,
+            )  # fmt: skip
+            continue
+        tokens = torch.empty(programs, piece * spec.chunk_size, dtype=torch.int32, device=q.device)
         key_gradient_kernel[(programs,)](
-            grad, q, chunks.on(q.device), chunks.slots_by_id(n, q.device), keys.k, keys.v,
-            work_of_part.table, summary_query.contiguous(), routing.tau, routing.log_mean, upstream.lse,
-            upstream.delta, ratio, slab.words, tokens, turns, *work_of_part.dk_and_dv(spec.chunk_size), shares,
-            q.shape[1], keys.tokens, n, len(chunks), begin, end, piece, slab.pieces, met,
-            work_of_part.slots, work_of_part.rows,
-            routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale,
-            spec.routing_logit_scale, PRIOR_FLOOR, BC=padded_chunk,
+            *of_queries, keys.k, keys.v, *of_work, tokens, *results, *sizes, *factors, BC=padded_chunk,
             HAS_SIGMA=spec.prior_sigma is not None, BLOCKS=keys.blocks, **constants, **options.launch,
         )  # fmt: skip
     return dkv, shares.sum((0, 1))
+
+
+def _aligned(*tensors: torch.Tensor) -> bool:
+    """Whether rows can be copied 16 bytes at a time."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 @dataclass(frozen=True)

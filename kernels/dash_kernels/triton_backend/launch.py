@@ -89,6 +89,26 @@ _PAIRS = {
     ("queries", 128): PairOptions(4, 16, tile_registers=232, helper_registers=40, max_registers=168),
 }
 
+
+@dataclass(frozen=True)
+class GatherOptions:
+    """Of the kernel that gathers queries. ring: tiles in flight; registers of a thread: of the second score partition
+    (the first has what is left), of the adder, of lister and gatherer, and at the start.
+    """
+
+    ring: int
+    score_registers: int
+    adder_registers: int
+    helper_registers: int
+    max_registers: int
+
+
+# By head dim.
+_GATHERED = {
+    64: GatherOptions(4, score_registers=152, adder_registers=168, helper_registers=40, max_registers=128),
+    128: GatherOptions(4, score_registers=152, adder_registers=168, helper_registers=40, max_registers=128),
+}
+
 # Gluon is young and changes from release to release: these are the ones the kernels were compiled with.
 _GLUON_RELEASES = ((3, 6), (3, 7))
 
@@ -97,13 +117,22 @@ def pair_options(kernel: str, q: torch.Tensor, tile: TileShape, chunks: ChunkGri
     """Options of a kernel on pairs of tiles; None where the kernel of one tile must do: other GPUs and dtypes, chunks
     of other sizes or incomplete ones, groups that a tile must pad, a single tile to a chunk.
     """
-    if q.dtype != torch.bfloat16 or not is_hopper(q) or not _gluon_works():
-        return None
-    if tile.chunk_size != 64 or tile.group * tile.tokens != TILE_ROWS or tile.per_chunk % 2:
-        return None
-    if not chunks.complete_to(tile.chunk_size):
+    if tile.per_chunk % 2 or not _specialised_warps(q, tile, chunks):
         return None
     return _PAIRS.get((kernel, tile.head_dim))
+
+
+def gather_options(q: torch.Tensor, tile: TileShape, chunks: ChunkGrid) -> GatherOptions | None:
+    """Options of the kernel that gathers queries; None where the kernel without specialised warps must do, as in
+    `pair_options`, where a chunk may be a single tile.
+    """
+    return _GATHERED.get(tile.head_dim) if _specialised_warps(q, tile, chunks) else None
+
+
+def _specialised_warps(q: torch.Tensor, tile: TileShape, chunks: ChunkGrid) -> bool:
+    if q.dtype != torch.bfloat16 or not is_hopper(q) or not _gluon_works():
+        return False
+    return tile.chunk_size == 64 and tile.group * tile.tokens == TILE_ROWS and chunks.complete_to(tile.chunk_size)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ each chunk that either selected is fetched once. The warps of a program are part
 interpreter does not run; the kernels of one tile compute the same):
 
     a tile partition for each tile, one warp group: waits for a chunk, and computes it or passes it over
-    the lister, one warp:                           puts the selections of the next pair together, one pair ahead
+    the lister, one warp:                           takes the next pair and lists what it selected, one pair ahead
     the loader, one warp:                           brings K and V of the listed chunks into a ring in shared memory
 
 Both tile partitions meet every chunk of the ring, also those they pass over: a slot is free when both have let go of
@@ -32,7 +32,7 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 NUM_WARPS = 4  # of the first tile partition
 PARTITION_WARPS = gl.constexpr((4, 1, 1))  # of the second one, the lister and the loader
-LIST_HEADER = gl.constexpr(8)  # integers before a list: its length, and the number of chunks that the part lacks
+LIST_HEADER = gl.constexpr(8)  # integers before a list: its length, the number of chunks that the part lacks, the work
 ID_BITS = gl.constexpr((1 << 29) - 1)  # of an entry of a list: the chunk's id
 SELECTED_BIT = gl.constexpr(29)  # of an entry: the first tile selected the chunk; the next bit: the second one did
 
@@ -101,7 +101,7 @@ def ring_barriers(RING: gl.constexpr):
 
 @gluon.jit
 def pairs_of(slots, batch_heads, shape: gl.constexpr):
-    """Number of pairs of tiles: the programs share them in turn, so that each gets late chunks and early ones."""
+    """Number of pairs of tiles."""
     return slots * (shape.tile.per_chunk // 2) * batch_heads
 
 
@@ -137,12 +137,13 @@ def lister(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
     WORDS: gl.constexpr = 8
     by_word: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
     flat: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
-    grid_ptr, starts_ptr, mask_ptr, list_ptr, _k_map, _v_map = keys
+    grid_ptr, starts_ptr, mask_ptr, list_ptr, next_ptr, _k_map, _v_map = keys
     _ready, _free, listed, done = barriers
     _T, _S, n, slots, batch_heads = sizes
     words = (n + 31) // 32
     turn = 0
-    for work in range(gl.program_id(0), pairs_of(slots, batch_heads, shape), gl.num_programs(0)):
+    work = gl.atomic_add(next_ptr, 1)  # handed out one by one: lists differ in length
+    while work < pairs_of(slots, batch_heads, shape):
         batch_head, tile, slot = place_of(work, slots, shape)
         chunk = gl.load(grid_ptr + slot)
         first = gl.load(grid_ptr + 3 * slots + slot)
@@ -176,9 +177,22 @@ def lister(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
                 lacking += gl.sum(lacks, 0)
         gl.store(list_at, count)
         gl.store(list_at + 1, lacking)
+        gl.store(list_at + 2, work)
         barrier()  # all lanes have written
         mbarrier.arrive(listed.index(turn & 1), count=1)
         turn += 1
+        work = gl.atomic_add(next_ptr, 1)
+    mbarrier.wait(done.index(turn & 1), ((turn >> 1) & 1) ^ 1)
+    gl.store(list_of(list_ptr, turn, n) + 2, -1)
+    barrier()
+    mbarrier.arrive(listed.index(turn & 1), count=1)
+
+
+@gluon.jit
+def wait_listed(list_ptr, barriers, turn, n):
+    """The turn-th pair, once its list is there: -1 after the last one."""
+    mbarrier.wait(barriers[2].index(turn & 1), (turn >> 1) & 1)
+    return gl.load(list_of(list_ptr, turn, n) + 2)
 
 
 @gluon.jit
@@ -189,12 +203,13 @@ def _add(a, b):
 @gluon.jit
 def loader(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
     """Partition: K and V of each pair's own chunk, where the part holds it, and of the chunks in its list."""
-    grid_ptr, starts_ptr, _mask_ptr, list_ptr, k_map, v_map = keys
-    _ready, _free, listed, done = barriers
-    _T, S, n, slots, batch_heads = sizes
+    grid_ptr, starts_ptr, _mask_ptr, list_ptr, _next_ptr, k_map, v_map = keys
+    done = barriers[3]
+    _T, S, n, slots, _batch_heads = sizes
     turn = 0
     met = 0
-    for work in range(gl.program_id(0), pairs_of(slots, batch_heads, shape), gl.num_programs(0)):
+    work = wait_listed(list_ptr, barriers, turn, n)
+    while work >= 0:
         batch_head, _tile, slot = place_of(work, slots, shape)
         row = 0
         column = 0
@@ -206,7 +221,6 @@ def loader(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
             fetch(k_map, v_map, row + own, column, buffers, barriers, met, shape)
             met += 1
         list_at = list_of(list_ptr, turn, n)
-        mbarrier.wait(listed.index(turn & 1), (turn >> 1) & 1)
         count = gl.load(list_at)
         for index in range(count):
             start = gl.load(list_at + LIST_HEADER + n + index)
@@ -214,6 +228,7 @@ def loader(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
             met += 1
         mbarrier.arrive(done.index(turn & 1), count=1)
         turn += 1
+        work = wait_listed(list_ptr, barriers, turn, n)
 
 
 @gluon.jit

@@ -21,7 +21,6 @@ from dash_kernels.triton_backend.paired import (
     loader,
     pair_lists,
     pair_maps,
-    pairs_of,
     place_of,
     ring_barriers,
     row_offsets,
@@ -29,8 +28,10 @@ from dash_kernels.triton_backend.paired import (
     starts_of_head,
     tile_pointers,
     wait_filled,
+    wait_listed,
 )
 from dash_kernels.triton_backend.paired_routing import load_thresholds, log_priors, routing_slopes
+from dash_kernels.triton_backend.selection import work_counter
 from dash_kernels.triton_backend.tiles import (
     LN_2,
     LOG2_E,
@@ -64,16 +65,16 @@ def attend_pairs(
     )
     attend_pairs_kernel[(programs,)](
         q.contiguous(), chunks.on(q.device), *pair_maps(keys, tile), keys.starts, *split_summaries(summaries, q.dtype),
-        routing.tau, routing.log_mean, routing.masks, pair_lists(programs, n, q.device), before_out, before_lse, out,
-        lse, q.shape[1], keys.tokens, n, len(chunks), batch_heads, routing_factor(spec), spec.scale * LOG2_E.value,
-        spec.prior_exponent, SHAPE=shape, TILE_REGISTERS=options.tile_registers,
+        routing.tau, routing.log_mean, routing.masks, pair_lists(programs, n, q.device), work_counter(q.device),
+        before_out, before_lse, out, lse, q.shape[1], keys.tokens, n, len(chunks), batch_heads, routing_factor(spec),
+        spec.scale * LOG2_E.value, spec.prior_exponent, SHAPE=shape, TILE_REGISTERS=options.tile_registers,
         HELPER_REGISTERS=options.helper_registers, num_warps=NUM_WARPS, maxnreg=options.max_registers,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
 def attend_pairs_kernel(
-    q_ptr, grid_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr, mask_ptr, list_ptr,
+    q_ptr, grid_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr, mask_ptr, list_ptr, next_ptr,
     before_out_ptr, before_lse_ptr, out_ptr, lse_ptr, T, S, n, slots, batch_heads, factor, scale2, prior_exponent,
     SHAPE: gl.constexpr, TILE_REGISTERS: gl.constexpr, HELPER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -85,7 +86,7 @@ def attend_pairs_kernel(
     summaries = gl.allocate_shared_memory(k_map.dtype, [4, SHAPE.block, D], k_map.layout)
     by_chunk: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     biases = gl.allocate_shared_memory(gl.float32, [2, SHAPE.block, SHAPE.rows], by_chunk)
-    keys = (grid_ptr, starts_ptr, mask_ptr, list_ptr, k_map, v_map)
+    keys = (grid_ptr, starts_ptr, mask_ptr, list_ptr, next_ptr, k_map, v_map)
     routed = (high_ptr, low_ptr, tau_ptr, log_mean_ptr)
     rows = (q_ptr, routed, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr)
     buffers = (k_ring, v_ring, summaries, biases)
@@ -125,16 +126,17 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
     of_out: gl.constexpr = shape.product(D)
     by_score_row: gl.constexpr = gl.SliceLayout(1, of_scores)
     by_out_row: gl.constexpr = gl.SliceLayout(1, of_out)
-    grid_ptr, starts_ptr, _mask_ptr, list_ptr, _k_map, _v_map = keys
+    grid_ptr, starts_ptr, _mask_ptr, list_ptr, _next_ptr, _k_map, _v_map = keys
     q_ptr, routed, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr = rows
     k_ring, v_ring, summaries, biases = buffers
-    _ready, free, listed, done = barriers
-    T, _S, n, slots, batch_heads = sizes
+    _ready, free, _listed, done = barriers
+    T, _S, n, slots, _batch_heads = sizes
     factor, scale2, prior_exponent = factors
     bias_rows = biases._reinterpret(gl.float32, [2 * BN, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turn = 0
     met = 0
-    for work in range(gl.program_id(0), pairs_of(slots, batch_heads, shape), gl.num_programs(0)):
+    work = wait_listed(list_ptr, barriers, turn, n)
+    while work >= 0:
         batch_head, tile, slot = place_of(work, slots, shape)
         step = (tile + WHICH) % shape.tile.per_chunk
         start = gl.load(grid_ptr + slots + slot)
@@ -161,7 +163,6 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
             mbarrier.arrive(free.index(at), count=1)
             met += 1
         list_at = list_of(list_ptr, turn, n)
-        mbarrier.wait(listed.index(turn & 1), (turn >> 1) & 1)
         count = gl.load(list_at)
         for block in range(0, count, BN):
             entries = load_entries(list_at, block, count, shape)
@@ -190,6 +191,7 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
         gl.store(tile_pointers(out_ptr, start, step, batch_head, T, of_out, shape), out.to(out_ptr.dtype.element_ty))
         lse = gl.where(any_met, (top + gl.log2(weight)) * LN_2, -float("inf"))
         gl.store(lse_ptr + row_at, lse)
+        work = wait_listed(list_ptr, barriers, turn, n)
 
 
 @gluon.jit

@@ -22,7 +22,6 @@ from dash_kernels.triton_backend.paired import (
     loader,
     pair_lists,
     pair_maps,
-    pairs_of,
     place_of,
     ring_barriers,
     row_offsets,
@@ -30,8 +29,10 @@ from dash_kernels.triton_backend.paired import (
     starts_of_head,
     tile_pointers,
     wait_filled,
+    wait_listed,
 )
 from dash_kernels.triton_backend.paired_routing import load_thresholds, log_priors, routing_slopes
+from dash_kernels.triton_backend.selection import work_counter
 from dash_kernels.triton_backend.tiles import (
     LOG2_E,
     TileShape,
@@ -64,20 +65,20 @@ def walk_pairs(
     query_gradient_pairs_kernel[(programs,)](
         upstream.grad.contiguous(), q.contiguous(), chunks.on(q.device), *pair_maps(keys, tile), keys.starts,
         *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean, routing.masks, upstream.lse,
-        upstream.delta, pair_lists(programs, n, q.device), dprior, before.dq, before.weighted_sum, before.slope_sum,
-        result.dq, result.weighted_sum, result.slope_sum, q.shape[1], keys.tokens, n, len(chunks), batch_heads,
-        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale, spec.routing_logit_scale,
-        PRIOR_FLOOR, SHAPE=shape, TILE_REGISTERS=options.tile_registers, HELPER_REGISTERS=options.helper_registers,
-        num_warps=NUM_WARPS, maxnreg=options.max_registers,
+        upstream.delta, pair_lists(programs, n, q.device), work_counter(q.device), dprior, before.dq,
+        before.weighted_sum, before.slope_sum, result.dq, result.weighted_sum, result.slope_sum, q.shape[1],
+        keys.tokens, n, len(chunks), batch_heads, routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent,
+        spec.scale, spec.routing_logit_scale, PRIOR_FLOOR, SHAPE=shape, TILE_REGISTERS=options.tile_registers,
+        HELPER_REGISTERS=options.helper_registers, num_warps=NUM_WARPS, maxnreg=options.max_registers,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
 def query_gradient_pairs_kernel(
     grad_ptr, q_ptr, grid_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr, mask_ptr, lse_ptr,
-    delta_ptr, list_ptr, dprior_ptr, before_dq_ptr, before_weighted_ptr, before_slope_ptr, dq_ptr, weighted_ptr,
-    slope_ptr, T, S, n, slots, batch_heads, factor, scale2, prior_exponent, scale, logit_scale, prior_floor,
-    SHAPE: gl.constexpr, TILE_REGISTERS: gl.constexpr, HELPER_REGISTERS: gl.constexpr,
+    delta_ptr, list_ptr, next_ptr, dprior_ptr, before_dq_ptr, before_weighted_ptr, before_slope_ptr, dq_ptr,
+    weighted_ptr, slope_ptr, T, S, n, slots, batch_heads, factor, scale2, prior_exponent, scale, logit_scale,
+    prior_floor, SHAPE: gl.constexpr, TILE_REGISTERS: gl.constexpr, HELPER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     C: gl.constexpr = SHAPE.tile.chunk_size
     D: gl.constexpr = SHAPE.tile.head_dim
@@ -90,7 +91,7 @@ def query_gradient_pairs_kernel(
     by_chunk: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     biases = gl.allocate_shared_memory(gl.float32, [2, BN, SHAPE.rows], by_chunk)
     sums = gl.allocate_shared_memory(gl.float32, [2, BN, SHAPE.rows], by_chunk)
-    keys = (grid_ptr, starts_ptr, mask_ptr, list_ptr, k_map, v_map)
+    keys = (grid_ptr, starts_ptr, mask_ptr, list_ptr, next_ptr, k_map, v_map)
     routed = (high_ptr, low_ptr, tau_ptr, log_mean_ptr)
     of_rows = (grad_ptr, q_ptr, lse_ptr, delta_ptr, dprior_ptr)
     results = (before_dq_ptr, before_weighted_ptr, before_slope_ptr, dq_ptr, weighted_ptr, slope_ptr)
@@ -136,13 +137,13 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
     by_score_row: gl.constexpr = gl.SliceLayout(1, of_scores)
     by_routing_row: gl.constexpr = gl.SliceLayout(1, of_routing)
     by_column: gl.constexpr = gl.SliceLayout(0, of_routing)
-    grid_ptr, starts_ptr, _mask_ptr, list_ptr, _k_map, _v_map = keys
+    grid_ptr, starts_ptr, _mask_ptr, list_ptr, _next_ptr, _k_map, _v_map = keys
     routed, of_rows, results = rows
     grad_ptr, q_ptr, lse_ptr, delta_ptr, dprior_ptr = of_rows
     before_dq_ptr, before_weighted_ptr, before_slope_ptr, dq_ptr, weighted_ptr, slope_ptr = results
     k_ring, v_ring, summaries, biases, sums = buffers
-    _ready, free, listed, done = barriers
-    T, _S, n, slots, batch_heads = sizes
+    _ready, free, _listed, done = barriers
+    T, _S, n, slots, _batch_heads = sizes
     factor, scale2, prior_exponent, scale, logit_scale, prior_floor = factors
     by_row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bias_rows = biases._reinterpret(gl.float32, [2 * BN, M], by_row)
@@ -150,7 +151,8 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
     own_dprior = dprior_ptr + (gl.program_id(0) * 2 + WHICH).to(gl.int64) * n * BT
     turn = 0
     met = 0
-    for work in range(gl.program_id(0), pairs_of(slots, batch_heads, shape), gl.num_programs(0)):
+    work = wait_listed(list_ptr, barriers, turn, n)
+    while work >= 0:
         batch_head, tile, slot = place_of(work, slots, shape)
         step = (tile + WHICH) % shape.tile.per_chunk
         start = gl.load(grid_ptr + slots + slot)
@@ -172,7 +174,6 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
             mbarrier.arrive(free.index(at), count=1)
             met += 1
         list_at = list_of(list_ptr, turn, n)
-        mbarrier.wait(listed.index(turn & 1), (turn >> 1) & 1)
         count = gl.load(list_at)
         for block in range(0, count, BN):
             entries = load_entries(list_at, block, count, shape)
@@ -247,6 +248,7 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
             gl.store(slope_ptr + routing_row_at, slope_sum)
         pointers = tile_pointers(dq_ptr, start, step, batch_head, T, of_dq, shape)
         gl.store(pointers, dq.to(dq_ptr.dtype.element_ty))
+        work = wait_listed(list_ptr, barriers, turn, n)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""The kernels on pairs of tiles against those of one tile, which the other tests hold to the reference."""
+"""The kernels with specialised warps against those without, which the other tests hold to the reference."""
 
 import math
 
@@ -9,8 +9,8 @@ from attention_inputs import DEVICE
 from dash_kernels import triton_backend
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
-from dash_kernels.triton_backend import backward_queries, forward
-from dash_kernels.triton_backend.launch import pair_options
+from dash_kernels.triton_backend import backward_keys, backward_queries, forward
+from dash_kernels.triton_backend.launch import gather_options, pair_options
 from dash_kernels.triton_backend.tiles import TileShape
 
 pytestmark = pytest.mark.skipif(
@@ -41,13 +41,14 @@ def blocks_of(k: torch.Tensor, v: torch.Tensor, ids: range) -> Blocks:
         (1, 4096, 32, 2, 128, 2.0, None),
         (2, 1536, 16, 8, 64, 3.0, 0.5),
         (1, 64, 8, 2, 128, 1.0, None),
+        (1, 20480, 16, 2, 128, 1.0, 1.0),  # several pieces of a chunk's queries
     ],
 )
-def test_pairs_compute_what_single_tiles_do(
+def test_specialised_warps_compute_what_others_do(
     monkeypatch, batch, tokens, query_heads, kv_heads, head_dim, routing_scale, prior_sigma
 ):
-    """The forward pass to the last bit; the gradient of the queries adds its blocks in another order. The whole
-    sequence, and in parts: the first half, then some blocks of the rest.
+    """The forward pass to the last bit; the gradients are added in another order. The whole sequence, and in parts: the
+    first half, then some blocks of the rest.
     """
     torch.manual_seed(0)
     shape = {"device": DEVICE, "dtype": torch.bfloat16}
@@ -61,6 +62,7 @@ def test_pairs_compute_what_single_tiles_do(
     queries = Queries(q, grid, summaries, triton_backend.route(q, grid, summaries, spec))
     for kernel in ("attend", "queries"):
         assert pair_options(kernel, q, TileShape.of(q, kv_heads, spec), grid) is not None
+    assert gather_options(q, TileShape.of(q, kv_heads, spec), grid) is not None
     whole, half = Part(k, v, grid), n // 2
     first = Part(*(x[:, : half * CHUNK].contiguous() for x in (k, v)), grid.take(range(half))) if half else None
     rest = blocks_of(k, v, range(half, n)) if half else None
@@ -76,19 +78,26 @@ def test_pairs_compute_what_single_tiles_do(
         grad = torch.randn_like(q)
         upstream = OutputGradient(grad, lse, triton_backend.row_dots(grad, out))
         results = [*triton_backend.finish_query_gradient(queries, upstream, whole, spec, None)]
+        ratio = results[1]
+        for part in (whole, first, rest):
+            if part is not None:
+                results += triton_backend.key_gradient(queries, upstream, ratio, part, c, spec)
         if first is not None and rest is not None:
             sums = triton_backend.query_gradient(queries, upstream, first, spec, None)
             results += [sums.dq.clone(), sums.weighted_sum.clone(), sums.slope_sum.clone()]
             results += triton_backend.finish_query_gradient(queries, upstream, rest, spec, sums)
         return results
 
-    in_pairs = outputs()
+    specialised = outputs()
     state = torch.cuda.get_rng_state()
-    of_pairs = gradients(*in_pairs[:2])
+    in_this_run = gradients(*specialised[:2])
+    torch.cuda.set_rng_state(state)
+    assert all(map(torch.equal, in_this_run, gradients(*specialised[:2])))  # the same bits in every run
     for module in (forward, backward_queries):
         monkeypatch.setattr(module, "pair_options", lambda *_: None)
-    assert all(map(torch.equal, in_pairs, outputs()))
+    monkeypatch.setattr(backward_keys, "gather_options", lambda *_: None)
+    assert all(map(torch.equal, specialised, outputs()))
     torch.cuda.set_rng_state(state)
-    for ours, expected in zip(of_pairs, gradients(*in_pairs[:2]), strict=True):
+    for ours, expected in zip(in_this_run, gradients(*specialised[:2]), strict=True):
         difference = (ours.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)
         assert difference < 1e-4
