@@ -8,7 +8,8 @@
 Parts, for every sequence length, pair of head counts and density:
 exchanges: forward + backward over each exchange and over PyTorch's dense ring attention, on the same tensors.
 overlap:   the detailed exchange as it is, its flights alone and its computation alone, in turns.
-weak:      all GPUs at T against one GPU at T / GPUs that selects as many (token, chunk) pairs per GPU.
+weak:      all GPUs at T against one GPU at T / GPUs that selects as many (token, chunk) pairs per GPU: once of one
+           sequence, at a higher density, and once of as many sequences as there are GPUs, at the same density.
 layouts:   the detailed exchange in every layout of the same sequence: times, bytes, balance.
 Batch size 1. A time is the slowest rank's, and a median over a few seconds of calls; a call longer than that is made
 once, after warming up at the sparsest routing.

@@ -63,10 +63,12 @@ def test_the_whole_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert row.fastest_dense is None
     assert tables(results) in printed
 
-    (weak,) = results.weak
-    assert weak.alone_case.seq_len == CASE.seq_len // 2
-    assert weak.selected[1] == pytest.approx(sum(row.selected) / 2, rel=0.1)
-    assert weak.efficiency is not None
+    assert [weak.sequences for weak in results.weak] == [1, 2]
+    for weak in results.weak:
+        assert weak.alone_case.seq_len == CASE.seq_len // 2
+        assert weak.selected[1] == pytest.approx(sum(row.selected) / 2, rel=0.1)
+        assert weak.efficiency is not None
+    assert results.weak[1].alone_case.asked_density == pytest.approx(results.weak[0].alone_case.asked_density / 2)
     (overlapped,) = results.overlap
     assert overlapped.error is None
     assert [len(times) for times in vars(overlapped.times).values()] == [2, 2, 2]
@@ -152,8 +154,8 @@ def test_overlap_is_what_is_saved_of_the_shorter_time() -> None:
         left = list(milliseconds)
         return lambda: (calls.append(name), left.pop(0))[1]
 
-    times = alternate(taking("A", 10, 30, 11), taking("B", 2, 2, 2), taking("C", 10, 10, 10), rounds=3)
-    assert "".join(calls) == "ABCABCABC"
+    times = alternate(taking("A", 10, 30, 11), taking("B", 1, 3, 2, 2, 2, 2), taking("C", 10, 10, 10), rounds=3)
+    assert "".join(calls) == "BABC" * 3
     assert times.overlap == 0.5
     assert times.spread == (-9, 1)
     assert OverlapTimes().overlap is None

@@ -9,7 +9,7 @@ import torch
 from kernel_benchmark.density import AIM, find_routing_scale
 from kernel_benchmark.inputs import Case
 
-from cp_benchmark.inputs import shard_inputs
+from cp_benchmark.inputs import repeated, shard_inputs
 from cp_benchmark.ranks import Ranks
 from cp_benchmark.results import Counters
 from cp_benchmark.timing import Mark, Step
@@ -28,14 +28,16 @@ FEWEST_CHUNKS = 2  # of the shortest piece whose coverage is looked at
 class Problem:
     """One case on one rank: over all ranks in a layout, or on each rank alone.
 
-    Alone, every rank has a sequence of case.seq_len of its own, the same at all of them.
+    Alone, every rank has `sequences` equal sequences of case.seq_len of its own, the same at all of them.
     """
 
-    def __init__(self, case: Case, ranks: Ranks, *, layout: str = "zigzag", alone: bool = False) -> None:
-        self.case, self.layout = case, layout
+    def __init__(
+        self, case: Case, ranks: Ranks, *, layout: str = "zigzag", alone: bool = False, sequences: int = 1
+    ) -> None:
+        self.case, self.layout, self._sequences = case, layout, sequences
         self._ranks, self._group = ranks, None if alone else ranks.group
         rank, size = (0, 1) if alone else (ranks.rank, ranks.size)
-        self.inputs = shard_inputs(case, rank, size, layout, ranks.device)
+        self.inputs = repeated(shard_inputs(case, rank, size, layout, ranks.device), sequences)
         whole = ChunkGrid.whole_sequence(case.seq_len, case.chunk_size)
         self._shard = None if alone else Shard(ranks.group, layout, whole, case.chunk_size)
         self._chunks = whole if self._shard is None else self._shard.chunks
@@ -111,7 +113,7 @@ class Problem:
 
         def density(routing_scale: float) -> float:
             selected = self.selected(routing_scale)
-            return (selected[0] if self._group is None else sum(selected)) / self.case.available
+            return (selected[0] if self._group is None else sum(selected)) / (self._sequences * self.case.available)
 
         return find_routing_scale(density, self.case, aim)
 

@@ -38,6 +38,14 @@ def shard_inputs(case: Case, rank: int, size: int, layout: str, device: torch.de
     return Inputs(q, k, v, summary_query, grad)
 
 
+def repeated(inputs: Inputs, sequences: int) -> Inputs:
+    """A batch of so many copies of the sequence."""
+    if sequences == 1:
+        return inputs
+    q, k, v, grad = (x.repeat(sequences, 1, 1, 1) for x in (inputs.q, inputs.k, inputs.v, inputs.grad))
+    return Inputs(q, k, v, inputs.summary_query, grad)
+
+
 def _pieces(rank: int, size: int, layout: str) -> list[int]:
     """The rank's PIECES of PIECES x size pieces, in shard order."""
     pieces, count = pieces_of(rank, size, layout)

@@ -107,10 +107,11 @@ class ExchangeRow:
 
 @dataclass
 class WeakRow:
-    """All GPUs at T against one GPU at T / ranks, with as many selected triples per GPU.
+    """All GPUs at T against one GPU at T / ranks, with as many selected triples per GPU: one sequence of a higher
+    density, or as many sequences of the same density as there are ranks.
 
-    alone: every GPU computes alone_case by itself, the same sequence at the same time; on both sides the slowest GPU
-    counts. Routing as in ExchangeRow. selected: triples of the busiest rank together, and of one alone.
+    alone: every GPU computes its `sequences` of alone_case by itself, all the same at the same time; on both sides the
+    slowest GPU counts. Routing as in ExchangeRow. selected: triples of the busiest rank together, and of one alone.
     """
 
     case: Case
@@ -122,6 +123,7 @@ class WeakRow:
     routing_together: Cell
     routing_alone: Cell
     selected: tuple[int, int]
+    sequences: int = 1
 
     @property
     def efficiency(self) -> float | None:

@@ -124,7 +124,8 @@ class _Benchmark:
         # Only here are the tensors of the whole problem gone, which makes room for the next one's.
         if "weak" in self._request.parts and self._request.detailed in row.columns:
             with self._recorded(row, "weak scaling"):
-                self._weak(row)
+                for sequences in (1, self._ranks.size):
+                    self._weak(row, sequences)
         if "layouts" in self._request.parts and self._request.detailed in row.columns:
             with self._recorded(row, "layouts"):
                 self._layouts(row)
@@ -233,13 +234,14 @@ class _Benchmark:
         """Milliseconds of one call, at the slowest rank."""
         return max(whole for _, whole in together(lambda: time_once(step, self._ranks), self._ranks))
 
-    def _weak(self, row: ExchangeRow) -> None:
+    def _weak(self, row: ExchangeRow, sequences: int) -> None:
         ranks, exchange = self._ranks, self._request.detailed
         alone_case = replace(row.case, seq_len=row.case.seq_len // ranks.size)
-        alone_case = replace(alone_case, asked_density=sum(row.selected) / ranks.size / alone_case.available)
+        per_sequence = sum(row.selected) / ranks.size / sequences
+        alone_case = replace(alone_case, asked_density=per_sequence / alone_case.available)
         if alone_case.asked_density > 1:
             raise ValueError(f"one GPU would have to select {alone_case.asked_density:.2f} of its chunks")
-        problem = Problem(alone_case, ranks, alone=True)
+        problem = Problem(alone_case, ranks, alone=True, sequences=sequences)
         scale = problem.find_routing_scale(aim=SAME_WORK)
         step, warm_up = (problem.step(routing_scale, exchange) for routing_scale in (scale, SPARSEST))
         weak = WeakRow(
@@ -252,10 +254,11 @@ class _Benchmark:
             row.routing,
             self._routing(problem, scale),
             (max(row.selected), problem.selected(scale)[0]),
+            sequences,
         )
         self.results.weak.append(weak)
         efficiencies = f"{weak.efficiency}, without stages 1 and 2 {weak.efficiency_without_routing}"
-        self.report(f"{row.label}: weak scaling {efficiencies}")
+        self.report(f"{row.label}: weak scaling against {sequences} x {alone_case.seq_len}: {efficiencies}")
 
     def _layouts(self, measured: ExchangeRow) -> None:
         exchange = self._request.detailed

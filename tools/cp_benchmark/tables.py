@@ -108,12 +108,19 @@ def _peak(name: str) -> Callable[[ExchangeRow], str]:
 
 
 def _weak_table(rows: list[WeakRow]) -> str:
-    header = ["T, density, exchange", "ms", "one GPU: T, density", "ms", "efficiency", "without stages 1 and 2"]
+    header = [
+        "T, density, exchange",
+        "ms",
+        "alone: sequences x T, density",
+        "ms",
+        "efficiency",
+        "without stages 1 and 2",
+    ]
     cells = [
         [
             f"{row.case.seq_len}, {row.case.asked_density:g}, {row.exchange}",
             f"{_cell(row.together.step)}, stages 1 and 2 {_cell(row.routing_together)}",
-            f"{row.alone_case.seq_len}, {row.alone_case.asked_density:.4g}",
+            f"{row.sequences} x {row.alone_case.seq_len}, {row.alone_case.asked_density:.4g}",
             f"{_cell(row.alone.step)}, stages 1 and 2 {_cell(row.routing_alone)}",
             number(row.efficiency, 3),
             number(row.efficiency_without_routing, 3),
