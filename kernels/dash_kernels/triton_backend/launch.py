@@ -103,9 +103,8 @@ class GatherOptions:
     max_registers: int
 
 
-# By head dim.
+# By head dim: of those that were run on a GPU.
 _GATHERED = {
-    64: GatherOptions(4, score_registers=152, adder_registers=168, helper_registers=40, max_registers=128),
     128: GatherOptions(4, score_registers=152, adder_registers=168, helper_registers=40, max_registers=128),
 }
 
@@ -117,22 +116,23 @@ def pair_options(kernel: str, q: torch.Tensor, tile: TileShape, chunks: ChunkGri
     """Options of a kernel on pairs of tiles; None where the kernel of one tile must do: other GPUs and dtypes, chunks
     of other sizes or incomplete ones, groups that a tile must pad, a single tile to a chunk.
     """
-    if tile.per_chunk % 2 or not _specialised_warps(q, tile, chunks):
-        return None
-    return _PAIRS.get((kernel, tile.head_dim))
+    return _PAIRS.get((kernel, tile.head_dim)) if _specialised_warps(q, tile, chunks) else None
 
 
 def gather_options(q: torch.Tensor, tile: TileShape, chunks: ChunkGrid) -> GatherOptions | None:
     """Options of the kernel that gathers queries; None where the kernel without specialised warps must do, as in
-    `pair_options`, where a chunk may be a single tile.
+    `pair_options`.
     """
     return _GATHERED.get(tile.head_dim) if _specialised_warps(q, tile, chunks) else None
 
 
 def _specialised_warps(q: torch.Tensor, tile: TileShape, chunks: ChunkGrid) -> bool:
+    """Whether there are kernels with specialised warps for these tiles."""
     if q.dtype != torch.bfloat16 or not is_hopper(q) or not _gluon_works():
         return False
-    return tile.chunk_size == 64 and tile.group * tile.tokens == TILE_ROWS and chunks.complete_to(tile.chunk_size)
+    if tile.chunk_size != 64 or tile.group * tile.tokens != TILE_ROWS or tile.per_chunk % 2:
+        return False
+    return chunks.complete_to(tile.chunk_size)
 
 
 @functools.cache
