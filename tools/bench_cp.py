@@ -11,8 +11,8 @@ overlap:   the detailed exchange as it is, its flights alone and its computation
 weak:      all GPUs at T against one GPU at T / GPUs that selects as many (token, chunk) pairs per GPU: once of one
            sequence, at a higher density, and once of as many sequences as there are GPUs, at the same density.
 layouts:   the detailed exchange in every layout of the same sequence: times, bytes, balance.
-Batch size 1. A time is the slowest rank's, and a median over a few seconds of calls; a call longer than that is made
-once, after warming up at the sparsest routing.
+Batch size 1 but for the last of weak. A time is the slowest rank's, and a median over a few seconds of calls; a call
+longer than that is made once, after warming up at the sparsest routing.
 """
 
 from __future__ import annotations

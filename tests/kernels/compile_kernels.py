@@ -57,6 +57,7 @@ class Shape:
 
 SHAPES = {
     "model": Shape(torch.bfloat16, group=4, head_dim=128, chunk_size=64, by_parts=True),
+    "group of 16": Shape(torch.bfloat16, group=16, head_dim=128, chunk_size=64, by_parts=False),
     "float16": Shape(torch.float16, group=4, head_dim=128, chunk_size=64, by_parts=False),
     "padded": Shape(torch.bfloat16, group=3, head_dim=96, chunk_size=48, by_parts=True),
     "largest": Shape(torch.bfloat16, group=1, head_dim=256, chunk_size=128, by_parts=False),

@@ -9,7 +9,7 @@ from attention_inputs import DEVICE
 from dash_kernels import triton_backend
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
-from dash_kernels.triton_backend import backward_keys, backward_queries, forward
+from dash_kernels.triton_backend import backward_keys, backward_queries, forward, selection
 from dash_kernels.triton_backend.launch import gather_options, pair_options
 from dash_kernels.triton_backend.tiles import TileShape
 
@@ -34,23 +34,25 @@ def blocks_of(k: torch.Tensor, v: torch.Tensor, ids: range) -> Blocks:
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "query_heads", "kv_heads", "head_dim", "routing_scale", "prior_sigma"),
+    ("batch", "tokens", "query_heads", "kv_heads", "head_dim", "routing_scale", "prior_sigma", "slab_bytes"),
     [
-        (1, 1024, 32, 8, 128, 1.0, None),
-        (2, 2048, 8, 4, 128, 4.0, 1.0),
-        (1, 4096, 32, 2, 128, 2.0, None),
-        (2, 1536, 16, 8, 64, 3.0, 0.5),
-        (1, 64, 8, 2, 128, 1.0, None),
-        (1, 20480, 16, 2, 128, 1.0, 1.0),  # several pieces of a chunk's queries
+        (1, 1024, 32, 8, 128, 1.0, None, 2**28),
+        (2, 2048, 8, 4, 128, 4.0, 1.0, 2**28),
+        (1, 4096, 32, 2, 128, 2.0, None, 2**28),
+        (2, 1536, 16, 8, 64, 3.0, 0.5, 2**28),
+        (1, 64, 8, 2, 128, 1.0, None, 2**28),
+        (1, 20480, 16, 2, 128, 1.0, 1.0, 2**28),  # several pieces of a chunk's queries
+        (1, 20480, 16, 2, 128, 1.0, 1.0, 2**20),  # several slabs
     ],
 )
 def test_specialised_warps_compute_what_others_do(
-    monkeypatch, batch, tokens, query_heads, kv_heads, head_dim, routing_scale, prior_sigma
+    monkeypatch, batch, tokens, query_heads, kv_heads, head_dim, routing_scale, prior_sigma, slab_bytes
 ):
     """The forward pass to the last bit; the gradients are added in another order. The whole sequence, and in parts: the
     first half, then some blocks of the rest.
     """
     torch.manual_seed(0)
+    monkeypatch.setattr(selection, "MAX_SLAB_BYTES", slab_bytes)
     shape = {"device": DEVICE, "dtype": torch.bfloat16}
     q = torch.randn(batch, tokens, query_heads, head_dim, device=DEVICE).cumsum(1)
     q = (q / q.std()).bfloat16()

@@ -123,8 +123,8 @@ class _Benchmark:
             self._together(row)
         # Only here are the tensors of the whole problem gone, which makes room for the next one's.
         if "weak" in self._request.parts and self._request.detailed in row.columns:
-            with self._recorded(row, "weak scaling"):
-                for sequences in (1, self._ranks.size):
+            for sequences in (1, self._ranks.size):
+                with self._recorded(row, f"weak scaling against {sequences} x T / {self._ranks.size}"):
                     self._weak(row, sequences)
         if "layouts" in self._request.parts and self._request.detailed in row.columns:
             with self._recorded(row, "layouts"):

@@ -162,7 +162,8 @@ def _failures(results: Results) -> list[str]:
     for weak in results.weak:
         both = {"together": weak.together, "alone": weak.alone}
         failed = {name: time.step.error for name, time in both.items() if time.step.error}
-        lines += [f"- weak scaling, {weak.case.seq_len}: {name}: {error}" for name, error in failed.items()]
+        what = f"weak scaling, {weak.case.seq_len}, {weak.sequences} alone"
+        lines += [f"- {what}: {name}: {error}" for name, error in failed.items()]
     lines += [f"- overlap, {row.case.seq_len}: {row.error}" for row in results.overlap if row.error]
     return lines
 

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dash_kernels.triton_backend.backward_keys import LEAST_PRIOR
 from dash_kernels.triton_backend.gathered import (
     GATHERER_WARPS,
     LISTER_WARPS,
@@ -40,7 +41,6 @@ from dash_kernels.triton_backend.tiles import LN_2, LOG2_E, TileShape
 NUM_WARPS = 4  # of the first score partition
 PARTITION_WARPS = gl.constexpr((4, 4, GATHERER_WARPS.value, LISTER_WARPS.value))  # the second one, the adder, helpers
 KEY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of a chunk that a warp group reads
-LEAST_PRIOR = gl.constexpr(1e-30)  # of a selected chunk whose prior rounds to zero
 
 
 def launch_gathered(
@@ -94,10 +94,10 @@ def key_gradient_gathered_kernel(
     # Of each score partition.
     weights = gl.allocate_shared_memory(k_map.dtype, [2, M, C], of_weights)
     dscores = gl.allocate_shared_memory(k_map.dtype, [2, M, C], of_weights)
-    # Of each score partition: the weights of the summary, and the sums for their gradient. From these, for the adder:
-    # the gradient of the logits of the weights, and that of the query that weighs.
+    # Of each score partition: the weights of the summary. From the first to the second: its sums for their gradient.
+    # From that one to the adder: the gradient of the logits of the weights, and that of the query that weighs.
     of_summary = gl.allocate_shared_memory(gl.float32, [2, C], flat)
-    along_keys = gl.allocate_shared_memory(gl.float32, [2, C], flat)
+    along_keys = gl.allocate_shared_memory(gl.float32, [C], flat)
     dlogits = gl.allocate_shared_memory(gl.float32, [C], flat)
     dquery = gl.allocate_shared_memory(gl.float32, [D], flat)
     ready = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
@@ -260,14 +260,15 @@ def walk_queries(tables, rows, keys, buffers, barriers, sizes, factors, shape: g
             met += tiles
             of_half = gl.convert_layout(gl.sum(gl.sum(along, 0), 0), by_key)
             if WHICH == 0:
+                fence_async_shared()  # the next chunk comes through the other proxy
                 mbarrier.arrive(keys_free.index(0), count=1)
                 mbarrier.wait(along_free.index(0), (used & 1) ^ 1)
-                along_keys.index(0).store(of_half)
+                along_keys.store(of_half)
                 mbarrier.arrive(along_ready.index(0), count=1)
             else:
                 # The softmax that weighs the keys of the summary, backward; all threads need all of its keys.
                 mbarrier.wait(along_ready.index(0), used & 1)
-                along_key = (along_keys.index(0).load(by_key) + of_half) * logit_scale
+                along_key = (along_keys.load(by_key) + of_half) * logit_scale
                 mbarrier.arrive(along_free.index(0), count=1)
                 of_key = buffers[7].index(WHICH).load(by_key)
                 dlogits = of_key * (along_key - gl.sum(of_key * along_key, 0)) * scale
@@ -276,6 +277,7 @@ def walk_queries(tables, rows, keys, buffers, barriers, sizes, factors, shape: g
                 k = buffers[0].load(KEY_LAYOUT).to(gl.float32)
                 by_row: gl.constexpr = gl.SliceLayout(1, KEY_LAYOUT)
                 dquery_buffer.store(gl.sum(gl.expand_dims(gl.convert_layout(dlogits, by_row), 1) * k, 0))
+                fence_async_shared()
                 mbarrier.arrive(keys_free.index(0), count=1)
                 mbarrier.arrive(dlogits_ready.index(0), count=1)
             used += 1
