@@ -89,8 +89,7 @@ def test_on_one_machine_the_launchers_listen_on_loopback_only(folder, tmp_path, 
 
 
 def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
-    """One worker is killed after step 6: all start again from the newest checkpoint, that of step 4, or of 8 where they
-    are quicker than this test, and nothing else changes.
+    """One worker is killed after step 6: all start again from the checkpoint of step 4, and nothing else changes.
 
     Nothing that was started listens on anything but loopback.
     """
@@ -105,11 +104,12 @@ def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
     try:
         for line in driver.stdout:
             lines.append(line)
-            if line.startswith(f"step 6/{STEPS}") and not killed:
-                killed = True
+            if line.startswith(f"step 1/{STEPS}"):  # five steps early: looking around takes a while
                 workers = [p for p in processes.children(recursive=True) if "RankProcess" in " ".join(p.cmdline())]
                 assert len(workers) == 2
-                for worker in workers:  # looking around takes a while
+            if line.startswith(f"step 6/{STEPS}") and not killed:
+                killed = True
+                for worker in workers:
                     worker.suspend()
                 found = listening(processes)
                 assert len(found) > 5  # Ray's head, node and agents, and where the ranks met
@@ -124,7 +124,7 @@ def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
         driver.communicate()
     output = "".join(lines)
     assert status == 0, output
-    assert re.search(r"^resumed from .*step_0000000([48]) at step \1$", output, re.MULTILINE), output
+    assert re.search(r"^resumed from .*step_00000004 at step 4$", output, re.MULTILINE), output
     assert f"finished, step {STEPS}" in output
     assert losses(folder / "runs" / "ray") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-5)
 
