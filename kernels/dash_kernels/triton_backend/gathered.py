@@ -9,48 +9,17 @@ memory is waited for by its number of uses so far: use i completes phase i & 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from dash_kernels.triton_backend.paired import LIST_HEADER, barrier
-from dash_kernels.triton_backend.tiles import TileShape
+from dash_kernels.triton_backend.paired import LIST_HEADER, add, barrier
 
 GATHERER_WARPS = gl.constexpr(2)
 LISTER_WARPS = gl.constexpr(1)
 GATHER_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0]))
 VECTORS = gl.constexpr(5)  # of a row: tau, log-sum-exp, delta, ratio and the mean of log P
-
-
-@dataclass(frozen=True)
-class GatherShape:
-    """What the kernel is compiled for.
-
-    ring: tiles that are held; has_sigma: the prior is centred; blocks: K and V come in single blocks.
-    """
-
-    tile: TileShape
-    ring: int
-    has_sigma: bool
-    blocks: bool
-
-    @property
-    def rows(self) -> int:
-        """Of a tile."""
-        return self.tile.tokens * self.tile.group
-
-    def product(self, columns: int) -> gl.NVMMADistributedLayout:
-        """Layout of the product [64, columns] of one warp group."""
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-def gather_lists(programs: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Scratch for two lists of each program: one in use, one being written."""
-    return torch.empty(programs, 2, LIST_HEADER.value + tokens, dtype=torch.int32, device=device)
 
 
 @gluon.jit
@@ -122,9 +91,9 @@ def lister(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.cons
             # A step ahead: both come from memory, one after the other.
             word = gl.load(bits_row + at + index, mask=at + index < piece_words, other=0)
             in_word = gl.sum(bits, 1)
-            until = gl.associative_scan(gl.convert_layout(in_word, by_lane), 0, _add)
+            until = gl.associative_scan(gl.convert_layout(in_word, by_lane), 0, add)
             before = gl.convert_layout(until, gl.SliceLayout(1, by_word)) - in_word
-            place = count + gl.expand_dims(before, 1) + gl.associative_scan(bits, 1, _add) - bits
+            place = count + gl.expand_dims(before, 1) + gl.associative_scan(bits, 1, add) - bits
             gl.store(list_at + LIST_HEADER + place, first + bit, mask=bits > 0)
             count += gl.sum(in_word, 0)
             start = gl.load(starts_ptr + (at + index) // PER_CHUNK, mask=word != 0, other=0)
@@ -142,11 +111,6 @@ def lister(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.cons
     gl.store(list_of(list_ptr, turn, piece_slots, shape) + 1, -1)
     barrier()
     mbarrier.arrive(listed.index(turn & 1), count=1)
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit

@@ -24,9 +24,7 @@ from dash_kernels.triton_backend.gathered import (
     GATHERER_WARPS,
     LISTER_WARPS,
     VECTORS,
-    GatherShape,
     barrier_pair,
-    gather_lists,
     gatherer,
     list_of,
     lister,
@@ -35,7 +33,7 @@ from dash_kernels.triton_backend.gathered import (
 )
 from dash_kernels.triton_backend.keys import KeyRows
 from dash_kernels.triton_backend.launch import GatherOptions
-from dash_kernels.triton_backend.paired import barrier, pair_maps
+from dash_kernels.triton_backend.paired import RingShape, barrier, pair_maps, two_lists
 from dash_kernels.triton_backend.tiles import LN_2, LOG2_E, TileShape
 
 NUM_WARPS = 4  # of the first score partition
@@ -58,8 +56,8 @@ def launch_gathered(
     has_sigma: bool,
 ) -> None:
     """Adds to `results` as `backward_keys.key_gradient_kernel` does, whose arguments these are."""
-    shape = GatherShape(tile, options.ring, has_sigma, keys.blocks)
-    lists = gather_lists(programs, piece_tokens, of_queries[0].device)
+    shape = RingShape(tile, options.ring, has_sigma, keys.blocks)
+    lists = two_lists(programs, piece_tokens, of_queries[0].device)
     key_gradient_gathered_kernel[(programs,)](
         *of_queries, *pair_maps(keys, tile), *of_work, lists, *results, *sizes, *factors, SHAPE=shape,
         SCORE_REGISTERS=options.score_registers, ADDER_REGISTERS=options.adder_registers,

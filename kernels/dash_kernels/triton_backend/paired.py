@@ -38,21 +38,17 @@ SELECTED_BIT = gl.constexpr(29)  # of an entry: the first tile selected the chun
 
 
 @dataclass(frozen=True)
-class PairShape:
-    """What a kernel is compiled for.
+class RingShape:
+    """What a kernel with specialised warps is compiled for.
 
-    ring: chunks that K and V are held of; block: chunks whose biases are computed at a time; has_sigma: the prior is
-    centred; blocks: K and V come in single blocks; first: no part has been met before;
-    last: nor will another, and the chunks that the part lacks are listed unless it is also the first.
+    ring: how much is in flight, chunks or tiles; has_sigma: the prior is centred; blocks: K and V come in single
+    blocks.
     """
 
     tile: TileShape
     ring: int
-    block: int
     has_sigma: bool
     blocks: bool
-    first: bool
-    last: bool
 
     @property
     def rows(self) -> int:
@@ -62,6 +58,17 @@ class PairShape:
     def product(self, columns: int) -> gl.NVMMADistributedLayout:
         """Layout of the product [rows, columns] of one warp group."""
         return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@dataclass(frozen=True)
+class PairShape(RingShape):
+    """ring: chunks that K and V are held of; block: chunks whose biases are computed at a time; first: no part has been
+    met before; last: nor will another, and the chunks that the part lacks are listed unless it is also the first.
+    """
+
+    block: int
+    first: bool
+    last: bool
 
     def factor(self, columns: int) -> gl.DotOperandLayout:
         """Layout of the first factor, in registers, of such a product."""
@@ -77,9 +84,9 @@ def pair_maps(keys: KeyRows, tile: TileShape) -> tuple[TensorDescriptor, TensorD
     return k_map, v_map
 
 
-def pair_lists(programs: int, n: int, device: torch.device) -> torch.Tensor:
+def two_lists(programs: int, entries: int, device: torch.device) -> torch.Tensor:
     """Scratch for two lists of each program: one in use, one being written."""
-    return torch.empty(programs, 2, LIST_HEADER.value + 2 * n, dtype=torch.int32, device=device)
+    return torch.empty(programs, 2, LIST_HEADER.value + entries, dtype=torch.int32, device=device)
 
 
 @gluon.jit
@@ -166,13 +173,13 @@ def lister(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
             on = (selected > 0) & (ids >= first) & (ids < chunk)
             starts = gl.load(starts_row + ids, mask=on, other=-1)
             keep = (on & (starts >= 0)).to(gl.int32)
-            place = LIST_HEADER + count + gl.associative_scan(keep, 0, _add) - keep
+            place = LIST_HEADER + count + gl.associative_scan(keep, 0, add) - keep
             gl.store(list_at + place, ids | (selected << SELECTED_BIT), mask=keep > 0)
             gl.store(list_at + n + place, starts, mask=keep > 0)
             count += gl.sum(keep, 0)
             if shape.last and not shape.first:
                 lacks = on.to(gl.int32) - keep
-                place = lacking + gl.associative_scan(lacks, 0, _add) - lacks
+                place = lacking + gl.associative_scan(lacks, 0, add) - lacks
                 gl.store(list_at + LIST_HEADER + n - 1 - place, ids | (selected << SELECTED_BIT), mask=lacks > 0)
                 lacking += gl.sum(lacks, 0)
         gl.store(list_at, count)
@@ -196,7 +203,7 @@ def wait_listed(list_ptr, barriers, turn, n):
 
 
 @gluon.jit
-def _add(a, b):
+def add(a, b):
     return a + b
 
 

@@ -19,7 +19,6 @@ from dash_kernels.triton_backend.paired import (
     lister,
     load_entries,
     loader,
-    pair_lists,
     pair_maps,
     place_of,
     ring_barriers,
@@ -27,6 +26,7 @@ from dash_kernels.triton_backend.paired import (
     selected_word,
     starts_of_head,
     tile_pointers,
+    two_lists,
     wait_filled,
     wait_listed,
 )
@@ -61,11 +61,11 @@ def attend_pairs(
     programs = min(resident_programs(q.device, 1), len(chunks) * tile.per_chunk // 2 * batch_heads)
     before_out, before_lse = (out, lse) if before is None else before
     shape = PairShape(
-        tile, options.ring, options.block, spec.prior_sigma is not None, keys.blocks, first=before is None, last=False
+        tile, options.ring, spec.prior_sigma is not None, keys.blocks, options.block, first=before is None, last=False
     )
     attend_pairs_kernel[(programs,)](
         q.contiguous(), chunks.on(q.device), *pair_maps(keys, tile), keys.starts, *split_summaries(summaries, q.dtype),
-        routing.tau, routing.log_mean, routing.masks, pair_lists(programs, n, q.device), work_counter(q.device),
+        routing.tau, routing.log_mean, routing.masks, two_lists(programs, 2 * n, q.device), work_counter(q.device),
         before_out, before_lse, out, lse, q.shape[1], keys.tokens, n, len(chunks), batch_heads, routing_factor(spec),
         spec.scale * LOG2_E.value, spec.prior_exponent, SHAPE=shape, TILE_REGISTERS=options.tile_registers,
         HELPER_REGISTERS=options.helper_registers, num_warps=NUM_WARPS, maxnreg=options.max_registers,

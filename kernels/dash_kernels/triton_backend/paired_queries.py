@@ -20,7 +20,6 @@ from dash_kernels.triton_backend.paired import (
     load_entries,
     load_lacking,
     loader,
-    pair_lists,
     pair_maps,
     place_of,
     ring_barriers,
@@ -28,6 +27,7 @@ from dash_kernels.triton_backend.paired import (
     selected_word,
     starts_of_head,
     tile_pointers,
+    two_lists,
     wait_filled,
     wait_listed,
 )
@@ -61,11 +61,11 @@ def walk_pairs(
     batch_heads = q.shape[0] * tile.kv_heads
     programs = min(resident_programs(q.device, 1), len(chunks) * tile.per_chunk // 2 * batch_heads)
     dprior = torch.empty(programs, 2, n, tile.tokens, dtype=torch.float32, device=q.device)
-    shape = PairShape(tile, options.ring, options.block, spec.prior_sigma is not None, keys.blocks, first, last)
+    shape = PairShape(tile, options.ring, spec.prior_sigma is not None, keys.blocks, options.block, first, last)
     query_gradient_pairs_kernel[(programs,)](
         upstream.grad.contiguous(), q.contiguous(), chunks.on(q.device), *pair_maps(keys, tile), keys.starts,
         *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean, routing.masks, upstream.lse,
-        upstream.delta, pair_lists(programs, n, q.device), work_counter(q.device), dprior, before.dq,
+        upstream.delta, two_lists(programs, 2 * n, q.device), work_counter(q.device), dprior, before.dq,
         before.weighted_sum, before.slope_sum, result.dq, result.weighted_sum, result.slope_sum, q.shape[1],
         keys.tokens, n, len(chunks), batch_heads, routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent,
         spec.scale, spec.routing_logit_scale, PRIOR_FLOOR, SHAPE=shape, TILE_REGISTERS=options.tile_registers,
