@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,13 +69,15 @@ SHAPES = {
 @dataclass(frozen=True)
 class Compiled:
     """variant: the kernel's compile-time flags; shared: bytes of shared memory of a program; serialised: the assembler
-    found matrix instructions that it could not let overlap, which costs a third of their speed and more.
+    found matrix instructions that it could not let overlap, which costs a third of their speed and more; seconds: that
+    compiling took, next to nothing where Triton's cache had it.
     """
 
     kernel: str
     variant: str
     shared: int
     serialised: bool
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -175,10 +178,12 @@ def compiled(launch: Launch) -> Compiled:
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     of_language = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
     source = of_language(launch.kernel, launch.signature, constants, aligned)
+    started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()) as log:
         binary = triton.compile(source, target=HOPPER, options=launch.options)
+    seconds = round(time.perf_counter() - started, 1)
     serialised = "wgmma.mma_async instructions are serialized" in log.getvalue()
-    return Compiled(launch.kernel.__name__, launch.variant, binary.metadata.shared, serialised)
+    return Compiled(launch.kernel.__name__, launch.variant, binary.metadata.shared, serialised, seconds)
 
 
 def compile_one(shape: str, index: int) -> Compiled:
