@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from dash_kernels.triton_backend.paired import LIST_HEADER, add, barrier
+from dash_kernels.triton_backend.paired import LIST_HEADER, add, barrier, end_lists, list_of, wait_listed
 
 GATHERER_WARPS = gl.constexpr(2)
 LISTER_WARPS = gl.constexpr(1)
@@ -31,13 +31,6 @@ def barrier_pair(NUMBER: gl.constexpr, READY: gl.constexpr, FREE: gl.constexpr):
         mbarrier.init(ready.index(index), count=READY)
         mbarrier.init(free.index(index), count=FREE)
     return ready, free
-
-
-@gluon.jit
-def list_of(list_ptr, turn, piece_slots, shape: gl.constexpr):
-    """The list of this program's turn-th piece of work: its header, then tokens, ascending."""
-    number = gl.program_id(0) * 2 + (turn & 1)
-    return list_ptr + number.to(gl.int64) * (LIST_HEADER + piece_slots * shape.tile.chunk_size)
 
 
 @gluon.jit
@@ -77,7 +70,7 @@ def lister(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.cons
         if (own >= begin) & (own < end):
             own_start = gl.load(grid_ptr + slots + own)
         bits_row = words_ptr + ((batch_head.to(gl.int64) * n + chunk) * pieces + piece) * piece_words
-        list_at = list_of(list_ptr, turn, piece_slots, shape)
+        list_at = list_of(list_ptr, turn, piece_slots * C)
         mbarrier.wait(done.index(turn & 1), ((turn >> 1) & 1) ^ 1)
         count = 0
         index = gl.arange(0, WORDS, gl.SliceLayout(1, by_word))
@@ -107,17 +100,7 @@ def lister(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.cons
         mbarrier.arrive(listed.index(turn & 1), count=1)
         turn += 1
         work = gl.atomic_add(turns_ptr, 1)
-    mbarrier.wait(done.index(turn & 1), ((turn >> 1) & 1) ^ 1)
-    gl.store(list_of(list_ptr, turn, piece_slots, shape) + 1, -1)
-    barrier()
-    mbarrier.arrive(listed.index(turn & 1), count=1)
-
-
-@gluon.jit
-def wait_listed(list_ptr, listed, turn, piece_slots, shape: gl.constexpr):
-    """The next piece of work, once its list is there: -1 after the last one."""
-    mbarrier.wait(listed.index(turn & 1), (turn >> 1) & 1)
-    return gl.load(list_of(list_ptr, turn, piece_slots, shape) + 1)
+    end_lists(list_ptr, listed, done, turn, piece_slots * C)
 
 
 @gluon.jit
@@ -141,9 +124,9 @@ def gatherer(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.co
     turn = 0
     used = 0
     met = 0
-    work = wait_listed(list_ptr, listed, turn, piece_slots, shape)
+    work = wait_listed(list_ptr, listed, turn, piece_slots * C)
     while work >= 0:
-        list_at = list_of(list_ptr, turn, piece_slots, shape)
+        list_at = list_of(list_ptr, turn, piece_slots * C)
         count, own_tiles, tiles = tiles_of(list_at, shape)
         batch_head = gl.load(list_at + 2)
         if own_tiles + tiles > 0:
@@ -167,7 +150,7 @@ def gatherer(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.co
                 met += 1
         mbarrier.arrive(done.index(turn & 1), count=1)
         turn += 1
-        work = wait_listed(list_ptr, listed, turn, piece_slots, shape)
+        work = wait_listed(list_ptr, listed, turn, piece_slots * C)
 
 
 @gluon.jit

@@ -26,14 +26,12 @@ from dash_kernels.triton_backend.gathered import (
     VECTORS,
     barrier_pair,
     gatherer,
-    list_of,
     lister,
     tiles_of,
-    wait_listed,
 )
 from dash_kernels.triton_backend.keys import KeyRows
 from dash_kernels.triton_backend.launch import GatherOptions
-from dash_kernels.triton_backend.paired import RingShape, barrier, pair_maps, two_lists
+from dash_kernels.triton_backend.paired import RingShape, barrier, list_of, pair_maps, two_lists, wait_listed
 from dash_kernels.triton_backend.tiles import LN_2, LOG2_E, TileShape
 
 NUM_WARPS = 4  # of the first score partition
@@ -156,9 +154,9 @@ def adder(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.const
     turn = 0
     used = 0
     met = 0
-    work = wait_listed(list_ptr, listed, turn, piece_slots, shape)
+    work = wait_listed(list_ptr, listed, turn, piece_slots * C)
     while work >= 0:
-        list_at = list_of(list_ptr, turn, piece_slots, shape)
+        list_at = list_of(list_ptr, turn, piece_slots * C)
         _count, own_tiles, tiles = tiles_of(list_at, shape)
         batch_head = gl.load(list_at + 2)
         chunk = gl.load(list_at + 3)
@@ -204,7 +202,7 @@ def adder(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.const
         barrier()  # every thread's part is written before the next piece's turn
         gl.atomic_add(turn_ptr, 1)
         turn += 1
-        work = wait_listed(list_ptr, listed, turn, piece_slots, shape)
+        work = wait_listed(list_ptr, listed, turn, piece_slots * C)
 
 
 @gluon.jit
@@ -240,9 +238,9 @@ def walk_queries(tables, rows, keys, buffers, barriers, sizes, factors, shape: g
     turn = 0
     used = 0
     met = 0
-    work = wait_listed(list_ptr, listed, turn, piece_slots, shape)
+    work = wait_listed(list_ptr, listed, turn, piece_slots * C)
     while work >= 0:
-        list_at = list_of(list_ptr, turn, piece_slots, shape)
+        list_at = list_of(list_ptr, turn, piece_slots * C)
         count, own_tiles, tiles = tiles_of(list_at, shape)
         batch_head = gl.load(list_at + 2)
         mbarrier.arrive(done.index(turn & 1), count=1)
@@ -280,7 +278,7 @@ def walk_queries(tables, rows, keys, buffers, barriers, sizes, factors, shape: g
                 mbarrier.arrive(dlogits_ready.index(0), count=1)
             used += 1
         turn += 1
-        work = wait_listed(list_ptr, listed, turn, piece_slots, shape)
+        work = wait_listed(list_ptr, listed, turn, piece_slots * C)
 
 
 @gluon.jit

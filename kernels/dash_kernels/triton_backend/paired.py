@@ -32,7 +32,7 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 NUM_WARPS = 4  # of the first tile partition
 PARTITION_WARPS = gl.constexpr((4, 1, 1))  # of the second one, the lister and the loader
-LIST_HEADER = gl.constexpr(8)  # integers before a list: its length, the number of chunks that the part lacks, the work
+LIST_HEADER = gl.constexpr(8)  # integers before a list: its length, the piece of work, and what else a kernel needs
 ID_BITS = gl.constexpr((1 << 29) - 1)  # of an entry of a list: the chunk's id
 SELECTED_BIT = gl.constexpr(29)  # of an entry: the first tile selected the chunk; the next bit: the second one did
 
@@ -121,12 +121,26 @@ def place_of(work, slots, shape: gl.constexpr):
 
 
 @gluon.jit
-def list_of(list_ptr, turn, n):
-    """The list of this program's turn-th pair: ids with the bits of the tiles (from the end, those of chunks that the
-    part lacks), then starts at a distance of n.
-    """
+def list_of(list_ptr, turn, entries):
+    """The list of this program's turn-th piece of work in the scratch of `two_lists`: its header, then the entries."""
     number = gl.program_id(0) * 2 + (turn & 1)
-    return list_ptr + number.to(gl.int64) * (LIST_HEADER + 2 * n)
+    return list_ptr + number.to(gl.int64) * (LIST_HEADER + entries)
+
+
+@gluon.jit
+def wait_listed(list_ptr, listed, turn, entries):
+    """The turn-th piece of work, once its list is there: -1 after the last one."""
+    mbarrier.wait(listed.index(turn & 1), (turn >> 1) & 1)
+    return gl.load(list_of(list_ptr, turn, entries) + 1)
+
+
+@gluon.jit
+def end_lists(list_ptr, listed, done, turn, entries):
+    """There is no turn-th piece of work."""
+    mbarrier.wait(done.index(turn & 1), ((turn >> 1) & 1) ^ 1)
+    gl.store(list_of(list_ptr, turn, entries) + 1, -1)
+    barrier()
+    mbarrier.arrive(listed.index(turn & 1), count=1)
 
 
 @gluon.jit
@@ -140,7 +154,10 @@ def starts_of_head(starts_ptr, batch_head, n, shape: gl.constexpr):
 
 @gluon.jit
 def lister(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
-    """Partition: the list of each pair, ascending, of the chunks that the part holds."""
+    """Partition: the list of each pair, ascending, of the chunks that the part holds: ids with the bits of the tiles
+    (from the end, those of chunks that the part lacks), then starts at a distance of n. Its header: number of chunks,
+    pair, number of chunks that the part lacks.
+    """
     WORDS: gl.constexpr = 8
     by_word: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
     flat: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
@@ -156,7 +173,7 @@ def lister(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
         first = gl.load(grid_ptr + 3 * slots + slot)
         starts_row = starts_of_head(starts_ptr, batch_head, n, shape)
         mask_row = mask_ptr + (batch_head.to(gl.int64) * (slots * shape.tile.per_chunk) + tile) * words
-        list_at = list_of(list_ptr, turn, n)
+        list_at = list_of(list_ptr, turn, 2 * n)
         mbarrier.wait(done.index(turn & 1), ((turn >> 1) & 1) ^ 1)
         count = 0
         lacking = 0
@@ -183,23 +200,13 @@ def lister(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
                 gl.store(list_at + LIST_HEADER + n - 1 - place, ids | (selected << SELECTED_BIT), mask=lacks > 0)
                 lacking += gl.sum(lacks, 0)
         gl.store(list_at, count)
-        gl.store(list_at + 1, lacking)
-        gl.store(list_at + 2, work)
+        gl.store(list_at + 1, work)
+        gl.store(list_at + 2, lacking)
         barrier()  # all lanes have written
         mbarrier.arrive(listed.index(turn & 1), count=1)
         turn += 1
         work = gl.atomic_add(next_ptr, 1)
-    mbarrier.wait(done.index(turn & 1), ((turn >> 1) & 1) ^ 1)
-    gl.store(list_of(list_ptr, turn, n) + 2, -1)
-    barrier()
-    mbarrier.arrive(listed.index(turn & 1), count=1)
-
-
-@gluon.jit
-def wait_listed(list_ptr, barriers, turn, n):
-    """The turn-th pair, once its list is there: -1 after the last one."""
-    mbarrier.wait(barriers[2].index(turn & 1), (turn >> 1) & 1)
-    return gl.load(list_of(list_ptr, turn, n) + 2)
+    end_lists(list_ptr, listed, done, turn, 2 * n)
 
 
 @gluon.jit
@@ -211,11 +218,11 @@ def add(a, b):
 def loader(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
     """Partition: K and V of each pair's own chunk, where the part holds it, and of the chunks in its list."""
     grid_ptr, starts_ptr, _mask_ptr, list_ptr, _next_ptr, k_map, v_map = keys
-    done = barriers[3]
+    _ready, _free, listed, done = barriers
     _T, S, n, slots, _batch_heads = sizes
     turn = 0
     met = 0
-    work = wait_listed(list_ptr, barriers, turn, n)
+    work = wait_listed(list_ptr, listed, turn, 2 * n)
     while work >= 0:
         batch_head, _tile, slot = place_of(work, slots, shape)
         row = 0
@@ -227,7 +234,7 @@ def loader(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
         if own >= 0:
             fetch(k_map, v_map, row + own, column, buffers, barriers, met, shape)
             met += 1
-        list_at = list_of(list_ptr, turn, n)
+        list_at = list_of(list_ptr, turn, 2 * n)
         count = gl.load(list_at)
         for index in range(count):
             start = gl.load(list_at + LIST_HEADER + n + index)
@@ -235,7 +242,7 @@ def loader(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
             met += 1
         mbarrier.arrive(done.index(turn & 1), count=1)
         turn += 1
-        work = wait_listed(list_ptr, barriers, turn, n)
+        work = wait_listed(list_ptr, listed, turn, 2 * n)
 
 
 @gluon.jit

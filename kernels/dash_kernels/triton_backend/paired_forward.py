@@ -129,13 +129,13 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
     grid_ptr, starts_ptr, _mask_ptr, list_ptr, _next_ptr, _k_map, _v_map = keys
     q_ptr, routed, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr = rows
     k_ring, v_ring, summaries, biases = buffers
-    _ready, free, _listed, done = barriers
+    _ready, free, listed, done = barriers
     T, _S, n, slots, _batch_heads = sizes
     factor, scale2, prior_exponent = factors
     bias_rows = biases._reinterpret(gl.float32, [2 * BN, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turn = 0
     met = 0
-    work = wait_listed(list_ptr, barriers, turn, n)
+    work = wait_listed(list_ptr, listed, turn, 2 * n)
     while work >= 0:
         batch_head, tile, slot = place_of(work, slots, shape)
         step = (tile + WHICH) % shape.tile.per_chunk
@@ -162,7 +162,7 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
             top, total, out = softmax_step(scores, v_ring.index(at), top, total, out, shape)
             mbarrier.arrive(free.index(at), count=1)
             met += 1
-        list_at = list_of(list_ptr, turn, n)
+        list_at = list_of(list_ptr, turn, 2 * n)
         count = gl.load(list_at)
         for block in range(0, count, BN):
             entries = load_entries(list_at, block, count, shape)
@@ -191,7 +191,7 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
         gl.store(tile_pointers(out_ptr, start, step, batch_head, T, of_out, shape), out.to(out_ptr.dtype.element_ty))
         lse = gl.where(any_met, (top + gl.log2(weight)) * LN_2, -float("inf"))
         gl.store(lse_ptr + row_at, lse)
-        work = wait_listed(list_ptr, barriers, turn, n)
+        work = wait_listed(list_ptr, listed, turn, 2 * n)
 
 
 @gluon.jit

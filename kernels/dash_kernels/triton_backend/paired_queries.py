@@ -142,7 +142,7 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
     grad_ptr, q_ptr, lse_ptr, delta_ptr, dprior_ptr = of_rows
     before_dq_ptr, before_weighted_ptr, before_slope_ptr, dq_ptr, weighted_ptr, slope_ptr = results
     k_ring, v_ring, summaries, biases, sums = buffers
-    _ready, free, _listed, done = barriers
+    _ready, free, listed, done = barriers
     T, _S, n, slots, _batch_heads = sizes
     factor, scale2, prior_exponent, scale, logit_scale, prior_floor = factors
     by_row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -151,7 +151,7 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
     own_dprior = dprior_ptr + (gl.program_id(0) * 2 + WHICH).to(gl.int64) * n * BT
     turn = 0
     met = 0
-    work = wait_listed(list_ptr, barriers, turn, n)
+    work = wait_listed(list_ptr, listed, turn, 2 * n)
     while work >= 0:
         batch_head, tile, slot = place_of(work, slots, shape)
         step = (tile + WHICH) % shape.tile.per_chunk
@@ -173,7 +173,7 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
             _dscores, dq = add_score_gradient(scores, dweights, lse2, delta, k_ring.index(at), dq, shape)
             mbarrier.arrive(free.index(at), count=1)
             met += 1
-        list_at = list_of(list_ptr, turn, n)
+        list_at = list_of(list_ptr, turn, 2 * n)
         count = gl.load(list_at)
         for block in range(0, count, BN):
             entries = load_entries(list_at, block, count, shape)
@@ -230,7 +230,7 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
             dq = add_routing_gradient(dq, u * dp * logit_scale, high, shape)
         if shape.last and not shape.first:
             # The chunks of the parts before have had their share of dp, and wait for that of the ratio.
-            lacking = gl.load(list_at + 1)
+            lacking = gl.load(list_at + 2)
             for block in range(0, lacking, BN):
                 entries = load_lacking(list_at, block, lacking, n, shape)
                 u, high = routing_slopes(
@@ -248,7 +248,7 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
             gl.store(slope_ptr + routing_row_at, slope_sum)
         pointers = tile_pointers(dq_ptr, start, step, batch_head, T, of_dq, shape)
         gl.store(pointers, dq.to(dq_ptr.dtype.element_ty))
-        work = wait_listed(list_ptr, barriers, turn, n)
+        work = wait_listed(list_ptr, listed, turn, 2 * n)
 
 
 @gluon.jit
