@@ -29,7 +29,7 @@ test: lint
 	$(BIN)/python -m pytest $(ALONE) $(ARGS) || [ $$? -eq 5 ]
 
 storm: $(INSTALLED_DEV)
-	$(BIN)/python tools/fault_storm.py --faults 32 $(ARGS)
+	$(BIN)/python -m tests.storm --faults 32 $(ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check $(LINTED)

@@ -4,7 +4,6 @@ Knows how a person calls and how an error is shown; does not know what a run con
 of the training code wait until a command needs them, so that `--help` answers at once.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ from typing import Annotated
 import typer
 
 from dash_dist.cluster import limits
+from dash_dist.command_line import ConfigFile, Overrides, run_app
 
 app = typer.Typer(
     add_completion=False,
@@ -20,20 +20,12 @@ app = typer.Typer(
     help="Train language models on very long sequences with context-parallel DashAttention.",
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/demo.yaml.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings that replace those of the file, such as training.steps=20."
-    ),
-]
-
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train in this process, or as one rank where torchrun or DeepSpeed started several."""
-    from dash_dist.training import load_config
-    from dash_dist.training import train as train_run
+    from dash_dist.config.file import load_config
+    from dash_dist.training.run import train as train_run
 
     train_run(load_config(config, overrides or []))
 
@@ -41,8 +33,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command("config")
 def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a configuration and print it with every default filled in."""
-    from dash_dist.training import load_config
-    from dash_dist.training.config_file import to_yaml
+    from dash_dist.config.file import load_config, to_yaml
 
     sys.stdout.write(to_yaml(load_config(config, overrides or [])))
 
@@ -87,7 +78,7 @@ def list_checkpoints(run: Annotated[Path, typer.Argument(metavar="RUN", help="Fo
     """Show step, time, tokens, loss, size and state of each checkpoint."""
     from rich.console import Console
 
-    from dash_dist.training.checkpoint_commands import list_checkpoints, table_of
+    from dash_dist.checkpoints.commands import list_checkpoints, table_of
 
     Console().print(table_of(list_checkpoints(run)))
 
@@ -97,7 +88,7 @@ def verify_checkpoints(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's step_* folder, or a run's folder.")],
 ) -> None:
     """Read every file and compare it with what was written; exit status 1 if any is damaged."""
-    from dash_dist.training.checkpoint_commands import verify
+    from dash_dist.checkpoints.commands import verify
 
     damaged = 0
     for message in verify(path, progress=lambda folder: print(f"verifying {folder}", file=sys.stderr)):
@@ -114,7 +105,7 @@ def export_checkpoint(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
 ) -> None:
     """Write the weights alone as safetensors with the names of Hugging Face's Llama, and a config.json."""
-    from dash_dist.training.checkpoint_commands import export
+    from dash_dist.checkpoints.commands import export
 
     export(checkpoint, out, progress=lambda name: print(f"wrote {out / name}", file=sys.stderr))
 
@@ -221,27 +212,6 @@ def report(
     from dash_dist.report import write_report
 
     print(write_report(run, output))
-
-
-def run_app(command: typer.Typer) -> None:
-    """Run a typer command and end the process; a RunError is printed as it is, once, and not as a traceback.
-
-    Exit status: 2 for a refused configuration or command line, 1 for a run that failed.
-    """
-    try:
-        command()
-    except Exception as error:
-        from dash_dist.training.errors import ConfigError, RunError
-        from dash_dist.training.restarts import tell_refused
-
-        if not isinstance(error, RunError):
-            raise
-        if not error.may_pass:
-            tell_refused()
-        # Such an error is raised at every rank; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ run_with_restarts() {
     if [[ $restarts -eq 0 ]]; then
         attempt 0 "$@"
     fi
-    # Launchers have one exit status for everything: dash_dist.training.restarts makes the file if an attempt was refused.
+    # Launchers have one exit status for everything: dash_dist.run.restarts makes the file if an attempt was refused.
     told=$(mktemp -d)
     export DASH_DIST_REFUSED=$told/refused DASH_DIST_SINCE=$EPOCHSECONDS
     trap 'rm -rf -- "$told"' EXIT

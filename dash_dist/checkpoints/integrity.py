@@ -8,21 +8,21 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from dash_dist.checkpoints.folders import step_of
 from dash_dist.checkpoints.pickles import find_unsafe_content
+from dash_dist.run.state import STRICT, RunState
 
 METADATA = "metadata.json"
 DATA_STATE = "data.json"
 ENGINE = "engine"
 
 _PIECE = 1 << 24
-_STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 class DamagedCheckpoint(ValueError):
@@ -37,25 +37,6 @@ class FileChecksum(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RunState:
-    """Where a run stands: `step` optimizer steps done on `tokens` tokens; `first_loss` is that of step 1.
-
-    `origin` is the checkpoint the run was started from (`run.resume=PATH`), None for a run from scratch;
-    `skipped_in_a_row` and `recent_losses` are what the watch over the losses goes on from.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    step: int = 0
-    tokens: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    origin: str | None = None
-    skipped_in_a_row: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class CheckpointMetadata:
     """The content of `metadata.json`.
 
@@ -64,7 +45,7 @@ class CheckpointMetadata:
         files: every other file of the checkpoint, by its path relative to the folder.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     state: RunState
     saved_at: float

@@ -5,7 +5,6 @@ Knows the command line; does not know what the options do.
 
 import typer
 
-from dash_dist.cli import ConfigFile, Overrides, run_app
 from dash_dist.cluster.environment import prepare
 from dash_dist.cluster.limits import (
     AnswerTimeout,
@@ -17,6 +16,7 @@ from dash_dist.cluster.limits import (
     NumWorkers,
     StartTimeout,
 )
+from dash_dist.command_line import ConfigFile, Overrides, run_app
 
 
 def ray_train(
@@ -33,7 +33,7 @@ def ray_train(
     """Train on Ray: on this machine, or on the cluster that RAY_ADDRESS names."""
     prepare()
     from dash_dist.cluster.launch import launch
-    from dash_dist.training import load_config
+    from dash_dist.config.file import load_config
 
     limits = Limits(
         num_workers=num_workers,

@@ -4,8 +4,8 @@ Knows the run's layout and counts of workers; does not know Ray.
 """
 
 from dash_dist.cluster.limits import Limits
-from dash_dist.training.config import RunConfig
-from dash_dist.training.errors import ConfigError
+from dash_dist.config.run import RunConfig
+from dash_dist.errors import ConfigError
 
 
 def model_ranks(config: RunConfig) -> int:

@@ -6,7 +6,7 @@ Knows Ray's environment variables; does not know what is run.
 import os
 import socket
 
-from dash_dist.training.errors import RunError
+from dash_dist.errors import RunError
 
 # Ray allows its processes 30 s to start, which a busy machine may exceed once.
 _LOCAL_STARTS = 3

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from dash_dist.cluster.processes import signal_all, wait_until_gone
 from dash_dist.cluster.rank import Ended, Job, News, Place, RankProcess, Seat
-from dash_dist.training.requests import Asked
+from dash_dist.run.requests import Asked
 
 # How often a rank other than the first is asked whether it is there, in seconds.
 _HEARTBEAT_SECONDS = 5.0

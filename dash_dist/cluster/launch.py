@@ -12,8 +12,8 @@ from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.nodes import CPU_WORKER, GPU_WORKER, alive_nodes
 from dash_dist.cluster.ray_cluster import RayCluster
 from dash_dist.cluster.supervisor import Supervisor
-from dash_dist.training.config import RunConfig
-from dash_dist.training.progress import ConsoleProgress
+from dash_dist.config.run import RunConfig
+from dash_dist.training.console import ConsoleProgress
 from dash_dist.training.stopping import StopSignal
 
 

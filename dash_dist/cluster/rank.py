@@ -14,11 +14,11 @@ from datetime import timedelta
 from typing import Any
 
 from dash_dist.cluster.processes import ProcessId
-from dash_dist.loopback import is_loopback, keep_to_loopback, listen, meet
-from dash_dist.training.config import RunConfig
-from dash_dist.training.errors import RunError
-from dash_dist.training.progress import RunStart, RunSummary, StepReport
-from dash_dist.training.requests import Asked
+from dash_dist.config.run import RunConfig
+from dash_dist.distributed.loopback import is_loopback, keep_to_loopback, listen, meet
+from dash_dist.errors import RunError
+from dash_dist.run.messages import RunStart, RunSummary, StepReport
+from dash_dist.run.requests import Asked
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -125,7 +125,7 @@ class RankProcess:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // seat.local_world_size))
         self._join(job, seat)
         # Imported with the environment of the seat in place.
-        from dash_dist.training import train
+        from dash_dist.training.run import train
 
         ended = end_of(lambda: train(job.config, reporter=_NewsReporter(self._news), requests=lambda: self._asked))
         # Not after any other error: the others may be gone, and leaving together would wait for them.

@@ -18,9 +18,9 @@ from typing import Any
 from dash_dist.cluster.capacity import check_limits
 from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.working_tree import files_to_pack, pack
-from dash_dist.training.config import RunConfig
-from dash_dist.training.config_file import load_config
-from dash_dist.training.errors import ConfigError, RunError
+from dash_dist.config.file import load_config
+from dash_dist.config.run import RunConfig
+from dash_dist.errors import ConfigError, RunError
 
 # `ray job stop` gives the driver this long to let the run finish its step and save, before it kills.
 STOP_WAIT_SECONDS = 600

@@ -19,11 +19,11 @@ from dash_dist.cluster.group import AttemptFailed, NodeLost
 from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.rank import Ended, Job, News
 from dash_dist.cluster.retries import Retries
-from dash_dist.training.config import RunConfig
-from dash_dist.training.errors import RunError
-from dash_dist.training.events import EventLog
-from dash_dist.training.progress import ProgressReporter, RunSummary
-from dash_dist.training.requests import Asked, Request
+from dash_dist.config.run import RunConfig
+from dash_dist.errors import RunError
+from dash_dist.run.events import EventLog
+from dash_dist.run.messages import ProgressReporter, RunSummary
+from dash_dist.run.requests import Asked, Request
 
 # How often the driver looks for news of the run, and for those of the cluster, in seconds.
 _POLL_SECONDS = 0.2

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from dash_dist.training.errors import ConfigError
+from dash_dist.errors import ConfigError
 
 # Left out wherever they are, and at the top of the tree.
 _NEVER = (".git", ".venv", "venv", "node_modules", "__pycache__", "*.pyc", "*.egg-info", ".*_cache", ".hypothesis")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from datasets import IterableDataset, load_dataset_builder
 from datasets import config as datasets_config
 
-from dash_dist.data.config import DataConfig
+from dash_dist.config.data import DataConfig
 from dash_dist.data.files import (
     files_fingerprint,
     format_of,

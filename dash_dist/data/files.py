@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from dash_dist.data.config import DataConfig
+from dash_dist.config.data import DataConfig
 
 _JSONL_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _COMPRESSED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}

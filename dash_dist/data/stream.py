@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dash_dist.data.config import DataConfig, check_separate
+from dash_dist.config.data import DataConfig, check_separate
 from dash_dist.data.corpus import Corpus, open_corpus
 from dash_dist.data.documents import RowDocuments
 from dash_dist.data.packing import JoinedPacker, PackedSequence, Packer, SeparatePacker

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dash_dist.config.deepspeed import DeepSpeedSection, check_engine
+from dash_dist.config.optimizer import OptimizerConfig
+from dash_dist.config.parallel import ParallelConfig
 from dash_dist.deepspeed_engine.checkpoint import ZeroSave, load_checkpoint, start_save
-from dash_dist.deepspeed_engine.config import DeepSpeedSection, check_engine
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
-from dash_dist.megatron.config import OptimizerConfig, ParallelConfig
-from dash_dist.megatron.engine import Engine, MicroBatch, StepResult
+from dash_dist.engine.batch import MicroBatch
+from dash_dist.megatron.engine import Engine, StepResult
 from dash_dist.megatron.loss import summed_loss
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dash_dist.deepspeed_engine.config import DeepSpeedSettings
+from dash_dist.config.deepspeed import DeepSpeedSettings
+from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.deepspeed_engine.runtime import ParallelUnit, start_deepspeed
-from dash_dist.megatron.config import OptimizerConfig
 from dash_dist.megatron.optimizer import Schedule
 from dash_dist.megatron.parallel import ParallelDims
 

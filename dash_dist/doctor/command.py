@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dash_dist.config.file import load_config
+from dash_dist.config.run import RunSection
 from dash_dist.doctor import Finding, Report, Site, Status, diagnose
 from dash_dist.doctor.processes import ProcessFailure, call_in_processes
-from dash_dist.training.config import RunSection
-from dash_dist.training.config_file import load_config
-from dash_dist.training.errors import ConfigError, RunError
+from dash_dist.errors import ConfigError, RunError
 
 _STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold red", Status.SKIPPED: "dim"}
 _GPU_SECONDS = 60.0

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+from dash_dist.distributed.loopback import loopback_interface
 from dash_dist.doctor.findings import Finding
 from dash_dist.doctor.processes import call_in_processes
 from dash_dist.doctor.site import Site
-from dash_dist.loopback import loopback_interface
 
 
 def check_in_ranks(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_dist.training.config import RunConfig
+from dash_dist.config.run import RunConfig
 
 
 @dataclass(frozen=True)

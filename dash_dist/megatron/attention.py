@@ -15,8 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from dash_dist.config.attention import AttentionConfig
 from dash_dist.context_parallel import DashAttention
-from dash_dist.megatron.config import AttentionConfig
 from dash_dist.megatron.documents import PackedDocuments
 
 

@@ -31,12 +31,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from dash_dist.checkpoints.background import FinishedCall, ForkedCall
+from dash_dist.checkpoints.engine_state import COMMON, RUN, EngineState, read_engine_state
 from dash_dist.checkpoints.integrity import FileChecksum
-from dash_dist.megatron.background import FinishedCall, ForkedCall
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.optimizer import Optimizer
 from dash_dist.megatron.parallel import ParallelDims
-from dash_dist.megatron.state import COMMON, RUN, EngineState, read_engine_state
 
 
 @dataclass(frozen=True)

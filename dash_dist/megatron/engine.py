@@ -17,27 +17,25 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from dash_dist.checkpoints.pending import PendingSave
+from dash_dist.checkpoints.engine_state import EngineState
+from dash_dist.config.attention import AttentionConfig
+from dash_dist.config.combination import check_combination
+from dash_dist.config.model import ModelConfig
+from dash_dist.config.optimizer import OptimizerConfig
+from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel.errors import ExchangeError
-from dash_dist.megatron.batch import MicroBatch, ShardBatch, count_loss_tokens, split_micro_batches
+from dash_dist.engine.batch import MicroBatch, ShardBatch, count_loss_tokens, split_micro_batches
+from dash_dist.engine.exchange_statistics import ExchangeStatistics, gather_traffic
+from dash_dist.engine.flops import flops_per_token
+from dash_dist.engine.pending import PendingSave
+from dash_dist.engine.routing import LayerRouting, gather_routing, set_recording
+from dash_dist.engine.selection_map import SelectionMap, SelectionRecorder, gather_selections
+from dash_dist.engine.step_timer import StepTimer
 from dash_dist.megatron.checkpoint import load_checkpoint, start_save
-from dash_dist.megatron.config import (
-    AttentionConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    check_combination,
-)
-from dash_dist.megatron.flops import flops_per_token
 from dash_dist.megatron.loss import loss_of_batch
 from dash_dist.megatron.model import DashGPTModel, build_model, transformer_config
 from dash_dist.megatron.optimizer import Optimizer, wrap_model
 from dash_dist.megatron.parallel import ParallelDims
-from dash_dist.megatron.routing import LayerRouting, gather_routing, set_recording
-from dash_dist.megatron.selection_map import SelectionMap, SelectionRecorder, gather_selections
-from dash_dist.megatron.state import EngineState
-from dash_dist.megatron.step_timer import StepTimer
-from dash_dist.megatron.traffic import ExchangeStatistics, gather_traffic
 
 __all__ = ["Engine", "MicroBatch", "StepResult"]
 

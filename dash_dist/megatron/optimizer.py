@@ -22,7 +22,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dash_dist.megatron.config import OptimizerConfig, ParallelConfig
+from dash_dist.config.optimizer import OptimizerConfig
+from dash_dist.config.parallel import ParallelConfig
 
 _SET_BY_RUN = ("max_lr", "min_lr", "betas", "eps")
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from dash_dist.loopback import MEETING_FOLDER, is_loopback, keep_to_loopback, listen, meet, meet_in
-from dash_dist.megatron.config import ParallelConfig
+from dash_dist.config.parallel import ParallelConfig
+from dash_dist.distributed.loopback import MEETING_FOLDER, is_loopback, keep_to_loopback, listen, meet, meet_in
 from dash_dist.megatron.cpu import run_megatron_on_cpu
 
 

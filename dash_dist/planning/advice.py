@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dash_dist.config.run import RunConfig
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout
 from dash_dist.planning.prediction import Prediction, predict
 from dash_dist.planning.search import best_layouts
-from dash_dist.training.config import RunConfig
 
 GIB = 2**30
 MORE_GPUS = 2**14

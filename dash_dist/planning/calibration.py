@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dash_dist.errors import ConfigError
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import GPUS, Machine
 from dash_dist.planning.layouts import Layout
 from dash_dist.planning.measurements import Measurement, measure_run, read_measurements
 from dash_dist.planning.prediction import Prediction, predict
-from dash_dist.training.errors import ConfigError
 
 GIB = 2**30
 LEAST_SHARE = 0.1
@@ -102,7 +102,7 @@ def predict_measured(
     measurement: Measurement, assumptions: Assumptions, *, gpu: str, gpus_per_node: int = 8
 ) -> Prediction:
     """The prediction of a run that was measured, at the density that it had."""
-    from dash_dist.planning.command import vocabulary_of
+    from dash_dist.planning.vocabulary import vocabulary_of
 
     config = measurement.run_config()
     kind = GPUS[gpu]

@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dash_dist.config.file import load_config
+from dash_dist.errors import ConfigError
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.calibration import Calibration, calibrate
 from dash_dist.planning.hardware import GPUS, Machine
@@ -17,9 +19,7 @@ from dash_dist.planning.layouts import Layout
 from dash_dist.planning.prediction import Prediction, predict
 from dash_dist.planning.report import as_json, as_text
 from dash_dist.planning.search import best_layouts
-from dash_dist.training.config import RunConfig
-from dash_dist.training.config_file import load_config
-from dash_dist.training.errors import ConfigError
+from dash_dist.planning.vocabulary import vocabulary_of
 
 GIB = 2**30
 
@@ -108,13 +108,3 @@ def run_plan(path: Path, overrides: list[str], options: Options, *, json_path: P
             json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--json {json_path}: {error.strerror}") from None
-
-
-def vocabulary_of(config: RunConfig) -> int:
-    """Tokens of the configuration's tokenizer. Raises ConfigError where it cannot be read here."""
-    from dash_dist.data.tokenizer import load_tokenizer
-
-    try:
-        return load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document).vocab_size
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.tokenizer: {error}; or give --vocab-size") from None

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dash_dist.megatron.config import padded_vocab_size
-from dash_dist.training.config import RunConfig
+from dash_dist.config.model import padded_vocab_size
+from dash_dist.config.run import RunConfig
 
 TILE_ROWS = 64
 """Rows of a tile of the attention kernels (`dash_kernels.triton_backend.tiles`)."""

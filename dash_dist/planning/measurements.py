@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dash_dist.training.config import RunConfig
-from dash_dist.training.config_file import load_config, to_yaml
-from dash_dist.training.errors import ConfigError
+from dash_dist.config.file import load_config, to_yaml
+from dash_dist.config.run import RunConfig
+from dash_dist.errors import ConfigError
 
 WARMUP_STEPS = 3
 """Steps at the beginning that compile kernels and fill the allocator: not counted."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dash_dist.megatron.flops import flops_per_token
+from dash_dist.config.run import RunConfig
+from dash_dist.engine.flops import flops_per_token
 from dash_dist.planning.activations import loss_in_pieces
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.attention_time import attention_time
@@ -25,7 +26,6 @@ from dash_dist.planning.step import (
     optimizer_time,
 )
 from dash_dist.planning.traffic import BF16, FP32, Bytes, ExchangePlan, all_reduce, plan_exchange
-from dash_dist.training.config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dash_dist.config.run import RunConfig
 from dash_dist.planning.advice import what_would_help
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.calibration import Calibration
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.prediction import Prediction
-from dash_dist.training.config import RunConfig
 
 GIB = 2**30
 _WIDTH = 110

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dash_dist.config.run import RunConfig
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout
 from dash_dist.planning.prediction import Prediction, predict
-from dash_dist.training.config import RunConfig
 
 EXCHANGES = ("selective", "allgather", "ring")
 RECOMPUTE = ("none", "full")

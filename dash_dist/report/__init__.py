@@ -24,7 +24,7 @@ def write_report(run_directory: Path, output: Path | None = None) -> Path:
     Raises:
         RunError: the folder is not that of a run, or a file of it, or the report, cannot be read or written.
     """
-    from dash_dist.training.errors import RunError
+    from dash_dist.errors import RunError
 
     record = read_run(run_directory)
     output = output or run_directory / "report.html"

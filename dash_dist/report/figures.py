@@ -19,7 +19,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from dash_dist.report.record import Curve, Histogram, RunRecord
-from dash_dist.training.dashboard import PARTS
+from dash_dist.run.curve_names import PARTS
 
 # Told apart on white and on black, and without red and green side by side (after Okabe and Ito, 2008).
 COLOURS = ("#3b82c4", "#e08a1e", "#2a9d78", "#c86fa8", "#8a8f98", "#b39b00", "#56a8d8", "#d1602f", "#7a6fd0")

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from dash_dist.report.record import Curve, RunRecord
-from dash_dist.training.events import EventKind
+from dash_dist.run.events import EventKind
 
 Verdict = Literal["not started", "running", "finished", "stopped", "failed", "interrupted"]
 

@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dash_dist.checkpoints.folders import visible_checkpoints
 from dash_dist.checkpoints.integrity import DamagedCheckpoint, read_metadata
-from dash_dist.training.errors import RunError
-from dash_dist.training.events import Event, EventLog
+from dash_dist.errors import RunError
+from dash_dist.run.events import Event, EventLog
 
 # Points that are kept of a curve, chosen evenly over its steps as TensorBoard itself does; the last one always is.
 MAX_POINTS = 2000

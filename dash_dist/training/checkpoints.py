@@ -26,13 +26,13 @@ from dash_dist.checkpoints.integrity import (
     CheckpointMetadata,
     DamagedCheckpoint,
     FileChecksum,
-    RunState,
     read_metadata,
 )
-from dash_dist.checkpoints.pending import PendingSave
-from dash_dist.training.control import ControlGroup
-from dash_dist.training.errors import CheckpointError
-from dash_dist.training.events import EventLog
+from dash_dist.distributed.agreement import ControlGroup
+from dash_dist.engine.pending import PendingSave
+from dash_dist.errors import CheckpointError
+from dash_dist.run.events import EventLog
+from dash_dist.run.state import RunState
 
 __all__ = ["CheckpointManager", "PendingSave", "RunState", "Saveable", "Saved"]
 

@@ -5,8 +5,9 @@ Knows which engines there are and what each takes; does not know how they train.
 
 from typing import Any
 
-from dash_dist.megatron import Engine, ParallelDims
-from dash_dist.training.config import RunConfig
+from dash_dist.config.run import RunConfig
+from dash_dist.megatron.engine import Engine
+from dash_dist.megatron.parallel import ParallelDims
 
 
 def build_engine(config: RunConfig, dims: ParallelDims, vocab_size: int) -> Engine:

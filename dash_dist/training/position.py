@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dash_dist.data import Batch, DataStream, merge_states
-from dash_dist.megatron import BatchError, Engine, ParallelDims, StepResult
-from dash_dist.training.checkpoints import CheckpointManager, RunState
-from dash_dist.training.control import ControlGroup
-from dash_dist.training.errors import CheckpointError, RunError
-from dash_dist.training.guard import LossGuard
+from dash_dist.data.stream import Batch, DataStream, merge_states
+from dash_dist.distributed.agreement import ControlGroup
+from dash_dist.engine.batch import BatchError
+from dash_dist.errors import CheckpointError, RunError
+from dash_dist.megatron.engine import Engine, StepResult
+from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.run.state import RunState
+from dash_dist.training.checkpoints import CheckpointManager
+from dash_dist.training.faults.guard import LossGuard
 
 
 class RunPosition:

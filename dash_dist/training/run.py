@@ -7,30 +7,35 @@ import contextlib
 from collections.abc import Iterator
 from statistics import fmean
 
-from dash_dist.data import Batch, DataStream, build_data_stream, load_tokenizer
-from dash_dist.megatron import ParallelDims, StepResult
-from dash_dist.training.attempt import begin_attempt, went_on_before
-from dash_dist.training.checkpoints import CheckpointManager, RunState
-from dash_dist.training.config import RunConfig
-from dash_dist.training.config_file import to_yaml
-from dash_dist.training.control import ControlGroup
-from dash_dist.training.curves import Curves
-from dash_dist.training.dashboard import pages
-from dash_dist.training.device import memory_used, peak_bf16_flops
+from dash_dist.config.file import to_yaml
+from dash_dist.config.run import RunConfig
+from dash_dist.data.stream import Batch, DataStream, build_data_stream
+from dash_dist.data.tokenizer import load_tokenizer
+from dash_dist.distributed.agreement import ControlGroup
+from dash_dist.errors import ConfigError, RunError
+from dash_dist.megatron.engine import StepResult
+from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.run.curve_names import pages
+from dash_dist.run.files import replace_text
+from dash_dist.run.messages import ProgressReporter, RunStart, RunSummary, StepReport
+from dash_dist.run.requests import Request, Requests, RequestsOfRank, nothing_asked
+from dash_dist.run.state import RunState
+from dash_dist.training.checkpoints import CheckpointManager
+from dash_dist.training.console import ConsoleProgress
 from dash_dist.training.engines import build_engine
-from dash_dist.training.errors import ConfigError, RunError
-from dash_dist.training.fault_log import FaultLog
-from dash_dist.training.files import replace_text
-from dash_dist.training.lock import RunLock
-from dash_dist.training.metrics import MetricsWriter, StepMetrics
+from dash_dist.training.faults.attempt import begin_attempt, went_on_before
+from dash_dist.training.faults.fault_log import FaultLog
+from dash_dist.training.faults.lock import RunLock
+from dash_dist.training.faults.recovery import LossRecovery
+from dash_dist.training.faults.watchdog import Watchdog, hang_folder
+from dash_dist.training.pace import Pace
 from dash_dist.training.position import RunPosition
-from dash_dist.training.progress import ConsoleProgress, Pace, ProgressReporter, RunStart, RunSummary, StepReport
-from dash_dist.training.recovery import LossRecovery
-from dash_dist.training.requests import Request, Requests, RequestsOfRank, nothing_asked
 from dash_dist.training.saving import Saver
 from dash_dist.training.stopping import StopSignal
-from dash_dist.training.telemetry import Telemetry, over_ranks
-from dash_dist.training.watchdog import Watchdog, hang_folder
+from dash_dist.training.telemetry.curves import Curves
+from dash_dist.training.telemetry.device import memory_used, peak_bf16_flops
+from dash_dist.training.telemetry.metrics import MetricsWriter, StepMetrics
+from dash_dist.training.telemetry.recorder import Telemetry, over_ranks
 
 
 def train(

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dash_dist.data import merge_states
-from dash_dist.training.checkpoints import CheckpointManager, RunState, Saveable, Saved
-from dash_dist.training.errors import CheckpointError
-from dash_dist.training.fault_log import FaultLog
+from dash_dist.data.stream import merge_states
+from dash_dist.errors import CheckpointError
+from dash_dist.run.state import RunState
+from dash_dist.training.checkpoints import CheckpointManager, Saveable, Saved
+from dash_dist.training.faults.fault_log import FaultLog
 
 # After a failure the next try comes after this part of the interval.
 _RETRY_PART = 10

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from storm.cluster import LocalCluster, free_port
-from training_runs import TINY, cpu_environment, losses
+
+from tests.storm.cluster import LocalCluster, free_port
+from tests.support.runs import TINY, cpu_environment, losses
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12

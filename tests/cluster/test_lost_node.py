@@ -10,11 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from storm.cluster import LocalCluster
-from storm.run import Patience, RunFiles, finish_run, start_run, write_run
-from storm.storm import node_environment
-from storm.watch import RunWatch
-from training_runs import losses, run_rank_processes
+
+from tests.storm.cluster import LocalCluster
+from tests.storm.run import Patience, RunFiles, finish_run, start_run, write_run
+from tests.storm.storm import node_environment
+from tests.storm.watch import RunWatch
+from tests.support.runs import losses, run_rank_processes
 
 STEPS = 24
 PATIENCE = Patience(answer=120)

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_cases import (
+
+from dash_dist import DashAttention, join_sequence, shard_positions, split_sequence
+from dash_dist.context_parallel import blocks, cost, exchanges
+from dash_dist.context_parallel.topology import Topology
+from dash_dist.context_parallel.traffic import Traffic
+from dash_kernels import dash_attention as dash_attention_one_device
+from tests.context_parallel.attention_cases import (
     CHUNK,
     HEAD_DIM,
     LAYOUTS,
@@ -27,12 +33,6 @@ from attention_cases import (
     shun,
     ways,
 )
-
-from dash_dist import DashAttention, join_sequence, shard_positions, split_sequence
-from dash_dist.context_parallel import blocks, cost, exchanges
-from dash_dist.context_parallel.topology import Topology
-from dash_dist.context_parallel.traffic import Traffic
-from dash_kernels import dash_attention as dash_attention_one_device
 
 
 def parity() -> dict[str, dict[str, float]]:

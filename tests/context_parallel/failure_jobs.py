@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_cases import CHUNK, HEAD_DIM, SETTINGS, device, replaced, same_inputs
 
 from dash_dist import dash_attention, split_sequence
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.context_parallel.flight import Flight
+from tests.context_parallel.attention_cases import CHUNK, HEAD_DIM, SETTINGS, device, replaced, same_inputs
 
 
 def errors_at_every_rank() -> dict[str, str]:

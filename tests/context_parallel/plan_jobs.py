@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from attention_cases import counted, device
 
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.context_parallel.plan import make_plan
@@ -18,6 +17,7 @@ from dash_dist.context_parallel.selective import fetch, send_home
 from dash_dist.context_parallel.shard import Shard
 from dash_dist.context_parallel.topology import Topology
 from dash_kernels.chunks import ChunkGrid
+from tests.context_parallel.attention_cases import counted, device
 
 BATCH, HEADS, CHUNKS_PER_RANK, CHUNK, HEAD_DIM = 2, 3, 4, 4, 6
 BLOCK_BYTES = 2 * CHUNK * HEAD_DIM * 8

@@ -5,7 +5,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_cases import (
+from torch.utils.checkpoint import checkpoint
+
+from dash_dist import DashAttention, split_sequence
+from dash_dist.context_parallel.topology import Topology
+from dash_dist.context_parallel.traffic import TrafficSummary
+from tests.context_parallel.attention_cases import (
     HEAD_DIM,
     SETTINGS,
     Counted,
@@ -18,11 +23,6 @@ from attention_cases import (
     same_inputs,
     ways,
 )
-from torch.utils.checkpoint import checkpoint
-
-from dash_dist import DashAttention, split_sequence
-from dash_dist.context_parallel.topology import Topology
-from dash_dist.context_parallel.traffic import TrafficSummary
 
 CALLS = 2  # of the one layer, by every micro-batch
 

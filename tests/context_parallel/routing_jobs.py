@@ -5,7 +5,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_cases import (
+
+from dash_dist import dash_attention, join_sequence, split_sequence
+from dash_kernels import eager, triton_backend
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import AttentionSpec, Routing
+from tests.context_parallel.attention_cases import (
     CHUNK,
     LAYOUTS,
     SETTINGS,
@@ -16,11 +21,6 @@ from attention_cases import (
     recorded,
     same_inputs,
 )
-
-from dash_dist import dash_attention, join_sequence, split_sequence
-from dash_kernels import eager, triton_backend
-from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import AttentionSpec, Routing
 
 
 def allowed(chunks: ChunkGrid, n: int) -> torch.Tensor:

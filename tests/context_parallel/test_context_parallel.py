@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from ranks import backend_for, run_ranks
 
 from dash_dist import dash_attention, join_sequence, shard_positions, split_sequence
 from dash_dist.context_parallel.layout import (
@@ -14,6 +13,7 @@ from dash_dist.context_parallel.layout import (
     shard_chunks,
 )
 from dash_kernels.chunks import ChunkGrid
+from tests.support.ranks import backend_for, run_ranks
 
 SIZES = [2, pytest.param(4, marks=pytest.mark.skipif(0 < torch.cuda.device_count() < 4, reason="needs 4 GPUs"))]
 
@@ -21,7 +21,7 @@ SIZES = [2, pytest.param(4, marks=pytest.mark.skipif(0 < torch.cuda.device_count
 @pytest.mark.parametrize("size", SIZES)
 def test_every_exchange_equals_one_process(size: int) -> None:
     """In both layouts, for one document, packed ones, and a rank of nothing but padding."""
-    for differences in run_ranks("attention_jobs:parity", size):
+    for differences in run_ranks("tests.context_parallel.attention_jobs:parity", size):
         for case, by_name in differences.items():
             density = by_name.pop("density")
             assert density < 0.8 or "padding" in case, (case, "too dense to test a selection")
@@ -30,13 +30,13 @@ def test_every_exchange_equals_one_process(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_shards_of_one_chunk(size: int) -> None:
-    for differences in run_ranks("attention_jobs:parity_of_the_smallest_shards", size):
+    for differences in run_ranks("tests.context_parallel.attention_jobs:parity_of_the_smallest_shards", size):
         for case, by_name in differences.items():
             assert max(by_name.values()) < 1e-10, (case, by_name)
 
 
 def test_routing_selects_the_same_bits_at_every_size() -> None:
-    for found in run_ranks("routing_jobs:selection_of_group_sizes", 4, cpu_only=True):
+    for found in run_ranks("tests.context_parallel.routing_jobs:selection_of_group_sizes", 4, cpu_only=True):
         for case, same in found.items():
             assert 0 < same.pop("selected") < 0.3, case
             assert all(same.values()), (case, same)
@@ -44,27 +44,27 @@ def test_routing_selects_the_same_bits_at_every_size() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_neither_another_run_nor_what_is_not_sent_changes_a_bit(size: int) -> None:
-    for found in run_ranks("attention_jobs:same_bits", size):
+    for found in run_ranks("tests.context_parallel.attention_jobs:same_bits", size):
         for case, same in found.items():
             assert all(same.values()), (case, same)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_first_token_reaches_the_last_rank(size: int) -> None:
-    changes = run_ranks("attention_jobs:first_token_reaches_the_last_rank", size)[size - 1]
+    changes = run_ranks("tests.context_parallel.attention_jobs:first_token_reaches_the_last_rank", size)[size - 1]
     assert len(changes) == (8 if size == 2 else 10)
     assert min(changes.values()) > 1e-6, changes
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_chunk_that_nobody_selected_changes_nothing_elsewhere(size: int) -> None:
-    for found in run_ranks("attention_jobs:a_chunk_that_nobody_selected", size):
+    for found in run_ranks("tests.context_parallel.attention_jobs:a_chunk_that_nobody_selected", size):
         assert all(found.values()), found
 
 
 def test_sent_bytes_are_the_plans() -> None:
     """Of every rank inside the job; here of all together, on ranks 0-1 and 2-3 as nodes."""
-    found = run_ranks("attention_jobs:bytes_sent", 4, cpu_only=True)[0]
+    found = run_ranks("tests.context_parallel.attention_jobs:bytes_sent", 4, cpu_only=True)[0]
     for case in ("zigzag, selective", "contiguous, selective"):
         for packed in (False, True):
             flat, two_level = found[f"{case}, {packed}"], found[f"{case}, 2, {packed}"]
@@ -76,7 +76,7 @@ def test_sent_bytes_are_the_plans() -> None:
 
 
 def test_auto_takes_the_same_exchange_everywhere_by_the_cost_model() -> None:
-    first, *others = run_ranks("attention_jobs:automatic_choices", 4, cpu_only=True)
+    first, *others = run_ranks("tests.context_parallel.attention_jobs:automatic_choices", 4, cpu_only=True)
     assert all(other == first for other in others)
     assert first["bandwidth is scarce"] == first["nothing is needed"] == ["selective"]
     assert first["messages are slow"] == ["allgather"]
@@ -85,18 +85,18 @@ def test_auto_takes_the_same_exchange_everywhere_by_the_cost_model() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_split_join_and_their_gradients(size: int) -> None:
-    for result in run_ranks("attention_jobs:split_and_join", size):
+    for result in run_ranks("tests.context_parallel.attention_jobs:split_and_join", size):
         assert all(result.values()), result
 
 
 def test_module_owns_the_summary_query() -> None:
-    for difference, size in run_ranks("attention_jobs:module_trains", 2):
+    for difference, size in run_ranks("tests.context_parallel.attention_jobs:module_trains", 2):
         assert difference < 1e-10 < size
 
 
 @pytest.mark.skipif(backend_for(2) == "gloo", reason="needs 2 GPUs")
 def test_bfloat16_kernels_under_nccl() -> None:
-    for differences in run_ranks("attention_jobs:triton_parity", 2):
+    for differences in run_ranks("tests.context_parallel.attention_jobs:triton_parity", 2):
         print(differences)
         assert differences["selected"] == 0
         assert differences.pop("density") < 0.95
@@ -105,7 +105,7 @@ def test_bfloat16_kernels_under_nccl() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no interpreter")
 def test_interpreted_kernels_under_gloo() -> None:
-    for found in run_ranks("routing_jobs:interpreted_kernels", 2):
+    for found in run_ranks("tests.context_parallel.routing_jobs:interpreted_kernels", 2):
         for layout, differences in found.items():
             assert differences.pop("density") < 0.95, "too dense to test a selection"
             assert differences.pop("bits") == 0, layout

@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-from ranks import backend_for, run_ranks
 
 from dash_dist.context_parallel import blocks
 from dash_dist.context_parallel.flight import Timing
@@ -14,25 +13,26 @@ from dash_dist.context_parallel.plan import reachable_chunks
 from dash_dist.context_parallel.topology import Topology, _ranks_per_node
 from dash_dist.context_parallel.traffic import Traffic
 from dash_kernels.chunks import ChunkGrid
+from tests.support.ranks import backend_for, run_ranks
 
 
 @pytest.mark.parametrize("size", [2, 4, 6])
 def test_what_the_plan_says_travels_and_nothing_else(size: int) -> None:
     """Blocks, addresses, bytes by link, the busiest rank, NaN in all that stays at home, sums of gradients."""
-    for wrong in run_ranks("plan_jobs:exchanges", size, cpu_only=True):
+    for wrong in run_ranks("tests.context_parallel.plan_jobs:exchanges", size, cpu_only=True):
         assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.skipif(backend_for(2) == "gloo", reason="needs 2 GPUs")
 def test_the_same_under_nccl() -> None:
-    for wrong in run_ranks("plan_jobs:exchanges", 2):
+    for wrong in run_ranks("tests.context_parallel.plan_jobs:exchanges", 2):
         assert not wrong, "\n".join(wrong)
-    for same in run_ranks("plan_jobs:same_bits_in_every_run", 2):
+    for same in run_ranks("tests.context_parallel.plan_jobs:same_bits_in_every_run", 2):
         assert all(same)
 
 
 def test_gradients_come_home_as_the_same_bits_in_every_run() -> None:
-    for same in run_ranks("plan_jobs:same_bits_in_every_run", 4, cpu_only=True):
+    for same in run_ranks("tests.context_parallel.plan_jobs:same_bits_in_every_run", 4, cpu_only=True):
         assert all(same)
 
 
@@ -55,12 +55,14 @@ def test_blocks_are_packed_from_strided_memory_and_added_back(dtype: torch.dtype
 
 
 def test_a_group_of_one_rank() -> None:
-    for result in run_ranks("plan_jobs:one_rank_alone", 2, cpu_only=True):
+    for result in run_ranks("tests.context_parallel.plan_jobs:one_rank_alone", 2, cpu_only=True):
         assert result == {"blocks": 0, "same": True, "idle": True, "coverage": 0.0}
 
 
 def test_a_flight_knows_how_long_it_was_waited_for() -> None:
-    for before, after, flight, waited in run_ranks("plan_jobs:timing_of_a_flight", 2, cpu_only=True):
+    for before, after, flight, waited in run_ranks(
+        "tests.context_parallel.plan_jobs:timing_of_a_flight", 2, cpu_only=True
+    ):
         assert (before, after) == (False, True)
         assert 0 <= waited <= flight
         assert flight >= 0.2
@@ -91,7 +93,9 @@ def test_counters_that_nobody_asks_for_do_not_pile_up() -> None:
     ],
 )
 def test_the_others_say_which_exchange_a_dead_rank_was_part_of(moment: str, what: str) -> None:
-    *survivors, dead = run_ranks("plan_jobs:survivors", 4, moment, True, 10.0, cpu_only=True, dying={3})
+    *survivors, dead = run_ranks(
+        "tests.context_parallel.plan_jobs:survivors", 4, moment, True, 10.0, cpu_only=True, dying={3}
+    )
     assert dead is None
     for rank, (message, seconds) in enumerate(survivors):
         assert message.startswith(f"rank {rank}: {what} did not get through")
@@ -100,14 +104,16 @@ def test_the_others_say_which_exchange_a_dead_rank_was_part_of(moment: str, what
 
 
 def test_a_rank_that_does_not_come_is_an_error_after_the_groups_timeout() -> None:
-    *waiting, _ = run_ranks("plan_jobs:survivors", 4, "fetch", False, 4.0, cpu_only=True)
+    *waiting, _ = run_ranks("tests.context_parallel.plan_jobs:survivors", 4, "fetch", False, 4.0, cpu_only=True)
     for rank, (message, seconds) in enumerate(waiting):
         assert message.startswith(f"rank {rank}: K and V of the selected chunks did not get through")
         assert seconds < 8
 
 
 def test_nodes_are_found_by_host_name() -> None:
-    assert run_ranks("plan_jobs:topology_by_host_name", 2, cpu_only=True) == [[2, False, True]] * 2
+    assert (
+        run_ranks("tests.context_parallel.plan_jobs:topology_by_host_name", 2, cpu_only=True) == [[2, False, True]] * 2
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dash-dist-datasets-")
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_streams import TEXTS
 
-from dash_dist.data import DataConfig
+from dash_dist.config.data import DataConfig
+from tests.data.data_streams import TEXTS
 
 
 @pytest.fixture(scope="session", autouse=True)

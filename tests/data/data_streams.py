@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
-from dash_dist.data import Batch, ByteTokenizer, DataConfig, DataStream, build_data_stream
+from dash_dist.config.data import DataConfig
+from dash_dist.data.stream import Batch, DataStream, build_data_stream
+from dash_dist.data.tokenizer import ByteTokenizer
 
 # From one byte to many windows of the lengths the tests use.
 LENGTHS = (1, 70, 3, 15, 16, 17, 200, 2, 31, 64, 5)

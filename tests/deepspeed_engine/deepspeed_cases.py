@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 import torch
-from megatron_cases import Case
+
+from tests.support.models import Case
 
 STEPS = 12
 STEPS_BEFORE_SAVE = 3

@@ -18,21 +18,25 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # read where DeepSpeed is imported, and th
 
 import deepspeed
 import torch
-from deepspeed_cases import STEPS, STEPS_AFTER_LOAD, STEPS_BEFORE_SAVE, Run, Trained
-from megatron_cases import CHUNK_SIZE, MODEL, ROUTING_SCALE, SEQUENCE_LENGTH, VOCAB_SIZE, Case
-from megatron_jobs import micro_batches
 
+from dash_dist.config.attention import AttentionConfig
+from dash_dist.config.deepspeed import DeepSpeedSection, DeepSpeedSettings, ZeroSettings
+from dash_dist.config.optimizer import OptimizerConfig
+from dash_dist.config.parallel import ParallelConfig
 from dash_dist.deepspeed_engine import engine as deepspeed_module
 from dash_dist.deepspeed_engine.checkpoint import load_checkpoint, start_save
-from dash_dist.deepspeed_engine.config import DeepSpeedSection, DeepSpeedSettings, ZeroSettings
 from dash_dist.deepspeed_engine.engine import DeepSpeedEngine
 from dash_dist.deepspeed_engine.slices import owned_slices
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
-from dash_dist.megatron import AttentionConfig, Engine, OptimizerConfig, ParallelConfig, ParallelDims
 from dash_dist.megatron import engine as megatron_module
 from dash_dist.megatron import loss as loss_module
 from dash_dist.megatron.checkpoint import EngineState
+from dash_dist.megatron.engine import Engine
 from dash_dist.megatron.loss import summed_loss as megatron_summed_loss
+from dash_dist.megatron.parallel import ParallelDims
+from tests.deepspeed_engine.deepspeed_cases import STEPS, STEPS_AFTER_LOAD, STEPS_BEFORE_SAVE, Run, Trained
+from tests.megatron.megatron_jobs import micro_batches
+from tests.support.models import CHUNK_SIZE, MODEL, ROUTING_SCALE, SEQUENCE_LENGTH, VOCAB_SIZE, Case
 
 
 @contextmanager

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import DEVICE, random_inputs
 
 from dash_kernels import backend, dash_attention, eager
+from tests.kernels.attention_inputs import DEVICE, random_inputs
 
 GOOD = {"chunk_size": 16}
 

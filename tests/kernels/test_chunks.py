@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
-from attention_inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dash_kernels.chunks import ChunkGrid
+from tests.kernels.attention_inputs import DEVICE
 
 
 def rows(grid: ChunkGrid) -> list[list[int]]:

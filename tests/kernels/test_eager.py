@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from attention_inputs import DEVICE, assert_close, output_and_gradients, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dash_kernels import dash_attention, reference_dash_attention
 from dash_kernels.entmax import entmax_threshold
 from dash_kernels.reference import entmax
+from tests.kernels.attention_inputs import DEVICE, assert_close, output_and_gradients, random_inputs
 
 
 @pytest.mark.parametrize("group", [1, 4, 8])

@@ -6,10 +6,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_inputs import DEVICE, Inputs, assert_close, output_and_gradients, random_inputs, relative_errors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_kernels import dash_attention, reference_dash_attention
+from tests.kernels.attention_inputs import (
+    DEVICE,
+    Inputs,
+    assert_close,
+    output_and_gradients,
+    random_inputs,
+    relative_errors,
+)
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: bfloat16 is wrong in Triton's interpreter")
 

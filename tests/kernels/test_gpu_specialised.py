@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from attention_inputs import DEVICE
 
 from dash_kernels import triton_backend
 from dash_kernels.chunks import ChunkGrid
@@ -12,6 +11,7 @@ from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queri
 from dash_kernels.triton_backend import backward_keys, backward_queries, forward, selection
 from dash_kernels.triton_backend.launch import gather_options, pair_options
 from dash_kernels.triton_backend.tiles import TileShape
+from tests.kernels.attention_inputs import DEVICE
 
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU: Gluon has no interpreter"

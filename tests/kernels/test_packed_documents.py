@@ -5,9 +5,17 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_inputs import DEVICE, NAMES, Inputs, assert_near, clear_inputs, output_and_gradients, random_inputs
 
 from dash_kernels import attention, dash_attention, reference_dash_attention
+from tests.kernels.attention_inputs import (
+    DEVICE,
+    NAMES,
+    Inputs,
+    assert_near,
+    clear_inputs,
+    output_and_gradients,
+    random_inputs,
+)
 
 C = 16
 DOCUMENTS = {

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import DEVICE, assert_near, clear_inputs, output_and_gradients, random_inputs
 
 from dash_kernels import dash_attention, eager, triton_backend
 from dash_kernels.arguments import check_arguments
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import Blocks, OutputGradient, Part, Queries
+from tests.kernels.attention_inputs import DEVICE, assert_near, clear_inputs, output_and_gradients, random_inputs
 
 C = 16
 # The stages, what they run in, how close they must come, and the query heads of a KV head.

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from attention_inputs import DEVICE, random_inputs
 
 from dash_kernels import reference_dash_attention
 from dash_kernels.reference import entmax
+from tests.kernels.attention_inputs import DEVICE, random_inputs
 
 ALPHAS = (1.5, 2.0, 1.25)
 

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import (
+
+from dash_kernels import backend, dash_attention, eager, reference_dash_attention, triton_backend
+from dash_kernels.backend import is_hopper
+from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import Part, Routing
+from dash_kernels.triton_backend import backward_keys, selection
+from dash_kernels.triton_backend.keys import KeyRows
+from dash_kernels.triton_backend.launch import launch_options
+from dash_kernels.triton_backend.masks import tile_efficiency
+from dash_kernels.triton_backend.tiles import TileShape
+from tests.kernels.attention_inputs import (
     DEVICE,
     Inputs,
     assert_close,
@@ -20,16 +30,6 @@ from attention_inputs import (
     routing_gaps,
     spec_of,
 )
-
-from dash_kernels import backend, dash_attention, eager, reference_dash_attention, triton_backend
-from dash_kernels.backend import is_hopper
-from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import Part, Routing
-from dash_kernels.triton_backend import backward_keys, selection
-from dash_kernels.triton_backend.keys import KeyRows
-from dash_kernels.triton_backend.launch import launch_options
-from dash_kernels.triton_backend.masks import tile_efficiency
-from dash_kernels.triton_backend.tiles import TileShape
 
 # (group, head_dim, chunk_size, prior_sigma, tokens): every group, head dim, chunk size and prior mode; tokens never a
 # multiple of the chunk

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ranks import free_port
-from training_runs import cpu_environment, losses, run_command, write_config
+
+from tests.support.ranks import free_port
+from tests.support.runs import cpu_environment, losses, run_command, write_config
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from training_runs import run_command
 
 from dash_dist.cluster.__main__ import app
-from dash_dist.training import load_config
+from dash_dist.config.file import load_config
+from tests.support.runs import run_command
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

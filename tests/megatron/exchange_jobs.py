@@ -9,13 +9,13 @@ import time
 from typing import Any
 from unittest import mock
 
-from megatron_cases import Case
-from megatron_jobs import engine_of, micro_batches
-
 from dash_dist.context_parallel import selective
 from dash_dist.context_parallel.errors import ExchangeError
-from dash_dist.megatron import Engine, ExchangeStatistics
+from dash_dist.engine.exchange_statistics import ExchangeStatistics
 from dash_dist.megatron import loss as loss_module
+from dash_dist.megatron.engine import Engine
+from tests.megatron.megatron_jobs import engine_of, micro_batches
+from tests.support.models import Case
 
 
 def statistics_of_steps(cases: dict[str, Case]) -> dict[str, ExchangeStatistics | None]:

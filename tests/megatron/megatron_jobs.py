@@ -13,7 +13,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron_cases import (
+
+from dash_dist.config.attention import AttentionConfig
+from dash_dist.config.optimizer import OptimizerConfig
+from dash_dist.config.parallel import ParallelConfig
+from dash_dist.context_parallel import DashAttention, shard_positions
+from dash_dist.megatron import model as model_module
+from dash_dist.megatron.engine import Engine
+from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.megatron.weights import global_name
+from tests.support.models import (
     CHUNK_SIZE,
     MODEL,
     SEQUENCE_LENGTH,
@@ -27,11 +36,6 @@ from megatron_cases import (
     packed_batch,
     packed_documents_alone,
 )
-
-from dash_dist.context_parallel import DashAttention, shard_positions
-from dash_dist.megatron import AttentionConfig, Engine, OptimizerConfig, ParallelConfig, ParallelDims
-from dash_dist.megatron import model as model_module
-from dash_dist.megatron.weights import global_name
 
 BAD_BORDERS = {
     "late": torch.tensor([16, 128], dtype=torch.int32),

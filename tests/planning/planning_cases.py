@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from dash_dist.megatron import ModelConfig
+from dash_dist.config.model import ModelConfig
+from dash_dist.config.run import RunConfig
 from dash_dist.planning import GPUS, Assumptions, Layout, Machine
-from dash_dist.training.config import RunConfig
 
 VOCAB_SIZE = 100  # padded to 128
 SEQUENCE_LENGTH = 256

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from planning_cases import CHUNK_SIZE, GLOBAL_BATCH, MODEL, SEQUENCE_LENGTH, VOCAB_SIZE, Case, batch
 
-from dash_dist.megatron import AttentionConfig, Engine, OptimizerConfig, ParallelConfig, ParallelDims
+from dash_dist.config.attention import AttentionConfig
+from dash_dist.config.optimizer import OptimizerConfig
+from dash_dist.config.parallel import ParallelConfig
+from dash_dist.megatron.engine import Engine
 from dash_dist.megatron.model import build_model, transformer_config
+from dash_dist.megatron.parallel import ParallelDims
+from tests.planning.planning_cases import CHUNK_SIZE, GLOBAL_BATCH, MODEL, SEQUENCE_LENGTH, VOCAB_SIZE, Case, batch
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planning_cases import DENSE, large_config, layout, machine, small_config
 
 from dash_dist.cli import app
+from dash_dist.config.file import to_yaml
+from dash_dist.errors import ConfigError
 from dash_dist.planning import GPUS, Assumptions, Prediction, best_layouts, predict
 from dash_dist.planning.advice import what_would_help
 from dash_dist.planning.calibration import calibrate, fit, predict_measured
 from dash_dist.planning.measurements import Measurement, read_measurements
 from dash_dist.planning.search import layouts
 from dash_dist.planning.selection import tile_efficiency, union
-from dash_dist.training.config_file import to_yaml
-from dash_dist.training.errors import ConfigError
+from tests.planning.planning_cases import DENSE, large_config, layout, machine, small_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VOCAB_SIZE = 128_000
@@ -283,7 +283,7 @@ def test_planning_needs_no_torch() -> None:
 
 
 def test_the_table_of_gpus_is_that_of_the_runs_mfu() -> None:
-    from dash_dist.training.device import _PEAK_BF16_FLOPS
+    from dash_dist.training.telemetry.device import _PEAK_BF16_FLOPS
 
     assert {name: gpu.flops for name, gpu in GPUS.items()} == {name: _PEAK_BF16_FLOPS[name] for name in GPUS}
 

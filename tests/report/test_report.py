@@ -13,14 +13,14 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from dash_dist.megatron import LayerRouting
+from dash_dist.engine.routing import LayerRouting
+from dash_dist.errors import RunError
 from dash_dist.report import write_report
 from dash_dist.report.figures import COLOURS, figures
 from dash_dist.report.health import GRACE_SECONDS, remarks, verdict
 from dash_dist.report.record import MAX_POINTS, Curve, RunRecord, read_run
-from dash_dist.training.errors import RunError
-from dash_dist.training.events import Event, EventLog
-from dash_dist.training.metrics import MetricsWriter
+from dash_dist.run.events import Event, EventLog
+from dash_dist.training.telemetry.metrics import MetricsWriter
 
 
 def write_curves(run: Path, curves: dict[str, list[tuple[int, float]]], *, purge_step: int | None = None) -> None:

@@ -1,6 +1,6 @@
 """What the tests of the context-parallel benchmark run."""
 
-from kernel_benchmark.inputs import Case
+from tools.benchmarks.common.inputs import Case
 
 CASE = Case(
     seq_len=256,

@@ -7,24 +7,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import bench_cp
 import pytest
 import torch
 import torch.distributed as dist
-from cp_benchmark import timing
-from cp_benchmark.calls import Problem
-from cp_benchmark.inputs import shard_inputs
-from cp_benchmark.overlap import FLIGHTS, OverlapTimes, Recording, Site, alternate, overlap
-from cp_benchmark.ranks import Ranks, RanksFailedError, run_ranks
-from cp_benchmark.results import Results
-from cp_benchmark.tables import tables
-from cp_benchmark.timing import Mark, StepTime, measure_step, no_mark
-from cp_cases import CASE
-from kernel_benchmark.measure import Cell
-from ranks import run_ranks as run_test_ranks
 
 from dash_dist import shard_positions
 from dash_dist.context_parallel.layout import LAYOUTS
+from tests.support.ranks import run_ranks as run_test_ranks
+from tests.tools.cp_cases import CASE
+from tools.benchmarks.context_parallel import timing
+from tools.benchmarks.context_parallel.__main__ import main, parse
+from tools.benchmarks.context_parallel.calls import Problem
+from tools.benchmarks.context_parallel.inputs import shard_inputs
+from tools.benchmarks.context_parallel.overlap import FLIGHTS, OverlapTimes, Recording, Site, alternate, overlap
+from tools.benchmarks.context_parallel.ranks import Ranks, RanksFailedError, run_ranks
+from tools.benchmarks.context_parallel.results import Results
+from tools.benchmarks.context_parallel.tables import tables
+from tools.benchmarks.context_parallel.timing import Mark, StepTime, measure_step, no_mark
+from tools.benchmarks.kernels.measure import Cell
 
 CPU = torch.device("cpu")
 AS_OPTIONS = "--device cpu --seq-len 256 --heads 4,2 --head-dim 16 --chunk-size 16 --dtype fp32 --density 0.5"
@@ -33,9 +33,7 @@ AS_OPTIONS = "--device cpu --seq-len 256 --heads 4,2 --head-dim 16 --chunk-size 
 def test_the_whole_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "results.json", tmp_path / "results.png"
     some = "--exchange auto selective ring --dense dense-cudnn --seconds 0.1 --overlap-rounds 2"
-    bench_cp.main(
-        [*AS_OPTIONS.split(), *some.split(), "--time-limit", "200", "--out", str(out), "--plot", str(picture)]
-    )
+    main([*AS_OPTIONS.split(), *some.split(), "--time-limit", "200", "--out", str(out), "--plot", str(picture)])
     printed = capfd.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -82,7 +80,7 @@ def test_the_whole_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert results.link["gigabytes_per_second"] > 0
     assert results.environment["ranks"] == 2
 
-    bench_cp.main(["--predict", str(out), "--predict-ranks", "8", "16", "--predict-seq-len", "4096"])
+    main(["--predict", str(out), "--predict-ranks", "8", "16", "--predict-seq-len", "4096"])
     predicted = capfd.readouterr().out
     assert "| 16 | 4096 |" in predicted
     assert "Assumed:" in predicted
@@ -256,8 +254,8 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--exchange", "carrier-pigeon"], "invalid choice"),
     ):
         with pytest.raises(SystemExit):
-            bench_cp.parse([*AS_OPTIONS.split(), *wrong])
+            parse([*AS_OPTIONS.split(), *wrong])
         assert message in capsys.readouterr().err
     Results({}).write(tmp_path / "empty.json")
-    with pytest.raises(SystemExit, match="run bench_cp"):
-        bench_cp.main(["--predict", str(tmp_path / "empty.json")])
+    with pytest.raises(SystemExit, match="run the benchmark"):
+        main(["--predict", str(tmp_path / "empty.json")])

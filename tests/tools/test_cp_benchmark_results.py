@@ -4,17 +4,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import bench_cp
 import pytest
 import torch
-from cp_benchmark.overlap import alternate
-from cp_benchmark.predict import Constants, constants_of, predict
-from cp_benchmark.results import Counters, ExchangeRow, OverlapRow, Results, WeakRow
-from cp_benchmark.timing import StepTime
-from cp_cases import CASE
-from kernel_benchmark.measure import Cell
 
 from dash_dist.context_parallel.traffic import TrafficSummary
+from tests.tools.cp_cases import CASE
+from tools.benchmarks.context_parallel.__main__ import main
+from tools.benchmarks.context_parallel.overlap import alternate
+from tools.benchmarks.context_parallel.predict import Constants, constants_of, predict
+from tools.benchmarks.context_parallel.results import Counters, ExchangeRow, OverlapRow, Results, WeakRow
+from tools.benchmarks.context_parallel.timing import StepTime
+from tools.benchmarks.kernels.measure import Cell
 
 
 def step_time(whole: float, forward: float) -> StepTime:
@@ -79,7 +79,7 @@ def test_results_survive_their_file_and_are_derived(tmp_path: Path, capsys: pyte
     assert content["overlap"][0]["derived"] == {"overlap": 0.75, "spread": [0.75, 0.75]}
     assert content["layouts"][0]["derived"]["imbalance"] == 1.5
 
-    bench_cp.main(["--plot-only", str(path)])
+    main(["--plot-only", str(path)])
     printed = capsys.readouterr().out
     assert "not run: too long" in printed
     assert "512: weak scaling: OutOfMemoryError: too much" in printed

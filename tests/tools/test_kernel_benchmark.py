@@ -4,16 +4,16 @@ import json
 import math
 from pathlib import Path
 
-import bench_kernels
 import pytest
 import torch
-from kernel_benchmark.density import TOLERANCE, find_routing_scale
-from kernel_benchmark.environment import commit_of
-from kernel_benchmark.inputs import Case, fingerprint, linear_recurrence, make_inputs
-from kernel_benchmark.measure import Cell
-from kernel_benchmark.results import CUDNN_FORWARD, FORWARD, STEP, Row, read_json, tables, write_json
 
 from dash_kernels import dash_attention
+from tools.benchmarks.common.environment import commit_of
+from tools.benchmarks.common.inputs import Case, fingerprint, linear_recurrence, make_inputs
+from tools.benchmarks.kernels.__main__ import cases, main, parse
+from tools.benchmarks.kernels.density import TOLERANCE, find_routing_scale
+from tools.benchmarks.kernels.measure import Cell
+from tools.benchmarks.kernels.results import CUDNN_FORWARD, FORWARD, STEP, Row, read_json, tables, write_json
 
 CPU = torch.device("cpu")
 
@@ -123,7 +123,7 @@ def test_results_survive_their_file_and_are_drawn(tmp_path: Path, capsys: pytest
     assert derived["forward_speed_up_over_cudnn"] == 2.5
     assert math.isclose(measured.of_ideal(FORWARD, CUDNN_FORWARD) or 0, 2.5 * 0.25, rel_tol=1e-3)
 
-    bench_kernels.main(["--plot-only", str(path)])
+    main(["--plot-only", str(path)])
     printed = capsys.readouterr().out
     assert "attend_fwd_kernel" in printed
     assert "fill" not in printed  # less than 1 % of the time
@@ -134,14 +134,14 @@ def test_results_survive_their_file_and_are_drawn(tmp_path: Path, capsys: pytest
 
 def test_rows_are_all_combinations_and_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     several = "--heads 32,2 32,8 --density 0.25 1 --inputs smooth iid --seq-len 64 128"
-    options = bench_kernels.parse(several.split())
-    assert len(set(bench_kernels.cases(options))) == 16
+    options = parse(several.split())
+    assert len(set(cases(options))) == 16
     for wrong, message in (
         (["--heads", "3,2"], "multiple of the KV heads"),
         (["--density", "1.5"], r"give a number in (0, 1]"),
         (["--peer", str(tmp_path)], "no package dash_attn"),
     ):
         with pytest.raises(SystemExit):
-            bench_kernels.parse(wrong)
+            parse(wrong)
         assert message in capsys.readouterr().err
     assert commit_of(tmp_path) == "unknown"

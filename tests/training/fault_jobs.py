@@ -15,13 +15,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from training_jobs import Outcome, attempt
 
-from dash_dist.data import DataStream
-from dash_dist.megatron import Engine, StepResult
+from dash_dist.data.stream import DataStream
 from dash_dist.megatron.checkpoint import _Plan
-from dash_dist.training import Asked, Request
-from dash_dist.training.skipped import SkippedBatches, SkipRecord
+from dash_dist.megatron.engine import Engine, StepResult
+from dash_dist.run.requests import Asked, Request
+from dash_dist.training.faults.skipped import SkippedBatches, SkipRecord
+from tests.training.training_jobs import Outcome, attempt
 
 Steps = Callable[[Engine, list], StepResult]
 

@@ -4,9 +4,10 @@ import os
 import sys
 import time
 
-from dash_dist.megatron import Engine
-from dash_dist.training import load_config, train
-from dash_dist.training.watchdog import Watchdog
+from dash_dist.config.file import load_config
+from dash_dist.megatron.engine import Engine
+from dash_dist.training.faults.watchdog import Watchdog
+from dash_dist.training.run import train
 
 
 def stand_still() -> None:

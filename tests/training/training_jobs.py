@@ -18,13 +18,19 @@ from unittest import mock
 import torch.distributed as dist
 from rich.console import Console
 
-from dash_dist.data import DataStream
-from dash_dist.megatron import Engine, ParallelDims, StepResult
+from dash_dist.config.file import load_config
+from dash_dist.data.stream import DataStream
+from dash_dist.distributed.agreement import ControlGroup
+from dash_dist.errors import CheckpointError
 from dash_dist.megatron.checkpoint import _Plan
-from dash_dist.training import CheckpointError, ConsoleProgress, RunSummary, load_config, train
-from dash_dist.training.checkpoints import CheckpointManager, RunState
-from dash_dist.training.control import ControlGroup
-from dash_dist.training.requests import Requests, nothing_asked
+from dash_dist.megatron.engine import Engine, StepResult
+from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.run.messages import RunSummary
+from dash_dist.run.requests import Requests, nothing_asked
+from dash_dist.run.state import RunState
+from dash_dist.training.checkpoints import CheckpointManager
+from dash_dist.training.console import ConsoleProgress
+from dash_dist.training.run import train
 
 
 @dataclass(frozen=True)

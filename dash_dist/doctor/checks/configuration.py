@@ -3,7 +3,8 @@
 Knows the configuration, which is valid in itself by then; builds no model.
 """
 
-from dash_dist.data import build_data_stream, load_tokenizer
+from dash_dist.data.stream import build_data_stream
+from dash_dist.data.tokenizer import load_tokenizer
 from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, skipped, warning
 from dash_dist.doctor.site import Site
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dash_dist.data import load_tokenizer
+from dash_dist.config.model import padded_vocab_size
+from dash_dist.config.run import RunConfig
+from dash_dist.data.tokenizer import load_tokenizer
 from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, warning
 from dash_dist.doctor.site import Site
-from dash_dist.megatron.config import padded_vocab_size
-from dash_dist.training.config import RunConfig
 
 _TRIAL_BYTES = 256 * 2**20
 _BLOCK_BYTES = 4 * 2**20

@@ -1,0 +1,42 @@
+"""Arguments that several commands take, and how a command ends.
+
+Knows typer and exit statuses; does not know any command.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/demo.yaml.")]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings that replace those of the file, such as training.steps=20."
+    ),
+]
+
+
+def run_app(command: typer.Typer) -> None:
+    """Run a typer command and end the process; a RunError is printed as it is, once, and not as a traceback.
+
+    Exit status: 2 for a refused configuration or command line, 1 for a run that failed.
+    """
+    try:
+        command()
+    except Exception as error:
+        from dash_dist.errors import ConfigError, RunError
+        from dash_dist.run.restarts import tell_refused
+
+        if not isinstance(error, RunError):
+            raise
+        if not error.may_pass:
+            tell_refused()
+        # Such an error is raised at every rank; one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

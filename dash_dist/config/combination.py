@@ -1,0 +1,79 @@
+"""Combinations of sections that cannot work, whichever machine the run is on.
+
+Knows which values fit together; does not know the number of GPUs that are there.
+"""
+
+from __future__ import annotations
+
+from dash_dist.config.attention import PIECES_PER_RANK, AttentionConfig
+from dash_dist.config.model import VOCAB_MULTIPLE, ModelConfig
+from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.section import divisors, next_multiple
+
+
+def check_combination(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    parallel: ParallelConfig,
+    *,
+    world_size: int,
+    sequence_length: int,
+) -> None:
+    """Refuse combinations that no single part of the configuration can see.
+
+    Args:
+        world_size: processes of the run.
+        sequence_length: tokens of one sequence, before it is split.
+
+    Raises:
+        ValueError: says the value and what to change.
+    """
+    parallel.data_parallel_size(world_size)
+    if attention.backend == "triton" and attention.alpha != 1.5:
+        raise ValueError(
+            f"attention.backend=triton computes attention.alpha 1.5 only, not {attention.alpha}: "
+            "set attention.backend to auto or eager, or attention.alpha to 1.5"
+        )
+    if attention.backend == "triton" and model.resolved_head_dim > MAX_TRITON_HEAD_DIM:
+        raise ValueError(
+            f"attention.backend=triton takes a head_dim of up to {MAX_TRITON_HEAD_DIM}, not "
+            f"{model.resolved_head_dim}: set attention.backend to auto or eager, or lower model.head_dim"
+        )
+    if model.num_kv_heads % parallel.tensor:
+        raise ValueError(
+            f"num_kv_heads {model.num_kv_heads} is not a multiple of parallel.tensor {parallel.tensor}: set "
+            f"parallel.tensor to one of {divisors(model.num_kv_heads)}"
+        )
+    if model.ffn_hidden_size % parallel.tensor:
+        raise ValueError(
+            f"ffn_hidden_size {model.ffn_hidden_size} is not a multiple of parallel.tensor "
+            f"{parallel.tensor}: set it to {next_multiple(model.ffn_hidden_size, parallel.tensor)}"
+        )
+    if VOCAB_MULTIPLE % parallel.tensor:
+        raise ValueError(
+            f"parallel.tensor {parallel.tensor} does not divide {VOCAB_MULTIPLE}, the multiple the "
+            f"vocabulary is padded to: set parallel.tensor to one of {divisors(VOCAB_MULTIPLE)}"
+        )
+    if model.num_layers % parallel.pipeline:
+        raise ValueError(
+            f"num_layers {model.num_layers} is not a multiple of parallel.pipeline {parallel.pipeline}: set "
+            f"parallel.pipeline to one of {divisors(model.num_layers)}"
+        )
+    if attention.ranks_per_node is not None and parallel.context % attention.ranks_per_node:
+        raise ValueError(
+            f"attention.ranks_per_node {attention.ranks_per_node} does not divide parallel.context {parallel.context}: "
+            f"set it to one of {divisors(parallel.context)}, or to null to have the nodes found by host name"
+        )
+    pieces_per_rank = PIECES_PER_RANK[attention.layout]
+    pieces = parallel.context * pieces_per_rank
+    if parallel.context > 1 and sequence_length % (pieces * attention.chunk_size):
+        factors = f"{f'{pieces_per_rank} x ' if pieces_per_rank > 1 else ''}cp x chunk_size"
+        multiple = pieces * attention.chunk_size
+        raise ValueError(
+            f"sequence length {sequence_length} is not a multiple of {factors} = {multiple}: pad to "
+            f"{next_multiple(sequence_length, multiple)}"
+        )
+
+
+MAX_TRITON_HEAD_DIM = 256
+"""That of `dash_kernels.backend`, which cannot be imported here without torch."""

@@ -1,0 +1,163 @@
+"""What a run may say about DeepSpeed: its section of the YAML, and the JSON file that the section can name.
+
+Knows which of DeepSpeed's settings a run may choose and which the rest of its configuration decides. Does not import
+DeepSpeed or torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError, field_validator
+
+from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.section import Section
+
+ZeroStage = Literal[1, 2, 3]
+Elements = Annotated[int, Field(gt=0, strict=False)]  # DeepSpeed's documentation writes 5e8
+ElementsOrNone = Annotated[int, Field(ge=0, strict=False)]
+
+DECIDED_BY_RUN = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "the section optimizer",
+    "scheduler": "the section optimizer",
+    "bf16": "the device: weights are bfloat16 on GPUs and float32 on CPUs",
+    "fp16": "the device: weights are bfloat16 on GPUs and float32 on CPUs",
+    "amp": "the device: weights are bfloat16 on GPUs and float32 on CPUs",
+    "torch_autocast": "the device: weights are bfloat16 on GPUs and float32 on CPUs",
+    "data_types": "the engine: gradients are accumulated in float32",
+    "activation_checkpointing": "parallel.recompute",
+    "sequence_parallel_size": "parallel.context",
+    "tensor_parallel": "parallel.tensor",
+    "checkpoint": "the section checkpoint",
+    "tensorboard": "the section logging",
+    "steps_per_print": "logging.interval",
+}
+"""DeepSpeed's settings that a file may not have, other than as "auto", and what decides them."""
+
+
+class _Closed(Section):
+    model_config = ConfigDict(strict=True)
+
+
+class ZeroSettings(_Closed):
+    """`zero_optimization` in the words of DeepSpeed's documentation; sizes are in elements."""
+
+    stage: ZeroStage = 1
+    reduce_bucket_size: Elements = 50_000_000
+    allgather_bucket_size: Elements = 50_000_000
+    overlap_comm: bool = False
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    sub_group_size: Elements = 1_000_000_000
+    stage3_prefetch_bucket_size: ElementsOrNone = 50_000_000
+    stage3_param_persistence_threshold: ElementsOrNone = 100_000
+    stage3_max_live_parameters: ElementsOrNone = 1_000_000_000
+    stage3_max_reuse_distance: ElementsOrNone = 1_000_000_000
+
+
+class DeepSpeedSettings(_Closed):
+    """What a DeepSpeed JSON file may say here.
+
+    Attributes:
+        communication_data_type: of the gradients that ZeRO-2 and ZeRO-3 reduce; float32 as everywhere else.
+    """
+
+    zero_optimization: ZeroSettings = Field(default_factory=ZeroSettings)
+    communication_data_type: Literal["fp32", "bf16"] = "fp32"
+
+
+class DeepSpeedSection(Section):
+    """Read with `engine: deepspeed` only.
+
+    Attributes:
+        zero_stage: what is sharded over the data- and context-parallel ranks: 1 the optimizer's state, 2 gradients too,
+            3 weights too. None: as in `file`, or 1.
+        file: a DeepSpeed JSON, such as those in configs/deepspeed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    zero_stage: ZeroStage | None = None
+    file: Path | None = None
+
+    @field_validator("file", mode="before")
+    @classmethod
+    def _file_is_a_path(cls, file: object) -> object:
+        return Path(file) if isinstance(file, str) else file
+
+    def settings(self) -> DeepSpeedSettings:
+        """The file's, or the defaults, at the section's stage.
+
+        Raises:
+            ValueError: the file cannot be read, has a setting that is not allowed, or another stage than the section;
+                says which.
+        """
+        settings = DeepSpeedSettings() if self.file is None else read_settings(self.file)
+        in_file = settings.zero_optimization.stage
+        if self.zero_stage is None or self.zero_stage == in_file:
+            return settings
+        if self.file is not None:
+            raise ValueError(
+                f"deepspeed.zero_stage is {self.zero_stage}, and zero_optimization.stage is {in_file} in {self.file}: "
+                "set one of them only, or name another file"
+            )
+        zero = settings.zero_optimization.model_copy(update={"stage": self.zero_stage})
+        return settings.model_copy(update={"zero_optimization": zero})
+
+
+def read_settings(path: Path) -> DeepSpeedSettings:
+    """Read a DeepSpeed JSON file.
+
+    Raises:
+        ValueError: it cannot be read, or has a setting that is unknown here or that the run decides; names them all.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"deepspeed.file: cannot read {path}: {reason}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"deepspeed.file: {path} is not valid JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"deepspeed.file: {path} holds {json.dumps(given)[:60]}, not DeepSpeed's settings")
+    problems = [
+        f'{key} is decided by {owner}: remove it, or set it to "auto"'
+        for key, owner in DECIDED_BY_RUN.items()
+        if given.get(key, "auto") != "auto"
+    ]
+    try:
+        settings = DeepSpeedSettings.model_validate({k: v for k, v in given.items() if k not in DECIDED_BY_RUN})
+    except ValidationError as error:
+        problems += [_explain(error_of_one) for error_of_one in error.errors()]
+    if problems:
+        raise ValueError(f"deepspeed.file: {path} is refused: {'; '.join(problems)}")
+    return settings
+
+
+def check_engine(parallel: ParallelConfig, section: DeepSpeedSection) -> None:
+    """Refuse what `engine: deepspeed` cannot do.
+
+    Raises:
+        ValueError: says the value and what to change.
+    """
+    for name, size in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
+        if size != 1:
+            raise ValueError(
+                f"parallel.{name} is {size}, and engine: deepspeed shards over data and context parallelism only: "
+                f"set parallel.{name} to 1, or engine to megatron"
+            )
+    section.settings()
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        model = ZeroSettings if key.startswith("zero_optimization.") else DeepSpeedSettings
+        return f"{key} is not supported here, only {', '.join(model.model_fields)} are"
+    return f"{key} = {json.dumps(error['input'])[:60]}: {error['msg'][0].lower()}{error['msg'][1:]}"

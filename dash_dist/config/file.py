@@ -1,0 +1,161 @@
+"""From a YAML file and `key=value` overrides to a RunConfig, and back to YAML; every refusal in words.
+
+Knows how to explain what pydantic found; does not know what the settings mean.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from dash_dist.config.run import RunConfig
+from dash_dist.config.yaml_reader import parse
+from dash_dist.errors import ConfigError
+
+_SHOWN_CHARACTERS = 60
+_SHOWN_PROBLEMS = 20
+_OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)+|engine)=(?P<value>.*)", re.DOTALL)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the run configuration at `path`, replace settings by `overrides`, and validate the whole.
+
+    Args:
+        path: YAML file with the sections of RunConfig.
+        overrides: "section.key=value" each; the value is YAML, so `3`, `1e-4`, `true`, `null` and `[a, b]`
+            have their types.
+
+    Raises ConfigError that names every refused key, the value given, and what is allowed.
+    """
+    settings = _read(Path(path))
+    for override in overrides:
+        _apply(settings, override)
+    try:
+        # strict: "4" is not 4, and true is not 1.
+        return RunConfig.model_validate(settings, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        problems = [_explain(one) for one in found[:_SHOWN_PROBLEMS]]
+        if len(found) > _SHOWN_PROBLEMS:
+            problems.append(f"  and {len(found) - _SHOWN_PROBLEMS} more")
+        raise ConfigError("\n".join([f"the configuration {path} is refused:", *problems])) from None
+
+
+def to_yaml(config: RunConfig) -> str:
+    """`config` with every default filled in; `load_config` reads it back as an equal RunConfig."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{path} holds {_shown(settings)}, not the sections of a run: {', '.join(RunConfig.model_fields)}"
+        )
+    return settings
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    match = _OVERRIDE.fullmatch(override)
+    if match is None:
+        raise ConfigError(f"override {_cut(repr(override))} is not section.key=value, such as training.steps=20")
+    if not match["value"]:
+        raise ConfigError(f"override {_cut(repr(override))} has no value: write {match['key']}=null to unset it")
+    try:
+        value = parse(match["value"])
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {_cut(repr(override))}: the value is not valid YAML: {error}") from None
+    *sections, leaf = match["key"].split(".")
+    place = settings
+    for index, section in enumerate(sections):
+        inner = place.get(section)
+        if inner is None:  # not in the file, or with nothing below it
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"override {_cut(repr(override))}: {'.'.join(sections[: index + 1])} is {_shown(inner)}, "
+                f"which has no settings of its own"
+            )
+        # A copy: with aliases, another section of the file may be the same object.
+        place[section] = place = dict(inner)
+    place[leaf] = value
+
+
+def _explain(error: ErrorDetails) -> str:
+    key = _cut(".".join(str(part) for part in error["loc"]))
+    match error["type"]:
+        case "extra_forbidden":
+            return f"  {key} = {_shown(error['input'])}: there is no such setting{_suggestion(key)}"
+        case "missing":
+            return f"  {key}: must be set"
+    # A validator of ours says all that is needed itself.
+    reason = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], dict):
+        return f"  {reason}" if not key or reason.startswith(f"{key}.") else f"  {key}: {reason}"
+    return f"  {key} = {_shown(error['input'])}: {reason[0].lower() + reason[1:]}"
+
+
+def _suggestion(key: str) -> str:
+    known = list(_settings(RunConfig))
+    section, _, leaf = key.rpartition(".")
+    beside = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == section}
+    elsewhere = [one for one in known if one.rpartition(".")[2] == leaf]
+    close = [beside[one] for one in difflib.get_close_matches(leaf, beside, n=1)] or elsewhere
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; {section or 'a run'} has {', '.join(beside)}" if beside else ""
+
+
+def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _settings(field.annotation, f"{prefix}{name}.")
+
+
+def _shown(value: Any) -> str:
+    """The beginning of `value` as JSON. What is behind it is not looked at: aliases can make it endless."""
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > _SHOWN_CHARACTERS:
+            break
+    return _cut(text)
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    match value:
+        case dict():
+            yield "{"
+            for index, (key, inner) in enumerate(value.items()):
+                yield ", " if index else ""
+                yield from _pieces(key)
+                yield ": "
+                yield from _pieces(inner)
+            yield "}"
+        case list() | tuple():
+            yield "["
+            for index, inner in enumerate(value):
+                yield ", " if index else ""
+                yield from _pieces(inner)
+            yield "]"
+        case str():
+            yield json.dumps(value[: _SHOWN_CHARACTERS + 1])
+        case _:
+            yield json.dumps(value, default=str)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

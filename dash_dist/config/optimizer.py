@@ -1,0 +1,31 @@
+"""The section `optimizer:`, AdamW and its learning-rate schedule.
+
+Knows the values that are possible; does not know the number of steps.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from dash_dist.config.section import Section
+
+
+class OptimizerConfig(Section):
+    """AdamW, a linear warmup to `lr`, then a cosine down to `min_lr` at the run's last step."""
+
+    lr: float = Field(gt=0.0)
+    min_lr: float = Field(default=0.0, ge=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0, description="not applied to norm weights nor to summary_query")
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    eps: float = Field(default=1e-8, gt=0.0)
+    grad_clip: float | None = Field(default=1.0, gt=0.0, description="largest global gradient norm; None: no clipping")
+    warmup_steps: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}: lower min_lr")
+        return self

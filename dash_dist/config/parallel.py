@@ -1,0 +1,42 @@
+"""The section `parallel:`, how the model is spread over the ranks.
+
+Knows sizes of groups; does not know process groups.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from dash_dist.config.section import Section, next_multiple
+
+
+class ParallelConfig(Section):
+    """How the model is spread over the ranks. The data-parallel size is what the world size leaves over."""
+
+    tensor: int = Field(default=1, gt=0)
+    pipeline: int = Field(default=1, gt=0)
+    context: int = Field(default=1, gt=0)
+    distributed_optimizer: bool = Field(
+        default=True, description="shard the optimizer's state over the data- and context-parallel ranks"
+    )
+    recompute: Literal["none", "full"] = Field(
+        default="none",
+        description="full: keep only each layer's input and recompute the rest in the backward pass",
+    )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that read different sequences.
+
+        Raises:
+            ValueError: `world_size` is not a multiple of tensor x pipeline x context.
+        """
+        model_ranks = self.tensor * self.pipeline * self.context
+        if world_size % model_ranks:
+            raise ValueError(
+                f"world size {world_size} is not a multiple of tensor x pipeline x context = {self.tensor} x "
+                f"{self.pipeline} x {self.context} = {model_ranks}: start "
+                f"{next_multiple(world_size, model_ranks)} processes or lower one of the three"
+            )
+        return world_size // model_ranks

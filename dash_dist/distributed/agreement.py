@@ -1,0 +1,83 @@
+"""How the ranks of a run agree: flags and small Python objects, over a gloo group of their own.
+
+Knows torch.distributed; does not know what is agreed on, nor the model's parallelism.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dash_dist.errors import RunError, may_pass
+
+T = TypeVar("T")
+
+
+class ControlGroup:
+    """All ranks of the run, over gloo: on GPU too, so that a flag never waits for the stream of kernels.
+
+    Args:
+        timeout: after this long without an answer a rank gives its peers up for lost and raises.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that prints and writes."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, in rank order, at every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's `value`, at every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
+    def maximum(self, values: list[float]) -> list[float]:
+        """Element-wise maximum over the ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return tensor.tolist()
+
+    @contextlib.contextmanager
+    def together(self, what: str, error_type: type[RunError]) -> Iterator[None]:
+        """Run the body at every rank; if it raises at any, raise `error_type` with the first one's reason at all.
+
+        The error `may_pass` if every reason may.
+
+        Without this a rank that fails alone leaves the others waiting in their next collective. The body may be a
+        collective only if that collective itself fails at every rank.
+        """
+        failure: tuple[str, bool] | None = None
+        cause: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure, cause = (_reason(error), may_pass(error)), error
+        failures = [one for one in self.gather(failure) if one is not None]
+        if failures:
+            passing = all(passes for _, passes in failures)
+            if cause is not None and not passing and not isinstance(cause, RunError | ValueError | OSError):
+                raise cause  # a defect, not bad input: its traceback is wanted
+            raise error_type(f"{what}: {failures[0][0]}", may_pass=passing) from cause
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RunError | ValueError):  # written to be read on their own
+        return str(error)
+    if isinstance(error, OSError):
+        text = error.strerror or str(error)
+        return f"{text}: {error.filename}" if error.filename else text
+    return f"{type(error).__name__}: {error}"

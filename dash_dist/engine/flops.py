@@ -1,0 +1,42 @@
+"""How many floating-point operations a training step is worth, for model FLOPs utilisation.
+
+Knows the model's shapes. Does not know what any kernel really executes.
+"""
+
+from __future__ import annotations
+
+from dash_dist.config.attention import AttentionConfig
+from dash_dist.config.model import ModelConfig
+
+
+def flops_per_token(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    *,
+    vocab_size: int,
+    document_length: float,
+    density: float = 1.0,
+) -> float:
+    """Forward and backward operations per token; a multiply-add counts as two, the backward as twice the forward.
+
+    Per token: 6 per weight of every matrix (recomputed activations, norms and the embedding look-up count nothing),
+    plus per layer, with H = num_attention_heads x head_dim and T = document_length:
+
+    - attention 12 H x (density x (T - chunk_size) / 2 + chunk_size / 2): scores and weighted values over half of the
+      earlier tokens on average, of which `density` are in selected chunks, and half of the own chunk;
+    - routing 6 H x T / (2 chunk_size): the query against the summaries of the earlier chunks.
+
+    Args:
+        vocab_size: tokens of the tokenizer.
+        document_length: tokens of a whole sequence; where documents are packed into it, those of the document that a
+            token is in, on average over the tokens.
+        density: selected / causally available chunks; 1.0 counts full causal attention.
+    """
+    heads = model.num_attention_heads * model.resolved_head_dim
+    kv_heads = model.num_kv_heads * model.resolved_head_dim
+    chunk = min(attention.chunk_size, document_length)
+    weights_per_layer = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.ffn_hidden_size)
+    weights = model.num_layers * weights_per_layer + model.hidden_size * vocab_size
+    attended = density * (document_length - chunk) / 2 + chunk / 2
+    routed = document_length / (2 * chunk)
+    return 6.0 * weights + model.num_layers * (12.0 * heads * attended + 6.0 * heads * routed)

@@ -1,0 +1,82 @@
+"""The names of a run's curves, and the pages that TensorBoard's custom scalars show them on.
+
+Knows which curves exist and which of them belong side by side; does not know their values.
+"""
+
+from collections.abc import Sequence
+
+from dash_dist.run.events import EVENT_KINDS
+
+PARTS = ("data", "forward", "backward", "exchange", "gradients", "optimizer", "heat_map", "save", "rest")
+"""Of the time of a step, in the order in which pages show them; see docs/dashboards.md."""
+
+_COMPUTING = ("forward", "backward")
+# Not the parts of a few steps only: TensorBoard would draw a line from one to the next.
+_NOT_COMPUTING = tuple(part for part in PARTS if part not in (*_COMPUTING, "heat_map"))
+
+HEALTH = "Health"
+FINAL_METRICS = (
+    "train/loss",
+    "train/tokens",
+    "perf/tokens_per_second_per_gpu",
+    "perf/model_tflops_per_gpu",
+    "routing/mean_density",
+)
+"""Curves whose last values stand beside a run's hyperparameters."""
+
+Chart = list[str | list[str]]  # as SummaryWriter.add_custom_scalars takes it: a kind and regular expressions of tags
+
+
+def pages(*, with_mfu: bool, context_parallel: bool) -> dict[str, dict[str, Chart]]:
+    """Page -> chart -> its curves, of a run that has them.
+
+    Args:
+        with_mfu: the peak of the GPU is known.
+        context_parallel: the run has more than one context-parallel rank.
+    """
+    cp_health = {"Overlap of exchange and attention": ["cp/overlap"], "Imbalance over CP ranks": ["cp/imbalance/.*"]}
+    health = {
+        "Loss (nats per token)": ["train/loss"],
+        "Gradient norm": ["train/grad_norm"],
+        "Tokens/s per GPU": ["perf/tokens_per_second_per_gpu"],
+        **({"MFU": ["perf/mfu"]} if with_mfu else {"Model TFLOP/s per GPU": ["perf/model_tflops_per_gpu"]}),
+        "Computing (s per step, mean of ranks)": [f"time/{part}" for part in _COMPUTING],
+        "Not computing (s per step, mean of ranks)": [f"time/{part}" for part in _NOT_COMPUTING],
+        "Faults and recoveries (count)": [f"fault/{kind}" for kind in EVENT_KINDS],
+        "Memory (GiB, fullest rank)": ["memory/.*"],
+        "Density (selected / available chunks)": ["routing/mean_density"],
+        **(cp_health if context_parallel else {}),
+    }
+    speed = {
+        "Step (s)": ["perf/step_seconds"],
+        "Model TFLOP/s per GPU": ["perf/model_tflops_per_gpu"],
+        "Computing (s per step, slowest rank)": [f"time_max/{part}" for part in _COMPUTING],
+        "Not computing (s per step, slowest rank)": [f"time_max/{part}" for part in _NOT_COMPUTING],
+    }
+    routing = {
+        "Density by layer": ["routing/density/.*"],
+        "Heat maps (s of a step that draws them, mean of ranks)": ["time/heat_map"],
+    }
+    exchange = {
+        "Bytes of a step (GiB)": [f"cp/{name}_gib" for name in ("planned", "sent", "slow_link", "dense")],
+        "Union coverage by layer": ["cp/coverage/.*"],
+        "Exchanges (share of forward passes)": ["cp/exchange/.*"],
+    }
+    data = {
+        "Tokens seen": ["train/tokens"],
+        "Learning rate": ["train/learning_rate"],
+        "Padding (share)": ["data/padding"],
+        "Skipped documents": ["data/skipped_documents"],
+    }
+    chosen = {
+        HEALTH: health,
+        "Speed": speed,
+        "Routing": routing,
+        **({"Context parallelism": exchange} if context_parallel else {}),
+        "Data and schedule": data,
+    }
+    return {page: {title: _lines(tags) for title, tags in charts.items()} for page, charts in chosen.items()}
+
+
+def _lines(tags: Sequence[str]) -> Chart:
+    return ["Multiline", [f"{tag}$" for tag in tags]]

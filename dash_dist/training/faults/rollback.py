@@ -1,0 +1,36 @@
+"""From which checkpoint a run starts over when its weights are in doubt.
+
+Knows the run's checkpoint folders and step numbers; does not know why the weights are in doubt.
+"""
+
+from pathlib import Path
+
+from dash_dist.checkpoints.folders import set_aside, step_of, visible_checkpoints
+from dash_dist.distributed.agreement import ControlGroup
+from dash_dist.errors import CheckpointError
+from dash_dist.training.checkpoints import CheckpointManager
+
+
+def checkpoint_before(
+    checkpoints: CheckpointManager, control: ControlGroup, newest_step: int, *, start: tuple[Path, int] | None
+) -> Path | None:
+    """The newest whole checkpoint of at most `newest_step` steps; None if there is none. Called at every rank.
+
+    Newer ones are set aside under a name that no run goes on from: a crash must not bring back what is undone here.
+    `start` is the checkpoint of another run, with its step, that this one began from: it serves while the run has none
+    of its own. Raises CheckpointError at every rank.
+    """
+    own = from_start = False
+    with control.together(f"cannot look for checkpoints in {checkpoints.directory}", CheckpointError):
+        if control.is_main:
+            found = visible_checkpoints(checkpoints.directory)
+            in_doubt = [folder for folder in found if (step_of(folder) or 0) > newest_step]
+            own = len(in_doubt) < len(found)
+            from_start = start is not None and start[1] <= newest_step and start[0].is_dir()
+            if own or from_start:
+                for folder in in_doubt:
+                    set_aside(folder, "rolled_back")
+    own, from_start = control.from_main((own, from_start))
+    if own:
+        return checkpoints.resume_from("auto")
+    return start[0] if start is not None and from_start else None

@@ -1,0 +1,62 @@
+"""Throughput of a run and the time it has left.
+
+Knows when steps end; does not know what they compute.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+
+class Pace:
+    """Tokens per second and time left, from the steps of this process; the first is left out as a warm-up."""
+
+    def __init__(self, start_step: int, steps: int) -> None:
+        self._step, self._steps = start_step, steps
+        self._seconds = 0.0
+        self._tokens = 0
+        self._counted = 0
+        self._first: tuple[float, int] | None = None
+        self._last = time.perf_counter()
+
+    def step(self, tokens: int) -> float:
+        """Count one step of `tokens` tokens that ended now; returns its seconds since the step before."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._step += 1
+        if self._first is None:
+            self._first = (seconds, tokens)
+        else:
+            self._seconds += seconds
+            self._tokens += tokens
+            self._counted += 1
+        return seconds
+
+    def leave_out_since_step(self) -> None:
+        """Do not count what was done since the last step, such as logging."""
+        self._last = time.perf_counter()
+
+    @contextlib.contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        """Do not count the time of the body."""
+        start = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - start
+
+    def go_to(self, step: int) -> None:
+        """Go on from `step` without counting how it was reached."""
+        self._step = step
+        self.leave_out_since_step()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean over the counted steps; the first alone until there is another; 0.0 before any."""
+        if self._counted:
+            return self._tokens / self._seconds
+        return self._first[1] / self._first[0] if self._first else 0.0
+
+    @property
+    def eta_seconds(self) -> float:
+        """Time the steps left will take at this pace, in seconds."""
+        per_step = self._seconds / self._counted if self._counted else (self._first or (0.0, 0))[0]
+        return per_step * (self._steps - self._step)

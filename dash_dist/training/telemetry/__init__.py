@@ -1,0 +1,4 @@
+"""Measurements of a run and the TensorBoard files that hold them.
+
+Knows values and curves; does not know when they are due.
+"""

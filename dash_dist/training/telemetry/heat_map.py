@@ -1,0 +1,42 @@
+"""The picture of a layer's routing: query chunks down, key chunks across, coloured by the share that was selected.
+
+Knows maps of counts and colours; does not know where a picture goes.
+"""
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from dash_dist.engine.selection_map import SelectionMap
+
+# Shares below this are drawn like it: one chunk in a thousand is far to the left of what any layer was seen to select.
+SMALLEST_SHARE = 1e-3
+
+
+def heat_map(layer: SelectionMap, *, sequence_length: int) -> np.ndarray:
+    """uint8 [height, width, 3] of one layer; what lies in the future of the queries stays white."""
+    share = layer.share.numpy()
+    figure = Figure(figsize=(6.4, 5.4), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    picture = axes.imshow(
+        np.ma.masked_invalid(share).clip(min=SMALLEST_SHARE),
+        norm=LogNorm(SMALLEST_SHARE, 1.0),
+        cmap="viridis",
+        interpolation="nearest",
+        extent=(0, sequence_length, sequence_length, 0),
+    )
+    axes.set(title=f"Layer {layer.layer}: selected chunks", xlabel="position of the key (tokens)")
+    axes.set_ylabel("position of the query (tokens)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(np.linspace(0, sequence_length, 5), [_in_words(sequence_length * i / 4) for i in range(5)])
+    bar = figure.colorbar(picture, ax=axes, extend="min")
+    bar.set_label("share of (token, KV head) pairs that selected the chunk")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _in_words(tokens: float) -> str:
+    """65536 -> 64Ki, 1000 -> 1000: lengths of sequences are multiples of powers of two."""
+    return f"{tokens / 1024:g}Ki" if tokens >= 1024 and tokens % 512 == 0 else f"{tokens:g}"

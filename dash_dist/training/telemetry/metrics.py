@@ -1,0 +1,185 @@
+"""The curves, pictures and texts of a run in TensorBoard.
+
+Knows the names of what it writes; does not know how a step computes what it reports. One process of a run writes.
+"""
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from dash_dist.engine.exchange_statistics import ExchangeStatistics
+from dash_dist.engine.routing import LayerRouting
+from dash_dist.engine.selection_map import SelectionMap
+from dash_dist.run.curve_names import FINAL_METRICS, Chart
+
+_GIB = 1 << 30
+_LONGEST_WAIT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step.
+
+    Attributes:
+        loss: mean over the tokens of the global batch, in nats.
+        tokens: of all global batches so far, this one included, each counted once.
+        tokens_per_second_per_gpu: tokens of the global batch / step_seconds / ranks (processes, where there is no GPU).
+        model_tflops_per_gpu: floating-point operations that the model is worth, in 1e12 a second and GPU.
+        mfu: model FLOPs utilisation, a share of the bf16 peak; None where that peak is unknown.
+        skipped_documents: empty and undecodable ones passed over since the start of the run, at all ranks.
+        padding: share of the tokens of this global batch that are padding.
+        memory: name -> GiB, the largest of all ranks.
+        seconds: part of the step (`dashboard.PARTS`) -> mean over the ranks; they add up to the step, and "save".
+        seconds_max: part -> the slowest rank's.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    step_seconds: float
+    tokens_per_second_per_gpu: float
+    model_tflops_per_gpu: float
+    mfu: float | None
+    skipped_documents: int
+    padding: float
+    memory: Mapping[str, float]
+    seconds: Mapping[str, float]
+    seconds_max: Mapping[str, float]
+
+
+class MetricsWriter:
+    """Writes the curves into `directory`.
+
+    Args:
+        start_step: steps done before; what a killed run logged beyond them is purged, and the curves go on from there.
+    """
+
+    def __init__(self, directory: Path, *, start_step: int) -> None:
+        _wait_for_a_later_name(directory)
+        self._writer = SummaryWriter(log_dir=str(directory), purge_step=start_step + 1)
+        self._start_step = start_step
+
+    def describe(self, config: str, settings: Mapping[str, object], pages: Mapping[str, Mapping[str, Chart]]) -> None:
+        """What the run is: its configuration as YAML, its hyperparameters, and the pages its curves are shown on."""
+        code = "\n".join(f"    {line}" for line in config.splitlines())  # a block of code in Markdown
+        self._writer.add_text("config", code, self._start_step)
+        self._writer.add_custom_scalars(pages)
+        # add_hparams would make a run of its own out of them. The plugin shows the last values of the metrics' curves.
+        experiment, start, _ = hparams(hyperparameters(settings), dict.fromkeys(FINAL_METRICS))
+        for summary in (experiment, start):
+            self._writer._get_file_writer().add_summary(summary)
+
+    def finished(self) -> None:
+        """Mark the run as one that came to its last step."""
+        _, _, end = hparams({}, {})
+        self._writer._get_file_writer().add_summary(end)
+
+    def step(self, metrics: StepMetrics) -> None:
+        scalars = {
+            "train/loss": metrics.loss,
+            "train/grad_norm": metrics.grad_norm,
+            "train/learning_rate": metrics.learning_rate,
+            "train/tokens": metrics.tokens,
+            "perf/step_seconds": metrics.step_seconds,
+            "perf/tokens_per_second_per_gpu": metrics.tokens_per_second_per_gpu,
+            "perf/model_tflops_per_gpu": metrics.model_tflops_per_gpu,
+            "data/skipped_documents": metrics.skipped_documents,
+            "data/padding": metrics.padding,
+            **{f"memory/{name}": gib for name, gib in metrics.memory.items()},
+            **{f"time/{part}": seconds for part, seconds in metrics.seconds.items()},
+            **{f"time_max/{part}": seconds for part, seconds in metrics.seconds_max.items()},
+        }
+        if metrics.mfu is not None:
+            scalars["perf/mfu"] = metrics.mfu
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, metrics.step)
+
+    def routing(self, step: int, layers: Collection[LayerRouting]) -> None:
+        """Per layer the density, and a histogram of how many chunks a (token, KV head) pair selected."""
+        if layers:
+            self._writer.add_scalar("routing/mean_density", fmean(layer.density for layer in layers), step)
+        for routing in layers:
+            self._writer.add_scalar(f"routing/density/layer_{routing.layer}", routing.density, step)
+            numbers = torch.arange(len(routing.selected), dtype=torch.float64)
+            counts = routing.selected.double()
+            present = numbers[counts > 0]
+            self._writer.add_histogram_raw(
+                f"routing/selected_chunks/layer_{routing.layer}",
+                min=present.min().item(),
+                max=present.max().item(),
+                num=counts.sum().item(),
+                sum=(numbers * counts).sum().item(),
+                sum_squares=(numbers.square() * counts).sum().item(),
+                bucket_limits=(numbers + 0.5).tolist(),  # bucket k holds the number k
+                bucket_counts=counts.tolist(),
+                global_step=step,
+            )
+
+    def heat_maps(self, step: int, maps: Iterable[SelectionMap], *, sequence_length: int) -> None:
+        """A picture per layer of which key chunks the query chunks selected."""
+        from dash_dist.training.telemetry.heat_map import (
+            heat_map,  # loads Matplotlib, which the other ranks have no use for
+        )
+
+        for layer in maps:
+            picture = heat_map(layer, sequence_length=sequence_length)
+            self._writer.add_image(f"routing/heat_map/layer_{layer.layer}", picture, step, dataformats="HWC")
+
+    def exchange(self, step: int, statistics: ExchangeStatistics) -> None:
+        """What context parallelism moved in a step, over all ranks; nothing of what that step did not have."""
+        scalars = {
+            "cp/planned_gib": statistics.planned_bytes / _GIB,
+            "cp/sent_gib": statistics.sent_bytes / _GIB,
+            "cp/slow_link_gib": statistics.slow_link_bytes / _GIB,
+            "cp/dense_gib": statistics.dense_bytes / _GIB,
+            **{f"cp/coverage/layer_{layer}": coverage for layer, coverage in statistics.coverage.items()},
+            **{f"cp/imbalance/{layout}": imbalance for layout, imbalance in statistics.imbalance.items()},
+            **{f"cp/exchange/{name}": share for name, share in statistics.exchanges.items()},
+        }
+        if statistics.overlap is not None:
+            scalars["cp/overlap"] = statistics.overlap
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def faults(self, step: int, counts: Mapping[str, int], events: Iterable[tuple[str, str]]) -> None:
+        """How many events of each kind there were so far, and the text of the (kind, message) `events` that are new."""
+        for kind, count in counts.items():
+            self._writer.add_scalar(f"fault/{kind}", count, step)
+        for kind, message in events:
+            self._writer.add_text(f"fault/{kind}", message, step)
+
+    def flush(self) -> None:
+        """Make everything written so far visible to a reader."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _wait_for_a_later_name(directory: Path) -> None:
+    """Return when a new file's name sorts after those of the files in `directory`.
+
+    Readers go through them by name, which begins with the second they were begun in, and take what the last one purges
+    from those before. The clock of another node may be a little ahead.
+    """
+    begun = [int(name.split(".")[3]) for name in (file.name for file in directory.glob("events.out.tfevents.[0-9]*.*"))]
+    time.sleep(min(max(0.0, max(begun, default=0) + 1 - time.time()), _LONGEST_WAIT_SECONDS))
+
+
+def hyperparameters(settings: Mapping[str, object]) -> dict[str, float | str | bool]:
+    """`section.key` -> value of a configuration as a dict: what the hyperparameters plugin can hold, None left out."""
+    flat: dict[str, float | str | bool] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": inner for name, inner in hyperparameters(value).items()}
+        elif value is not None:
+            flat[key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

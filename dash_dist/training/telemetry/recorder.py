@@ -1,0 +1,99 @@
+"""What a run measures of itself beside its loss: where the time of a step went, and the maps of its routing.
+
+Knows in which steps to measure and how ranks' figures become one; does not know how an engine measures, nor files.
+"""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from dash_dist.config.run import RunConfig
+from dash_dist.engine.selection_map import SelectionMap
+from dash_dist.training.telemetry.curves import Curves
+
+
+class Measured(Protocol):
+    """The part of an engine that measures; see `dash_dist.megatron.Engine`."""
+
+    record_seconds: bool
+    record_selections: Sequence[int]
+
+    def seconds_by_part(self) -> Mapping[str, float]: ...
+
+    def selection_maps(self) -> list[SelectionMap]: ...
+
+
+class Telemetry:
+    """Of one run at one rank.
+
+    Args:
+        curves: rank 0's; None at the others.
+    """
+
+    def __init__(self, config: RunConfig, engine: Measured, curves: Curves | None) -> None:
+        self._config = config
+        self._engine = engine
+        self._curves = curves
+        self._layers = heat_map_layers(config.logging.heat_map_layers, config.model.num_layers)
+        self._host_seconds: defaultdict[str, float] = defaultdict(float)
+        self._steps = 0  # since these seconds were last asked for
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Count the host's time in the body as `part` of the step."""
+        start = time.perf_counter()
+        yield
+        self._host_seconds[part] += time.perf_counter() - start
+
+    def before_step(self, step: int, *, logged: bool) -> None:
+        """Have the engine measure what this step is asked about."""
+        at_an_end = step in (1, self._config.training.steps)
+        with_map = at_an_end or step % self._config.logging.heat_map_interval == 0
+        self._engine.record_seconds = logged
+        self._engine.record_selections = self._layers if with_map else ()
+        self._steps += 1
+
+    def own_seconds(self) -> dict[str, float]:
+        """Seconds of this rank by part, of the logged step that just ended; "data" and "save" are means over the steps
+        since the last logged one. Local; waits for the device.
+        """
+        of_engine = self._engine.seconds_by_part()
+        of_host = {part: seconds / self._steps for part, seconds in self._host_seconds.items()}
+        self._host_seconds.clear()
+        self._steps = 0
+        return {"data": 0.0, "save": 0.0, **of_host, **of_engine}
+
+    def log_heat_maps(self, step: int) -> None:
+        """Write the maps that this step recorded, if any. A collective in the steps that have them."""
+        if not self._engine.record_selections:
+            return
+        maps = self._engine.selection_maps()
+        self._engine.record_selections = ()
+        if self._curves is not None:
+            length = self._config.training.sequence_length
+            self._curves.write(step, lambda writer: writer.heat_maps(step, maps, sequence_length=length))
+
+
+def heat_map_layers(chosen: Sequence[int] | None, num_layers: int) -> list[int]:
+    """The layers that are drawn: the chosen ones, or the first, the middle and the last."""
+    return sorted({0, num_layers // 2, num_layers - 1}) if chosen is None else list(chosen)
+
+
+def over_ranks(
+    seconds: Sequence[Mapping[str, float]], step_seconds: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(mean, maximum) over the ranks of every part, "rest" included, from what every rank knows.
+
+    Args:
+        step_seconds: of rank 0, which is the last to begin a step: it writes what the one before has logged.
+    """
+    parts = list(dict.fromkeys(part for of_rank in seconds for part in of_rank))
+    by_part = {part: [of_rank.get(part, 0.0) for of_rank in seconds] for part in parts}
+    in_step = (sum(of_rank.values()) - of_rank["save"] for of_rank in seconds)
+    by_part["rest"] = [max(0.0, step_seconds - known) for known in in_step]
+    return (
+        {part: sum(values) / len(values) for part, values in by_part.items()},
+        {part: max(values) for part, values in by_part.items()},
+    )

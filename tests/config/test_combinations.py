@@ -1,0 +1,116 @@
+"""What a run's YAML may say, and what a step is worth."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dash_dist.config.attention import PIECES_PER_RANK, AttentionConfig
+from dash_dist.config.combination import check_combination
+from dash_dist.config.model import ModelConfig, padded_vocab_size
+from dash_dist.config.optimizer import OptimizerConfig
+from dash_dist.config.parallel import ParallelConfig
+from dash_dist.context_parallel import layout
+from dash_dist.engine.flops import flops_per_token
+from dash_kernels.backend import MAX_TRITON_HEAD_DIM
+
+SHAPE: dict[str, Any] = {
+    "num_layers": 6,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 8,
+    "num_kv_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (ModelConfig, SHAPE | {"num_kv_heads": 3}, r"multiple of num_kv_heads 3: set num_kv_heads to one of \[1, 2,"),
+        (ModelConfig, SHAPE | {"hidden_size": 60}, "hidden_size 60 is not a multiple of num_attention_heads 8"),
+        (ModelConfig, SHAPE | {"head_dim": 9}, "head_dim 9 is odd, .* set head_dim to 10"),
+        (ModelConfig, SHAPE | {"width": 1}, "width"),
+        (AttentionConfig, {"alpha": 1.0}, "alpha"),
+        (AttentionConfig, {"layout": "striped"}, "zigzag"),
+        (ParallelConfig, {"context": 0}, "context"),
+        (OptimizerConfig, {"lr": 1e-3, "min_lr": 1e-2}, "min_lr 0.01 is above lr 0.001"),
+    ],
+)
+def test_impossible_values_are_refused(config: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(**values)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "attention", "world_size", "sequence_length", "message"),
+    [
+        ({"tensor": 2, "context": 2}, {}, 6, 1024, "world size 6 .* = 2 x 1 x 2 = 4: start 8 processes"),
+        ({"tensor": 8}, {}, 8, 1024, r"num_kv_heads 4 .* set parallel.tensor to one of \[1, 2, 4\]"),
+        ({"pipeline": 4}, {}, 4, 1024, r"num_layers 6 .* set parallel.pipeline to one of \[1, 2, 3, 6\]"),
+        ({"context": 8}, {}, 8, 100_000, "100000 is not a multiple of 2 x cp x chunk_size = 1024: pad to 100352"),
+        (
+            {"context": 2},
+            {"layout": "contiguous", "chunk_size": 32},
+            2,
+            100,
+            "100 is not a multiple of cp x chunk_size = 64: pad to 128",
+        ),
+        ({}, {"backend": "triton", "alpha": 2.0}, 1, 1024, "triton computes attention.alpha 1.5 only, not 2.0"),
+    ],
+)
+def test_impossible_combinations_are_refused(
+    parallel: dict[str, Any], attention: dict[str, Any], world_size: int, sequence_length: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_combination(
+            ModelConfig(**SHAPE),
+            AttentionConfig(**attention),
+            ParallelConfig(**parallel),
+            world_size=world_size,
+            sequence_length=sequence_length,
+        )
+
+
+def test_triton_is_refused_above_the_head_dim_of_its_kernels() -> None:
+    def check(head_dim: int, backend: str) -> None:
+        check_combination(
+            ModelConfig(**SHAPE, head_dim=head_dim),
+            AttentionConfig(backend=backend),
+            ParallelConfig(),
+            world_size=1,
+            sequence_length=1024,
+        )
+
+    check(MAX_TRITON_HEAD_DIM, "triton")
+    check(MAX_TRITON_HEAD_DIM + 2, "auto")
+    with pytest.raises(ValueError, match="takes a head_dim of up to 256, not 258"):
+        check(MAX_TRITON_HEAD_DIM + 2, "triton")
+
+
+def test_one_shard_may_have_any_length() -> None:
+    check_combination(
+        ModelConfig(**SHAPE), AttentionConfig(), ParallelConfig(tensor=2), world_size=4, sequence_length=1001
+    )
+
+
+def test_vocabulary_rows_do_not_depend_on_the_layout() -> None:
+    assert [padded_vocab_size(size) for size in (1, 64, 65, 257)] == [64, 64, 128, 320]
+
+
+def test_flops_count_weights_and_attention() -> None:
+    model = ModelConfig(**SHAPE)
+    weights = 6 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96) + 64 * 257
+    attention = AttentionConfig(chunk_size=64)
+
+    def flops(length: int, density: float) -> float:
+        return flops_per_token(model, attention, vocab_size=257, document_length=length, density=density)
+
+    # One chunk: half of it is attended on average, and half a summary is looked at.
+    assert flops(64, 1.0) == 6 * weights + 6 * (12 * 64 * 32 + 6 * 64 * 0.5)
+    # At full density the attended tokens are half of the sequence.
+    assert flops(4096, 1.0) == 6 * weights + 6 * (12 * 64 * 2048 + 6 * 64 * 32)
+    assert flops(4096, 0.25) < flops(4096, 0.5) < flops(4096, 1.0)
+
+
+def test_what_is_written_twice_is_equal() -> None:
+    assert PIECES_PER_RANK == layout.PIECES_PER_RANK

@@ -1,6 +1,0 @@
-"""The launchers' tests start the runs of tests/training."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))

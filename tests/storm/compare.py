@@ -1,0 +1,85 @@
+"""Whether two runs came to the same end: their losses step by step, and the tensors of their last checkpoints.
+
+Knows torch's distributed checkpoint format, which does not depend on the layout that wrote it; does not know the model.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.storm.errors import StormError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Attributes:
+    exact: nothing differs in any bit.
+    relative: the largest |a - b| / max |a|, the maximum over a tensor, or over a loss alone.
+    where: that is.
+    compared: how many losses or tensors.
+    """
+
+    exact: bool
+    relative: float
+    where: str
+    compared: int
+
+
+def compare_losses(expected: Mapping[int, float], found: Mapping[int, float]) -> Difference:
+    """Of every step; NaN equals NaN. Raises StormError if the steps are not the same."""
+    if expected.keys() != found.keys():
+        differing = sorted(expected.keys() ^ found.keys())
+        raise StormError(f"only one of the runs has a loss of the steps {differing}")
+    return _compare(
+        {f"step {step}": torch.tensor(loss, dtype=torch.float64) for step, loss in expected.items()},
+        {f"step {step}": torch.tensor(loss, dtype=torch.float64) for step, loss in found.items()},
+    )
+
+
+def compare_weights(expected: Path, found: Path) -> Difference:
+    """Of two checkpoint folders (`.../step_*`) whatever the engine wrote: weights and the optimizer's state.
+
+    Raises StormError if they do not hold the same tensors.
+    """
+    if expected.name != found.name:
+        raise StormError(f"the last checkpoints are of different steps: {expected.name} and {found.name}")
+    return _compare(_tensors(expected), _tensors(found))
+
+
+def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> Difference:
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    if shapes != {name: tensor.shape for name, tensor in found.items()}:
+        raise StormError(f"not the same tensors: {sorted(expected)} and {sorted(found)}")
+    relative, where, exact = 0.0, "nowhere", True
+    for name, tensor in expected.items():
+        a, b = tensor.double(), found[name].double()
+        if torch.equal(a.nan_to_num(math.inf), b.nan_to_num(math.inf)):
+            continue
+        exact = False
+        scale = max(a.abs().max().item(), torch.finfo(torch.float32).tiny)
+        difference = (a - b).abs().max().item() / scale
+        if not difference <= relative:  # also where it is NaN
+            relative, where = difference, name
+    return Difference(exact, relative, where, compared=len(expected))
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole.pt"
+        dcp_to_torch_save(checkpoint / "engine", whole)
+        # Both runs were written by this process's own children: what they pickled may be loaded.
+        state = torch.load(whole, map_location="cpu", weights_only=False)
+    return {name: value for name, value in _flat("", state) if isinstance(value, torch.Tensor)}
+
+
+def _flat(prefix: str, value: object) -> list[tuple[str, object]]:
+    if isinstance(value, dict):
+        return [pair for name, inner in value.items() for pair in _flat(f"{prefix}/{name}", inner)]
+    return [(prefix, value)]

@@ -1,0 +1,3 @@
+from tests.support.ray_nodes import short_folder
+
+__all__ = ["short_folder"]

@@ -1,0 +1,221 @@
+"""The storm: an undisturbed run, the same run under faults one after the other, and what must hold in the end.
+
+Knows the order of things; `trial.py` knows what must follow each fault, `compare.py` when two runs are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dash_dist.config.file import load_config
+from dash_dist.data.stream import build_data_stream
+from dash_dist.data.tokenizer import load_tokenizer
+from tests.storm.cluster import LocalCluster
+from tests.storm.compare import Difference, compare_losses, compare_weights
+from tests.storm.errors import StormError
+from tests.storm.processes import Family
+from tests.storm.rank_hook.sitecustomize import crc
+from tests.storm.run import ROOT, Patience, RunFiles, finish_run, start_run, tail, write_run
+from tests.storm.schedule import Schedule, draw_schedule
+from tests.storm.trial import DRAIN_SECONDS, Outcome, Trial
+from tests.storm.watch import RunWatch
+
+# The run needs two: a lost node's ranks move to the spare one, and the next spare joins meanwhile.
+NODES = 3
+
+# Within the cluster, which goes on: nobody else ends what a run has left.
+_END_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of a storm that the run came through."""
+
+    seed: int
+    workers: int
+    steps: int
+    interval: int
+    outcomes: list[Outcome]
+    events: dict[str, int]
+    losses: Difference
+    weights: Difference
+    storm_seconds: float
+
+
+class Storm:
+    """A storm of `faults` faults drawn from `seed`; everything it writes is below `folder`.
+
+    Args:
+        workers: ranks, 2 (CP=2) or 4 (CP=2 x DP=2); half of them on each of two nodes.
+        step_seconds: how long a step takes at least, so that it can be hit in the middle.
+        interval: steps between checkpoints.
+        fault_seconds: a fault that the run has not recovered from by then ends the storm.
+        say: told what happens.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        faults: int,
+        seed: int,
+        workers: int,
+        step_seconds: float,
+        interval: int,
+        fault_seconds: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self.schedule: Schedule = draw_schedule(
+            faults=faults, seed=seed, interval=interval, drain_steps=math.ceil(DRAIN_SECONDS / max(step_seconds, 0.05))
+        )
+        self._folder = folder
+        self._hook = folder / "ranks.json"
+        self._seed = seed
+        self._workers = workers
+        self._node_cpus = workers // 2
+        self._step_seconds = step_seconds
+        self._interval = interval
+        self._fault_seconds = fault_seconds
+        self._say = say
+        self._begun = time.monotonic()
+
+    def run(self) -> Result:
+        """Raises StormError."""
+        family = Family()
+        with family, LocalCluster(self._folder, environment=node_environment(self._hook)) as cluster:
+            for _ in range(NODES):
+                cluster.add_node(cpus=self._node_cpus)
+            self._note(f"a head and {NODES} nodes of {self._node_cpus} CPUs are up")
+            undisturbed, patience = self._undisturbed(cluster)
+            begun = time.monotonic()
+            watch, outcomes = self._disturbed(cluster, patience)
+            storm_seconds = time.monotonic() - begun
+        if family.strays:
+            raise StormError("processes were left over:\n" + "\n".join(family.strays))
+        events = Counter[str](event.kind for event in watch.events())
+        drawn = {kind: count for kind, count in watch.drawn_events().items() if count}
+        if drawn != events:
+            raise StormError(f"TensorBoard shows other faults than happened: {drawn}, and not {dict(events)}")
+        result = Result(
+            seed=self._seed,
+            workers=self._workers,
+            steps=self.schedule.steps,
+            interval=self._interval,
+            outcomes=outcomes,
+            events=dict(events),
+            losses=compare_losses(undisturbed.losses(), watch.losses()),
+            weights=compare_weights(undisturbed.checkpoints()[-1], watch.checkpoints()[-1]),
+            storm_seconds=storm_seconds,
+        )
+        for what, difference in (("losses", result.losses), ("weights", result.weights)):
+            if not difference.exact:
+                raise StormError(f"the {what} are not those of the undisturbed run: {difference}")
+        return result
+
+    def _undisturbed(self, cluster: LocalCluster) -> tuple[RunWatch, Patience]:
+        """The same run without faults, and how patient one must be with this machine."""
+        patience = Patience(answer=int(self._fault_seconds))
+        files, watch = self._prepare("undisturbed", patience, step_seconds=0.0)
+        started = time.time()
+        driver = start_run(cluster, files, patience, workers=self._workers)
+        finish_run(driver, files, seconds=self._fault_seconds + 2 * self.schedule.steps)
+        watch.wait_until_ended(seconds=_END_SECONDS)
+        first = min(one.time for one in watch.steps) - started
+        self._note(
+            f"undisturbed: {self.schedule.steps} steps in {time.time() - started:.0f} s, the first after {first:.0f} s"
+        )
+        return watch, Patience.after_start_of(first)
+
+    def _disturbed(self, cluster: LocalCluster, patience: Patience) -> tuple[RunWatch, list[Outcome]]:
+        files, watch = self._prepare("storm", patience, step_seconds=self._step_seconds)
+        chance = random.Random(f"{self._seed} faults")
+        outcomes = []
+        driver = start_run(cluster, files, patience, workers=self._workers)
+        try:
+            for fault in self.schedule.faults:
+                trial = Trial(
+                    fault,
+                    cluster,
+                    driver,
+                    watch,
+                    chance,
+                    node_cpus=self._node_cpus,
+                    interval=self._interval,
+                    seconds=self._fault_seconds,
+                )
+                outcome = trial.run()
+                outcomes.append(outcome)
+                self._note(
+                    f"{outcome.number:3} {outcome.kind} at step {outcome.step}: {outcome.what}; "
+                    f"lost {outcome.lost_steps} steps, recovered in {outcome.recovery_seconds:.1f} s"
+                )
+            finish_run(driver, files, seconds=self._fault_seconds + 5 * self._interval * self._step_seconds)
+            watch.wait_until_ended(seconds=_END_SECONDS)
+        except Exception as error:  # whatever it was: this is the time to see the state of the run
+            raise StormError(f"{type(error).__name__}: {error}\n{_state(files, watch)}") from error
+        return watch, outcomes
+
+    def _prepare(self, name: str, patience: Patience, *, step_seconds: float) -> tuple[RunFiles, RunWatch]:
+        """The files of a run, and what the ranks will read of the storm."""
+        files = write_run(self._folder, name, steps=self.schedule.steps, interval=self._interval, patience=patience)
+        ranks = self._folder / f"{name}_ranks"
+        ranks.mkdir()
+        settings = {"folder": str(ranks), "step_seconds": step_seconds, "poisoned": self._poison(files)}
+        self._hook.write_text(json.dumps(settings))
+        return files, RunWatch(ranks, files.directory)
+
+    def _poison(self, files: RunFiles) -> list[int]:
+        """A sequence of the batch of every step that is to have no finite loss."""
+        config = load_config(files.config)
+        tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
+        stream = build_data_stream(
+            config.data,
+            tokenizer=tokenizer,
+            sequence_length=config.training.sequence_length,
+            chunk_size=config.attention.chunk_size,
+            global_batch_size=config.training.global_batch_size,
+            dp_rank=0,
+            dp_size=1,
+            micro_batch_size=config.training.global_batch_size,
+        )
+        chance = random.Random(f"{self._seed} poison")
+        poisoned = []
+        for step in range(1, config.training.steps + 1):
+            (batch,) = stream.next_step()
+            if step in self.schedule.nan_steps:
+                poisoned.append(crc(chance.choice(list(batch.tokens))))
+        return poisoned
+
+    def _note(self, text: str) -> None:
+        self._say(f"{time.monotonic() - self._begun:6.0f} s  {text}")
+
+
+def node_environment(hook: Path) -> dict[str, str]:
+    """Of nodes, and thereby of their ranks, whose steps follow the settings in the file `hook`."""
+    path = [ROOT, ROOT / "kernels", Path(__file__).parent / "rank_hook"]
+    return {
+        "DASH_STORM": str(hook),
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def _state(files: RunFiles, watch: RunWatch) -> str:
+    """For whoever must find out why a run did not recover."""
+    events = "\n".join(str(event) for event in watch.events())
+    parts = {
+        "the driver": tail(files.log),
+        "events": events,
+        "ranks": f"{watch.ranks()}, at step {watch.step}, checkpoints of steps {watch.saved_steps()}",
+        "stacks of the ranks": watch.stacks(),
+    }
+    return "\n".join(f"--- {title}\n{text}" for title, text in parts.items())

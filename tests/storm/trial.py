@@ -1,0 +1,230 @@
+"""One fault: made at its step, and the run watched until it has recovered.
+
+Knows what must follow each kind of fault; `faults.py` knows how one is made.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dash_dist.run.events import EventKind
+from tests.storm.cluster import LocalCluster, Node
+from tests.storm.errors import StormError
+from tests.storm.faults import FullDisk, choose_node, damage_checkpoint, kill_first_rank, kill_worker, stop_rank
+from tests.storm.schedule import Fault, FaultKind
+from tests.storm.watch import RunWatch, saved_step
+
+# From the announcement that a node will be taken away to its end.
+DRAIN_SECONDS = 10
+
+_POLL_SECONDS = 0.05
+
+# What a killed rank leaves half done is done or lost after this time, and the run is not started again before.
+_SETTLE_SECONDS = 0.3
+
+_STEPS_WHILE_WRITING = 6
+
+# One may be damaged.
+_CHECKPOINTS_NEEDED = 2
+
+# The event by which each fault must show, beside "restart" where ranks were lost.
+_EVENTS: dict[FaultKind, EventKind] = {
+    "worker_killed": "restart",
+    "first_rank_killed": "restart",
+    "node_killed": "restart",
+    "node_drained": "preemption",
+    "rank_stopped": "hang",
+    "disk_full": "save_failed",
+    "nan_batch": "batch_skipped",
+    "checkpoint_damaged": "checkpoint_damaged",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One fault and what followed.
+
+    Attributes:
+        step: the run had done when it came.
+        what: was done, in words.
+        event: by which the run told of it.
+        resumed_at: step of the checkpoint the run went on from; None where no rank was lost.
+        lost_steps: that had to be done again.
+        recovery_seconds: until the next step was done; for a full disk, from when there was room again until the next
+            checkpoint was complete.
+    """
+
+    number: int
+    kind: FaultKind
+    step: int
+    what: str
+    event: EventKind
+    resumed_at: int | None
+    lost_steps: int
+    recovery_seconds: float
+
+
+class Trial:
+    """Args:
+    fault: to be made.
+    cluster, driver, watch: of the run.
+    node_cpus: of a node that takes the place of a lost one.
+    chance: decides what the schedule leaves open.
+    interval: steps between checkpoints.
+    seconds: it fails if the run has not come to the fault's step by then, or not recovered in as many again.
+    """
+
+    def __init__(
+        self,
+        fault: Fault,
+        cluster: LocalCluster,
+        driver: subprocess.Popen[bytes],
+        watch: RunWatch,
+        chance: random.Random,
+        *,
+        node_cpus: int,
+        interval: int,
+        seconds: float,
+    ) -> None:
+        self._fault = fault
+        self._cluster = cluster
+        self._driver = driver
+        self._watch = watch
+        self._chance = chance
+        self._node_cpus = node_cpus
+        self._interval = interval
+        self._seconds = seconds
+        self._event = _EVENTS[fault.kind]
+        self._before: Counter[str] = Counter()
+
+    def run(self) -> Outcome:
+        """Raises StormError for a run that ended, or did not recover in time or as it must."""
+        if self._fault.kind == "nan_batch":
+            return self._nan_batch()
+        self._wait(
+            lambda: (
+                self._watch.step >= self._fault.step
+                and len(self._watch.saved_steps()) >= _CHECKPOINTS_NEEDED
+                and 0 in self._watch.ranks()
+            ),
+            f"at step {self._fault.step} with {_CHECKPOINTS_NEEDED} checkpoints",
+        )
+        self._before = Counter(event.kind for event in self._watch.events())
+        if self._fault.kind == "disk_full":
+            return self._full_disk()
+        return self._lost_ranks()
+
+    def _nan_batch(self) -> Outcome:
+        """The sequence is in the data since the run began: it only remains to wait for it."""
+        step = self._fault.step
+        self._wait(
+            lambda: any(event.kind == self._event and event.step == step for event in self._watch.events()),
+            f"an event {self._event} of step {step}",
+        )
+        self._wait(lambda: self._watch.step > step, "done with a step after it")
+        made, gone_on = (min(one.time for one in self._watch.steps if one.step == s) for s in (step, step + 1))
+        return self._outcome("the loss of a sequence was NaN", step=step, seconds=gone_on - made)
+
+    def _full_disk(self) -> Outcome:
+        step = self._watch.step
+        disk = FullDisk(self._watch)
+        what = disk.begin()
+        self._wait_for_event(self._event)
+        disk.end()
+        freed = time.time()
+        newest = self._watch.saved_steps()[-1]
+        self._wait(lambda: self._watch.saved_steps()[-1] > newest, "writing checkpoints again")
+        return self._outcome(what, step=step, seconds=time.time() - freed)
+
+    def _lost_ranks(self) -> Outcome:
+        draining = self._drain() if self._fault.kind == "node_drained" else None
+        old = frozenset(process.pid for process in self._watch.ranks().values())
+        good = self._watch.saved_steps()
+        made = time.time()
+        match self._fault.kind:
+            case "first_rank_killed":
+                what = kill_first_rank(self._watch)
+            case "rank_stopped":
+                what = stop_rank(self._watch, self._chance)
+            case "node_killed":
+                what = self._lose_node(choose_node(self._cluster, self._watch, self._chance))
+            case "node_drained":
+                assert draining is not None
+                what = f"announced {DRAIN_SECONDS} s before: {self._lose_node(draining)}"
+            case "checkpoint_damaged":
+                what = kill_worker(self._watch, self._chance)
+                time.sleep(_SETTLE_SECONDS)
+                newest = self._watch.checkpoints()[-1]
+                what = f"{what}; {damage_checkpoint(newest, self._chance)}"
+                good = [step for step in good if step != saved_step(newest)]
+            case _:
+                what = kill_worker(self._watch, self._chance)
+        self._wait_for_event("restart")
+        self._wait_for_event(self._event)
+        reached = max(one.step for one in self._watch.steps if one.pid in old)
+        self._wait(
+            lambda: any(one.step > reached for one in self._watch.steps_since(made, not_of=old)),
+            f"beyond step {reached}, which it had reached",
+        )
+        new = self._watch.steps_since(made, not_of=old)
+        resumed_at = new[0].step - 1
+        if resumed_at < good[-1]:
+            raise StormError(f"{what}: went on from step {resumed_at}, and there was a checkpoint of step {good[-1]}")
+        # One interval, what was trained while the newest checkpoint was being written, one more where that is damaged.
+        allowed = self._interval * (2 if self._fault.kind == "checkpoint_damaged" else 1) + _STEPS_WHILE_WRITING
+        if reached - resumed_at > allowed:
+            raise StormError(f"{what}: {reached - resumed_at} steps were lost, more than {allowed}")
+        return self._outcome(what, step=reached, resumed_at=resumed_at, seconds=new[0].time - made)
+
+    def _drain(self) -> Node:
+        """A node with ranks announces its end; returns it when its time has come."""
+        node = choose_node(self._cluster, self._watch, self._chance)
+        begun = time.monotonic()
+        self._cluster.drain(node, seconds=DRAIN_SECONDS)
+        reached = self._watch.step
+        self._wait_for_event("preemption")
+        self._wait(lambda: self._watch.saved_steps()[-1] >= reached, f"saved at step {reached} or later")
+        time.sleep(max(0.0, begun + DRAIN_SECONDS - time.monotonic()))
+        return node
+
+    def _lose_node(self, node: Node) -> str:
+        """Kill it; another one joins. What runs on the spare meanwhile goes on."""
+        ranks = {process.pid: rank for rank, process in self._watch.ranks().items()}
+        held = sorted(ranks[process.pid] for process in node.processes() if process.pid in ranks)
+        left = self._cluster.lose(node)
+        if left:
+            raise StormError(f"processes of the lost node {node.address} went on: {left}")
+        self._cluster.add_node(cpus=self._node_cpus)
+        return f"SIGKILL to the raylet of ranks {', '.join(map(str, held))}"
+
+    def _wait_for_event(self, kind: EventKind) -> None:
+        self._wait(
+            lambda: Counter(event.kind for event in self._watch.events())[kind] > self._before[kind],
+            f"an event {kind}",
+        )
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + self._seconds
+        while not condition():
+            if self._driver.poll() is not None:
+                raise StormError(f"{self._fault}: the run ended with status {self._driver.returncode} and not {what}")
+            if time.monotonic() > deadline:
+                raise StormError(f"{self._fault}: after {self._seconds:.0f} s not {what}")
+            time.sleep(_POLL_SECONDS)
+
+    def _outcome(self, what: str, *, step: int, seconds: float, resumed_at: int | None = None) -> Outcome:
+        return Outcome(
+            number=self._fault.number,
+            kind=self._fault.kind,
+            step=step,
+            what=what,
+            event=self._event,
+            resumed_at=resumed_at,
+            lost_steps=0 if resumed_at is None else step - resumed_at,
+            recovery_seconds=seconds,
+        )

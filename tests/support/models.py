@@ -1,0 +1,123 @@
+"""The small model of the layout tests, the ways to compute its steps, and its batches. Nothing of Megatron-core."""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from dash_dist.config.model import ModelConfig
+
+VOCAB_SIZE = 50
+SEQUENCE_LENGTH = 128
+CHUNK_SIZE = 16
+ROUTING_SCALE = 8.0  # sharp enough to leave chunks out
+SEQUENCES = 4
+DOCUMENTS = ((5, 37, 60), (128,), (70, 1, 30), (16, 16, 10, 20, 33))
+"""Tokens of the documents in each packed sequence, which they fill when each is padded to whole chunks."""
+STEPS_BEFORE_SAVE = 2
+STEPS_AFTER_LOAD = 3
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    init_std=0.2,  # large enough for every gradient to count
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the same step."""
+
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    micro_batch_size: int = 1
+    tie_embeddings: bool = False
+    distributed_optimizer: bool = False
+    grad_clip: float | None = None
+    recompute: Literal["none", "full"] = "none"
+    layout: Literal["zigzag", "contiguous"] = "zigzag"
+    exchange: Literal["auto", "selective", "allgather", "ring"] = "auto"
+    ranks_per_node: int | None = None
+    routing_scale: float = ROUTING_SCALE
+    logits_per_piece: int | None = None
+    packed: bool = False  # documents of DOCUMENTS in each sequence
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+
+
+@dataclass
+class Measured:
+    """One rank's part of a step."""
+
+    ranks: dict[str, int]
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    grad_norm: float = 0.0
+    # name in the whole model -> (tensor, dimension cut over tensor parallelism or None)
+    gradients: dict[str, tuple[torch.Tensor, int | None]] = field(default_factory=dict)
+    weights: dict[str, tuple[torch.Tensor, int | None]] = field(default_factory=dict)
+    density: list[float] = field(default_factory=list)
+    selected: list[list[int]] = field(default_factory=list)
+    maps: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # selected and available of each layer
+    seconds: dict[str, float] = field(default_factory=dict)
+    step_seconds: float = 0.0
+
+
+def global_batch(step: int) -> Batch:
+    """[SEQUENCES, SEQUENCE_LENGTH]; what counts in the loss is uneven over sequences and over the sequence."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (SEQUENCES, SEQUENCE_LENGTH)
+    tokens = torch.randint(VOCAB_SIZE, shape, generator=generator)
+    kept = torch.linspace(0.1, 1.0, SEQUENCE_LENGTH) * torch.tensor([1.0, 0.05, 0.6, 0.9])[:, None]
+    return Batch(
+        tokens=tokens,
+        labels=torch.randint(VOCAB_SIZE, shape, generator=generator),
+        loss_mask=torch.rand(shape, generator=generator) < kept,
+    )
+
+
+def packed_borders(sequence: int) -> list[int]:
+    """Where the documents of a packed sequence begin, and SEQUENCE_LENGTH."""
+    chunks = (-(-length // CHUNK_SIZE) for length in DOCUMENTS[sequence])
+    return [0, *(CHUNK_SIZE * end for end in itertools.accumulate(chunks))]
+
+
+def packed_batch(step: int) -> list[Batch]:
+    """The sequences of `global_batch` with their borders; padding does not count in the loss."""
+    whole = global_batch(step)
+    sequences = []
+    for index, lengths in enumerate(DOCUMENTS):
+        borders = packed_borders(index)
+        is_token = torch.zeros(1, SEQUENCE_LENGTH, dtype=torch.bool)
+        for start, length in zip(borders[:-1], lengths, strict=True):
+            is_token[:, start : start + length] = True
+        sequence = slice(index, index + 1)
+        sequences.append(
+            Batch(
+                whole.tokens[sequence],
+                whole.labels[sequence],
+                whole.loss_mask[sequence] & is_token,
+                torch.tensor(borders, dtype=torch.int32),
+            )
+        )
+    return sequences
+
+
+def packed_documents_alone(step: int) -> list[Batch]:
+    """Each document of `packed_batch` as a sequence of its own, [1, its length], without padding."""
+    documents = []
+    for index, batch in enumerate(packed_batch(step)):
+        for start, length in zip(packed_borders(index)[:-1], DOCUMENTS[index], strict=True):
+            part = slice(start, start + length)
+            documents.append(Batch(batch.tokens[:, part], batch.labels[:, part], batch.loss_mask[:, part]))
+    return documents

@@ -1,0 +1,100 @@
+"""Which errors may pass when a run is tried again, and who is told of those that will not."""
+
+import errno
+import os
+import pickle
+import socket
+from types import SimpleNamespace
+
+import pytest
+import typer
+
+from dash_dist import cli
+from dash_dist.cluster.rank import end_of
+from dash_dist.errors import CheckpointError, ConfigError, RunError, may_pass
+
+
+class AnswerError(OSError):
+    """As those of HTTP libraries: with the answer, without an errno."""
+
+    def __init__(self, status):
+        super().__init__(f"status {status}")
+        self.response = SimpleNamespace(status_code=status)
+
+
+def of(number):
+    return OSError(number, os.strerror(number), "data/part-0.parquet")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [of(errno.ESTALE), of(errno.EIO), of(errno.ETIMEDOUT), of(errno.ECONNRESET), AnswerError(503), AnswerError(429)]
+    + [TimeoutError("read"), socket.gaierror(socket.EAI_AGAIN, "try again"), CheckpointError("x", may_pass=True)],
+    ids=repr,
+)
+def test_storage_or_a_server_that_does_not_answer_may_answer_later(error):
+    assert may_pass(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [of(errno.ENOENT), of(errno.EACCES), of(errno.ENOSPC), of(errno.EFBIG), AnswerError(404), AnswerError(401)]
+    + [ValueError("row 3 is not JSON"), OSError("no such model"), RunError("x"), KeyError("text")]
+    + [socket.gaierror(socket.EAI_NONAME, "no such host")],
+    ids=repr,
+)
+def test_what_a_person_must_mend_does_not_pass(error):
+    assert not may_pass(error)
+
+
+def test_the_errors_that_led_to_one_count():
+    def wrapped(cause, *, hidden=False):
+        try:
+            try:
+                raise cause
+            except Exception as error:
+                raise ValueError("cannot read row group 3") from (None if hidden else error)
+        except ValueError as error:
+            return error
+
+    assert may_pass(wrapped(of(errno.ESTALE)))
+    assert not may_pass(wrapped(of(errno.ESTALE), hidden=True))
+    assert not may_pass(wrapped(of(errno.ENOENT)))
+    itself = ValueError("raised from itself")
+    itself.__cause__ = itself
+    assert not may_pass(itself)
+
+
+def test_an_error_keeps_it_from_process_to_process():
+    for passes in (True, False):
+        error = pickle.loads(pickle.dumps(CheckpointError("no answer", may_pass=passes)))
+        assert (str(error), error.may_pass) == ("no answer", passes)
+
+
+def test_a_rank_gives_the_run_up_only_for_what_will_not_pass():
+    def refuse(error):
+        raise error
+
+    refusal = RunError("lower optimizer.lr")
+    assert end_of(lambda: refuse(refusal)).refusal is refusal
+    with pytest.raises(RunError, match="no answer"):
+        end_of(lambda: refuse(RunError("no answer", may_pass=True)))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ConfigError("x"), True), (RunError("x"), True), (RunError("x", may_pass=True), False), (KeyError("x"), False)],
+    ids=repr,
+)
+def test_a_script_that_restarts_is_told_of_what_will_not_pass(tmp_path, monkeypatch, error, told):
+    app = typer.Typer()
+
+    @app.command()
+    def fail():
+        raise error
+
+    monkeypatch.setenv("DASH_DIST_REFUSED", str(tmp_path / "refused"))
+    monkeypatch.setattr("sys.argv", ["dash-dist"])
+    with pytest.raises((SystemExit, KeyError)):
+        cli.run_app(app)
+    assert (tmp_path / "refused").exists() == told

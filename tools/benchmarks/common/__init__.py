@@ -1,0 +1,1 @@
+"""Inputs, options and records that the benchmarks share."""

@@ -1,0 +1,1 @@
+"""Accuracy of `dash-dist plan` against measured runs."""

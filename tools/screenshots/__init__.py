@@ -1,0 +1,1 @@
+"""Pictures of a run's dashboards and report, taken in headless Chromium."""
