@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory) -> dict[str, Path]:
-    """The wheel of each package, built from copies of its tracked and new files."""
+    """The wheel of each package, built from its source distribution."""
     built = {}
     for package, folder in PACKAGES.items():
         out = tmp_path_factory.mktemp(package)
