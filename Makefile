@@ -47,6 +47,7 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/mypy
 	$(BIN)/mypy launch tools
+	$(BIN)/python tools/check_prose.py
 
 docs: $(INSTALLED_DOCS)
 	$(BIN)/mkdocs build --strict
