@@ -1,32 +1,46 @@
-# make demo   create .venv if missing, install, and train configs/demo.yaml through Ray on this machine
-# make test   create .venv if missing, install with the development tools, then lint, type check and test
-# make storm  32 faults against a run on a Ray cluster of this machine, compared with an undisturbed one (docs/storm.md)
-# They honour PYTHON=, the interpreter that .venv is made from, and ARGS=, key=value overrides or pytest arguments.
+# make demo      train configs/demo.yaml through Ray on this machine
+# make test      lint, types and fast tests
+# make test-all  the same, then the tests left out of it: `slow`, `ray`, `browser` and `gpu`
+# make docs      the site into site/, in strict mode
+# make storm     32 faults against a run on a Ray cluster of this machine, compared with an undisturbed one (docs/storm.md)
+# make wheels    both distributables into dist/
+#
+# Each creates .venv if missing and installs what it needs, pinned by requirements.lock. They honour PYTHON=, the interpreter
+# that .venv is made from, and ARGS=, key=value overrides or pytest arguments.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
-REQUIREMENTS := pyproject.toml tests/constraints.txt
+INSTALLED_DOCS := $(VENV)/.installed-docs
+REQUIREMENTS := pyproject.toml kernels/pyproject.toml requirements.lock
+PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check -c requirements.lock -e kernels
 LINTED := dash_dist kernels launch tests tools
 
 # One GPU cannot hold the demo's two context-parallel ranks (NCCL refuses two ranks on a device).
 GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 DEMO_OVERRIDES = $(if $(filter 1,$(GPUS)),parallel.context=1)
 
-.PHONY: demo test lint storm
+.PHONY: demo test test-all test-rest lint docs storm wheels
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/python launch/ray_train.py configs/demo.yaml $(DEMO_OVERRIDES) $(ARGS)
 
-# Two workers; those that start Ray clusters come after, with the machine to themselves: five nodes on two cores that do
-# something else do not start in the time that Ray gives them. Exit status 5: ARGS chose none of a part's tests.
-ALONE := tests/launch tests/cluster
+# Exit status 5: ARGS chose none of a part's tests.
+FAST := not slow and not ray and not browser and not gpu
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ALONE:%=--ignore=%) $(ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest $(ALONE) $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "$(FAST)" $(ARGS) || [ $$? -eq 5 ]
+
+test-all: test
+	$(MAKE) test-rest
+
+# Tests that start Ray clusters come last, with the machine to themselves: five nodes on two busy cores exceed the time that
+# Ray allows for a start.
+test-rest: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not ($(FAST)) and not ray" $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m ray $(ARGS) || [ $$? -eq 5 ]
 
 storm: $(INSTALLED_DEV)
 	$(BIN)/python -m tests.storm --faults 32 $(ARGS)
@@ -36,6 +50,18 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/mypy
 	$(BIN)/mypy launch tools
+	$(BIN)/python tools/check_prose.py
+
+docs: $(INSTALLED_DOCS)
+	$(BIN)/mkdocs build --strict
+
+storm: $(INSTALLED_DEV)
+	$(BIN)/python tools/fault_storm.py --faults 32 $(ARGS)
+
+wheels: $(INSTALLED_DEV)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist kernels
+	$(BIN)/python -m build --outdir dist .
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -43,10 +69,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(REQUIREMENTS) | $(BIN)/python
-	$(BIN)/pip install --disable-pip-version-check -c tests/constraints.txt -e .
+	$(PIP_INSTALL) -e '.[ray,report]'
 	touch $@
 
 # The development install holds everything the plain one does.
 $(INSTALLED_DEV): $(REQUIREMENTS) | $(BIN)/python
-	$(BIN)/pip install --disable-pip-version-check -c tests/constraints.txt -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev]'
 	touch $(INSTALLED) $@
+
+# The site reads docstrings from the sources, without importing them.
+$(INSTALLED_DOCS): $(REQUIREMENTS) | $(BIN)/python
+	$(PIP_INSTALL) -e '.[docs]'
+	touch $@

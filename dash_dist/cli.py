@@ -60,7 +60,7 @@ def doctor(
     try:
         from dash_dist.doctor.command import examine
     except (ImportError, OSError) as error:  # OSError: a shared library that PyTorch needs cannot be loaded
-        advice = "install it again with `pip install -c tests/constraints.txt -e .`"
+        advice = "install it again with `pip install -c requirements.lock -e kernels -e '.[all]'`"
         print(f"error: what the checks themselves need cannot be imported: {error}; {advice}", file=sys.stderr)
         raise typer.Exit(1) from None
 

@@ -146,7 +146,8 @@ def test_the_position_stays_small_inside_a_long_document(corpus):
 def test_batches_do_not_depend_on_the_hash_seed(corpus):
     config = corpus("text", shuffle_seed=1)
     script = (
-        "import sys, json; from dash_dist.config.data import DataConfig\nfrom dash_dist.data.stream import *\nfrom dash_dist.data.tokenizer import *\n"
+        "import sys, json; from dash_dist.config.data import DataConfig\n"
+        "from dash_dist.data.stream import *\nfrom dash_dist.data.tokenizer import *\n"
         "s = build_data_stream(DataConfig.model_validate_json(sys.argv[1]), tokenizer=ByteTokenizer(),\n"
         "    sequence_length=16, global_batch_size=2, dp_rank=0, dp_size=1, micro_batch_size=2, chunk_size=16)\n"
         "b = [s.next_step()[0].tokens.tolist() for _ in range(5)]; print(json.dumps([b, s.state_dict()]))"

@@ -16,7 +16,7 @@ from dash_dist.doctor.site import Site
 
 _DISTRIBUTION = "dash-dist"
 _IMPORTED = ("megatron.core", "ray", "deepspeed")
-_AGAIN = "Install again with `pip install -c tests/constraints.txt -e .`"
+_AGAIN = "Install again with `pip install -c requirements.lock -e kernels -e '.[all]'`"
 
 
 def versions(site: Site) -> list[Finding]:

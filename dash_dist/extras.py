@@ -1,0 +1,28 @@
+"""Optional packages: the error for a missing one names the extra that installs it.
+
+Knows the extras of pyproject.toml; does not know the code that uses them.
+"""
+
+import importlib.util
+
+from dash_dist.errors import ConfigError
+
+MODULES = {
+    "ray": ("ray", "aiohttp", "requests"),
+    "deepspeed": ("deepspeed",),
+    "hub": ("tokenizers", "transformers"),
+    "report": ("matplotlib",),
+}
+
+
+def require_extra(extra: str, purpose: str) -> None:
+    """Raises ConfigError if a package of `extra`, a key of MODULES, is not installed. Imports none of them.
+
+    purpose: subject of the error's sentence, such as "engine=deepspeed".
+    """
+    missing = [module for module in MODULES[extra] if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"{purpose} needs {', '.join(missing)}, not installed here: pip install 'dash-dist[{extra}]', or in the "
+            f"repository pip install -c requirements.lock -e kernels -e '.[{extra}]'"
+        )
