@@ -55,9 +55,6 @@ lint: $(INSTALLED_DEV)
 docs: $(INSTALLED_DOCS)
 	$(BIN)/mkdocs build --strict
 
-storm: $(INSTALLED_DEV)
-	$(BIN)/python tools/fault_storm.py --faults 32 $(ARGS)
-
 wheels: $(INSTALLED_DEV)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist kernels
