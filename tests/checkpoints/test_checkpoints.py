@@ -348,4 +348,4 @@ def one_of_two_ranks(folder: Path) -> None:
 
 
 def test_ranks_write_one_checkpoint_and_fail_together(tmp_path):
-    run_ranks("test_training_checkpoints:one_of_two_ranks", 2, tmp_path, cpu_only=True)
+    run_ranks("tests.checkpoints.test_checkpoints:one_of_two_ranks", 2, tmp_path, cpu_only=True)

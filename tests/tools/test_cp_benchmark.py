@@ -104,7 +104,7 @@ def replay() -> None:
 
 
 def test_an_exchange_computes_the_same_with_flights_that_have_landed() -> None:
-    run_test_ranks("test_cp_benchmark:replay", 2, cpu_only=True)
+    run_test_ranks("tests.tools.test_cp_benchmark:replay", 2, cpu_only=True)
 
 
 def _dies(ranks: Ranks) -> None:

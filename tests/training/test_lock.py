@@ -17,7 +17,7 @@ from dash_dist.training.faults.lock import RunLock
 HOLDER = """
 import sys, time
 from pathlib import Path
-from dash_dist.training.lock import RunLock
+from dash_dist.training.faults.lock import RunLock
 with RunLock(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(300)
