@@ -16,7 +16,7 @@ def run(tmp_path, body, *, seconds=60):
         import threading, time
         from pathlib import Path
         from dash_dist.training.faults import watchdog
-        from dash_dist.training.watchdog import Watchdog
+        from dash_dist.training.faults.watchdog import Watchdog
         folder = Path({str(hang_folder(tmp_path, 2))!r})
         watchdog._GRACE_SECONDS = 0.5
     """
