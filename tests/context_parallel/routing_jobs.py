@@ -18,7 +18,8 @@ from attention_cases import (
 )
 
 from dash_dist import dash_attention, join_sequence, split_sequence
-from dash_kernels import eager, triton_backend
+from dash_kernels import eager
+from dash_kernels import triton as triton_backend
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec, Routing
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from attention_inputs import DEVICE, assert_near, clear_inputs, output_and_gradients, random_inputs
 
-from dash_kernels import dash_attention, eager, triton_backend
+from dash_kernels import dash_attention, eager
+from dash_kernels import triton as triton_backend
 from dash_kernels.arguments import check_arguments
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import Blocks, OutputGradient, Part, Queries

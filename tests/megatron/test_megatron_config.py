@@ -15,7 +15,7 @@ from dash_dist.megatron import (
     flops_per_token,
 )
 from dash_dist.megatron.config import PIECES_PER_RANK, padded_vocab_size
-from dash_kernels.backend import MAX_TRITON_HEAD_DIM
+from dash_kernels.limits import MAX_TRITON_HEAD_DIM
 
 SHAPE: dict[str, Any] = {
     "num_layers": 6,

@@ -16,8 +16,9 @@ from cp_benchmark.timing import Mark, Step
 from dash_dist import dash_attention
 from dash_dist.context_parallel.shard import Shard
 from dash_dist.context_parallel.traffic import Traffic
-from dash_kernels.backend import MAX_TRITON_SHARPNESS, select_backend
+from dash_kernels.backend import select_backend
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.limits import MAX_TRITON_SHARPNESS
 from dash_kernels.spec import AttentionSpec
 
 # Routes to the fewest chunks that the kernels take: all of a call's kernels and collectives in a fraction of its time.
