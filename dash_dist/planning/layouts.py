@@ -12,7 +12,7 @@ from dash_dist.config.model import padded_vocab_size
 from dash_dist.config.run import RunConfig
 
 TILE_ROWS = 64
-"""Rows of a tile of the attention kernels (`dash_kernels.triton_backend.tiles`)."""
+"""Rows of a tile of the attention kernels (`dash_kernels.triton.tiles`)."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel import layout
 from dash_dist.engine.flops import flops_per_token
-from dash_kernels.backend import MAX_TRITON_HEAD_DIM
+from dash_kernels.limits import MAX_TRITON_HEAD_DIM
 
 SHAPE: dict[str, Any] = {
     "num_layers": 6,

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from dash_dist import dash_attention, join_sequence, split_sequence
-from dash_kernels import eager, triton_backend
+from dash_kernels import eager
+from dash_kernels import triton as triton_backend
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec, Routing
 from tests.context_parallel.attention_cases import (

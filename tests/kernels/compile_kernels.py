@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -29,11 +30,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTen
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dash_kernels import triton_backend
+from dash_kernels import triton as triton_backend
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.device import Device
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
 
-HOPPER = GPUTarget("cuda", 90, 32)
+TARGET = GPUTarget("cuda", 90, 32)
+HOPPER = Device("sm_90", multiprocessors=132)
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -162,7 +165,7 @@ def call_the_stages(shape: Shape, prior_sigma: float | None, whole: bool) -> Non
 def launches_of(shape: Shape) -> list[Launch]:
     """Every kernel and variant once; those that take longest to compile, which come late in a call, first."""
     launches: list[Launch] = []
-    with noted(launches):
+    with noted(launches), mock.patch.object(Device, "of", return_value=HOPPER):
         call_the_stages(shape, prior_sigma=None, whole=True)
         if shape.by_parts:
             call_the_stages(shape, prior_sigma=1.0, whole=False)
@@ -180,7 +183,7 @@ def compiled(launch: Launch) -> Compiled:
     source = of_language(launch.kernel, launch.signature, constants, aligned)
     started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        binary = triton.compile(source, target=HOPPER, options=launch.options)
+        binary = triton.compile(source, target=TARGET, options=launch.options)
     seconds = round(time.perf_counter() - started, 1)
     serialised = "wgmma.mma_async instructions are serialized" in log.getvalue()
     return Compiled(launch.kernel.__name__, launch.variant, binary.metadata.shared, serialised, seconds)

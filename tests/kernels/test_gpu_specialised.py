@@ -1,16 +1,17 @@
 """The kernels with specialised warps against those without, which the other tests hold to the reference."""
 
+import importlib
 import math
 
 import pytest
 import torch
 
-from dash_kernels import triton_backend
+from dash_kernels import triton as triton_backend
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.gluon_sm90.launch import gather_options, pair_options
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
-from dash_kernels.triton_backend import backward_keys, backward_queries, forward, selection
-from dash_kernels.triton_backend.launch import gather_options, pair_options
-from dash_kernels.triton_backend.tiles import TileShape
+from dash_kernels.triton import lists
+from dash_kernels.triton.tiles import TileShape
 from tests.kernels.attention_inputs import DEVICE
 
 pytestmark = pytest.mark.skipif(
@@ -52,7 +53,7 @@ def test_specialised_warps_compute_what_others_do(
     first half, then some blocks of the rest.
     """
     torch.manual_seed(0)
-    monkeypatch.setattr(selection, "MAX_SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr(lists, "MAX_SLAB_BYTES", slab_bytes)
     shape = {"device": DEVICE, "dtype": torch.bfloat16}
     q = torch.randn(batch, tokens, query_heads, head_dim, device=DEVICE).cumsum(1)
     q = (q / q.std()).bfloat16()
@@ -62,7 +63,7 @@ def test_specialised_warps_compute_what_others_do(
     grid, n = ChunkGrid.whole_sequence(tokens, CHUNK), tokens // CHUNK
     summaries = triton_backend.summarize(k, grid, c, spec)
     queries = Queries(q, grid, summaries, triton_backend.route(q, grid, summaries, spec))
-    for kernel in ("attend", "queries"):
+    for kernel in ("attend", "query_gradient"):
         assert pair_options(kernel, q, TileShape.of(q, kv_heads, spec), grid) is not None
     assert (gather_options(q, TileShape.of(q, kv_heads, spec), grid) is not None) == (head_dim == 128)
     whole, half = Part(k, v, grid), n // 2
@@ -95,9 +96,13 @@ def test_specialised_warps_compute_what_others_do(
     in_this_run = gradients(*specialised[:2])
     torch.cuda.set_rng_state(state)
     assert all(map(torch.equal, in_this_run, gradients(*specialised[:2])))  # the same bits in every run
-    for module in (forward, backward_queries):
-        monkeypatch.setattr(module, "pair_options", lambda *_: None)
-    monkeypatch.setattr(backward_keys, "gather_options", lambda *_: None)
+    for stage, options in (
+        ("attend", "pair_options"),
+        ("query_gradient", "pair_options"),
+        ("key_gradient", "gather_options"),
+    ):
+        module = importlib.import_module(f"dash_kernels.triton.{stage}")
+        monkeypatch.setattr(module, options, lambda *_: None)
     assert all(map(torch.equal, specialised, outputs()))
     torch.cuda.set_rng_state(state)
     for ours, expected in zip(in_this_run, gradients(*specialised[:2]), strict=True):

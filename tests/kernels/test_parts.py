@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from dash_kernels import dash_attention, eager, triton_backend
+from dash_kernels import dash_attention, eager
+from dash_kernels import triton as triton_backend
 from dash_kernels.arguments import check_arguments
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import Blocks, OutputGradient, Part, Queries

@@ -1,5 +1,6 @@
 """The Triton kernels against the float64 reference: through the interpreter without a GPU, compiled with one."""
 
+import importlib
 import logging
 import re
 from collections.abc import Callable
@@ -9,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from dash_kernels import backend, dash_attention, eager, reference_dash_attention, triton_backend
-from dash_kernels.backend import is_hopper
+from dash_kernels import backend, dash_attention, eager, reference_dash_attention
+from dash_kernels import triton as triton_backend
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.device import INTERPRETER, Device
 from dash_kernels.spec import Part, Routing
-from dash_kernels.triton_backend import backward_keys, selection
-from dash_kernels.triton_backend.keys import KeyRows
-from dash_kernels.triton_backend.launch import launch_options
-from dash_kernels.triton_backend.masks import tile_efficiency
-from dash_kernels.triton_backend.tiles import TileShape
+from dash_kernels.triton import lists
+from dash_kernels.triton.key_rows import KeyRows
+from dash_kernels.triton.launch import launch_options
+from dash_kernels.triton.reached import tile_efficiency
+from dash_kernels.triton.tiles import TileShape
 from tests.kernels.attention_inputs import (
     DEVICE,
     Inputs,
@@ -82,8 +84,8 @@ def test_float16_with_and_without_tensor_maps(
     grid = ChunkGrid.whole_sequence(seq_len, chunk_size)
     summaries = torch.Size([1, len(grid), 1, head_dim])
     rows = KeyRows.of(Part(inputs.k, inputs.v, grid), summaries, tile)
-    maps &= is_hopper(inputs.q)
-    for kernel in ("attend", "queries"):
+    maps &= Device.of(inputs.q.device).architecture in ("sm_90", INTERPRETER)
+    for kernel in ("attend", "query_gradient"):
         assert rows.maps(tile, launch_options(kernel, inputs.q))[2] == maps
     check_against_the_reference(inputs, 2e-3, **call)
 
@@ -293,14 +295,15 @@ def test_pieces_and_slabs_of_queries_add_up_to_the_same_bits(sizes: list[int], m
     inputs, call = changed_inputs("hot chunk", sum(sizes), torch.float32, group=1)
     call["cu_seqlens"] = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
+    key_gradient = importlib.import_module("dash_kernels.triton.key_gradient")
     results = []
     for piece_tokens, slab_bytes, pieces_of_slabs in ((2**13, 2**28, [1]), (8 * C, 2**28, [2]), (8 * C, 1, [1, 1])):
-        monkeypatch.setattr(selection, "LEAST_PIECE_TOKENS", piece_tokens)
-        monkeypatch.setattr(selection, "LEAST_PIECE_ROWS", piece_tokens)
-        monkeypatch.setattr(selection, "MAX_SLAB_BYTES", slab_bytes)
+        monkeypatch.setattr(lists, "LEAST_PIECE_TOKENS", piece_tokens)
+        monkeypatch.setattr(lists, "LEAST_PIECE_ROWS", piece_tokens)
+        monkeypatch.setattr(lists, "MAX_SLAB_BYTES", slab_bytes)
         made = []
         monkeypatch.setattr(
-            backward_keys, "query_bits", lambda *call, made=made: made.append(selection.query_bits(*call)) or made[-1]
+            key_gradient, "query_bits", lambda *call, made=made: made.append(lists.query_bits(*call)) or made[-1]
         )
         results.append(output_and_gradients(dash_attention, inputs, backend="triton", **call))
         assert [slab.pieces for slab in made] == pieces_of_slabs
@@ -338,7 +341,8 @@ def test_statistics() -> None:
 
 
 def test_other_gpus_take_what_fits_into_less_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "is_hopper", lambda q: False)
+    ampere = Device("sm_80", multiprocessors=108)
+    monkeypatch.setattr(Device, "of", lambda device: ampere)
     for dtype, chunk_size, fits in ((torch.float16, 64, True), (torch.float16, 80, False), (torch.float32, 16, False)):
         inputs = random_inputs(20, kv_heads=1, head_dim=128, dtype=dtype)
         spec = spec_of(inputs, {"chunk_size": chunk_size})
@@ -386,7 +390,6 @@ def test_calls_beyond_the_kernels_fall_back_and_say_so_once(
     with pytest.raises(ValueError, match=re.escape(f"backend 'triton' cannot take this call: {obstacle}")):
         dash_attention(*tensors, backend="triton", **call)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # "auto" thinks of Triton on a GPU only
-    monkeypatch.setattr(backend, "is_hopper", lambda q: True)
     backend._log_fallback.cache_clear()
     with caplog.at_level(logging.WARNING):
         outs = [dash_attention(*tensors, **call) for _ in range(2)]

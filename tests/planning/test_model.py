@@ -14,7 +14,7 @@ from dash_dist.planning.layouts import Sizes
 from dash_dist.planning.parameters import stage_numbers, stage_weights
 from dash_dist.planning.traffic import BF16, FP32
 from dash_kernels.spec import AttentionSpec
-from dash_kernels.triton_backend.tiles import TileShape
+from dash_kernels.triton.tiles import TileShape
 from tests.planning.planning_cases import (
     CHUNK_SIZE,
     DENSE,

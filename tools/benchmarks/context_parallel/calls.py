@@ -10,8 +10,9 @@ import torch
 from dash_dist import dash_attention
 from dash_dist.context_parallel.shard import Shard
 from dash_dist.context_parallel.traffic import Traffic
-from dash_kernels.backend import MAX_TRITON_SHARPNESS, select_backend
+from dash_kernels.backend import select_backend
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.limits import MAX_TRITON_SHARPNESS
 from dash_kernels.spec import AttentionSpec
 from tools.benchmarks.common.inputs import Case
 from tools.benchmarks.context_parallel.inputs import repeated, shard_inputs

@@ -13,7 +13,7 @@ from dash_kernels import dash_attention
 from dash_kernels.backend import select_backend
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec, OutputGradient, Part, Queries
-from dash_kernels.triton_backend.masks import tile_efficiency
+from dash_kernels.triton.reached import tile_efficiency
 from tools.benchmarks.common.inputs import Case, Inputs
 from tools.benchmarks.kernels.measure import Cell, Function, measure
 

@@ -1,4 +1,4 @@
-"""Gradient of the queries for Hopper: `backward_queries` on pairs of tiles."""
+"""Gradient of the queries for Hopper: `triton.query_gradient` on pairs of tiles."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, OutputGradient, Queries, QueryGradient
-from dash_kernels.triton_backend.keys import KeyRows
-from dash_kernels.triton_backend.launch import PairOptions
-from dash_kernels.triton_backend.paired import (
+from dash_kernels.gluon_sm90.launch import PairOptions
+from dash_kernels.gluon_sm90.priors import load_thresholds, log_priors, routing_slopes
+from dash_kernels.gluon_sm90.tile_pairs import (
     NUM_WARPS,
     PARTITION_WARPS,
     PairShape,
@@ -31,9 +30,10 @@ from dash_kernels.triton_backend.paired import (
     wait_filled,
     wait_listed,
 )
-from dash_kernels.triton_backend.paired_routing import load_thresholds, log_priors, routing_slopes
-from dash_kernels.triton_backend.selection import work_counter
-from dash_kernels.triton_backend.tiles import (
+from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, OutputGradient, Queries, QueryGradient
+from dash_kernels.triton.key_rows import KeyRows
+from dash_kernels.triton.lists import work_counter
+from dash_kernels.triton.tiles import (
     LOG2_E,
     TileShape,
     resident_programs,
@@ -55,7 +55,7 @@ def walk_pairs(
     first: bool,
     last: bool,
 ) -> None:
-    """Fills `result` as `backward_queries` does."""
+    """Fills `result` as `triton.query_gradient` does."""
     q, chunks, summaries, routing = queries.q, queries.chunks, queries.summaries, queries.routing
     n = summaries.shape[1]
     batch_heads = q.shape[0] * tile.kv_heads

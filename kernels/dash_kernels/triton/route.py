@@ -17,9 +17,9 @@ import triton.language as tl
 
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec, Routing
-from dash_kernels.triton_backend.launch import launch_options
-from dash_kernels.triton_backend.selection import work_counter
-from dash_kernels.triton_backend.tiles import (
+from dash_kernels.triton.launch import launch_options
+from dash_kernels.triton.lists import work_counter
+from dash_kernels.triton.tiles import (
     TileShape,
     load_rows,
     load_slot,

@@ -9,7 +9,6 @@ head. `factor` turns q . s into x, `scale2` turns q . k into scores in base 2.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -17,12 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from dash_kernels.device import Device
+from dash_kernels.limits import tile_tokens
 from dash_kernels.spec import AttentionSpec
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 
-TILE_ROWS = 64  # what one warp group's matrix instruction takes
+LEAST_PRIOR = tl.constexpr(1e-30)  # of a selected chunk whose prior rounds to zero
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,7 @@ class TileShape:
         query_heads, head_dim = q.shape[2:]
         group = query_heads // kv_heads
         padded_group = triton.next_power_of_2(group)
-        # At least 16 rows for tl.dot; a power of two that divides the chunk, so that no tile crosses a chunk's border.
-        tokens = max(16 // padded_group, 1)
-        while tokens * 2 * padded_group <= TILE_ROWS and spec.chunk_size % (tokens * 2) == 0:
-            tokens *= 2
+        tokens = tile_tokens(group, spec.chunk_size)  # at least 16 rows, for tl.dot
         padded_dim = max(triton.next_power_of_2(head_dim), 16)
         return cls(query_heads, kv_heads, group, padded_group, tokens, spec.chunk_size, head_dim, padded_dim)
 
@@ -86,12 +84,9 @@ def routing_factor(spec: AttentionSpec) -> float:
     return spec.routing_logit_scale * (spec.alpha - 1)
 
 
-@functools.cache
 def resident_programs(device: torch.device, per_multiprocessor: int) -> int:
-    """Programs of a persistent kernel: as many as the device holds at a time."""
-    if device.type != "cuda":
-        return 3  # the interpreter: a number that leaves unequal shares
-    return torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor
+    """Number of programs of a persistent kernel that the device holds at a time."""
+    return Device.of(device).multiprocessors * per_multiprocessor
 
 
 @triton.jit

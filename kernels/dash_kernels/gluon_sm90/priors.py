@@ -6,8 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from dash_kernels.triton_backend.paired import ID_BITS, barrier, row_offsets
-from dash_kernels.triton_backend.tiles import LN_2
+from dash_kernels.gluon_sm90.tile_pairs import ID_BITS, barrier, row_offsets
+from dash_kernels.triton.tiles import LN_2
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
-"""Gradients of keys and values for Hopper: `backward_keys` by specialised warps.
+"""Gradients of keys and values for Hopper: `triton.key_gradient` by specialised warps.
 
 One warp group that does everything has no registers left beside both gradients of a chunk, and its products wait for
-its arithmetic. Here, beside the lister and the gatherer (`gathered.py`), there are
+its arithmetic. Here, beside the lister and the gatherer (`gather.py`), there are
 
     two score partitions, a warp group each:  the weights and the gradients of the scores, for every other tile
     the adder, a warp group:                  holds dK and dV, and adds the products of all tiles
@@ -19,8 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dash_kernels.triton_backend.backward_keys import LEAST_PRIOR
-from dash_kernels.triton_backend.gathered import (
+from dash_kernels.gluon_sm90.gather import (
     GATHERER_WARPS,
     LISTER_WARPS,
     VECTORS,
@@ -29,10 +28,10 @@ from dash_kernels.triton_backend.gathered import (
     lister,
     tiles_of,
 )
-from dash_kernels.triton_backend.keys import KeyRows
-from dash_kernels.triton_backend.launch import GatherOptions
-from dash_kernels.triton_backend.paired import RingShape, barrier, list_of, pair_maps, two_lists, wait_listed
-from dash_kernels.triton_backend.tiles import LN_2, LOG2_E, TileShape
+from dash_kernels.gluon_sm90.launch import GatherOptions
+from dash_kernels.gluon_sm90.tile_pairs import RingShape, barrier, list_of, pair_maps, two_lists, wait_listed
+from dash_kernels.triton.key_rows import KeyRows
+from dash_kernels.triton.tiles import LEAST_PRIOR, LN_2, LOG2_E, TileShape
 
 NUM_WARPS = 4  # of the first score partition
 PARTITION_WARPS = gl.constexpr((4, 4, GATHERER_WARPS.value, LISTER_WARPS.value))  # the second one, the adder, helpers
@@ -53,7 +52,7 @@ def launch_gathered(
     *,
     has_sigma: bool,
 ) -> None:
-    """Adds to `results` as `backward_keys.key_gradient_kernel` does, whose arguments these are."""
+    """Adds to `results` as `triton.key_gradient.key_gradient_kernel` does, whose arguments these are."""
     shape = RingShape(tile, options.ring, has_sigma, keys.blocks)
     lists = two_lists(programs, piece_tokens, of_queries[0].device)
     key_gradient_gathered_kernel[(programs,)](

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from dash_kernels.triton_backend.paired import LIST_HEADER, add, barrier, end_lists, list_of, wait_listed
+from dash_kernels.gluon_sm90.tile_pairs import LIST_HEADER, add, barrier, end_lists, list_of, wait_listed
 
 GATHERER_WARPS = gl.constexpr(2)
 LISTER_WARPS = gl.constexpr(1)

@@ -14,10 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from dash_kernels.limits import MAX_SLAB_BYTES
 from dash_kernels.spec import AttentionSpec, Queries
-from dash_kernels.triton_backend.keys import KeyRows, starts_of
-from dash_kernels.triton_backend.launch import launch_options
-from dash_kernels.triton_backend.tiles import (
+from dash_kernels.triton.key_rows import KeyRows, starts_of
+from dash_kernels.triton.launch import launch_options
+from dash_kernels.triton.tiles import (
     TileShape,
     load_rows,
     load_slot,
@@ -70,7 +71,6 @@ def list_chunks(
 
 # Of a piece: small ones split a hot chunk, large ones cost less per piece, of which small groups have more.
 LEAST_PIECE_TOKENS, LEAST_PIECE_ROWS = 8192, 65_536
-MAX_SLAB_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)

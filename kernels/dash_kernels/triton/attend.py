@@ -8,11 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
+from dash_kernels.gluon_sm90.launch import pair_options
 from dash_kernels.spec import AttentionSpec, Blocks, Part, Queries
-from dash_kernels.triton_backend.keys import KeyRows, load_keys, load_own_keys, starts_of
-from dash_kernels.triton_backend.launch import launch_options, pair_options
-from dash_kernels.triton_backend.selection import chunk_lists, list_chunks, work_counter
-from dash_kernels.triton_backend.tiles import (
+from dash_kernels.triton.key_rows import KeyRows, load_keys, load_own_keys, starts_of
+from dash_kernels.triton.launch import launch_options
+from dash_kernels.triton.lists import chunk_lists, list_chunks, work_counter
+from dash_kernels.triton.tiles import (
     LN_2,
     LOG2_E,
     TileShape,
@@ -50,7 +51,7 @@ def attend(
     keys = KeyRows.of(part, summaries.shape, tile)
     in_pairs = pair_options("attend", q, tile, chunks)
     if in_pairs is not None and keys.aligned:
-        from dash_kernels.triton_backend.paired_forward import attend_pairs  # Gluon is not in every Triton
+        from dash_kernels.gluon_sm90.attend import attend_pairs  # Gluon is not in every Triton
 
         attend_pairs(queries, keys, spec, tile, in_pairs, before, out, lse)
         return out, lse

@@ -24,8 +24,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dash_kernels.triton_backend.keys import KeyRows
-from dash_kernels.triton_backend.tiles import TileShape
+from dash_kernels.triton.key_rows import KeyRows
+from dash_kernels.triton.tiles import TileShape
 
 # Of the threads of a partition; named thread_barrier before Triton 3.7.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec
-from dash_kernels.triton_backend.tiles import load_chunk, load_slot, summary_offset
+from dash_kernels.triton.tiles import load_chunk, load_slot, summary_offset
 
 
 def summarize(k: torch.Tensor, chunks: ChunkGrid, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

@@ -6,12 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
+from dash_kernels.gluon_sm90.launch import pair_options
 from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Blocks, OutputGradient, Part, Queries, QueryGradient
-from dash_kernels.triton_backend.forward import load_log2_mean, routing_block
-from dash_kernels.triton_backend.keys import KeyRows, load_keys, load_own_keys, starts_of
-from dash_kernels.triton_backend.launch import launch_options, pair_options
-from dash_kernels.triton_backend.selection import chunk_lists, list_chunks, work_counter
-from dash_kernels.triton_backend.tiles import (
+from dash_kernels.triton.attend import load_log2_mean, routing_block
+from dash_kernels.triton.key_rows import KeyRows, load_keys, load_own_keys, starts_of
+from dash_kernels.triton.launch import launch_options
+from dash_kernels.triton.lists import chunk_lists, list_chunks, work_counter
+from dash_kernels.triton.tiles import (
     LOG2_E,
     TileShape,
     column_of,
@@ -66,13 +67,13 @@ def _walk(
     n, kv_heads = summaries.shape[1:3]
     tile = TileShape.of(q, kv_heads, spec)
     keys = KeyRows.of(part, summaries.shape, tile)
-    in_pairs = pair_options("queries", q, tile, chunks)
+    in_pairs = pair_options("query_gradient", q, tile, chunks)
     if in_pairs is not None and keys.aligned:
-        from dash_kernels.triton_backend.paired_queries import walk_pairs  # Gluon is not in every Triton
+        from dash_kernels.gluon_sm90.query_gradient import walk_pairs  # Gluon is not in every Triton
 
         walk_pairs(queries, upstream, keys, spec, tile, in_pairs, before, result, first=first, last=last)
         return
-    options = launch_options("queries", q)
+    options = launch_options("query_gradient", q)
     k_map, v_map, maps = keys.maps(tile, options)
     tiles = len(chunks) * tile.per_chunk
     programs = min(resident_programs(q.device, options.resident), tiles * q.shape[0] * kv_heads)

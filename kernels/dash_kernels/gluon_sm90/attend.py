@@ -7,10 +7,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from dash_kernels.spec import AttentionSpec, Queries
-from dash_kernels.triton_backend.keys import KeyRows
-from dash_kernels.triton_backend.launch import PairOptions
-from dash_kernels.triton_backend.paired import (
+from dash_kernels.gluon_sm90.launch import PairOptions
+from dash_kernels.gluon_sm90.priors import load_thresholds, log_priors, routing_slopes
+from dash_kernels.gluon_sm90.tile_pairs import (
     NUM_WARPS,
     PARTITION_WARPS,
     PairShape,
@@ -30,9 +29,10 @@ from dash_kernels.triton_backend.paired import (
     wait_filled,
     wait_listed,
 )
-from dash_kernels.triton_backend.paired_routing import load_thresholds, log_priors, routing_slopes
-from dash_kernels.triton_backend.selection import work_counter
-from dash_kernels.triton_backend.tiles import (
+from dash_kernels.spec import AttentionSpec, Queries
+from dash_kernels.triton.key_rows import KeyRows
+from dash_kernels.triton.lists import work_counter
+from dash_kernels.triton.tiles import (
     LN_2,
     LOG2_E,
     TileShape,

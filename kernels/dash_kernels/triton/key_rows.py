@@ -14,8 +14,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_kernels.spec import Blocks, Part
-from dash_kernels.triton_backend.launch import LaunchOptions
-from dash_kernels.triton_backend.tiles import TileShape, chunk_offsets
+from dash_kernels.triton.launch import LaunchOptions
+from dash_kernels.triton.tiles import TileShape, chunk_offsets
 
 
 @dataclass(frozen=True)

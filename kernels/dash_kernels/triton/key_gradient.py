@@ -21,12 +21,14 @@ import triton
 import triton.language as tl
 
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.gluon_sm90.launch import gather_options
 from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Blocks, OutputGradient, Part, Queries
-from dash_kernels.triton_backend.keys import KeyRows, key_offsets, load_own_keys
-from dash_kernels.triton_backend.launch import gather_options, launch_options
-from dash_kernels.triton_backend.selection import list_queries, query_bits, slab_slots
-from dash_kernels.triton_backend.summary import summary_weights
-from dash_kernels.triton_backend.tiles import (
+from dash_kernels.triton.key_rows import KeyRows, key_offsets, load_own_keys
+from dash_kernels.triton.launch import launch_options
+from dash_kernels.triton.lists import list_queries, query_bits, slab_slots
+from dash_kernels.triton.summarize import summary_weights
+from dash_kernels.triton.tiles import (
+    LEAST_PRIOR,
     LN_2,
     LOG2_E,
     TileShape,
@@ -41,8 +43,6 @@ from dash_kernels.triton_backend.tiles import (
     token_rows,
 )
 
-LEAST_PRIOR = tl.constexpr(1e-30)  # of a selected chunk whose prior rounds to zero
-
 
 def key_gradient(
     queries: Queries,
@@ -56,7 +56,7 @@ def key_gradient(
     summaries, routing = queries.summaries, queries.routing
     batch, n, kv_heads, head_dim = summaries.shape
     tile = TileShape.of(q, kv_heads, spec)
-    options = launch_options("keys", q)
+    options = launch_options("key_gradient", q)
     keys = KeyRows.of(part, summaries.shape, tile)
     work_of_part = _WorkOfPart.of(part, batch * kv_heads, q.device)
     # One share of the gradient of summary_query per chunk, summed in a fixed order.
@@ -95,7 +95,7 @@ def key_gradient(
             work_of_part.rows,
         )  # fmt: skip
         if gathered is not None:
-            from dash_kernels.triton_backend.gathered_keys import launch_gathered  # Gluon is not in every Triton
+            from dash_kernels.gluon_sm90.key_gradient import launch_gathered  # Gluon is not in every Triton
 
             launch_gathered(
                 programs, of_queries, keys, of_work, results, sizes, factors, piece * spec.chunk_size, tile, gathered,
