@@ -33,7 +33,7 @@ from cp_benchmark.tables import tables
 from kernel_benchmark.inputs import NEIGHBOUR_CORRELATION, Case
 from kernel_benchmark.options import add_shape_options, density, heads
 
-from dash_dist.context_parallel.exchanges import EXCHANGES
+from dash_dist.context_parallel.exchange import EXCHANGES
 from dash_dist.context_parallel.layout import LAYOUTS
 
 DETAILED = "selective"  # of the parts that measure one exchange, if it is among those asked for

@@ -19,8 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
 from dash_dist.context_parallel import DashAttention
-from dash_dist.megatron.attention import DashCoreAttention
 from dash_dist.megatron.config import AttentionConfig, ModelConfig, ParallelConfig, padded_vocab_size
+from dash_dist.megatron.core_attention import DashCoreAttention
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.rotary import ShardRotaryEmbedding
 from dash_dist.megatron.weights import initialise_weights

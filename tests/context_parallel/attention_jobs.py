@@ -29,9 +29,9 @@ from attention_cases import (
 )
 
 from dash_dist import DashAttention, join_sequence, shard_positions, split_sequence
-from dash_dist.context_parallel import blocks, cost, exchanges
+from dash_dist.context_parallel import blocks, choice, cost
+from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.topology import Topology
-from dash_dist.context_parallel.traffic import Traffic
 from dash_kernels import dash_attention as dash_attention_one_device
 
 
@@ -217,7 +217,7 @@ def automatic_choices() -> dict[str, list[str]]:
         with (
             replaced(cost, "Links", chosen_links),
             replaced(cost, "MEMORY_BUDGET", chosen_budget),
-            recorded(exchanges, "make_plan") as plans,
+            recorded(choice, "make_plan") as plans,
         ):
             for layout in LAYOUTS:
                 of_shard(

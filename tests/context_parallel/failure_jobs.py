@@ -12,7 +12,7 @@ from attention_cases import CHUNK, HEAD_DIM, SETTINGS, device, replaced, same_in
 
 from dash_dist import dash_attention, split_sequence
 from dash_dist.context_parallel.errors import ExchangeError
-from dash_dist.context_parallel.flight import Flight
+from dash_dist.context_parallel.transfer import Transfer
 
 
 def errors_at_every_rank() -> dict[str, str]:
@@ -109,16 +109,16 @@ def a_rank_dies_before_it_lands(moment: str, timeout: float) -> tuple[str, float
     step = Step(group, exchange)
     step.forward()  # the group's connections are there
 
-    def die(flight: Flight) -> torch.Tensor:
+    def die(transfer: Transfer) -> torch.Tensor:
         os._exit(1)
 
     def forward_and_backward() -> None:
         step.forward()
         if moment == "backward":
             time.sleep(1)  # until all are through with their forward passes
-        with replaced(Flight, "land", die if is_last else Flight.land):
+        with replaced(Transfer, "wait", die if is_last else Transfer.wait):
             step.backward()
 
     is_last = dist.get_rank(group) == dist.get_world_size(group) - 1
-    with replaced(Flight, "land", die if is_last and moment == "forward" else Flight.land):
+    with replaced(Transfer, "wait", die if is_last and moment == "forward" else Transfer.wait):
         return what_was_said(forward_and_backward)

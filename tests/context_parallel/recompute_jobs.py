@@ -21,8 +21,8 @@ from attention_cases import (
 from torch.utils.checkpoint import checkpoint
 
 from dash_dist import DashAttention, split_sequence
+from dash_dist.context_parallel.exchange_counters import TrafficSummary
 from dash_dist.context_parallel.topology import Topology
-from dash_dist.context_parallel.traffic import TrafficSummary
 
 CALLS = 2  # of the one layer, by every micro-batch
 

@@ -8,9 +8,8 @@ import torch
 from attention_inputs import DEVICE, assert_near, clear_inputs, output_and_gradients, random_inputs
 
 from dash_kernels import dash_attention, eager, triton_backend
-from dash_kernels.arguments import check_arguments
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import Blocks, OutputGradient, Part, Queries
+from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
 
 C = 16
 # The stages, what they run in, how close they must come, and the query heads of a KV head.
@@ -81,7 +80,7 @@ def test_shards_together_are_the_whole(backend: str, sizes: list[int], prior_sig
     )
 
     c = inputs.summary_query
-    spec = check_arguments(inputs.q, inputs.k, inputs.v, c, **call)
+    spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
     grid = ChunkGrid.packed(bounds.tolist(), C)
     places = shards_of(grid, 3)
     parts = [Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks) for chunks, tokens in places]
@@ -118,7 +117,7 @@ def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(
     inputs = clear_inputs(chunks_in_all * C, call, margin=1e-3, kv_heads=2, group=group, batch=batch, dtype=dtype)
     expected = output_and_gradients(dash_attention, inputs.to(torch.float64), backend="eager", **call)
     c = inputs.summary_query
-    spec = check_arguments(inputs.q, inputs.k, inputs.v, c, **call)
+    spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
     grid = ChunkGrid.whole_sequence(chunks_in_all * C, C)
     n = len(grid)
     kv = torch.stack((inputs.k, inputs.v), 1).unflatten(2, (n, C)).permute(0, 4, 2, 1, 3, 5).flatten(0, 2)
@@ -157,7 +156,7 @@ def test_nothing_but_the_own_part_is_needed_without_a_remote_block() -> None:
     inputs = random_inputs(C, kv_heads=1, group=2, dtype=torch.float32)
     call = {"chunk_size": C, "alpha": 1.5, "routing_scale": 1.0, "prior_sigma": None, "softmax_scale": None}
     expected = output_and_gradients(dash_attention, inputs.to(torch.float64), backend="eager", **call)
-    spec = check_arguments(inputs.q, inputs.k, inputs.v, inputs.summary_query, **call)
+    spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
     grid = ChunkGrid.whole_sequence(C, C)
     none = Blocks(inputs.k.new_empty(0, 2, C, 32), torch.empty(0, dtype=torch.int64, device=DEVICE))
     for stages in (eager, triton_backend):

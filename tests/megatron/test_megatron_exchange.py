@@ -6,7 +6,7 @@ import pytest
 from megatron_cases import CHUNK_SIZE, MODEL, SEQUENCE_LENGTH, SEQUENCES, Case
 from ranks import run_ranks
 
-from dash_dist.context_parallel.exchanges import EXCHANGES
+from dash_dist.context_parallel.exchange import EXCHANGES
 
 DENSE_ROUTING = 1e-3  # the routing scale at which every token selects every chunk
 SHARP_ROUTING = 100.0

@@ -14,7 +14,7 @@ from cp_benchmark.timing import StepTime
 from cp_cases import CASE
 from kernel_benchmark.measure import Cell
 
-from dash_dist.context_parallel.traffic import TrafficSummary
+from dash_dist.context_parallel.exchange_counters import TrafficSummary
 
 
 def step_time(whole: float, forward: float) -> StepTime:
@@ -96,7 +96,7 @@ def test_counters_of_all_ranks() -> None:
             dense_bytes=40,
             needed_blocks=needed,
             reachable_blocks=4 * needed,
-            flight_seconds=2.0 if needed else 0.0,
+            transfer_seconds=2.0 if needed else 0.0,
             waited_seconds=waited,
             work=torch.empty(0, dtype=torch.int64),
             exchanges={"selective": 1},
