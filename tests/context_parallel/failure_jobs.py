@@ -1,4 +1,4 @@
-"""What ranks do when one of them errs, dies, or makes other calls than the others."""
+"""Jobs in which one rank errs, dies, or makes other calls than the others."""
 
 import os
 import time
@@ -86,7 +86,7 @@ class Step:
 
 
 def what_was_said(call: Callable[[], Any]) -> tuple[str, float]:
-    """Of the ExchangeError, after so many seconds."""
+    """Message of the ExchangeError, and the seconds until it was raised."""
     start = time.monotonic()
     try:
         call()

@@ -1,4 +1,4 @@
-"""What the ranks of the selective exchange's tests do, and what they find, by words: an empty list is a success."""
+"""Jobs of the selective exchange's ranks. They return the differences in words: an empty list is a success."""
 
 import itertools
 import os
@@ -81,7 +81,7 @@ KINDS = (
 
 
 class Expected:
-    """What must travel, from everybody's masks, block by block in Python."""
+    """Blocks that must travel, derived from all masks, block by block in Python."""
 
     def __init__(self, masks: torch.Tensor, shards: list[list[int]], topology: Topology):
         size = len(shards)

@@ -109,7 +109,7 @@ def test_shards_together_are_the_whole(backend: str, sizes: list[int], prior_sig
 def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(
     backend: str, batch: int, prior_sigma: float | None
 ) -> None:
-    """What the selective exchange does: beside the own part, single heads' chunks that any query selected."""
+    """Parts of the selective exchange: the own one, and single heads' chunks that any query selected."""
     stages, dtype, tolerance, group = BACKENDS[backend]
     call = {"chunk_size": C, "alpha": 1.5, "routing_scale": 20.0, "prior_sigma": prior_sigma, "softmax_scale": None}
     chunks_in_all = 6 if backend == "eager" else 5
