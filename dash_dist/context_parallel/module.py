@@ -75,7 +75,7 @@ class DashAttention(nn.Module):
             k,
             v,
             self.summary_query,
-            self.spec,
+            spec=self.spec,
             cu_seqlens=cu_seqlens,
             chunks=chunks,
             backend=self.backend,
