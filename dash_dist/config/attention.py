@@ -35,4 +35,4 @@ class AttentionConfig(Section):
 
 
 PIECES_PER_RANK = {"zigzag": 2, "double_zigzag": 4, "contiguous": 1}
-"""That of `dash_dist.context_parallel.layout`, which cannot be imported here without torch."""
+"""Pieces of the sequence that one context-parallel rank holds, by layout."""

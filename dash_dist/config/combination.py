@@ -9,6 +9,7 @@ from dash_dist.config.attention import PIECES_PER_RANK, AttentionConfig
 from dash_dist.config.model import VOCAB_MULTIPLE, ModelConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.section import divisors, next_multiple
+from dash_kernels.limits import MAX_TRITON_HEAD_DIM
 
 
 def check_combination(
@@ -73,7 +74,3 @@ def check_combination(
             f"sequence length {sequence_length} is not a multiple of {factors} = {multiple}: pad to "
             f"{next_multiple(sequence_length, multiple)}"
         )
-
-
-MAX_TRITON_HEAD_DIM = 256
-"""That of `dash_kernels.backend`, which cannot be imported here without torch."""

@@ -64,3 +64,7 @@ depend on it."""
 def padded_vocab_size(vocab_size: int) -> int:
     """Rows of the embedding and of the output layer for a tokenizer of `vocab_size` tokens."""
     return next_multiple(vocab_size, VOCAB_MULTIPLE)
+
+
+LOGITS_PER_PIECE = 2**26
+"""Logits of one rank that exist at a time: 256 MiB in float32."""

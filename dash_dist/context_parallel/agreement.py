@@ -1,4 +1,7 @@
-"""Ranks of a group agree on a call before any tensor moves: a mistake at one rank is an error at all of them."""
+"""Comparison of a call over the ranks of a group before any tensor moves: one rank's mistake is an error at all.
+
+Knows names and values to compare; does not know their meaning.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +12,41 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dash_dist.context_parallel.errors import naming_the_exchange
+from dash_dist.context_parallel.errors import exchange_errors
 
 Checked = TypeVar("Checked")
-Named = tuple[str, Hashable]  # something that ranks must agree on, and its value at one of them
+Named = tuple[str, Hashable]  # name of something that ranks must agree on, and its value at one of them
 
 _agreed: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Named, ...], None]] = weakref.WeakKeyDictionary()
 
 
 MAX_REMEMBERED = 1024
-"""Calls that a group has agreed on: packed documents make a new one of every step. All ranks forget the same ones."""
+"""Calls kept per group; packed documents make a new one every step. All ranks drop the same ones."""
 
 
 def check_together(
-    check: Callable[[], tuple[Checked, Named]], call: tuple[Named, ...], group: dist.ProcessGroup, *, once: bool
+    check: Callable[[], tuple[Checked, tuple[Named, ...]]],
+    call: tuple[Named, ...],
+    group: dist.ProcessGroup,
+    *,
+    once: bool,
 ) -> Checked:
-    """Runs check() on every rank, and compares `call` (shapes and settings) and what else check() says that ranks must
-    agree on. Returns the other result of check().
+    """Runs check() on every rank, and compares `call` and the names and values that check() adds to it.
 
-    Raises ValueError at every rank when check() raised one anywhere or when the calls differ. `once` skips the exchange
-    for calls already agreed on, since on a GPU it costs a synchronisation with the host. The ranks must then meet new
-    calls together: if one does alone, the others go on without it, up to the group's timeout.
+    Returns the first result of check(). Raises ValueError at every rank when check() raised one anywhere or when the
+    calls differ. `once` skips the comparison for calls already agreed on, since on a GPU it costs a synchronisation
+    with the host. A new call must then be new at all ranks: one that compares alone waits for the group's timeout.
     """
     error, result = None, None
     try:
-        result, detail = check()
-        call = (*call, detail)
+        result, details = check()
+        call = (*call, *details)
     except ValueError as caught:
         error = caught
     seen = _agreed.setdefault(group, {})
     if not (once and error is None and call in seen):
         answers: list[Any] = [None] * dist.get_world_size(group)
-        with naming_the_exchange(group, "the comparison of the ranks' calls"):
+        with exchange_errors(group, "the comparison of the ranks' calls"):
             dist.all_gather_object(answers, (call, None if error is None else str(error)), group=group)
         refusals = [(rank, message) for rank, (_, message) in enumerate(answers) if message is not None]
         if refusals:
@@ -60,7 +66,7 @@ def check_together(
 
 
 def _by_ranks(values: Sequence[tuple[int, Hashable]]) -> str:
-    """Each value once, after the ranks that gave it."""
+    """Lists each value once, after the ranks that gave it."""
     ranks_of: dict[Hashable, list[int]] = {}
     for rank, value in values:
         ranks_of.setdefault(value, []).append(rank)
@@ -68,7 +74,7 @@ def _by_ranks(values: Sequence[tuple[int, Hashable]]) -> str:
 
 
 def _named(ranks: list[int]) -> str:
-    """For people: rank 3, or ranks 0-2, 5."""
+    """Formats rank numbers: rank 3, or ranks 0-2, 5."""
     runs = [[rank for _, rank in run] for _, run in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
     spans = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"rank{'s' if len(ranks) > 1 else ''} {spans}"

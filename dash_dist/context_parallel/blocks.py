@@ -1,7 +1,7 @@
-"""Blocks: K and V of one chunk of one KV head, taken out of a shard's tensors and added back into their gradients.
+"""Packing of blocks from a shard's tensors, and adding them into its gradients.
 
-Knows memory; does not know ranks. The `places` of blocks are int64 [3, blocks]: the index in the batch, the slot in the
-shard and the KV head of each.
+Knows memory; does not know ranks. A block is K and V of one chunk of one KV head. `places` are int64 [3, blocks]: index
+in the batch, slot in the shard and KV head of each block.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 
 def pack(k: torch.Tensor, v: torch.Tensor, places: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """Copies blocks of k and v [B, S, Hkv, D], strided as they may be, into a new [blocks, 2, C, D]."""
+    """Copies blocks of k and v [B, S, Hkv, D], with any strides, into a new [blocks, 2, C, D]."""
     packed = k.new_empty(places.shape[1], 2, chunk_size, k.shape[-1])
     for i, x in enumerate((k, v)):
         chunks = _in_words(x).unflatten(1, (-1, chunk_size)).transpose(2, 3)  # [B, slots, Hkv, C, D]
-        # The gather writes where the blocks belong, without a copy in between.
+        # Gathers directly into the packed tensor, without an intermediate copy.
         torch.ops.aten.index.Tensor_out(chunks, list(places), out=packed.view(chunks.dtype)[:, i])
     return packed
 
@@ -26,25 +26,25 @@ def add(
 ) -> torch.Tensor:
     """Adds contributions [blocks, 2, C, D] to gradient [2, B, S, Hkv, D], contiguous, in place, and returns it.
 
-    They come in runs of counts[i] blocks, and are added run by run. No block is in a run twice, so that every number is
-    added to in the order of the runs: the result is the same bits in every run of the program.
+    Contributions come in groups of counts[i] blocks, one per sending rank, and are added group by group. No group holds
+    a block twice, so the order of every sum is fixed and the result has the same bits in every run.
     """
     _, batch, tokens, heads, head_dim = gradient.shape
     chunk_size = contributions.shape[2]
     index, slot, head = places
     first_rows = ((index * tokens + slot * chunk_size) * heads + head)[:, None, None]
-    of_tensor = torch.arange(2, device=places.device)[:, None] * (batch * tokens * heads)
-    of_token = torch.arange(chunk_size, device=places.device) * heads
-    rows = first_rows + of_tensor + of_token  # [blocks, 2, C], in the gradient's rows of D numbers
-    runs = zip(rows.flatten(1).split(counts), contributions.split(counts), strict=True)
-    for rows_of_run, contribution in runs:
-        if len(rows_of_run):
-            gradient.view(-1, head_dim).index_add_(0, rows_of_run.flatten(), contribution.view(-1, head_dim))
+    tensor_rows = torch.arange(2, device=places.device)[:, None] * (batch * tokens * heads)
+    token_rows = torch.arange(chunk_size, device=places.device) * heads
+    rows = first_rows + tensor_rows + token_rows  # [blocks, 2, C], in the gradient's rows of D numbers
+    groups = zip(rows.flatten(1).split(counts), contributions.split(counts), strict=True)
+    for group_rows, contribution in groups:
+        if len(group_rows):
+            gradient.view(-1, head_dim).index_add_(0, group_rows.flatten(), contribution.view(-1, head_dim))
     return gradient
 
 
 def _in_words(x: torch.Tensor) -> torch.Tensor:
-    """x [..., D] as the same memory in 8-byte words where it divides so: copied by number, 16-bit floats are slow."""
+    """View of x [..., D] in 8-byte words if its strides allow: index copies 16-bit floats slowly, one by one."""
     numbers = 8 // x.itemsize
     steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
     return x.view(torch.int64) if x.stride(-1) == 1 and not any(step % numbers for step in steps) else x

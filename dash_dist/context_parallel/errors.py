@@ -1,4 +1,7 @@
-"""What a rank says when the others do not answer: which group, which rank, and what was under way."""
+"""Error of a failed exchange, which names the group, the rank and the collective.
+
+Knows process groups; does not know what they exchange.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ class ExchangeError(RuntimeError):
 
 
 @contextmanager
-def naming_the_exchange(group: dist.ProcessGroup, what: str) -> Iterator[None]:
-    """Turns the error of a collective on `group` into an `ExchangeError` that names the ranks and `what` was under way.
+def exchange_errors(group: dist.ProcessGroup, name: str) -> Iterator[None]:
+    """Turns the error of a collective on `group` into an `ExchangeError` with the ranks and the collective's `name`.
 
-    Put nothing but the collective, or the wait for it, inside: every RuntimeError counts as a failed one, except that
-    of a device without memory. With NCCL a rank that waits on the GPU alone does not get here: PyTorch's watchdog ends
+    Put only the collective, or the wait for it, inside: every RuntimeError except that of a device without memory
+    counts as its failure. With NCCL a rank that waits on the GPU alone does not get here. PyTorch's watchdog then ends
     the process after the group's timeout, and names the collective.
     """
     try:
@@ -27,7 +30,7 @@ def naming_the_exchange(group: dist.ProcessGroup, what: str) -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise ExchangeError(
-            f"rank {dist.get_rank()}: {what} did not get through in the context-parallel group of ranks "
+            f"rank {dist.get_rank()}: {name} did not get through in the context-parallel group of ranks "
             f"{dist.get_process_group_ranks(group)}: a rank of the group has died or did not answer within the group's "
             f"timeout; its own log says why ({error})"
         ) from error

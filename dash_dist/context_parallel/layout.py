@@ -1,9 +1,9 @@
-"""Layouts: which chunks of the sequence each rank's shard holds, and moving a sequence in and out of shards.
+"""Layouts: the chunks of the sequence that each rank's shard holds, and moving a sequence in and out of shards.
 
 Knows ranks and chunk ids; does not know attention. In the contiguous layout rank r holds piece r of size pieces. In the
-zigzag layout the sequence is cut into 2 x size pieces and rank r holds pieces r and 2 x size - 1 - r, so that early
-(cheap) and late (expensive) queries are paired; in the double zigzag layout so are the pieces of either half of the
-sequence, which balances work that levels off with the position two to four times as well.
+zigzag layout the sequence is cut into 2 x size pieces and rank r holds pieces r and 2 x size - 1 - r. That pairs early
+(cheap) with late (expensive) queries. The double zigzag layout pairs the pieces of either half of the sequence. It
+balances work that levels off with the position two to four times as well.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dash_dist.config.attention import PIECES_PER_RANK
 from dash_kernels.chunks import ChunkGrid
 
-PIECES_PER_RANK = {"zigzag": 2, "double_zigzag": 4, "contiguous": 1}
 LAYOUTS = tuple(PIECES_PER_RANK)
 
 
@@ -27,7 +27,7 @@ def check_layout(layout: str) -> None:
 
 
 def pieces_of(rank: int, size: int, layout: str) -> tuple[list[int], int]:
-    """The pieces a rank holds, in shard order, and into how many pieces the sequence is cut."""
+    """Pieces of a rank, in shard order, and the number of pieces of the sequence."""
     check_layout(layout)
     count = PIECES_PER_RANK[layout]
     if count == 1 or size == 1:
@@ -39,20 +39,20 @@ def pieces_of(rank: int, size: int, layout: str) -> tuple[list[int], int]:
 
 @functools.lru_cache(maxsize=256)
 def shard_chunks(sequence: ChunkGrid, rank: int, size: int, layout: str) -> ChunkGrid:
-    """A rank's chunks of a sequence, in shard order. Raises ValueError where a piece is not whole chunks."""
+    """Chunks of a rank, in shard order. Raises ValueError if a piece is not whole chunks."""
     return sequence.take(_chunk_ids(len(sequence), rank, size, layout))
 
 
 @functools.lru_cache(maxsize=64)
 def gathered_chunks(sequence: ChunkGrid, size: int, layout: str) -> ChunkGrid:
-    """The chunks of all shards, in rank order. Raises ValueError where a piece is not whole chunks."""
+    """Chunks of all shards, in rank order. Raises ValueError if a piece is not whole chunks."""
     ids = [_chunk_ids(len(sequence), rank, size, layout) for rank in range(size)]
     return sequence.take(list(itertools.chain.from_iterable(ids)))
 
 
 @functools.lru_cache(maxsize=64)
 def other_chunks(sequence: ChunkGrid, rank: int, size: int, layout: str) -> ChunkGrid:
-    """`gathered_chunks` without those of a rank, where they are in the tensor that holds all of them."""
+    """`gathered_chunks` without those of a rank, at their offsets in the tensor that holds all of them."""
     slots = len(sequence) // size
     return gathered_chunks(sequence, size, layout).without(rank * slots, (rank + 1) * slots)
 
@@ -69,16 +69,16 @@ def _chunk_ids(chunks: int, rank: int, size: int, layout: str) -> list[int]:
 
 
 def imbalance(work: torch.Tensor, size: int, layout: str) -> float:
-    """Largest / mean work of a rank where a layout deals out the chunks of a sequence, of work [n] by chunk id.
+    """Largest / mean work of a rank under a layout, from the work [n] of each chunk of the sequence.
 
-    A step takes as long as its busiest rank. 1 without work. Raises ValueError where a piece is not whole chunks.
+    A step takes as long as its busiest rank. 1 without work. Raises ValueError if a piece is not whole chunks.
     """
     by_rank = torch.stack([work[_chunk_ids(len(work), rank, size, layout)].sum() for rank in range(size)]).double()
     return float(by_rank.max() / by_rank.mean()) if by_rank.any() else 1.0
 
 
 def imbalance_by_layout(work: torch.Tensor, size: int) -> dict[str, float]:
-    """`imbalance` of every layout that cuts the sequence into pieces of whole chunks."""
+    """`imbalance` of every layout whose pieces are whole chunks."""
     possible = (layout for layout in LAYOUTS if len(work) % pieces_of(0, size, layout)[1] == 0)
     return {layout: imbalance(work, size, layout) for layout in possible}
 
@@ -86,7 +86,7 @@ def imbalance_by_layout(work: torch.Tensor, size: int) -> dict[str, float]:
 def shard_positions(seq_len: int, rank: int, size: int, layout: str = "zigzag") -> torch.Tensor:
     """Positions in the sequence of a shard's tokens, int64 [seq_len / size], in shard order.
 
-    Raises ValueError when seq_len is not a multiple of the number of pieces.
+    Raises ValueError if seq_len is not a multiple of the number of pieces.
     """
     pieces, count = pieces_of(rank, size, layout)
     if seq_len % count:
@@ -101,7 +101,7 @@ def shard_positions(seq_len: int, rank: int, size: int, layout: str = "zigzag") 
 def split_sequence(
     x: torch.Tensor, group: dist.ProcessGroup | None, *, layout: str = "zigzag", dim: int = 1
 ) -> torch.Tensor:
-    """This rank's shard of x, which every rank of the group holds whole; x itself when group is None.
+    """Cuts this rank's shard from x, which every rank of the group holds whole; returns x itself without a group.
 
     The gradient of x is gathered: every rank gets all of it, as for a loss that is the sum of the ranks' losses.
     """
@@ -112,10 +112,10 @@ def split_sequence(
 def join_sequence(
     x: torch.Tensor, group: dist.ProcessGroup | None, *, layout: str = "zigzag", dim: int = 1
 ) -> torch.Tensor:
-    """The whole sequence on every rank, from each rank's shard of equal shape; x itself when group is None.
+    """Gathers the whole sequence on every rank from shards of equal shape; returns x itself without a group.
 
-    The gradient of x is this rank's part of its own gradient of the result: the inverse of `split_sequence`, for a loss
-    that every rank computes alike from the whole sequence and that counts once.
+    Inverse of `split_sequence`. The gradient of x is this rank's shard of the gradient of the result, as for a loss
+    that every rank computes from the whole sequence and that counts once.
     """
     check_layout(layout)
     return x if group is None else _Join.apply(x, group, layout, dim)

@@ -1,40 +1,41 @@
-"""DashAttention as a module: the owner of `summary_query` and of the settings of every call."""
+"""DashAttention as a module: owner of `summary_query` and of the settings of every call.
+
+Knows the settings; does not know how the attention is computed.
+"""
 
 from __future__ import annotations
+
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from dash_dist.context_parallel.attention import dash_attention
-from dash_dist.context_parallel.exchanges import check_exchange
+from dash_dist.context_parallel.exchange import check_exchange
+from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.layout import check_layout
 from dash_dist.context_parallel.recompute import ForwardMemory
-from dash_dist.context_parallel.traffic import Traffic
-from dash_kernels import RoutingStatistics
+from dash_dist.context_parallel.sharded_attention import dash_attention
+from dash_kernels import AttentionSpec, ChunkGrid, RoutingStatistics
+from dash_kernels.spec import AttentionSettings
 
 
 class DashAttention(nn.Module):
     """Attention of q [B, T, Hq, D], k and v [B, T, Hkv, D], or of this rank's shards of them with a cp_group.
 
     `summary_query` [num_kv_heads, head_dim] starts as zeros: a summary starts as the mean of its keys. While
-    `record_routing` is True, `routing` holds the statistics of the last forward, over this rank's tokens.
-    `traffic` adds up what forward and backward passes sent and waited for until it is asked. `recompute` says that the
-    module runs under reentrant activation checkpointing, as Megatron-core's: first without gradients, then again with
-    them just before the backward pass.
-    For the settings see `dash_dist.dash_attention`.
+    `record_routing` is True, `routing` holds the statistics of the last forward, over this rank's tokens. `traffic`
+    counts the bytes and waits of forward and backward passes until they are taken. `recompute` is for reentrant
+    activation checkpointing, as in Megatron-core: a pass without gradients, then one with them just before the backward
+    pass. For `spec`, `settings` and the other arguments see `dash_dist.dash_attention`.
     """
 
     def __init__(
         self,
         num_kv_heads: int,
         head_dim: int,
+        spec: AttentionSpec | None = None,
         *,
-        chunk_size: int = 64,
-        alpha: float = 1.5,
-        routing_scale: float = 1.0,
-        prior_sigma: float | None = None,
-        softmax_scale: float | None = None,
         backend: str = "auto",
         layout: str = "zigzag",
         exchange: str = "auto",
@@ -43,16 +44,13 @@ class DashAttention(nn.Module):
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **settings: Unpack[AttentionSettings],
     ):
         super().__init__()
         check_layout(layout)
         check_exchange(exchange)
         self.summary_query = nn.Parameter(torch.zeros(num_kv_heads, head_dim, device=device, dtype=dtype))
-        self.chunk_size = chunk_size
-        self.alpha = alpha
-        self.routing_scale = routing_scale
-        self.prior_sigma = prior_sigma
-        self.softmax_scale = softmax_scale
+        self.spec = (spec or AttentionSpec()).replaced(**settings)
         self.backend = backend
         self.layout = layout
         self.exchange = exchange
@@ -64,21 +62,24 @@ class DashAttention(nn.Module):
         self.routing: RoutingStatistics | None = None
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        chunks: ChunkGrid | None = None,
     ) -> torch.Tensor:
         out, routing = dash_attention(
             q,
             k,
             v,
             self.summary_query,
-            chunk_size=self.chunk_size,
-            alpha=self.alpha,
-            routing_scale=self.routing_scale,
-            prior_sigma=self.prior_sigma,
-            softmax_scale=self.softmax_scale,
+            spec=self.spec,
+            cu_seqlens=cu_seqlens,
+            chunks=chunks,
             backend=self.backend,
             return_routing=True,
-            cu_seqlens=cu_seqlens,
             cp_group=self.cp_group,
             layout=self.layout,
             exchange=self.exchange,
@@ -92,6 +93,6 @@ class DashAttention(nn.Module):
     def extra_repr(self) -> str:
         heads, dim = self.summary_query.shape
         return (
-            f"num_kv_heads={heads}, head_dim={dim}, chunk_size={self.chunk_size}, alpha={self.alpha}, "
+            f"num_kv_heads={heads}, head_dim={dim}, chunk_size={self.spec.chunk_size}, alpha={self.spec.alpha}, "
             f"layout={self.layout}, exchange={self.exchange}"
         )

@@ -1,6 +1,6 @@
-"""The plan of a selective exchange: which blocks of K and V go where, found before any of them moves.
+"""Plan of a selective exchange: the blocks of K and V that go from rank to rank, made before any of them moves.
 
-Knows ranks, chunk ids and which chunks were selected; does not know what is computed on them, nor holds any K or V.
+Knows ranks, chunk ids and selected chunks; does not know the attention, and holds no K or V.
 
 A *block* is one chunk of one KV head of one sequence of the batch; its address is
 (index in the batch x Hkv + KV head) x n + chunk id, for n chunks in the whole sequence. They travel in up to two hops:
@@ -9,8 +9,8 @@ A *block* is one chunk of one KV head of one sequence of the batch; its address 
    column in every other node where any rank needs them;
 2. *forward*: from there to the ranks of that node that need them.
 
-Where all links are alike (one node, or one rank per node) the direct hop does everything. Needs travel the other way as
-bitmaps of one byte per block; gradients go home along the reversed hops, summed where blocks had been forwarded.
+With links of one kind (one node, or one rank per node) the direct hop does everything. Needs travel the other way as
+masks of one byte per block. Gradients return along the reversed hops, summed where blocks had been forwarded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dash_dist.context_parallel.cost import Busiest
-from dash_dist.context_parallel.errors import naming_the_exchange
+from dash_dist.context_parallel.errors import exchange_errors
 from dash_dist.context_parallel.shard import Shard
 from dash_dist.context_parallel.topology import Topology
 from dash_kernels.chunks import ChunkGrid
@@ -43,8 +43,8 @@ class Hop:
 class Forwarding:
     """The second hop.
 
-    relayed: int64 [sent], which of the blocks that came directly is sent on, in the order of sending.
-    kept:    int64 [kept], which of the blocks that came directly this rank needs itself.
+    relayed: int64 [sent], index among the directly received blocks of each block sent on, in the order of sending.
+    kept:    int64 [kept], index among the directly received blocks of those that this rank needs itself.
     """
 
     hop: Hop
@@ -54,7 +54,7 @@ class Forwarding:
 
 @dataclass(frozen=True)
 class PerLink:
-    """An amount by link: fast within a node, slow between nodes."""
+    """Amount by link: fast within a node, slow between nodes."""
 
     fast: int
     slow: int
@@ -66,13 +66,13 @@ class PerLink:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank sends and receives. Immutable: forward, backward and recomputation share it.
+    """Blocks that one rank sends and receives. Immutable: forward, backward and recomputation share it.
 
-    addresses:  int64 [blocks], the blocks this rank needs, each once, in the order in which they arrive.
+    addresses:  int64 [blocks], the blocks this rank needs, each once, in order of arrival.
     places:     int64 [3, sent], the own blocks that it sends directly, see `blocks`.
-    forwarding: None where no rank of the group forwards anything.
-    reachable:  blocks of other ranks that this rank's queries could have selected: of every document of which it holds
-                chunks, those before its last own one.
+    forwarding: None if no rank of the group forwards anything.
+    reachable:  number of blocks of other ranks that this rank's queries could have selected. In every document of
+                which it holds chunks, these are the ones before its last own chunk.
     """
 
     topology: Topology
@@ -86,20 +86,20 @@ class Plan:
 
     @property
     def is_idle(self) -> bool:
-        """No rank of the group needs anything of another one."""
+        """True if no rank of the group needs a block of another one."""
         return self.busiest.fast == self.busiest.slow == 0
 
     @property
     def coverage(self) -> float:
-        """Blocks of other ranks that this rank needs / could have needed; 0 where there are none."""
+        """Needed / reachable blocks of other ranks; 0 if none are reachable."""
         return len(self.addresses) / self.reachable if self.reachable else 0.0
 
     def sent_bytes(self, chunk_size: int, head_dim: int, dtype: torch.dtype) -> PerLink:
-        """What this rank sends when K and V of `dtype` are fetched, exactly."""
+        """Bytes that this rank sends when K and V of `dtype` are fetched, exactly."""
         return self._bytes([hop.send for hop in self._hops()], chunk_size, head_dim, dtype)
 
     def returned_bytes(self, chunk_size: int, head_dim: int, dtype: torch.dtype) -> PerLink:
-        """What this rank sends when their gradients of `dtype` go home, exactly."""
+        """Bytes that this rank sends when their gradients of `dtype` return, exactly."""
         return self._bytes([hop.receive for hop in self._hops()], chunk_size, head_dim, dtype)
 
     def _hops(self) -> list[Hop]:
@@ -114,10 +114,10 @@ class Plan:
 
 
 def make_plan(reached: torch.Tensor, shard: Shard, topology: Topology) -> Plan:
-    """The plan for a rank whose queries selected the chunks `reached`, bool [B, Hkv, n], own ones included or not.
+    """Makes the plan of a rank whose queries selected the chunks `reached`, bool [B, Hkv, n], own ones included or not.
 
     A collective call: every rank of the group, with equal shapes and topologies. It costs an all-to-all of B x Hkv x n
-    bytes (two where nodes have several ranks) and an all-reduce of five numbers, and waits for the device once.
+    bytes (two if nodes have several ranks) and an all-reduce of five numbers, and waits for the device once.
 
     Raises ExchangeError when a rank of the group is dead or late.
     """
@@ -128,7 +128,7 @@ def make_plan(reached: torch.Tensor, shard: Shard, topology: Topology) -> Plan:
     masks = _two_level_masks(needs, shard, topology) if topology.is_two_level else _flat_masks(needs, shard)
     counts = _count(masks, needs, shard, topology)
 
-    # Blocks of all owners are numbered owner by owner, which is the order in which the direct hop brings them.
+    # Blocks of all owners are numbered owner by owner, the order in which the direct hop brings them.
     arriving = masks.direct_in.flatten().nonzero_static(size=sum(counts.direct.receive))[:, 0]
     leaving = masks.direct_out.nonzero_static(size=sum(counts.direct.send))[:, 1]
     forwarding = None
@@ -140,7 +140,7 @@ def make_plan(reached: torch.Tensor, shard: Shard, topology: Topology) -> Plan:
             return (node * topology.ranks_per_node + column) * needs.shape[1] + block
 
         _, node, block = masks.forward_out.nonzero_static(size=sum(counts.forward.send)).unbind(1)
-        arrival = masks.direct_in.flatten().cumsum(0) - 1  # where in the direct hop a block of an owner arrives
+        arrival = masks.direct_in.flatten().cumsum(0) - 1  # index of arrival in the direct hop
         relayed = arrival[numbered(node, column, block)]
         kept = needs.flatten()[arriving].nonzero_static(size=counts.kept)[:, 0]
         forwarding = Forwarding(counts.forward, relayed, kept)
@@ -160,8 +160,8 @@ def make_plan(reached: torch.Tensor, shard: Shard, topology: Topology) -> Plan:
 
 @functools.lru_cache(maxsize=64)
 def reachable_chunks(chunks: ChunkGrid, n: int) -> int:
-    """Of n chunks, those outside of a shard that queries of the shard's chunks may select."""
-    steps = torch.zeros(n + 1, dtype=torch.int64)  # up where a chunk's reach begins, down at the chunk itself
+    """Number of chunks outside a shard, of n, that queries of the shard may select."""
+    steps = torch.zeros(n + 1, dtype=torch.int64)  # +1 where a chunk's reach begins, -1 at the chunk itself
     steps.index_add_(0, chunks.firsts.long(), torch.ones(len(chunks), dtype=torch.int64))
     steps.index_add_(0, chunks.ids.long(), -torch.ones(len(chunks), dtype=torch.int64))
     within = steps.cumsum(0) > 0
@@ -171,11 +171,11 @@ def reachable_chunks(chunks: ChunkGrid, n: int) -> int:
 
 @dataclass(frozen=True)
 class _Masks:
-    """Which blocks travel, uint8. Blocks of an owner are numbered (index in the batch, KV head, slot).
+    """Masks of travelling blocks, uint8. Blocks of an owner are numbered (index in the batch, KV head, slot).
 
-    direct_out, direct_in:   [size, blocks]: own blocks to send to a rank; an owner's blocks to receive from it
-    forward_out:             [ranks_per_node, nodes, blocks]: to a rank of this node, blocks of this rank's column
-    forward_in:              [ranks_per_node, nodes, blocks]: from a rank of this node, blocks of that rank's column
+    direct_out, direct_in: [size, blocks], own blocks to send to a rank; an owner's blocks to receive from it.
+    forward_out:           [ranks_per_node, nodes, blocks], to a rank of this node, blocks of this rank's column.
+    forward_in:            [ranks_per_node, nodes, blocks], from a rank of this node, blocks of that rank's column.
     """
 
     direct_out: torch.Tensor
@@ -186,7 +186,7 @@ class _Masks:
 
 @dataclass(frozen=True)
 class _Counts:
-    """What the host must know of the masks. kept: how many of the blocks that come directly this rank needs itself."""
+    """Numbers that the host needs of the masks. kept: directly received blocks that this rank needs itself."""
 
     direct: Hop
     forward: Hop | None
@@ -195,7 +195,7 @@ class _Counts:
 
 
 def _by_owner(reached: torch.Tensor, shard: Shard) -> torch.Tensor:
-    """The blocks of other ranks that this rank needs, uint8 [size, blocks of an owner]."""
+    """Blocks of other ranks that this rank needs, uint8 [size, blocks of an owner]."""
     ids = shard.gathered_chunks.on(reached.device)[0]
     by_owner = reached.to(torch.uint8).index_select(2, ids).unflatten(2, (shard.size, -1))
     needs = by_owner.permute(2, 0, 1, 3).flatten(1).contiguous()
@@ -214,13 +214,13 @@ def _two_level_masks(needs: torch.Tensor, shard: Shard, topology: Topology) -> _
     node, column = topology.place(shard.rank)
     wanted = needs.unflatten(0, grid).transpose(0, 1).contiguous()  # [columns, nodes, blocks]
 
-    # Within the node: every rank asks, for all blocks of a column, the rank of its node that is in the column.
+    # Within the node: every rank asks the rank in a column for all blocks of that column.
     within, across = topology.node_ranks(shard.rank), topology.column_ranks(shard.rank)
     rows = [topology.nodes if rank in within else 0 for rank in range(shard.size)]
     asked = _exchange(wanted.flatten(0, 1), rows, shard).unflatten(0, wanted.shape[:2])  # [asking, nodes, blocks]
 
-    # Across nodes: that rank asks the owners for whatever any rank of its node asked for.
-    by_node = asked.amax(0)  # of its own node too: those go to nobody, and are overwritten below
+    # Across nodes: that rank asks the owners for the union of the needs of its node.
+    by_node = asked.amax(0)  # the own node's entries are overwritten below
     rows = [1 if rank in across else 0 for rank in range(shard.size)]
     asked_by_nodes = _exchange(by_node, rows, shard)
 
@@ -229,7 +229,7 @@ def _two_level_masks(needs: torch.Tensor, shard: Shard, topology: Topology) -> _
     direct_out.unflatten(0, grid)[node] = asked[:, node]
     direct_in.unflatten(0, grid)[:, column] = by_node
     direct_in.unflatten(0, grid)[node] = wanted[:, node]
-    for forward in (asked, wanted):  # left for the second hop: other columns, other nodes
+    for forward in (asked, wanted):  # only other columns and nodes remain for the second hop
         forward[column] = 0
         forward[:, node] = 0
     return _Masks(direct_out, direct_in, asked, wanted)
@@ -238,13 +238,13 @@ def _two_level_masks(needs: torch.Tensor, shard: Shard, topology: Topology) -> _
 def _exchange(rows: torch.Tensor, counts: list[int], shard: Shard) -> torch.Tensor:
     """Sends counts[r] of the rows, in rank order, to rank r, and receives as many from it."""
     received = torch.empty_like(rows)
-    with naming_the_exchange(shard.group, PLANNING):
+    with exchange_errors(shard.group, PLANNING):
         dist.all_to_all_single(received, rows, counts, counts, group=shard.group)
     return received
 
 
 def _count(masks: _Masks, needs: torch.Tensor, shard: Shard, topology: Topology) -> _Counts:
-    """Brings to the host, in one copy, how much travels; what is equal at all ranks by an all-reduce."""
+    """Counts the travelling blocks on the host, by one copy; numbers equal at all ranks come from an all-reduce."""
     within = topology.node_ranks(shard.rank)
     direct = torch.stack((masks.direct_out.sum(1), masks.direct_in.sum(1)))  # [out and in, size]
     forward = torch.stack((masks.forward_out.sum((1, 2)), masks.forward_in.sum((1, 2))))  # [out and in, ranks_per_node]
@@ -255,7 +255,7 @@ def _count(masks: _Masks, needs: torch.Tensor, shard: Shard, topology: Topology)
     busiest = torch.stack(
         ((near + forwarded).amax(), slow.amax(), forwarded.amax(), arrived, arrived + forwarded[1] + kept)
     )
-    with naming_the_exchange(shard.group, PLANNING):
+    with exchange_errors(shard.group, PLANNING):
         dist.all_reduce(busiest, dist.ReduceOp.MAX, group=shard.group)
 
     numbers = iter(torch.cat((direct.flatten(), forward.flatten(), kept[None], busiest)).tolist())
@@ -275,7 +275,7 @@ def _count(masks: _Masks, needs: torch.Tensor, shard: Shard, topology: Topology)
 
 
 def _addresses(needed: torch.Tensor, blocks_per_rank: int, shard: Shard) -> torch.Tensor:
-    """Addresses of blocks that are numbered owner by owner."""
+    """Addresses of blocks numbered owner by owner."""
     n = shard.size * shard.chunks_per_rank
     owner, block = needed // blocks_per_rank, needed % blocks_per_rank
     row, slot = block // shard.chunks_per_rank, block % shard.chunks_per_rank

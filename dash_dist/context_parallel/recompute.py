@@ -1,4 +1,4 @@
-"""What a layer's forward pass leaves for its recomputation: who needs which chunks is found once.
+"""Reuse of routing and plan by the recomputation of a layer.
 
 Knows the order of passes; does not know layers, nor why they are recomputed.
 """
@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
-from dash_dist.context_parallel.exchanges import Exchange
+from dash_dist.context_parallel.exchange import Exchange
 from dash_kernels.spec import Routing
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the passes over the same inputs share. Holds no K and V, but a row of numbers per token and head, and the
-    backend's masks: in Triton a bit per tile of queries and chunk of the whole sequence.
+class RoutedPass:
+    """Routing and exchange that all passes over the same inputs share.
+
+    Holds no K and V, but a row of numbers per token and head, and the backend's masks: in Triton a bit per tile of
+    queries and chunk of the whole sequence.
     """
 
     routing: Routing
@@ -25,39 +27,40 @@ class Found:
 
 
 class ForwardMemory:
-    """Of one layer under reentrant activation checkpointing: a forward pass without gradients comes first, and one with
-    gradients, over the same inputs, in the backward pass of the autograd node that the checkpoint is.
+    """Routed passes of one layer under reentrant activation checkpointing.
 
-    Nodes are numbered as they are made, the checkpoint's before its first pass: what a node recomputes is the earliest
-    pass after that number. So micro-batches may be recomputed in any order, and passes without gradients that are never
-    recomputed do no harm but to memory, until `clear`. A node that is recomputed again, for a second backward pass over
-    a retained graph, finds nothing: what it left was used up, and what comes next is another micro-batch's.
+    A forward pass without gradients comes first. A second one, with gradients and over the same inputs, runs in the
+    backward pass of the checkpoint's autograd node. Nodes are numbered when they are made, the checkpoint's before its
+    first pass, so a node recomputes the earliest pass after its number. Micro-batches may therefore be recomputed in
+    any order. Passes that are never recomputed only cost memory, until `clear`. A node that is recomputed again, for a
+    second backward pass over a retained graph, finds nothing: its own pass was used, the next is another micro-batch's.
     """
 
     def __init__(self) -> None:
-        # By the number of the next node when the pass ended: never twice, for the attention itself takes one.
-        self._found: dict[int, Found] = {}
+        # Keyed by the number of the next node when the pass ended: unique, since the attention itself takes one.
+        self._passes: dict[int, RoutedPass] = {}
 
-    def remember(self, found: Found) -> None:
-        self._found[torch._C._autograd._get_sequence_nr()] = found
+    def remember(self, routed: RoutedPass) -> None:
+        """Keeps a pass without gradients for its recomputation."""
+        self._passes[torch._C._autograd._get_sequence_nr()] = routed
 
-    def recall(self) -> Found | None:
-        """What the pass that is being recomputed has found; None if it left nothing, or none is being recomputed."""
+    def recall(self) -> RoutedPass | None:
+        """Takes the pass that is being recomputed; None if it left nothing, or none is being recomputed."""
         node = torch._C._current_autograd_node()
         if node is None:
             return None
-        # The node itself remembers which backward pass recomputed it first, and forgets it when it dies.
+        # The node itself stores which backward pass recomputed it first, for as long as the node lives.
         backward_pass = torch._C._current_graph_task_id()
         metadata: Any = node.metadata  # a dict, whatever torch's stubs say
         if metadata.setdefault(self, backward_pass) != backward_pass:
             return None
-        number = min((number for number in self._found if number > node._sequence_nr()), default=None)
-        return None if number is None else self._found.pop(number)
+        number = min((number for number in self._passes if number > node._sequence_nr()), default=None)
+        return None if number is None else self._passes.pop(number)
 
     def __len__(self) -> int:
-        """Passes that were not recomputed yet."""
-        return len(self._found)
+        """Number of passes that were not recomputed yet."""
+        return len(self._passes)
 
     def clear(self) -> None:
-        """Forgets passes that will not be recomputed: of a step that failed."""
-        self._found.clear()
+        """Drops passes that will not be recomputed, after a failed step."""
+        self._passes.clear()

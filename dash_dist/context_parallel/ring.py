@@ -1,7 +1,7 @@
-"""The ring exchange: K and V go round by point-to-point sends, the next shard in flight while the current one is used.
+"""Ring exchange: K and V pass from rank to rank, the next shard in transfer while the current one is used.
 
-Knows who sends what to whom and when; does not know what is computed in between. K and V go round twice in a backward
-pass: once for the gradients of queries, and once, with their own gradients a step behind, for those of keys.
+Knows who sends what to whom and when; does not know the computation in between. In a backward pass K and V go round
+twice: once for the gradients of queries, and once for those of keys, which follow one step behind.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from dash_dist.context_parallel.errors import naming_the_exchange
-from dash_dist.context_parallel.flight import Flight, Journey
+from dash_dist.context_parallel.errors import exchange_errors
+from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.plan import Plan
 from dash_dist.context_parallel.shard import Shard
 from dash_dist.context_parallel.topology import Topology
-from dash_dist.context_parallel.traffic import Traffic
+from dash_dist.context_parallel.transfer import Steps, Transfer
 from dash_kernels.spec import Part
 
-KEYS_AND_VALUES, GRADIENTS = 0, 1  # tags: both kinds of message are on their way at once
+KEYS_AND_VALUES, GRADIENTS = 0, 1  # tags: messages of both kinds travel at the same time
 NAMES = ("K and V on their way round the ring", "gradients on their way round the ring")
 
 
 class Ring:
-    """An `exchanges.Exchange`: every rank meets every shard, and holds two of them at a time."""
+    """An `exchange.Exchange` in which every rank sees every shard, and holds two of them at a time."""
 
     name = "ring"
 
@@ -36,6 +36,8 @@ class Ring:
 
 
 class RingDelivery:
+    """An `exchange.Delivery` in one part per rank: the own shard, then those of the ranks before it."""
+
     def __init__(self, k: torch.Tensor, v: torch.Tensor, shard: Shard, topology: Topology, traffic: Traffic):
         self._k, self._v, self._shard, self._topology, self._traffic = k, v, shard, topology, traffic
 
@@ -43,48 +45,48 @@ class RingDelivery:
         yield from self._round(dense=True)
 
     def _round(self, *, dense: bool) -> Iterator[tuple[Part, bool]]:
-        """Every rank's K and V once; dense: whether an exchange of everything with everybody would send them, too."""
+        """Yields K and V of every rank once. dense: these bytes count in `Traffic` as those of a dense exchange."""
         shard = self._shard
         current = torch.stack((self._k, self._v))
         for step in range(shard.size):
             last = step == shard.size - 1
-            flight = None if last else self._send_on(current, KEYS_AND_VALUES, dense=dense)
+            transfer = None if last else self._send_on(current, KEYS_AND_VALUES, dense=dense)
             yield Part(current[0], current[1], shard.chunks_of((shard.rank - step) % shard.size)), last
-            if flight is not None:
-                current = flight.land()
+            if transfer is not None:
+                current = transfer.wait()
 
     def gradients(self, contribution_to: Callable[[Part], torch.Tensor]) -> torch.Tensor:
         """The sum for a part follows the part around the ring, one step behind, and is complete at its owner."""
-        flight = None
+        transfer = None
         for part, last in self._round(dense=False):
             contribution = contribution_to(part)
-            if flight is not None:
-                contribution += flight.land()
+            if transfer is not None:
+                contribution += transfer.wait()
             if not last or self._shard.size > 1:
-                flight = self._send_on(contribution, GRADIENTS, dense=not last)
-        return contribution if flight is None else flight.land()
+                transfer = self._send_on(contribution, GRADIENTS, dense=not last)
+        return contribution if transfer is None else transfer.wait()
 
-    def _send_on(self, outgoing: torch.Tensor, tag: int, *, dense: bool) -> Flight:
+    def _send_on(self, outgoing: torch.Tensor, tag: int, *, dense: bool) -> Transfer:
         shard, topology = self._shard, self._topology
-        flight = Flight(_to_the_next_rank(outgoing, shard, tag), (outgoing,))
+        transfer = Transfer(_steps_to_next_rank(outgoing, shard, tag), (outgoing,))
         rows = [0] * shard.size
         rows[(shard.rank + 1) % shard.size] = 1
         self._traffic.sent_rows(rows, outgoing.nbytes, shard.rank, topology)
         self._traffic.planned(outgoing.nbytes, dense=outgoing.nbytes if dense else 0)
-        self._traffic.under_way(flight.timing)
-        return flight
+        self._traffic.started(transfer.timing)
+        return transfer
 
 
-def _to_the_next_rank(outgoing: torch.Tensor, shard: Shard, tag: int) -> Journey:
+def _steps_to_next_rank(outgoing: torch.Tensor, shard: Shard, tag: int) -> Steps:
     incoming = torch.empty_like(outgoing)
     to = dist.get_global_rank(shard.group, (shard.rank + 1) % shard.size)
     source = dist.get_global_rank(shard.group, (shard.rank - 1) % shard.size)
-    with naming_the_exchange(shard.group, NAMES[tag]):
+    with exchange_errors(shard.group, NAMES[tag]):
         send = dist.P2POp(dist.isend, outgoing, to, shard.group, tag)
         receive = dist.P2POp(dist.irecv, incoming, source, shard.group, tag)
         requests = dist.batch_isend_irecv([send, receive])
     yield
-    with naming_the_exchange(shard.group, NAMES[tag]):
+    with exchange_errors(shard.group, NAMES[tag]):
         for request in requests:
             request.wait()
     return incoming

@@ -1,4 +1,7 @@
-"""A rank's shard: its place in the group and the collectives on chunk summaries. Does not know how K and V travel."""
+"""Shard of a rank: its chunks, and the all-gather of chunk summaries.
+
+Knows the group and the layout; does not know how K and V travel.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dash_dist.context_parallel.errors import naming_the_exchange
+from dash_dist.context_parallel.errors import exchange_errors
 from dash_dist.context_parallel.layout import gathered_chunks, other_chunks, shard_chunks
 from dash_kernels.chunks import ChunkGrid
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a sequence of complete chunks that this rank of the group holds.
+    """This rank's share of a sequence of complete chunks.
 
     sequence: all chunks of the sequence, in order.
     """
@@ -42,7 +45,7 @@ class Shard:
 
     @property
     def gathered_chunks(self) -> ChunkGrid:
-        """The chunks of all shards, in rank order."""
+        """Chunks of all shards, in rank order."""
         return gathered_chunks(self.sequence, self.size, self.layout)
 
     @property
@@ -54,15 +57,15 @@ class Shard:
         return shard_chunks(self.sequence, rank, self.size, self.layout)
 
     def gather_summaries(self, summaries: torch.Tensor) -> torch.Tensor:
-        """[B, chunks_per_rank, Hkv, D] of this shard -> [B, n, Hkv, D] of the whole sequence, by chunk id."""
-        with naming_the_exchange(self.group, "the summaries of all chunks"):
+        """Gathers [B, chunks_per_rank, Hkv, D] of this shard into [B, n, Hkv, D] of the whole sequence, by chunk id."""
+        with exchange_errors(self.group, "the summaries of all chunks"):
             in_rank_order = gather_shards(summaries, self.group).transpose(0, 1).flatten(1, 2)
         slots = self.gathered_chunks.slots_by_id(in_rank_order.shape[1], summaries.device)
         return in_rank_order[:, slots].contiguous()
 
 
 def gather_shards(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """x of every rank, [size, *x.shape]."""
+    """Gathers x of every rank, [size, *x.shape]."""
     gathered = x.new_empty(dist.get_world_size(group), *x.shape)
     dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
     return gathered

@@ -1,4 +1,4 @@
-"""Which ranks of a context-parallel group share a node, and with it a fast link.
+"""Nodes of a context-parallel group: ranks of one node share a fast link.
 
 Knows ranks and host names; does not know what travels. Imports torch only to find nodes.
 """
@@ -22,9 +22,9 @@ _found: weakref.WeakKeyDictionary[dist.ProcessGroup, Topology] = weakref.WeakKey
 
 @dataclass(frozen=True)
 class Topology:
-    """`size` ranks of a group, of which each `ranks_per_node` consecutive ones are a node.
+    """Grid of nodes x ranks: every `ranks_per_node` consecutive ranks of `size` are a node.
 
-    A rank's *column* is the ranks of equal index inside their nodes, its own node's included. Raises ValueError where
+    A rank's *column* is the ranks of equal index inside their nodes, itself included. Raises ValueError if
     ranks_per_node does not divide size.
     """
 
@@ -45,45 +45,45 @@ class Topology:
 
     @property
     def is_two_level(self) -> bool:
-        """There are links of both kinds, so that what crosses the slow ones may be shared over the fast ones."""
+        """True with links of both kinds: a block then crosses to a node once and is shared inside it."""
         return self.nodes > 1 and self.ranks_per_node > 1
 
     def place(self, rank: int) -> tuple[int, int]:
-        """A rank's node, and its index inside the node: its column."""
+        """Node of a rank, and its index inside the node: its column."""
         return divmod(rank, self.ranks_per_node)
 
     def node_ranks(self, rank: int) -> range:
-        """The ranks of a rank's node, itself included."""
+        """Ranks of a rank's node, itself included."""
         first = rank - rank % self.ranks_per_node
         return range(first, first + self.ranks_per_node)
 
     def column_ranks(self, rank: int) -> range:
-        """The ranks of a rank's column, itself included."""
+        """Ranks of a rank's column, itself included."""
         return range(rank % self.ranks_per_node, self.size, self.ranks_per_node)
 
     @staticmethod
     def of(group: dist.ProcessGroup, ranks_per_node: int | None = None) -> Topology:
-        """The topology of a group; with None, the nodes are found by host name, once per group, by a collective.
+        """Topology of a group; with None, nodes are found by host name, by one collective per group.
 
-        Where nodes hold unequal numbers of the group's ranks, or not consecutive ones, all links count as fast: the
-        group is taken for one node, which is right but sends a chunk over a slow link once per rank that needs it.
+        If nodes hold unequal numbers of the group's ranks, or ranks that are not consecutive, the group counts as one
+        node. Results stay right, but a chunk crosses a slow link once per rank that needs it.
         """
         import torch.distributed as dist
 
-        from dash_dist.context_parallel.errors import naming_the_exchange
+        from dash_dist.context_parallel.errors import exchange_errors
 
         if ranks_per_node is not None:
             return Topology(dist.get_world_size(group), ranks_per_node)
         if group not in _found:
             hosts: list[str] = [""] * dist.get_world_size(group)
-            with naming_the_exchange(group, "the exchange of host names"):
+            with exchange_errors(group, "the exchange of host names"):
                 dist.all_gather_object(hosts, socket.gethostname(), group=group)
             _found[group] = Topology(len(hosts), _ranks_per_node(hosts, speaks=dist.get_rank(group) == 0))
         return _found[group]
 
 
 def _ranks_per_node(hosts: list[str], *, speaks: bool) -> int:
-    """Ranks per node by the host name of every rank; all of them where nodes are not runs of equal length."""
+    """Ranks per node by the host name of every rank; all ranks if nodes are not runs of equal length."""
     runs = [(host, len(list(ranks))) for host, ranks in itertools.groupby(hosts)]
     lengths = {length for _, length in runs}
     if len(runs) == len(set(hosts)) and len(lengths) == 1:

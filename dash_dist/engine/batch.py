@@ -53,7 +53,7 @@ class ShardBatch:
 
 
 def split_micro_batches(
-    micro_batches: Sequence[MicroBatch], dims: ParallelDims, *, layout: str, sequence_length: int
+    micro_batches: Sequence[MicroBatch], dims: ParallelDims, *, layout: str, sequence_length: int, chunk_size: int
 ) -> list[ShardBatch]:
     """This rank's shards, in `shard_positions` order."""
     positions = shard_positions(sequence_length, dims.cp_rank, dims.cp_size, layout).cpu()
@@ -63,7 +63,9 @@ def split_micro_batches(
             labels=batch.labels[:, positions].to(dims.device, torch.int64),
             loss_mask=batch.loss_mask[:, positions].to(dims.device, torch.bool),
             documents=(
-                None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens, positions, dims.device)
+                None
+                if batch.cu_seqlens is None
+                else packed_documents(batch.cu_seqlens, positions, dims.device, chunk_size=chunk_size)
             ),
         )
         for batch in micro_batches

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dash_dist.context_parallel.exchanges import EXCHANGES
+from dash_dist.context_parallel.exchange import EXCHANGES
 from dash_dist.context_parallel.layout import imbalance_by_layout, shard_positions
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.parallel import ParallelDims
@@ -72,7 +72,7 @@ def gather_traffic(model: DashGPTModel, dims: ParallelDims, *, num_chunks: int, 
                 traffic.sent_bytes,
                 traffic.slow_link_bytes,
                 traffic.dense_bytes,
-                round(traffic.flight_seconds * 1e9),  # integers, to travel with the others
+                round(traffic.transfer_seconds * 1e9),  # integers, to travel with the others
                 round(traffic.waited_seconds * 1e9),
                 *(traffic.exchanges.get(name, 0) for name in _TRAVELLING),
             ]

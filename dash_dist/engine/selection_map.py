@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dash_dist.context_parallel import DashAttention
-from dash_dist.context_parallel.selection import shard_selections
+from dash_dist.context_parallel.shard_selections import shard_selections
 from dash_dist.engine.step_timer import StepTimer
 from dash_dist.megatron.parallel import ParallelDims
 
@@ -81,7 +81,7 @@ class SelectionRecorder:
                 return  # a recomputation: the pass before it was counted
             q, k = inputs[:2]
             with self._timer.span("heat_map"):
-                self.counts[layer] = shard_selections(attention, q, k, options.get("cu_seqlens"), bins=MAX_BINS)
+                self.counts[layer] = shard_selections(attention, q, k, options.get("chunks"), bins=MAX_BINS)
 
         return count
 

@@ -334,7 +334,11 @@ class Engine:
 
     def _split(self, micro_batches: Sequence[MicroBatch]) -> list[ShardBatch]:
         return split_micro_batches(
-            micro_batches, self.dims, layout=self._attention.layout, sequence_length=self._sequence_length
+            micro_batches,
+            self.dims,
+            layout=self._attention.layout,
+            sequence_length=self._sequence_length,
+            chunk_size=self._attention.chunk_size,
         )
 
     def _accumulate_gradients(self, micro_batches: Sequence[MicroBatch], tokens: int) -> float:

@@ -19,16 +19,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
 from dash_dist.config.attention import AttentionConfig
-from dash_dist.config.model import ModelConfig, padded_vocab_size
+from dash_dist.config.model import LOGITS_PER_PIECE, ModelConfig, padded_vocab_size
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel import DashAttention
-from dash_dist.megatron.attention import DashCoreAttention
+from dash_dist.megatron.core_attention import DashCoreAttention
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.rotary import ShardRotaryEmbedding
 from dash_dist.megatron.weights import initialise_weights
-
-LOGITS_PER_PIECE = 2**26
-"""Logits of one rank that exist at a time: 256 MiB in float32."""
 
 
 class DashGPTModel(GPTModel):

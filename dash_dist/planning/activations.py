@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dash_dist.config.model import LOGITS_PER_PIECE
 from dash_dist.planning.layouts import Sizes
 from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
+from dash_kernels.limits import MAX_SLAB_BYTES
 
 INT64 = 8
-MAX_SLAB = 256 * 2**20
-"""Bits per token and chunk that the key gradients need at a time (`triton_backend.selection.MAX_SLAB_BYTES`)."""
-LOGITS_PER_PIECE = 2**26
-"""That of `dash_dist.megatron.model`: logits of one rank that exist at a time."""
 
 
 def saved_by_layer(sizes: Sizes) -> int:
@@ -94,7 +92,7 @@ def attention_moment(sizes: Sizes, exchange: ExchangePlan) -> Moment:
     tokens, q, kv = sizes.tokens, sizes.q, sizes.kv
     gradients = tokens * BF16 * (2 * q + sizes.hidden)  # of the output, the queries, and the residual stream
     own = 2 * tokens * kv * FP32
-    scratch = min(sizes.batch * sizes.kv_heads * sizes.chunks * sizes.shard // 8, MAX_SLAB)
+    scratch = min(sizes.batch * sizes.kv_heads * sizes.chunks * sizes.shard // 8, MAX_SLAB_BYTES)
     values = tokens * kv * BF16 if sizes.batch == 1 else tokens * BF16 * (2 * q + 2 * kv)  # made contiguous
     # At the end the scratch is gone and the gradients are rounded to bfloat16.
     work = own + max(scratch + values, 2 * tokens * kv * BF16)

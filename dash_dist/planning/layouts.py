@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 from dash_dist.config.model import padded_vocab_size
 from dash_dist.config.run import RunConfig
-
-TILE_ROWS = 64
-"""Rows of a tile of the attention kernels (`dash_kernels.triton.tiles`)."""
+from dash_kernels.limits import tile_tokens
 
 
 @dataclass(frozen=True)
@@ -128,12 +126,8 @@ class Sizes:
 
     @property
     def tile_tokens(self) -> int:
-        """Tokens of a tile: `TileShape.of` of the Triton backend."""
-        padded_group = 1 << (self.group - 1).bit_length()
-        tokens = max(16 // padded_group, 1)
-        while tokens * 2 * padded_group <= TILE_ROWS and self.chunk_size % (tokens * 2) == 0:
-            tokens *= 2
-        return tokens
+        """Tokens of a tile of the attention kernels."""
+        return tile_tokens(self.group, self.chunk_size)
 
     @property
     def chunks_per_token(self) -> float:

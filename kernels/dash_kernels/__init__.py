@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dash_kernels.attention import dash_attention
+    from dash_kernels.chunks import ChunkGrid
     from dash_kernels.reference import reference_dash_attention
-    from dash_kernels.spec import RoutingStatistics
+    from dash_kernels.spec import AttentionSpec, RoutingStatistics
 
-_MODULES = {"dash_attention": "attention", "reference_dash_attention": "reference", "RoutingStatistics": "spec"}
+_MODULES = {
+    "AttentionSpec": "spec",
+    "ChunkGrid": "chunks",
+    "RoutingStatistics": "spec",
+    "dash_attention": "attention",
+    "reference_dash_attention": "reference",
+}
 
-__all__ = ["RoutingStatistics", "dash_attention", "reference_dash_attention"]
+__all__ = ["AttentionSpec", "ChunkGrid", "RoutingStatistics", "dash_attention", "reference_dash_attention"]
 
 
 def __getattr__(name: str) -> Any:

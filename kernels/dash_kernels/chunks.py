@@ -1,6 +1,6 @@
-"""Where the chunks of a tensor's tokens are: a whole sequence, documents packed into one, or some chunks of a sequence.
+"""Positions of the chunks in a tensor: a whole sequence, documents packed into one, or some chunks of a sequence.
 
-Knows token offsets and chunk ids; does not know what is computed on them, nor that ranks exist.
+Knows token offsets and chunk ids; does not know the attention, nor that ranks exist.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import torch
 
 
 class ChunkGrid:
-    """The chunks that a tensor holds, one entry ("slot") per chunk, in the tensor's order.
+    """Chunks of a tensor, one entry ("slot") per chunk, in the tensor's order.
 
     A query in a chunk with (id, first) may be routed to the chunks first <= j < id, and attends causally to its own.
 
     ids:     CPU int32 [slots], the chunk's id in the whole sequence.
-    starts:  CPU int32 [slots], offset in the tensor of its first token, ascending. Of queries, slots follow each other
-             without gaps; of keys, the tensor may hold tokens of other chunks between them.
-    lengths: CPU int32 [slots], its tokens, 1 to chunk_size; an incomplete chunk is the last one of its document, so
-             nobody is ever routed to it.
+    starts:  CPU int32 [slots], offset of its first token in the tensor, ascending. Slots of queries are contiguous. A
+             tensor of keys may hold tokens of other chunks between them.
+    lengths: CPU int32 [slots], its tokens, 1 to chunk_size. Only the last chunk of a document may be incomplete, and no
+             query is routed to that one.
     firsts:  CPU int32 [slots], id of the first chunk of its document.
     tokens:  tokens of the tensor.
+    longest: tokens of the longest chunk.
 
-    Nothing here is changed after construction: calls share grids, and grids keep what they uploaded.
+    Immutable, so that calls share grids. A grid keeps its copies on devices.
     """
 
     def __init__(self, ids: torch.Tensor, lengths: torch.Tensor, firsts: torch.Tensor):
@@ -33,6 +34,7 @@ class ChunkGrid:
         self.firsts = firsts.to(torch.int32)
         self.starts = (lengths.cumsum(0) - lengths).to(torch.int32)
         self.tokens = int(lengths.sum())
+        self.longest = int(lengths.max()) if len(lengths) else 0
         self._complete_to: dict[int, bool] = {}
         self._on_device: dict[torch.device, torch.Tensor] = {}
         self._slots_by_id: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -42,20 +44,20 @@ class ChunkGrid:
         return len(self.ids)
 
     def complete_to(self, chunk_size: int) -> bool:
-        """Whether every chunk has chunk_size tokens."""
+        """True if every chunk has chunk_size tokens."""
         if chunk_size not in self._complete_to:
             self._complete_to[chunk_size] = bool((self.lengths == chunk_size).all())
         return self._complete_to[chunk_size]
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """int32 [4, slots] on a device: ids, starts, lengths, firsts; uploaded once."""
+        """Rows ids, starts, lengths, firsts: int32 [4, slots] on a device, uploaded once."""
         if device not in self._on_device:
             rows = torch.stack((self.ids, self.starts, self.lengths, self.firsts))
             self._on_device[device] = rows.to(device)
         return self._on_device[device]
 
     def slots_by_id(self, count: int, device: torch.device) -> torch.Tensor:
-        """int32 [count] on a device: the slot that holds each chunk id, -1 where this tensor does not; uploaded once.
+        """Slot of each chunk id, -1 if not in this tensor: int32 [count] on a device, uploaded once.
 
         count is the number of chunks of the whole sequence.
         """
@@ -67,7 +69,7 @@ class ChunkGrid:
         return self._slots_by_id[key]
 
     def starts_by_id(self, count: int, device: torch.device) -> torch.Tensor:
-        """int32 [count] on a device: the first token of each chunk id, -1 where it is not held; uploaded once."""
+        """First token of each chunk id, -1 if not in this tensor: int32 [count] on a device, uploaded once."""
         key = count, device
         if key not in self._starts_by_id:
             starts = torch.full((count,), -1, dtype=torch.int32)
@@ -78,30 +80,30 @@ class ChunkGrid:
     @staticmethod
     @functools.lru_cache(maxsize=64)
     def whole_sequence(seq_len: int, chunk_size: int) -> ChunkGrid:
-        """A sequence of one document."""
+        """Chunks of a sequence of one document."""
         return ChunkGrid.packed((0, seq_len), chunk_size)
 
     @classmethod
     def packed(cls, cu_seqlens: Sequence[int], chunk_size: int) -> ChunkGrid:
-        """Documents one after another: document i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1.
+        """Chunks of packed documents: document i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1.
 
-        cu_seqlens starts at 0 and never decreases. Chunks restart at every document, chunk ids count on; an empty
-        document has no chunk.
+        cu_seqlens starts at 0 and never decreases. Chunks restart at every document; chunk ids count over all of them.
+        An empty document has no chunk.
         """
         sizes = torch.tensor(cu_seqlens, dtype=torch.int64).diff()
-        chunks = (sizes + chunk_size - 1) // chunk_size  # of every document
+        chunks = (sizes + chunk_size - 1) // chunk_size  # per document
         firsts = (chunks.cumsum(0) - chunks).repeat_interleave(chunks)
         ids = torch.arange(len(firsts))
         left = sizes.repeat_interleave(chunks) - (ids - firsts) * chunk_size  # tokens from the chunk's first on
         return cls(ids, left.clamp(max=chunk_size), firsts)
 
     def take(self, slots: Sequence[int]) -> ChunkGrid:
-        """The chunks at some slots, in this order, as a tensor that holds only them."""
+        """Grid of a tensor with only the chunks at these slots, in this order."""
         chosen = torch.tensor(slots, dtype=torch.int64)
         return ChunkGrid(self.ids[chosen], self.lengths[chosen], self.firsts[chosen])
 
     def without(self, begin: int, end: int) -> ChunkGrid:
-        """The same tensor of keys, but for the chunks at the slots from begin to end - 1."""
+        """Grid of the same tensor of keys without the chunks at slots begin to end - 1."""
         kept = torch.cat((torch.arange(begin), torch.arange(end, len(self))))
         grid = ChunkGrid(self.ids[kept], self.lengths[kept], self.firsts[kept])
         grid.starts, grid.tokens = self.starts[kept], self.tokens

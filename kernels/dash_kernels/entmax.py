@@ -1,9 +1,9 @@
-"""The threshold of alpha-entmax by a few sweeps over the scores, without sorting: the algorithm of the fast backends.
+"""Threshold of alpha-entmax by a few sweeps over the scores, without sorting: the algorithm of all backends.
 
-One sweep at t gives A0 = sum (x - t)+^e, A1 = sum (x - t)+^(e-1) and k = #{x > t}, e = 1 / (alpha - 1). A0 - 1
-is convex and decreasing in t, so a bracket and Newton's method always converge. For alpha = 1.5 the closed form on the
-support found at t is tried first; if the sweep at its result counts the same k, the support is the right one and the
-threshold is exact.
+Knows scores x; does not know chunks. One sweep at t gives A0 = sum (x - t)+^e, A1 = sum (x - t)+^(e-1) and
+k = #{x > t}, e = 1 / (alpha - 1). A0 - 1 is convex and decreasing in t, so a bracket and Newton's method always
+converge. For alpha = 1.5 the closed form on the support found at t is tried first. If the sweep at its result counts
+the same k, that support is the right one and the threshold is exact.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def entmax_threshold(x: torch.Tensor, alpha: float) -> torch.Tensor:
 def _step(
     excess: torch.Tensor, slope: torch.Tensor, count: torch.Tensor, alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The step from t, and where it is the exact solution on the support found at t."""
+    """Step from t, and True where it is the exact solution on the support found at t."""
     newton = excess * (alpha - 1) / slope
     if alpha == 2.0:  # piecewise linear: Newton's step solves the current piece
         return newton, torch.ones_like(excess, dtype=torch.bool)
@@ -63,5 +63,5 @@ def _step(
     solvable = discriminant >= 0
     closed = excess / (slope + discriminant.clamp(min=0).sqrt())
     halley = 2 * excess * slope / (4 * slope.square() - count * excess)
-    # Far from the root the discriminant is a difference of large numbers: a proposal, but no proof.
+    # Far from the root the discriminant is a difference of large numbers: good as a proposal, not as a proof.
     return torch.where(solvable, closed, halley), solvable & (excess.abs() < NEAR_ROOT)

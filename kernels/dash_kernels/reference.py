@@ -1,8 +1,8 @@
-"""The function itself, in plain PyTorch, written to be read: every stage is one line of the definition.
+"""Reference: docs/algorithm.md in plain PyTorch, with its names, written to be read.
 
-Knows nothing of memory or speed: it builds the T x T scores. Gradients come from autograd, so that the hand-written
-backward passes of the backends are checked against something that shares no derivation with them. The two exceptions
-are marked: the stop-gradient on the mean of log P, and the floor in the derivative of log P.
+Knows the definition; does not know memory or speed: it builds the T x T scores. Gradients come from autograd, so the
+hand-written backward passes of the backends are checked against an independent derivation. The two exceptions are
+marked: the stop-gradient on the mean of log P, and the floor in the derivative of log P.
 
 Method: DashAttention, arXiv 2605.18753. alpha-entmax: Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models",
 ACL 2019.
@@ -34,11 +34,12 @@ def reference_dash_attention(
 ) -> tuple[torch.Tensor, RoutingStatistics]:
     """DashAttention of q [B, T, Hq, D], k and v [B, T, Hkv, D], summary_query [Hkv, D] -> [B, T, Hq, D].
 
-    With cu_seqlens [documents + 1], document i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1, and each document
-    is computed as the sequence of its own that it is.
+    With cu_seqlens [documents + 1], document i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1, computed as a
+    sequence of its own. The settings are the fields of `AttentionSpec`, with any
+    chunk_size.
 
-    Matrix products run in the inputs' dtype, reductions in float32 (float64 for float64 inputs): with float64 inputs
-    this is the reference, with bfloat16 inputs the usual eager implementation whose rounding a kernel is compared to.
+    Matrix products run in the inputs' dtype, reductions in float32 (float64 for float64 inputs). With float64 inputs
+    this is the reference. With bfloat16 inputs it is the usual eager implementation, whose rounding tests compare to.
     """
     settings = chunk_size, alpha, routing_scale, prior_sigma, softmax_scale
     if cu_seqlens is None:
@@ -77,13 +78,15 @@ def _one_document(
 
     # Stage 1: summaries of the complete chunks
     chunks = keys[:, :, : complete * chunk_size].reshape(batch, kv_heads, complete, chunk_size, head_dim)
-    weights = torch.softmax(torch.einsum("bhncd,hd->bhnc", chunks, summary_query).to(accumulate) * scale, dim=-1)
-    summaries = torch.einsum("bhnc,bhncd->bhnd", weights.to(q.dtype), chunks)
+    summary_scores = torch.einsum("bhncd,hd->bhnc", chunks, summary_query).to(accumulate) * scale
+    summary_weights = torch.softmax(summary_scores, dim=-1)
+    summaries = torch.einsum("bhnc,bhncd->bhnd", summary_weights.to(q.dtype), chunks)
 
     # Stage 2: routing over the earlier chunks
     z = torch.einsum("bhgtd,bhnd->bhgtn", queries, summaries).to(accumulate) * (routing_scale * scale)
     earlier = torch.arange(complete, device=q.device) < chunk_of[:, None]  # [T, n]
-    prior = entmax(z, earlier, alpha).mean(dim=2)  # [B, Hkv, T, n]
+    p = entmax(z, earlier, alpha)  # [B, Hkv, G, T, n]
+    prior = p.mean(dim=2)  # [B, Hkv, T, n]
     routed = prior > 0
 
     # Stage 3: softmax over the selected chunks with the prior as bias
@@ -98,7 +101,8 @@ def _one_document(
     causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=q.device).tril()
     scores = torch.einsum("bhgtd,bhsd->bhgts", queries, keys).to(accumulate) * scale
     scores = scores + token_bias.masked_fill(~causal, -math.inf).unsqueeze(2)
-    out = torch.einsum("bhgts,bhsd->bhgtd", torch.softmax(scores, dim=-1).to(q.dtype), values)
+    weights = torch.softmax(scores, dim=-1)
+    out = torch.einsum("bhgts,bhsd->bhgtd", weights.to(q.dtype), values)
     out = out.permute(0, 3, 1, 2, 4).reshape(q.shape)
 
     selected = (routed.sum(-1) + 1).transpose(1, 2).to(torch.int32)
@@ -106,7 +110,7 @@ def _one_document(
 
 
 def entmax(z: torch.Tensor, allowed: torch.Tensor, alpha: float) -> torch.Tensor:
-    """alpha-entmax over the last dim among the allowed entries; rows with none allowed are all zero.
+    """alpha-entmax over the allowed entries of the last dim; rows with none allowed are all zero.
 
     Exact by sorting for alpha 1.5 and 2, by bisection to the dtype's precision for any other alpha in (1, 2].
     """
@@ -122,7 +126,7 @@ def entmax(z: torch.Tensor, allowed: torch.Tensor, alpha: float) -> torch.Tensor
 
 
 def _threshold_by_sorting(x: torch.Tensor, alpha: float) -> torch.Tensor:
-    """tau [..., 1] from the closed form on every prefix of the sorted row; the longest valid prefix is right."""
+    """tau [..., 1] by the closed form on every prefix of the sorted row; the longest valid prefix is the support."""
     descending = x.sort(dim=-1, descending=True).values
     finite = descending.isfinite()
     values = torch.where(finite, descending, 0.0)
@@ -142,7 +146,7 @@ def _threshold_by_sorting(x: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def _threshold_by_bisection(x: torch.Tensor, exponent: float) -> torch.Tensor:
-    """tau [..., 1] for rows whose maximum is 0: bisection, then one Newton step that autograd differentiates.
+    """tau [..., 1] for rows with maximum 0: bisection, then one Newton step that autograd differentiates.
 
     At the root, the derivative of the Newton step is the implicit derivative of the root.
     """

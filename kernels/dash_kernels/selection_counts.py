@@ -1,15 +1,14 @@
-"""How many queries of a stretch of the sequence selected the chunks of another: routing at a size that fits a picture.
+"""Counts of selected chunks by stretch of the sequence: routing at a size that fits a picture.
 
-Knows thresholds and chunk ids; does not know ranks, nor what the counts are for. The same code for every backend: it
-compares the scores with the thresholds once more, one chunk of queries at a time, which costs about as much as one
-sweep of the routing.
+Knows thresholds and chunk ids; does not know ranks, nor pictures. One code serves every backend: it compares scores
+with thresholds again, one chunk of queries at a time. That costs about as much as one sweep of the routing.
 """
 
 from __future__ import annotations
 
 import torch
 
-from dash_kernels.eager_walk import probabilities, query_blocks, routing_scores
+from dash_kernels.eager_selection import probabilities, query_chunks, routing_scores
 from dash_kernels.spec import AttentionSpec, Queries
 
 
@@ -17,17 +16,17 @@ def selection_counts(queries: Queries, spec: AttentionSpec, bins: int) -> torch.
     """Counts (token, KV head, key chunk) triples by stretch of the sequence.
 
     The n chunks of the sequence fall into `bins` stretches, chunk i into stretch i x bins // n. Memory is bins x n
-    integers and the scores of one chunk of queries. Scores are computed in the summaries' dtype, so that a chunk at the
-    very edge of the support may be counted otherwise than a backend with another order of sums selected it.
+    integers and the scores of one chunk of queries. Scores are computed in the summaries' dtype. At the very edge of
+    the support a backend with another order of sums may therefore have selected otherwise.
 
     Args:
-        queries: their chunks may be any of the sequence; `routing.tau` is read.
+        queries: any chunks of the sequence; `routing.tau` is read.
         bins: 1 to n.
 
     Returns:
-        int64 [2, bins, bins] on the device of q: triples that were selected, and all that were causally available, the
-        own chunk counted in both; [:, i, j] is of queries in stretch i and key chunks in stretch j. Those of several
-        shards of a sequence add up to those of the whole.
+        int64 [2, bins, bins] on the device of q: selected triples, and causally available ones, the own chunk counted
+        in both. [:, i, j] is for queries in stretch i and key chunks in stretch j. The counts of the shards of a
+        sequence add up to those of the whole.
 
     Raises:
         ValueError: bins is not in 1 to n.
@@ -37,16 +36,16 @@ def selection_counts(queries: Queries, spec: AttentionSpec, bins: int) -> torch.
     if not 1 <= bins <= n:
         raise ValueError(f"bins is {bins}: give 1 to {n}, the chunks of the sequence")
     selected = torch.zeros(bins, n, dtype=torch.int64, device=q.device)
-    for block in query_blocks(q, queries.chunks, kv_heads):
-        if block.chunk == block.first:
+    for chunk in query_chunks(q, queries.chunks, kv_heads):
+        if chunk.id == chunk.first:
             continue
-        x = routing_scores(block.q, summaries[:, block.earlier], spec)
-        routed = probabilities(x, block.rows(queries.routing.tau), spec).mean(2) > 0  # [B, Hkv, C, j]
-        selected[block.chunk * bins // n, block.earlier] += routed.sum((0, 1, 2))
+        x = routing_scores(chunk.q, summaries[:, chunk.earlier], spec)
+        routed = probabilities(x, chunk.rows(queries.routing.tau), spec).mean(2) > 0  # [B, Hkv, C, j]
+        selected[chunk.id * bins // n, chunk.earlier] += routed.sum((0, 1, 2))
     ids, lengths, firsts = (x.long() for x in (queries.chunks.ids, queries.chunks.lengths, queries.chunks.firsts))
     stretch, pairs = ids * bins // n, lengths * batch * kv_heads
     own = torch.zeros(bins, n, dtype=torch.int64).index_put_((stretch, ids), pairs, accumulate=True)
-    # Available are first to id: up at the one, down after the other.
+    # Chunks first to id are available: +1 at first, -1 after id.
     changes = torch.zeros(bins, n + 1, dtype=torch.int64)
     changes.index_put_((stretch, firsts), pairs, accumulate=True)
     changes.index_put_((stretch, ids + 1), -pairs, accumulate=True)

@@ -1,32 +1,89 @@
-"""What every stage needs to know about the function: its constants, a part of K and V, the routing that was found.
+"""Data types of the attention: its constants, parts of K and V, routed queries and their gradients.
 
-Knows the definitions; does not know how a backend computes them, nor that ranks exist.
+Knows the definitions of docs/algorithm.md; does not know how a backend computes them, nor that ranks exist.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 
 from dash_kernels.chunks import ChunkGrid
 
 # dP = dB / P is computed as dB / max(P, PRIOR_FLOOR), in the reference as in every backend. For prior_sigma=None the
-# floor never matters (dB is proportional to P); for prior_sigma > 2 the quotient grows without bound at the edge of the
+# floor never matters (dB is proportional to P). For prior_sigma > 2 the quotient grows without bound at the edge of the
 # support, where float32 cannot tell P from zero: x - tau is known to about 1e-6, so P below 1e-12 is rounding noise.
 PRIOR_FLOOR = 1e-12
 
+MIN_CHUNK, MAX_CHUNK, CHUNK_STEP = 16, 128, 16
 
-@dataclass(frozen=True)
-class AttentionSpec:
-    """The constants of one call. `scale` is softmax_scale, 1 / sqrt(head_dim) unless the caller chose another."""
+
+class AttentionSettings(TypedDict, total=False):
+    """Keywords that every public call accepts in place of an `AttentionSpec`, with the meaning of its fields."""
 
     chunk_size: int
     alpha: float
     routing_scale: float
     prior_sigma: float | None
-    scale: float
+    softmax_scale: float | None
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Constants of the function. Raises ValueError for a value outside the range below.
+
+    chunk_size:    tokens routed as one, a multiple of 16 from 16 to 128.
+    alpha:         of the entmax, in (1, 2]; 1.5 is the fast path, 2 is sparsemax.
+    routing_scale: positive factor of the routing logits; larger is sparser.
+    prior_sigma:   None for the bias log P; a positive number for (log P - mean log P) / prior_sigma.
+    softmax_scale: positive factor of q . k in all three stages; None for 1 / sqrt(head_dim).
+    """
+
+    chunk_size: int = 64
+    alpha: float = 1.5
+    routing_scale: float = 1.0
+    prior_sigma: float | None = None
+    softmax_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.chunk_size, int)
+            and MIN_CHUNK <= self.chunk_size <= MAX_CHUNK
+            and self.chunk_size % CHUNK_STEP == 0,
+            f"chunk_size is {self.chunk_size!r}: give a multiple of {CHUNK_STEP} from {MIN_CHUNK} to {MAX_CHUNK}",
+        )
+        require(
+            _is_positive(self.alpha) and 1 < self.alpha <= 2,
+            f"alpha is {self.alpha!r}: give a number in (1, 2]; 1.5 is the default and the fast path",
+        )
+        require(_is_positive(self.routing_scale), f"routing_scale is {self.routing_scale!r}: give a positive number")
+        require(
+            self.prior_sigma is None or _is_positive(self.prior_sigma),
+            f"prior_sigma is {self.prior_sigma!r}: give None or a positive number",
+        )
+        require(
+            self.softmax_scale is None or _is_positive(self.softmax_scale),
+            f"softmax_scale is {self.softmax_scale!r}: give None for 1 / sqrt(head_dim), or a positive number",
+        )
+
+    def replaced(self, **settings: Unpack[AttentionSettings]) -> AttentionSpec:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **settings) if settings else self
+
+    def for_head_dim(self, head_dim: int) -> AttentionSpec:
+        """The same function with softmax_scale as a number, which the stages need."""
+        return self if self.softmax_scale is not None else self.replaced(softmax_scale=1 / math.sqrt(head_dim))
+
+    @property
+    def scale(self) -> float:
+        """softmax_scale, once `for_head_dim` has set it."""
+        assert self.softmax_scale is not None, "call for_head_dim first"
+        return self.softmax_scale
 
     @property
     def routing_logit_scale(self) -> float:
@@ -35,16 +92,26 @@ class AttentionSpec:
 
     @property
     def prior_exponent(self) -> float:
-        """Factor of log P in the bias: 1 / prior_sigma, or 1 when the prior is taken as it is."""
+        """Factor of log P in the bias: 1 / prior_sigma, or 1 without prior_sigma."""
         return 1.0 if self.prior_sigma is None else 1.0 / self.prior_sigma
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the sequence's K and V: all heads of some chunks.
+    """Part of the sequence's K and V: all heads of some chunks.
 
     k, v:   [B, S, Hkv, D]
-    chunks: where their chunks are, S tokens.
+    chunks: positions of their chunks, S tokens.
     """
 
     k: torch.Tensor
@@ -54,7 +121,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A part of the sequence's K and V: single blocks, each a complete chunk of one KV head of one sequence.
+    """Part of the sequence's K and V: single blocks, each a complete chunk of one KV head of one sequence.
 
     kv:        [blocks, 2, C, D], contiguous: K, then V.
     addresses: int64 [blocks], (batch x Hkv + KV head) x n + chunk id, each at most once; n chunks in the sequence.
@@ -66,13 +133,13 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Routing:
-    """What stage 2 leaves behind for a tensor of queries [B, T, Hq, D]: enough to recompute every P_ij.
+    """Result of stage 2 for queries [B, T, Hq, D]: enough to recompute every P_ij.
 
     tau:       [B, T, Hq] threshold in the space of x = (alpha - 1) z; p = max(0, x - tau)^(1 / (alpha - 1)).
     log_mean:  [B, T, Hkv] mean of log P over the routed chunks, zeros unless prior_sigma is set.
     selected:  [B, T, Hkv] int32, number of selected chunks, the own chunk included.
-    masks:     what a backend keeps of the selection beside them, for its own later stages: a bit per tile of queries
-               and chunk in Triton, bool [B, Hkv, n] over all queries in eager.
+    masks:     selection in a form private to the backend, for its own later stages: a bit per tile of queries and chunk
+               in Triton, bool [B, Hkv, n] over all queries in eager.
     """
 
     tau: torch.Tensor
@@ -83,10 +150,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries that have been routed.
+    """Routed queries.
 
     q:         [B, T, Hq, D]
-    chunks:    where their chunks are, T tokens.
+    chunks:    positions of their chunks, T tokens.
     summaries: [B, n, Hkv, D] of the whole sequence, by chunk id, in the accumulation dtype.
     """
 
@@ -98,9 +165,9 @@ class Queries:
 
 @dataclass(frozen=True)
 class OutputGradient:
-    """What the backward pass knows of every row before it begins.
+    """Inputs of the backward pass per row.
 
-    grad:  [B, T, Hq, D] of the finished output.
+    grad:  [B, T, Hq, D] gradient of the finished output.
     lse:   [B, T, Hq] log-sum-exp over all parts, never -inf: a token attends to itself.
     delta: [B, T, Hq] `row_dots` of grad and the output.
     """
@@ -112,9 +179,9 @@ class OutputGradient:
 
 @dataclass(frozen=True)
 class QueryGradient:
-    """The gradient of the queries as far as the parts so far give it, in the accumulation dtype.
+    """Gradient of the queries over the parts so far, in the accumulation dtype.
 
-    dq:           [B, T, Hq, D] without the term of the row sums, see `eager.query_gradients`.
+    dq:           [B, T, Hq, D] without the term of the row sums, see `eager.query_gradient`.
     weighted_sum: [B, T, Hq] sum of u dp over the chunks of these parts.
     slope_sum:    [B, T, Hq] sum of u over the chunks of these parts.
     """
@@ -126,7 +193,7 @@ class QueryGradient:
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """How sparse a call was.
+    """Sparsity of a call.
 
     selected_per_token:  [B, T, Hkv] int32, selected chunks of every token, the own chunk included.
     available_per_token: [T] int32, chunks a token could select: the earlier ones of its document and its own.
@@ -144,13 +211,13 @@ class RoutingStatistics:
 
 
 def routing_statistics(selected: torch.Tensor, query_chunks: ChunkGrid) -> RoutingStatistics:
-    """Statistics of the queries that `query_chunks` places in the sequence, from `Routing.selected`."""
+    """Statistics of queries in the chunks `query_chunks`, from `Routing.selected`."""
     ids, _, lengths, firsts = query_chunks.on(selected.device)
-    # With the output's size given, a GPU need not be asked for it.
+    # output_size avoids a synchronisation with the GPU.
     available = (ids - firsts + 1).repeat_interleave(lengths, output_size=query_chunks.tokens)
     return RoutingStatistics(selected, available)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of reductions and partial results: float32, or float64 for float64 inputs."""
+    """Dtype of reductions and partial results: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from dash_dist.config.attention import PIECES_PER_RANK, AttentionConfig
+from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.combination import check_combination
 from dash_dist.config.model import ModelConfig, padded_vocab_size
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
-from dash_dist.context_parallel import layout
 from dash_dist.engine.flops import flops_per_token
 from dash_kernels.limits import MAX_TRITON_HEAD_DIM
 
@@ -110,7 +109,3 @@ def test_flops_count_weights_and_attention() -> None:
     # At full density the attended tokens are half of the sequence.
     assert flops(4096, 1.0) == 6 * weights + 6 * (12 * 64 * 2048 + 6 * 64 * 32)
     assert flops(4096, 0.25) < flops(4096, 0.5) < flops(4096, 1.0)
-
-
-def test_what_is_written_twice_is_equal() -> None:
-    assert PIECES_PER_RANK == layout.PIECES_PER_RANK

@@ -1,4 +1,4 @@
-"""What the jobs of the attention's tests share: inputs, packed documents, and one call by one process or by a group."""
+"""Shared parts of the attention's jobs: inputs, packed documents, and one call by one process or by a group."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -178,7 +178,7 @@ def recorded(owner: Any, name: str) -> Iterator[list[Any]]:
 
 @dataclass
 class Counted:
-    """What this rank gave to all_to_all_single: bytes of floating-point rows for other ranks by link, calls by kind."""
+    """Counts of this rank's all_to_all_single: bytes of floating-point rows for other ranks by link, calls by kind."""
 
     fast: int = 0
     slow: int = 0

@@ -1,4 +1,4 @@
-"""What the ranks of the attention's tests do. Every job runs many cases in the same processes."""
+"""Jobs of the attention's ranks. Every job runs many cases in the same processes."""
 
 import itertools
 import math
@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from dash_dist import DashAttention, join_sequence, shard_positions, split_sequence
-from dash_dist.context_parallel import blocks, cost, exchanges
+from dash_dist.context_parallel import blocks, choice, cost
+from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.topology import Topology
-from dash_dist.context_parallel.traffic import Traffic
 from dash_kernels import dash_attention as dash_attention_one_device
 from tests.context_parallel.attention_cases import (
     CHUNK,
@@ -123,7 +123,7 @@ def same_bits() -> dict[str, dict[str, bool]]:
 
 
 def first_token_reaches_the_last_rank() -> dict[str, float]:
-    """By how much the last token of the last rank's shard changes with the sequence's first token, held by rank 0."""
+    """Change of the last token of the last rank's shard with the sequence's first token, held by rank 0."""
     world, size = dist.group.WORLD, dist.get_world_size()
     found = {}
     for layout in LAYOUTS:
@@ -169,7 +169,7 @@ def a_chunk_that_nobody_selected() -> dict[str, bool]:
 
 
 def bytes_sent() -> dict[str, dict[str, int]]:
-    """Of one forward and backward pass, by traffic's count and by what all_to_all_single was given, over all ranks."""
+    """Bytes of one forward and backward pass over all ranks, by `Traffic` and by the arguments of all_to_all_single."""
     world, chunks = dist.group.WORLD, 4 * dist.get_world_size()
     packed = same_inputs(chunks, torch.float32, batch=1, bounds=crossing_documents(chunks))
     shared = same_inputs(chunks, torch.float32, batch=1)
@@ -198,7 +198,7 @@ def bytes_sent() -> dict[str, dict[str, int]]:
 
 
 def automatic_choices() -> dict[str, list[str]]:
-    """What "auto" takes where the cost model's constants speak for each, and where its default ones do."""
+    """Choices of "auto" with constants of the cost model that favour each exchange, and with the default ones."""
     world, size = dist.group.WORLD, dist.get_world_size()
     inputs = same_inputs(4 * size)
     shun(inputs, slice(1, None, 2))  # every other chunk is needed
@@ -217,7 +217,7 @@ def automatic_choices() -> dict[str, list[str]]:
         with (
             replaced(cost, "Links", chosen_links),
             replaced(cost, "MEMORY_BUDGET", chosen_budget),
-            recorded(exchanges, "make_plan") as plans,
+            recorded(choice, "make_plan") as plans,
         ):
             for layout in LAYOUTS:
                 of_shard(

@@ -1,4 +1,4 @@
-"""What ranks do when one of them errs, dies, or makes other calls than the others."""
+"""Jobs in which one rank errs, dies, or makes other calls than the others."""
 
 import os
 import time
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dash_dist import dash_attention, split_sequence
 from dash_dist.context_parallel.errors import ExchangeError
-from dash_dist.context_parallel.flight import Flight
+from dash_dist.context_parallel.transfer import Transfer
 from tests.context_parallel.attention_cases import CHUNK, HEAD_DIM, SETTINGS, device, replaced, same_inputs
 
 
@@ -86,7 +86,7 @@ class Step:
 
 
 def what_was_said(call: Callable[[], Any]) -> tuple[str, float]:
-    """Of the ExchangeError, after so many seconds."""
+    """Message of the ExchangeError, and the seconds until it was raised."""
     start = time.monotonic()
     try:
         call()
@@ -109,16 +109,16 @@ def a_rank_dies_before_it_lands(moment: str, timeout: float) -> tuple[str, float
     step = Step(group, exchange)
     step.forward()  # the group's connections are there
 
-    def die(flight: Flight) -> torch.Tensor:
+    def die(transfer: Transfer) -> torch.Tensor:
         os._exit(1)
 
     def forward_and_backward() -> None:
         step.forward()
         if moment == "backward":
             time.sleep(1)  # until all are through with their forward passes
-        with replaced(Flight, "land", die if is_last else Flight.land):
+        with replaced(Transfer, "wait", die if is_last else Transfer.wait):
             step.backward()
 
     is_last = dist.get_rank(group) == dist.get_world_size(group) - 1
-    with replaced(Flight, "land", die if is_last and moment == "forward" else Flight.land):
+    with replaced(Transfer, "wait", die if is_last and moment == "forward" else Transfer.wait):
         return what_was_said(forward_and_backward)

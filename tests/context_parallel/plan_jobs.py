@@ -1,4 +1,4 @@
-"""What the ranks of the selective exchange's tests do, and what they find, by words: an empty list is a success."""
+"""Jobs of the selective exchange's ranks. They return the differences in words: an empty list is a success."""
 
 import itertools
 import os
@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dash_dist.context_parallel.blocks import add
 from dash_dist.context_parallel.errors import ExchangeError
-from dash_dist.context_parallel.plan import make_plan
+from dash_dist.context_parallel.plan import Plan, make_plan
 from dash_dist.context_parallel.selective import fetch, send_home
 from dash_dist.context_parallel.shard import Shard
 from dash_dist.context_parallel.topology import Topology
@@ -31,6 +32,11 @@ def shard_of(group: dist.ProcessGroup, layout: str) -> Shard:
 
 def unnoticed(rows: Sequence[int], row_bytes: int) -> None:
     """Bytes are counted where they leave."""
+
+
+def returned_to(own: torch.Tensor, gradient: torch.Tensor, plan: Plan, shard: Shard) -> torch.Tensor:
+    """The gradient of this rank's shard: its own share, and what comes home, added to it in place."""
+    return add(own, send_home(gradient, plan, shard, unnoticed).wait(), plan.places, plan.direct.send)
 
 
 def same_generator() -> torch.Generator:
@@ -75,7 +81,7 @@ KINDS = (
 
 
 class Expected:
-    """What must travel, from everybody's masks, block by block in Python."""
+    """Blocks that must travel, derived from all masks, block by block in Python."""
 
     def __init__(self, masks: torch.Tensor, shards: list[list[int]], topology: Topology):
         size = len(shards)
@@ -158,7 +164,7 @@ def one_exchange(kind: str, layout: str, topology: Topology, generator: torch.Ge
             own[:, index, head, slot] = torch.nan
     k, v = own.permute(1, 3, 4, 0, 2, 5).flatten(1, 2).unbind(2)  # [B, S, Hkv, D], interleaved in memory
     with counted(topology) as given:
-        kv, addresses = fetch(k, v, plan, shard, unnoticed).land()
+        kv, addresses = fetch(k, v, plan, shard, unnoticed).wait(), plan.addresses
     sent = plan.sent_bytes(CHUNK, HEAD_DIM, k.dtype)
     for link in ("fast", "slow"):
         wanted = expected.blocks(link, sender=rank) * BLOCK_BYTES
@@ -179,7 +185,7 @@ def one_exchange(kind: str, layout: str, topology: Topology, generator: torch.Ge
     own_share = gradients[rank][:, :, :, shards[rank]].permute(0, 1, 3, 4, 2, 5).flatten(2, 3).contiguous()
     dense = gradients.sum(0)[:, :, :, shards[rank]].permute(0, 1, 3, 4, 2, 5).flatten(2, 3)
     with counted(topology) as given:
-        summed = send_home(summands, plan, shard, unnoticed).land(own_share)
+        summed = returned_to(own_share, summands, plan, shard)
     returned = plan.returned_bytes(CHUNK, HEAD_DIM, summands.dtype)
     for link in ("fast", "slow"):
         wanted = expected.blocks(link, receiver=rank) * BLOCK_BYTES
@@ -198,7 +204,7 @@ def same_bits_in_every_run() -> list[bool]:
         plan = make_plan(masks[rank].to(device()), shard, Topology(size, ranks_per_node))
         gradient = torch.randn(len(plan.addresses), 2, CHUNK, HEAD_DIM, device=device())
         own = torch.randn(2, BATCH, CHUNKS_PER_RANK * CHUNK, HEADS, HEAD_DIM, device=device())
-        first, *others = (send_home(gradient, plan, shard, unnoticed).land(own.clone()) for _ in range(3))
+        first, *others = (returned_to(own.clone(), gradient, plan, shard) for _ in range(3))
         found += [torch.equal(first, other) for other in others]
     return found
 
@@ -212,9 +218,9 @@ def one_rank_alone() -> dict[str, Any]:
         make_plan(torch.ones(1, HEADS, 5, dtype=torch.bool), shard, topology)
     plan = make_plan(torch.ones(1, HEADS, CHUNKS_PER_RANK, dtype=torch.bool), shard, topology)
     k = torch.randn(1, CHUNKS_PER_RANK * CHUNK, HEADS, HEAD_DIM)
-    kv, addresses = fetch(k, k, plan, shard, unnoticed).land()
+    kv, addresses = fetch(k, k, plan, shard, unnoticed).wait(), plan.addresses
     own = torch.randn(2, *k.shape)
-    same = torch.equal(send_home(kv, plan, shard, unnoticed).land(own.clone()), own)
+    same = torch.equal(returned_to(own.clone(), kv, plan, shard), own)
     dist.barrier()  # rank 0 keeps the addresses of groups that others are still about to make
     return {"blocks": len(addresses), "same": same, "idle": plan.is_idle, "coverage": plan.coverage}
 
@@ -225,17 +231,17 @@ def topology_by_host_name() -> list[Any]:
     return [found.ranks_per_node, found.is_two_level, Topology.of(dist.group.WORLD) is found]
 
 
-def timing_of_a_flight() -> list[float]:
-    """(known before landing, known after, flight, waited) while this rank computes for 0.2 s."""
+def timing_of_a_transfer() -> list[float]:
+    """(known before waiting, known after, transfer, waited) while this rank computes for 0.2 s."""
     shard = shard_of(dist.group.WORLD, "contiguous")
     size = dist.get_world_size()
     plan = make_plan(torch.ones(1, HEADS, size * CHUNKS_PER_RANK, dtype=torch.bool), shard, Topology(size, size))
     k = torch.randn(1, CHUNKS_PER_RANK * CHUNK, HEADS, HEAD_DIM)
-    flight = fetch(k, k, plan, shard, unnoticed)
-    before = flight.timing.is_known()
+    transfer = fetch(k, k, plan, shard, unnoticed)
+    before = transfer.timing.is_known()
     time.sleep(0.2)
-    flight.land()
-    return [before, flight.timing.is_known(), *flight.timing.seconds()]
+    transfer.wait()
+    return [before, transfer.timing.is_known(), *transfer.timing.seconds()]
 
 
 def survivors(moment: str, dies: bool, timeout: float) -> list[Any]:
@@ -260,9 +266,9 @@ def survivors(moment: str, dies: bool, timeout: float) -> list[Any]:
         be_lost("plan")
         plan = make_plan(reached, shard, topology)
         be_lost("fetch")
-        kv, _ = fetch(k, k, plan, shard, unnoticed).land()
+        kv = fetch(k, k, plan, shard, unnoticed).wait()
         be_lost("gradients")
-        send_home(kv, plan, shard, unnoticed).land(torch.zeros(2, *k.shape))
+        returned_to(torch.zeros(2, *k.shape), kv, plan, shard)
     except ExchangeError as error:
         return [str(error), time.monotonic() - start]
     return ["no error", time.monotonic() - start]

@@ -1,4 +1,4 @@
-"""What ranks do to show that layers under activation checkpointing find their plans once."""
+"""Jobs that show that layers under activation checkpointing make their plans once."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from dash_dist import DashAttention, split_sequence
+from dash_dist.context_parallel.exchange_counters import TrafficSummary
 from dash_dist.context_parallel.topology import Topology
-from dash_dist.context_parallel.traffic import TrafficSummary
 from tests.context_parallel.attention_cases import (
     HEAD_DIM,
     SETTINGS,
@@ -131,7 +131,7 @@ def evaluation_leaves_nothing_behind() -> bool:
 
 
 def recomputed_again() -> dict[str, bool]:
-    """Whether a second backward pass over a retained graph, with another micro-batch in flight, gives the same."""
+    """True if a second backward pass over a retained graph, with another micro-batch in flight, gives the same."""
     world, size = dist.group.WORLD, dist.get_world_size()
     layer = DashAttention(2, HEAD_DIM, cp_group=world, recompute=True, device=device(), dtype=torch.float64, **SETTINGS)
     under_way = []

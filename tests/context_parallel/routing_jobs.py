@@ -1,4 +1,4 @@
-"""What ranks do to show that routing selects the same whatever the number of ranks."""
+"""Jobs that show that routing selects the same chunks on any number of ranks."""
 
 import itertools
 from typing import Any

@@ -63,7 +63,7 @@ def test_a_chunk_that_nobody_selected_changes_nothing_elsewhere(size: int) -> No
 
 
 def test_sent_bytes_are_the_plans() -> None:
-    """Of every rank inside the job; here of all together, on ranks 0-1 and 2-3 as nodes."""
+    """The job checks every rank; this test the sum over all, with ranks 0-1 and 2-3 as nodes."""
     found = run_ranks("tests.context_parallel.attention_jobs:bytes_sent", 4, cpu_only=True)[0]
     for case in ("zigzag, selective", "contiguous, selective"):
         for packed in (False, True):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dash_dist.context_parallel import blocks
-from dash_dist.context_parallel.flight import Timing
+from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.layout import shard_chunks
 from dash_dist.context_parallel.plan import reachable_chunks
 from dash_dist.context_parallel.topology import Topology, _ranks_per_node
-from dash_dist.context_parallel.traffic import Traffic
+from dash_dist.context_parallel.transfer import Timing
 from dash_kernels.chunks import ChunkGrid
 from tests.support.ranks import backend_for, run_ranks
 
@@ -59,29 +59,29 @@ def test_a_group_of_one_rank() -> None:
         assert result == {"blocks": 0, "same": True, "idle": True, "coverage": 0.0}
 
 
-def test_a_flight_knows_how_long_it_was_waited_for() -> None:
-    for before, after, flight, waited in run_ranks(
-        "tests.context_parallel.plan_jobs:timing_of_a_flight", 2, cpu_only=True
+def test_a_transfer_knows_how_long_it_was_waited_for() -> None:
+    for before, after, transfer, waited in run_ranks(
+        "tests.context_parallel.plan_jobs:timing_of_a_transfer", 2, cpu_only=True
     ):
         assert (before, after) == (False, True)
-        assert 0 <= waited <= flight
-        assert flight >= 0.2
+        assert 0 <= waited <= transfer
+        assert transfer >= 0.2
 
 
 def test_counters_that_nobody_asks_for_do_not_pile_up() -> None:
     traffic, timings = Traffic(), []
     for _ in range(4):
         timing = Timing(torch.device("cpu"))
-        traffic.under_way(timing)
+        traffic.started(timing)
         for moment in (timing.issued, timing.called, timing.arrived, timing.resumed):
             moment.record()
-        timing.has_landed = True
+        timing.is_over = True
         timings.append(weakref.ref(timing))
     del timing, moment
     assert [timing() is None for timing in timings] == [True, True, True, False]
     last = timings[-1]()
     assert last is not None
-    assert traffic.take().flight_seconds >= last.seconds()[0] > 0.0
+    assert traffic.take().transfer_seconds >= last.seconds()[0] > 0.0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from dash_kernels import attention, dash_attention, reference_dash_attention
+from dash_kernels import ChunkGrid, arguments, dash_attention, reference_dash_attention
 from tests.kernels.attention_inputs import (
     DEVICE,
     NAMES,
@@ -154,32 +154,19 @@ def test_batches_are_refused() -> None:
         dash_attention(inputs.q, inputs.k, inputs.v, inputs.summary_query, chunk_size=C, cu_seqlens=offsets([40]))
 
 
-def test_a_tensor_is_read_once_until_it_changes() -> None:
+def test_a_grid_that_was_built_once_stands_for_cu_seqlens() -> None:
     inputs = random_inputs(60)
     tensors = inputs.q, inputs.k, inputs.v, inputs.summary_query
     cu_seqlens = offsets([20, 40])
-    with mock.patch.object(attention, "check_cu_seqlens", wraps=attention.check_cu_seqlens) as check:
-        first = dash_attention(*tensors, chunk_size=C, backend="eager", cu_seqlens=cu_seqlens)
-        assert torch.equal(dash_attention(*tensors, chunk_size=C, backend="eager", cu_seqlens=cu_seqlens), first)
-        assert check.call_count == 1
-        dash_attention(*tensors, chunk_size=2 * C, backend="eager", cu_seqlens=cu_seqlens)
-        assert check.call_count == 2
-        cu_seqlens[1] = 30
-        changed = dash_attention(*tensors, chunk_size=C, backend="eager", cu_seqlens=cu_seqlens)
-        assert check.call_count == 3
-        # A tensor without versions is read every time.
-        with torch.inference_mode():
-            twin = cu_seqlens.clone()
+    grid = ChunkGrid.packed(cu_seqlens.tolist(), C)
+    expected = dash_attention(*tensors, chunk_size=C, backend="eager", cu_seqlens=cu_seqlens)
+    with mock.patch.object(arguments, "check_cu_seqlens", wraps=arguments.check_cu_seqlens) as check:
         for _ in range(2):
-            assert torch.equal(dash_attention(*tensors, chunk_size=C, backend="eager", cu_seqlens=twin), changed)
-        assert check.call_count == 5
-        check.reset_mock()  # which holds on to the arguments of its calls
-    expected, _ = reference_dash_attention(*tensors, chunk_size=C, cu_seqlens=cu_seqlens)
-    torch.testing.assert_close(changed, expected)
-    with pytest.raises(
-        ValueError, match="ends at 60 but the sequence has 59 tokens"
-    ):  # not answered from what was kept
-        dash_attention(*(x[:, :59] for x in tensors[:3]), tensors[3], chunk_size=C, cu_seqlens=cu_seqlens)
-    kept = len(attention._packed)
-    del cu_seqlens
-    assert len(attention._packed) == kept - 1
+            assert torch.equal(dash_attention(*tensors, chunk_size=C, backend="eager", chunks=grid), expected)
+        assert check.call_count == 0
+    with pytest.raises(ValueError, match="chunks has 60 tokens but the sequence 59"):
+        dash_attention(*(x[:, :59] for x in tensors[:3]), tensors[3], chunk_size=C, chunks=grid)
+    with pytest.raises(ValueError, match="chunks has one of 32 tokens: build it with chunk_size 16"):
+        dash_attention(*tensors, chunk_size=C, chunks=ChunkGrid.packed([0, 20, 60], 2 * C))
+    with pytest.raises(ValueError, match="chunks and cu_seqlens were both given"):
+        dash_attention(*tensors, chunk_size=C, chunks=grid, cu_seqlens=cu_seqlens)

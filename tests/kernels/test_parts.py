@@ -8,9 +8,8 @@ import torch
 
 from dash_kernels import dash_attention, eager
 from dash_kernels import triton as triton_backend
-from dash_kernels.arguments import check_arguments
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.spec import Blocks, OutputGradient, Part, Queries
+from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
 from tests.kernels.attention_inputs import DEVICE, assert_near, clear_inputs, output_and_gradients, random_inputs
 
 C = 16
@@ -82,7 +81,7 @@ def test_shards_together_are_the_whole(backend: str, sizes: list[int], prior_sig
     )
 
     c = inputs.summary_query
-    spec = check_arguments(inputs.q, inputs.k, inputs.v, c, **call)
+    spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
     grid = ChunkGrid.packed(bounds.tolist(), C)
     places = shards_of(grid, 3)
     parts = [Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks) for chunks, tokens in places]
@@ -111,7 +110,7 @@ def test_shards_together_are_the_whole(backend: str, sizes: list[int], prior_sig
 def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(
     backend: str, batch: int, prior_sigma: float | None
 ) -> None:
-    """What the selective exchange does: beside the own part, single heads' chunks that any query selected."""
+    """Parts of the selective exchange: the own one, and single heads' chunks that any query selected."""
     stages, dtype, tolerance, group = BACKENDS[backend]
     call = {"chunk_size": C, "alpha": 1.5, "routing_scale": 20.0, "prior_sigma": prior_sigma, "softmax_scale": None}
     chunks_in_all = 6 if backend == "eager" else 5
@@ -119,7 +118,7 @@ def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(
     inputs = clear_inputs(chunks_in_all * C, call, margin=1e-3, kv_heads=2, group=group, batch=batch, dtype=dtype)
     expected = output_and_gradients(dash_attention, inputs.to(torch.float64), backend="eager", **call)
     c = inputs.summary_query
-    spec = check_arguments(inputs.q, inputs.k, inputs.v, c, **call)
+    spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
     grid = ChunkGrid.whole_sequence(chunks_in_all * C, C)
     n = len(grid)
     kv = torch.stack((inputs.k, inputs.v), 1).unflatten(2, (n, C)).permute(0, 4, 2, 1, 3, 5).flatten(0, 2)
@@ -158,7 +157,7 @@ def test_nothing_but_the_own_part_is_needed_without_a_remote_block() -> None:
     inputs = random_inputs(C, kv_heads=1, group=2, dtype=torch.float32)
     call = {"chunk_size": C, "alpha": 1.5, "routing_scale": 1.0, "prior_sigma": None, "softmax_scale": None}
     expected = output_and_gradients(dash_attention, inputs.to(torch.float64), backend="eager", **call)
-    spec = check_arguments(inputs.q, inputs.k, inputs.v, inputs.summary_query, **call)
+    spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
     grid = ChunkGrid.whole_sequence(C, C)
     none = Blocks(inputs.k.new_empty(0, 2, C, 32), torch.empty(0, dtype=torch.int64, device=DEVICE))
     for stages in (eager, triton_backend):

@@ -15,7 +15,7 @@ EXAMPLES_ON_TRITON = 6 if DEVICE == "cpu" else 60  # the interpreter takes secon
 
 @dataclass(frozen=True)
 class Precision:
-    """What a backend is tested in, and how close it must come where no score is nearer to its threshold than margin:
+    """Dtype in which a backend is tested, and its tolerance where no score is nearer to its threshold than margin:
     where a rounding changes what is selected, the mean of log P jumps.
     """
 

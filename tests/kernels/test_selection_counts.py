@@ -5,12 +5,12 @@ import torch
 
 from dash_kernels import eager
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.eager_walk import probabilities, routing_scores
+from dash_kernels.eager_selection import probabilities, routing_scores
 from dash_kernels.selection_counts import selection_counts
 from dash_kernels.spec import AttentionSpec, Queries
 
 CHUNK = 16
-SPEC = AttentionSpec(chunk_size=CHUNK, alpha=1.5, routing_scale=24.0, prior_sigma=None, scale=0.35)
+SPEC = AttentionSpec(chunk_size=CHUNK, alpha=1.5, routing_scale=24.0, prior_sigma=None, softmax_scale=0.35)
 GRIDS = {
     "one document": ChunkGrid.whole_sequence(8 * CHUNK, CHUNK),
     "an unfinished chunk": ChunkGrid.whole_sequence(7 * CHUNK + 5, CHUNK),

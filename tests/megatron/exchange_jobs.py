@@ -11,6 +11,7 @@ from unittest import mock
 
 from dash_dist.context_parallel import selective
 from dash_dist.context_parallel.errors import ExchangeError
+from dash_dist.context_parallel.transfer import Transfer
 from dash_dist.engine.exchange_statistics import ExchangeStatistics
 from dash_dist.megatron import loss as loss_module
 from dash_dist.megatron.engine import Engine
@@ -47,7 +48,7 @@ def asked_without_a_step() -> list[str]:
 def passes_remembered(engine: Engine) -> list[int]:
     """Per layer, forward passes that wait for their recomputation."""
     memories = [attention.memory for _, attention in engine.model.attentions()]
-    return [len(memory._found) for memory in memories if memory is not None]
+    return [len(memory._passes) for memory in memories if memory is not None]
 
 
 def step_after_a_failed_one(case: Case) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def a_rank_dies(dying: int) -> tuple[str, str, float]:
         engine.train_step(micro_batches(0, engine.dims, case))
         deliveries = 0
 
-        def fetch(*arguments: Any) -> selective.BlocksOnTheWay:
+        def fetch(*arguments: Any) -> Transfer:
             nonlocal deliveries
             deliveries += 1
             if engine.dims.rank == dying and deliveries == 3:  # two layers forward, then backward

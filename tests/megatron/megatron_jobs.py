@@ -22,6 +22,7 @@ from dash_dist.megatron import model as model_module
 from dash_dist.megatron.engine import Engine
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.weights import global_name
+from dash_kernels import ChunkGrid
 from tests.support.models import (
     CHUNK_SIZE,
     MODEL,
@@ -262,15 +263,19 @@ def documents_alone(case: Case) -> Measured:
 
 
 def borders_seen_by_the_attention(case: Case) -> list[list[bool]]:
-    """Per call of an attention in a step, in order: which micro-batches' cu_seqlens it was given, the same object."""
+    """Per call of an attention in a step, in order: for each micro-batch, whether it was given its documents."""
     with engine_of(case) as engine:
         given = packed_batch(0)
         seen: list[list[bool]] = []
+        given_as: dict[ChunkGrid, int] = {}  # grids in the order of the micro-batches
         forward = DashAttention.forward
 
-        def recorded(self: DashAttention, *tensors: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-            seen.append([cu_seqlens is batch.cu_seqlens for batch in given])
-            return forward(self, *tensors, cu_seqlens=cu_seqlens)
+        def recorded(self: DashAttention, *tensors: torch.Tensor, chunks: ChunkGrid) -> torch.Tensor:
+            batch = given_as.setdefault(chunks, len(given_as))
+            borders = ChunkGrid.packed(given[batch].cu_seqlens.tolist(), CHUNK_SIZE).firsts
+            assert torch.equal(chunks.firsts, borders)
+            seen.append([index == batch for index in range(len(given))])
+            return forward(self, *tensors, chunks=chunks)
 
         with mock.patch.object(DashAttention, "forward", recorded):
             engine.train_step(given)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dash_dist.context_parallel.exchanges import EXCHANGES
+from dash_dist.context_parallel.exchange import EXCHANGES
 from tests.support.models import CHUNK_SIZE, MODEL, SEQUENCE_LENGTH, SEQUENCES, Case
 from tests.support.ranks import run_ranks
 

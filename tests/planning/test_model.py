@@ -150,6 +150,6 @@ def test_sizes_of_tiles_are_the_kernels() -> None:
             model={"num_attention_heads": heads, "num_kv_heads": kv_heads}, attention={"chunk_size": chunk}
         )
         sizes = Sizes.of(config, Layout.of(config, 1), vocab_size=VOCAB_SIZE)
-        spec = AttentionSpec(chunk_size=chunk, alpha=1.5, routing_scale=1.0, prior_sigma=None, scale=1.0)
+        spec = AttentionSpec(chunk_size=chunk, alpha=1.5, routing_scale=1.0, prior_sigma=None, softmax_scale=1.0)
         tile = TileShape.of(torch.empty(1, 8, heads, 16), kv_heads, spec)
         assert sizes.tile_tokens == tile.tokens

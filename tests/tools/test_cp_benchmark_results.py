@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dash_dist.context_parallel.traffic import TrafficSummary
+from dash_dist.context_parallel.exchange_counters import TrafficSummary
 from tests.tools.cp_cases import CASE
 from tools.benchmarks.context_parallel.__main__ import main
 from tools.benchmarks.context_parallel.overlap import alternate
@@ -96,7 +96,7 @@ def test_counters_of_all_ranks() -> None:
             dense_bytes=40,
             needed_blocks=needed,
             reachable_blocks=4 * needed,
-            flight_seconds=2.0 if needed else 0.0,
+            transfer_seconds=2.0 if needed else 0.0,
             waited_seconds=waited,
             work=torch.empty(0, dtype=torch.int64),
             exchanges={"selective": 1},

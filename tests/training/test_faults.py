@@ -21,8 +21,8 @@ from dash_dist.training.faults.fault_log import FaultLog
 from dash_dist.training.faults.skipped import SkippedBatches, SkipRecord
 from dash_dist.training.faults.watchdog import hang_folder
 from dash_dist.training.saving import Saver
+from dash_dist.training.telemetry import curves as curves_module
 from dash_dist.training.telemetry.curves import Curves
-from dash_dist.training.telemetry.telemetry import curves as curves_module
 from tests.support.runs import read_curves
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dash_dist.context_parallel.exchanges import EXCHANGES
+from dash_dist.context_parallel.exchange import EXCHANGES
 from dash_dist.context_parallel.layout import LAYOUTS
 from tools.benchmarks.common.inputs import NEIGHBOUR_CORRELATION, Case
 from tools.benchmarks.common.options import add_shape_options, density, heads

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from dash_dist import dash_attention
+from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.shard import Shard
-from dash_dist.context_parallel.traffic import Traffic
 from dash_kernels.backend import select_backend
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.limits import MAX_TRITON_SHARPNESS
@@ -132,5 +131,4 @@ class Problem:
             alpha=1.5,
             routing_scale=routing_scale,
             prior_sigma=self.case.prior_sigma,
-            scale=1 / math.sqrt(self.case.head_dim),
-        )
+        ).for_head_dim(self.case.head_dim)

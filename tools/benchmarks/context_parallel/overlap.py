@@ -2,7 +2,7 @@
 
     overlap = (t_compute + t_communication - t_both) / min(t_compute, t_communication)
 
-An exchange starts *flights*: functions of its module that set tensors on their way and return an object whose `land`
+An exchange starts *flights*: functions of its module that set tensors on their way and return an object whose `wait`
 gives what came. One recorded call keeps every flight's arguments and what it brought. After that, the flights can be
 made again without the computation between them, and the computation can be made with flights that bring at once what
 they brought in the recorded call. Nothing of the exchange is rewritten for it, so what is measured is what runs.
@@ -28,7 +28,7 @@ from tools.benchmarks.context_parallel.timing import Mark, Step
 @dataclass(frozen=True)
 class Site:
     """A function that starts flights, where its callers look it up: `owner.name`, of a module or a class. Called again
-    with the same arguments it starts the same flight; `land` may take a tensor that it adds to in place and returns.
+    with the same arguments it starts the same flight.
     """
 
     owner: ModuleType | type
@@ -47,7 +47,6 @@ class _Flown:
 
     start: Callable[[], Any]
     flight: Any
-    land_arguments: tuple[Any, ...] = ()
     brought: Any = None
 
 
@@ -87,7 +86,7 @@ class Recording:
 
         def call(after_forward: Mark) -> Sequence[torch.Tensor]:
             for flown in self._flown:
-                flown.start().land(*flown.land_arguments)
+                flown.start().wait()
             after_forward()
             return ()
 
@@ -118,9 +117,8 @@ class _Recorded:
     def __init__(self, flown: _Flown) -> None:
         self._flown = flown
 
-    def land(self, *arguments: Any) -> Any:
-        self._flown.land_arguments = arguments
-        self._flown.brought = self._flown.flight.land(*arguments)
+    def wait(self) -> Any:
+        self._flown.brought = self._flown.flight.wait()
         return self._flown.brought
 
     def __getattr__(self, name: str) -> Any:
@@ -128,14 +126,13 @@ class _Recorded:
 
 
 class _Landed:
-    """A flight that brings what it brought when it was recorded; what it was to be added to stays as it is."""
+    """A flight that brings at once what it brought when it was recorded."""
 
     def __init__(self, flown: _Flown) -> None:
         self._flown = flown
 
-    def land(self, *arguments: Any) -> Any:
-        in_place = any(self._flown.brought is argument for argument in self._flown.land_arguments)
-        return arguments[0] if in_place else self._flown.brought
+    def wait(self) -> Any:
+        return self._flown.brought
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._flown.flight, name)

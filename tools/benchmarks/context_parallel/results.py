@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dash_dist.context_parallel.traffic import TrafficSummary
+from dash_dist.context_parallel.exchange_counters import TrafficSummary
 from tools.benchmarks.common.inputs import Case
 from tools.benchmarks.context_parallel.overlap import OverlapTimes
 from tools.benchmarks.context_parallel.timing import StepTime
@@ -37,7 +37,7 @@ class Counters:
     def over_ranks(cls, summaries: Sequence[TrafficSummary]) -> Counters:
         """From every rank's own."""
         reachable = sum(summary.reachable_blocks for summary in summaries)
-        flight_seconds = sum(summary.flight_seconds for summary in summaries)
+        transfer_seconds = sum(summary.transfer_seconds for summary in summaries)
         waited_seconds = sum(summary.waited_seconds for summary in summaries)
         return cls(
             sum(summary.planned_bytes for summary in summaries),
@@ -45,7 +45,7 @@ class Counters:
             sum(summary.dense_bytes for summary in summaries),
             sum(summary.slow_link_bytes for summary in summaries),
             sum(summary.needed_blocks for summary in summaries) / reachable if reachable else None,
-            max(0.0, 1 - waited_seconds / flight_seconds) if flight_seconds else None,
+            max(0.0, 1 - waited_seconds / transfer_seconds) if transfer_seconds else None,
             dict(summaries[0].exchanges),
         )
 

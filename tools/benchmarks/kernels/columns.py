@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -140,5 +139,4 @@ class Stages:
             alpha=1.5,
             routing_scale=routing_scale,
             prior_sigma=self._case.prior_sigma,
-            scale=1 / math.sqrt(self._case.head_dim),
-        )
+        ).for_head_dim(self._case.head_dim)

@@ -18,21 +18,33 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.context_parallel import DashAttention
 from dash_dist.megatron.documents import PackedDocuments
+from dash_kernels import AttentionSpec
+
+
+def attention_spec(config: AttentionConfig, softmax_scale: float | None = None) -> AttentionSpec:
+    """Constants of the attention that a run's settings ask for."""
+    return AttentionSpec(
+        chunk_size=config.chunk_size,
+        alpha=config.alpha,
+        routing_scale=config.routing_scale,
+        prior_sigma=config.prior_sigma,
+        softmax_scale=softmax_scale,
+    )
 
 
 class DashCoreAttention(MegatronModule):
     """Causal DashAttention over one tensor-parallel rank's heads and one context-parallel rank's shard.
 
     `summary_query` [num_kv_heads / tp, head_dim] is sharded over tensor parallelism together with the KV
-    heads. Over context and data parallelism it is replicated, so Megatron's gradient reduction over DP x CP
-    treats it as it treats every other weight.
+    heads. Over context and data parallelism it is replicated, so Megatron reduces its gradient over DP x CP like that
+    of every other weight.
 
     Args:
         attention: the run's DashAttention settings.
         pg_collection: its `tp` and `cp` groups are used.
-        config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale: what SelfAttention
-            passes to every core attention. The mask is always causal, and the exchange is `attention`'s, so
-            the types are not read.
+        config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale: arguments that
+            SelfAttention passes to every core attention. The types are not read: the mask is always causal, and the
+            exchange is that of `attention`.
     """
 
     def __init__(
@@ -53,11 +65,7 @@ class DashCoreAttention(MegatronModule):
         self.attention = DashAttention(
             config.num_query_groups // self.tp_group.size(),
             config.kv_channels,
-            chunk_size=attention.chunk_size,
-            alpha=attention.alpha,
-            routing_scale=attention.routing_scale,
-            prior_sigma=attention.prior_sigma,
-            softmax_scale=softmax_scale,
+            attention_spec(attention, softmax_scale),
             backend=attention.backend,
             layout=attention.layout,
             exchange=attention.exchange,
@@ -78,7 +86,7 @@ class DashCoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedDocuments | None = None,
     ) -> torch.Tensor:
-        """Attend within each sequence, or each of the documents packed into it, causally.
+        """Causal attention within each sequence, or within each document packed into it.
 
         Args:
             query: [s, b, num_attention_heads / tp, head_dim], s tokens of this rank's shard, after rotary embedding.
@@ -98,9 +106,9 @@ class DashCoreAttention(MegatronModule):
                 raise ValueError(f"{name} was given, and DashAttention is causal over each document: pass None")
         if packed_seq_params is not None and not isinstance(packed_seq_params, PackedDocuments):
             raise ValueError(f"packed_seq_params is {type(packed_seq_params).__name__}: pass PackedDocuments or None")
-        cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens
+        chunks = None if packed_seq_params is None else packed_seq_params.chunks
         q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))  # [b, s, heads, dim]
-        output = self.attention(q, k, v, cu_seqlens=cu_seqlens)
+        output = self.attention(q, k, v, chunks=chunks)
         return output.transpose(0, 1).flatten(start_dim=2).contiguous()
 
     def sharded_state_dict(

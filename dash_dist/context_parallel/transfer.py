@@ -1,8 +1,8 @@
-"""Flights: tensors on their way while the caller computes, and how long it had to wait for them.
+"""Transfers: tensors that travel while the caller computes, and the time the caller waited for them.
 
-Knows streams and collectives; does not know what travels. On a GPU everything of a flight, packing and the waits
-between its hops included, is issued at once on a stream of its own, and the host goes on. On a CPU the first collective
-runs while the caller computes, and what comes after it runs when the flight lands.
+Knows streams and collectives; does not know what travels. On a GPU all work of a transfer is issued at once on a stream
+of its own, packing and the waits between its hops included, and the host continues. On a CPU the first collective runs
+while the caller computes; the rest runs inside `wait`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from dash_dist.context_parallel.errors import naming_the_exchange
+from dash_dist.context_parallel.errors import exchange_errors
 
-Journey = Generator[None, None, torch.Tensor]  # stops wherever it has to wait for a collective
-Sent = Callable[[Sequence[int], int], None]  # is told how many rows left for every rank, and the bytes of a row
+Steps = Generator[None, None, torch.Tensor]  # yields wherever it has to wait for a collective; returns the result
+Sent = Callable[[Sequence[int], int], None]  # called with the rows that left for every rank, and the bytes of a row
 
 
-class Flight:
-    """Runs a journey beside the caller; `land` gives what it brings.
+class Transfer:
+    """Runs steps in the background; `wait` returns their result.
 
-    `inputs` are the tensors that the journey reads and that the caller may let go of before the landing.
+    `inputs` are the tensors that the steps read and that the caller may free before it waits.
     """
 
-    def __init__(self, journey: Journey, inputs: Sequence[torch.Tensor]):
+    def __init__(self, steps: Steps, inputs: Sequence[torch.Tensor]):
         device = inputs[0].device
-        self._journey = journey
+        self._steps = steps
         self._result: torch.Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
         self.timing = Timing(device)
@@ -48,8 +48,8 @@ class Flight:
         for x in inputs:
             x.record_stream(stream)
 
-    def land(self) -> torch.Tensor:
-        """What the journey brings, for use on the current stream. Call it once.
+    def wait(self) -> torch.Tensor:
+        """Returns the result for use on the current stream. Call it once.
 
         Raises ExchangeError when a rank of the group is dead or late.
         """
@@ -60,26 +60,26 @@ class Flight:
             self.timing.arrived.record()
         else:
             stream = torch.cuda.current_stream(self._result.device)
-            stream.wait_event(self._arrived)  # and not for flights that left later
+            stream.wait_event(self._arrived)  # does not wait for later transfers
             self._result.record_stream(stream)
         self.timing.resumed.record()
-        self.timing.has_landed = True
+        self.timing.is_over = True
         return self._result
 
     def _proceed(self) -> None:
         try:
-            next(self._journey)
+            next(self._steps)
         except StopIteration as end:
-            if end.value is None:  # it ended by an error, which was raised then
-                raise RuntimeError("a flight that failed cannot land") from None
+            if end.value is None:  # the steps ended by an error, which was raised then
+                raise RuntimeError("a failed transfer has no result") from None
             self._result = end.value
 
 
 class Timing:
-    """How long a flight that has landed was under way, and how long its caller waited for it.
+    """Duration of a transfer that is over, and how long its caller waited for it.
 
-    Four moments: the journey's first work was issued, its last one done; land was called, the caller went on. On a GPU
-    they are moments of the device, in the order of its streams.
+    Four moments: the first work issued and the last work done; `wait` called and left. On a GPU they are moments of the
+    device, in the order of its streams.
     """
 
     def __init__(self, device: torch.device):
@@ -87,19 +87,19 @@ class Timing:
             return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else _HostMoment()
 
         self.issued, self.arrived, self.called, self.resumed = (moment() for _ in range(4))
-        self.has_landed = False
+        self.is_over = False
 
     def is_known(self) -> bool:
-        """False while the GPU has not come to the landing, or the flight has not landed. Does not wait."""
-        return self.has_landed and self.resumed.query()
+        """True once `wait` has returned and the GPU has reached that point. Does not block."""
+        return self.is_over and self.resumed.query()
 
     def seconds(self) -> tuple[float, float]:
-        """(flight, waited) in seconds, once `is_known`: overlap is 1 - waited / flight."""
+        """(transfer, waited) in seconds, once `is_known`: overlap is 1 - waited / transfer."""
         return self.issued.elapsed_time(self.arrived) / 1e3, self.called.elapsed_time(self.resumed) / 1e3
 
 
 class _Moment(Protocol):
-    """What Timing needs of torch.cuda.Event, whose times are milliseconds between recorded events."""
+    """The part of torch.cuda.Event that Timing uses; times are milliseconds between recorded events."""
 
     def record(self) -> None: ...
 
@@ -125,7 +125,7 @@ class _HostMoment:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device: flights follow each other on the links anyway. Its small kernels go before the attention's."""
+    """One stream per device, since transfers share its links. Its small kernels run before the attention's."""
     return torch.cuda.Stream(device, priority=-1)
 
 
@@ -134,20 +134,20 @@ def all_to_all(
     send: Sequence[int],
     receive: Sequence[int],
     group: dist.ProcessGroup,
-    what: str,
+    name: str,
     sent: Sent,
     *,
     into: torch.Tensor | None = None,
-) -> Journey:
-    """One all-to-all of rows: send[r] of outgoing, in rank order, go to rank r, and receive[r] come from it.
+) -> Steps:
+    """Steps of one all-to-all of rows: send[r] of outgoing, in rank order, go to rank r; receive[r] come from it.
 
-    Ranks between which nothing travels exchange no message. `into` is where rows land, a new tensor if None.
+    Ranks with nothing to exchange exchange no message. Rows arrive in `into`, a new tensor if None.
     """
     incoming = outgoing.new_empty(sum(receive), *outgoing.shape[1:]) if into is None else into
-    with naming_the_exchange(group, what):
+    with exchange_errors(group, name):
         work = dist.all_to_all_single(incoming, outgoing, list(receive), list(send), group=group, async_op=True)
     sent(send, outgoing[:1].nbytes)
     yield
-    with naming_the_exchange(group, what):
+    with exchange_errors(group, name):
         work.wait()
     return incoming
