@@ -42,7 +42,7 @@ class CheckpointError(RunError):
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether what raised `error` may go through when tried again.
+    """Return whether the operation that raised `error` may succeed when tried again.
 
     Looks at the errors that led to it, too: libraries wrap those of the network in their own.
     """

@@ -72,7 +72,7 @@ class ForkedCall(Generic[T]):
         self._receiver.close()
 
     def done(self) -> bool:
-        """Whether the function has ended, well or not."""
+        """Return whether the function has ended, well or not."""
         return self._here is not None or self._receiver.poll()
 
     def result(self) -> T:

@@ -1,4 +1,4 @@
-"""What a person asks about checkpoints: which ones there are, whether they are whole, and their weights alone.
+"""Commands on checkpoints: list them, verify them, export their weights.
 
 Knows folders and their content; does not know the training loop, and needs none of its processes.
 """

@@ -1,4 +1,4 @@
-"""What a checkpoint of the engine holds beside tensors, and how it is read back.
+"""State of an engine that is not a tensor, as a checkpoint holds it.
 
 Knows the file it is in. Does not import Megatron-core.
 """
@@ -21,7 +21,7 @@ RUN = "run"
 
 @dataclass(frozen=True)
 class EngineState:
-    """What a checkpoint holds beside tensors.
+    """State of an engine that is not a tensor.
 
     Attributes:
         step: steps done.
@@ -37,7 +37,7 @@ class EngineState:
 
 
 def read_engine_state(directory: Path) -> EngineState:
-    """What a checkpoint holds beside tensors.
+    """State of an engine that is not a tensor.
 
     Raises:
         FileNotFoundError: there is no complete checkpoint in the directory.

@@ -1,4 +1,4 @@
-"""What a complete checkpoint holds, written down in its `metadata.json`, and everything by which a damaged one differs.
+"""Content of a complete checkpoint, listed in its `metadata.json`, and the ways in which a damaged one differs.
 
 Knows sizes, checksums and the run's state; does not know which of several checkpoints to use, nor ranks.
 """

@@ -1,4 +1,4 @@
-"""How many workers a run gets: the largest number that it can use and the cluster can hold.
+"""Number of workers for a run: the largest that it can use and the cluster can hold.
 
 Knows the run's layout and counts of workers; does not know Ray.
 """

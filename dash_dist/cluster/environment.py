@@ -1,4 +1,4 @@
-"""What Ray must find in the environment when it is imported, and how a driver connects to a cluster.
+"""Environment that Ray needs before its import, and a driver's connection to a cluster.
 
 Knows Ray's environment variables; does not know what is run.
 """

@@ -130,13 +130,13 @@ class WorkerGroup:
 
     @property
     def ended(self) -> bool:
-        """Whether a rank has come to its end by itself; the others do at the same step."""
+        """Return whether a rank has ended by itself; the others do at the same step."""
         import ray
 
         return bool(ray.wait(self._runs, num_returns=1, timeout=0)[0])
 
     def results(self) -> tuple[list[Ended], list[News]]:
-        """How each rank ended, and the last news; waits for those still on their way out.
+        """Return the end of each rank and the last messages; waits for ranks that are still ending.
 
         Raises AttemptFailed if one of them does not end by itself.
         """
@@ -269,7 +269,7 @@ def seats(places: Sequence[Place], master_port: int) -> list[Seat]:
 
 
 def _reason(error: BaseException) -> str:
-    """What Ray says, without its guesses; of an exception in a worker the last lines, which name it."""
+    """Return Ray's message without its guesses; for an exception in a worker, the last lines, which name it."""
     from ray.exceptions import RayActorError
 
     lines = str(error).strip().splitlines()

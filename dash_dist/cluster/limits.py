@@ -1,4 +1,4 @@
-"""What the supervisor of a run may do, and the command-line options that say so.
+"""Limits of a run's supervisor, and their command-line options.
 
 Knows the options and their defaults; imports nothing that a `--help` would have to wait for.
 """
@@ -40,7 +40,7 @@ GrowInterval = Annotated[
 
 @dataclass(frozen=True)
 class Limits:
-    """What the supervisor may do.
+    """Limits of the supervisor.
 
     Attributes:
         num_workers: the most workers; None: as many as the cluster has room for and the run can use.

@@ -36,7 +36,7 @@ class ProcessId:
         return cls(pid, _started(pid) or 0)
 
     def exists(self) -> bool:
-        """Whether the process is there, on this machine; one that only waits for its parent to take note is not."""
+        """Return whether the process runs on this machine; a zombie does not."""
         return _started(self.pid) == self.started
 
 

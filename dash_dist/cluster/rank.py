@@ -51,7 +51,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank is told to do.
+    """Task of every rank.
 
     Attributes:
         config: of the run.
@@ -66,14 +66,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank came to its end by itself: the summary of its run, or the error that trying again cannot mend."""
+    """End of a rank that ended by itself: the summary of its run, or a permanent error."""
 
     summary: RunSummary | None = None
     refusal: RunError | None = None
 
 
 def end_of(run: Callable[[], RunSummary]) -> Ended:
-    """How `run` came to its end. Raises what it raises that may succeed when tried again."""
+    """Return the end of `run`. Re-raises errors that may pass on another attempt."""
     try:
         return Ended(summary=run())
     except RunError as error:  # raised at every rank

@@ -34,7 +34,7 @@ class RayCluster:
         self._answer_seconds = answer_seconds
 
     def look(self, held: Sequence[str] = ()) -> View:
-        """How things are now; `held` are the nodes of the workers there are, an id for each worker."""
+        """Return the current view; `held` are the node ids of the current workers, one for each."""
         if self._worker is CPU_WORKER and any(node.room for node in alive_nodes(GPU_WORKER)):
             self._worker = GPU_WORKER
             if self._asked_for:

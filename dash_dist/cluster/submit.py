@@ -33,7 +33,7 @@ _RECONNECT_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Submission:
-    """What is submitted: `entrypoint` runs on the cluster, in a copy of `files` of the tree at `root`."""
+    """Job to submit: `entrypoint` runs on the cluster, in a copy of `files` of the tree at `root`."""
 
     job_id: str
     entrypoint: str
@@ -136,7 +136,7 @@ def submit(submission: Submission, address: str, *, follow: bool, say: Callable[
 
 
 def describe(submission: Submission, address: str | None) -> str:
-    """What would be submitted, as text: for `--dry-run`."""
+    """Describe the job as text, for `--dry-run`."""
     size = sum((submission.root / path).stat().st_size for path in submission.files)
     return "\n".join(
         (

@@ -56,7 +56,7 @@ class Group(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """What a cluster looks like to a run.
+    """State of a cluster as a run sees it.
 
     `room` counts the workers that would find a place on nodes that stay, those of the run included. `notice` says
     which of the run's nodes are about to be taken away, in words that stay the same while it holds; "" for none.
@@ -70,7 +70,7 @@ class Cluster(Protocol):
     """Where workers are placed."""
 
     def look(self, held: Sequence[str] = ()) -> View:
-        """How things are now; `held` are the nodes of the workers there are, an id for each worker."""
+        """Return the current view; `held` are the node ids of the current workers, one for each."""
 
     def place(self, num_workers: int, keep_waiting: Callable[[], None]) -> Group:
         """Workers, each a process that waits for its job. Raises AttemptFailed, and what `keep_waiting` raises."""
@@ -295,7 +295,7 @@ class Supervisor:
 
 
 class _Growth:
-    """Whether an attempt of `size` workers, begun at `begun`, should give way to a larger one."""
+    """Decision to replace an attempt of `size` workers, begun at `begun`, by a larger one."""
 
     def __init__(self, size: int, begun: float, interval: float) -> None:
         self._size = size
@@ -304,7 +304,7 @@ class _Growth:
         self._since = begun
 
     def due(self, fitting: int, now: float) -> bool:
-        """Whether to grow, now that `fitting` workers have room."""
+        """Return whether to grow, now that `fitting` workers have room."""
         if fitting != self._fitting:
             self._fitting, self._since = fitting, now
         return fitting > self._size and now >= self._earliest and now - self._since >= _STEADY_SECONDS

@@ -1,4 +1,4 @@
-"""What the data is: where the documents come from and how they become tokens.
+"""The section `data:`, the source of the documents and their way to tokens.
 
 Knows the options and which of them go together, and with the sizes of a batch. Does not know files or ranks:
 whether a path exists is found out when the corpus is opened, on the machine that reads it.

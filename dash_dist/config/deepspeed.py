@@ -1,4 +1,4 @@
-"""What a run may say about DeepSpeed: its section of the YAML, and the JSON file that the section can name.
+"""The section `deepspeed:`, and the DeepSpeed JSON file that it can name.
 
 Knows which of DeepSpeed's settings a run may choose and which the rest of its configuration decides. Does not import
 DeepSpeed or torch.
@@ -62,7 +62,7 @@ class ZeroSettings(_Closed):
 
 
 class DeepSpeedSettings(_Closed):
-    """What a DeepSpeed JSON file may say here.
+    """Settings that a DeepSpeed JSON file may hold here.
 
     Attributes:
         communication_data_type: of the gradients that ZeRO-2 and ZeRO-3 reduce; float32 as everywhere else.

@@ -13,7 +13,7 @@ from dash_dist.config.section import Section, next_multiple
 
 
 class ParallelConfig(Section):
-    """How the model is spread over the ranks. The data-parallel size is what the world size leaves over."""
+    """Sizes of tensor, pipeline and context parallelism. The data-parallel size follows from the world size."""
 
     tensor: int = Field(default=1, gt=0)
     pipeline: int = Field(default=1, gt=0)

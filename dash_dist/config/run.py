@@ -112,7 +112,7 @@ class CheckpointSection(Section):
 
 
 class FaultsSection(Section):
-    """What a run puts up with, and what it does then.
+    """Faults that a run tolerates, and its reaction to them.
 
     Attributes:
         max_skipped_steps: a step whose loss or gradient norm is not finite changes no weight and its batch is left
@@ -140,7 +140,7 @@ class FaultsSection(Section):
 
 
 class LoggingSection(Section):
-    """What goes to TensorBoard, and when; the first and the last step of a run have all of it.
+    """Intervals of TensorBoard's content; the first and the last step of a run have all of it.
 
     Attributes:
         interval: steps between two points of the curves, and two progress lines.

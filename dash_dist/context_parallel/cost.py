@@ -1,4 +1,4 @@
-"""What an exchange costs, predicted: `exchange="auto"` takes the cheapest one that fits in memory.
+"""Predicted cost of an exchange: `exchange="auto"` takes the cheapest one that fits in memory.
 
 Knows byte counts and links; does not know tensors, nor import torch. One line (`Cost.seconds`) holds the model:
 
@@ -32,7 +32,7 @@ class Busiest:
 
 @dataclass(frozen=True)
 class Links:
-    """What moves how fast, per rank and direction. The defaults stand for Hopper GPUs on NVLink (two H200 exchanged 324
+    """Rates of the links, per rank and direction. The defaults stand for Hopper GPUs on NVLink (two H200 exchanged 324
     GB/s each way in an all-to-all, see docs/results), and a 400 Gb/s network adapter for each.
 
     latency:          seconds from issuing a collective, or a step of the ring, to its first byte
@@ -49,7 +49,7 @@ class Links:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an exchange asks of the busiest rank in a forward and a backward pass.
+    """Load of an exchange on the busiest rank, in a forward and a backward pass.
 
     messages:               collectives, or steps of the ring, one after another
     fast_bytes, slow_bytes: what goes through its links within the node, and to other nodes

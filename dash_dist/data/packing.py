@@ -55,7 +55,7 @@ class Packer(ABC):
 
     @property
     def inside_document(self) -> bool:
-        """Whether the last sequence left a rest of its last document to the next one."""
+        """Return whether the last document of the last sequence continues in the next one."""
         return self._document is not None
 
     @abstractmethod

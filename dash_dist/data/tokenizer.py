@@ -16,7 +16,7 @@ _KNOWN_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "
 
 
 class Tokenizer(Protocol):
-    """What the data stream asks of a tokenizer."""
+    """Interface of a tokenizer to the data stream."""
 
     @property
     def vocab_size(self) -> int:

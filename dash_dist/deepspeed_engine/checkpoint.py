@@ -64,7 +64,7 @@ class ZeroSave:
             self._writer.join()
 
     def done(self) -> bool:
-        """Whether `finish` would not wait for this rank's file. Local."""
+        """Return whether this rank's file is written, so that `finish` would not wait for it. Local."""
         return not self._writer.is_alive()
 
     def finish(self) -> dict[str, FileChecksum]:

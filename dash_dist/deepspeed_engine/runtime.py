@@ -14,7 +14,7 @@ from dash_dist.megatron.parallel import ParallelDims
 
 
 class ParallelUnit:
-    """What DeepSpeed asks its "model parallel unit" (mpu) for.
+    """Interface that DeepSpeed expects of its "model parallel unit" (mpu).
 
     ZeRO shards over, and averages over, what DeepSpeed calls data parallelism: here all ranks that hold the same
     weights, over data and context parallelism together. DeepSpeed's own sequence parallelism is not used.

@@ -36,7 +36,7 @@ class OwnedSlice:
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Of the whole parameters, sharded or not."""
+    """Return the shapes of the whole parameters, sharded or not."""
     return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in model.named_parameters()}
 
 

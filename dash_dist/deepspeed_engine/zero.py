@@ -75,7 +75,7 @@ class ZeroOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the step that `set_step` named."""
+        """Learning rate of the step that `set_step` named."""
         return float(self.adam.param_groups[0]["lr"])
 
     def set_step(self, step: int) -> None:

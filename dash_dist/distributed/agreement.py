@@ -1,4 +1,4 @@
-"""How the ranks of a run agree: flags and small Python objects, over a gloo group of their own.
+"""Agreement between the ranks of a run: flags and small Python objects, over a gloo group of their own.
 
 Knows torch.distributed; does not know what is agreed on, nor the model's parallelism.
 """
@@ -30,7 +30,7 @@ class ControlGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank is the one that prints and writes."""
+        """True at the rank that prints and writes."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:

@@ -22,7 +22,7 @@ MEETING_FOLDER = "DASH_DIST_MEETING"
 
 
 def is_loopback(address: str) -> bool:
-    """Whether `address`, an IP address or a name, is of this machine only. Names of hosts are not looked up."""
+    """Return whether `address`, an IP address or a name, is a loopback one. Host names are not looked up."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:

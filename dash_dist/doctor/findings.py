@@ -1,4 +1,4 @@
-"""What a check is and what it finds.
+"""Checks and their findings.
 
 Knows words and numbers only; does not know how a check is run.
 """

@@ -1,4 +1,4 @@
-"""What runs on the nodes of a Ray cluster, as a Ray job: one task on each, and what they say as one line of JSON.
+"""Probe of the nodes of a Ray cluster, run as a Ray job: one task on each node, one line of JSON as the answer.
 
 Submitted as text, so that it works where dash-dist is not installed; so it imports nothing but the standard library and
 Ray. Argument: the directory of the runs.

@@ -30,7 +30,7 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing failed; warnings may have been given."""
+        """True if no check failed; there may be warnings."""
         return all(finding.status is not Status.FAILURE for finding in self.findings)
 
     def to_json(self) -> str:

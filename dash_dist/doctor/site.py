@@ -1,4 +1,4 @@
-"""What the doctor was asked to look at."""
+"""Subject of an examination by the doctor."""
 
 from dataclasses import dataclass
 from pathlib import Path

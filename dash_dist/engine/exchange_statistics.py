@@ -1,4 +1,4 @@
-"""What context parallelism moved in a step, over all layers and ranks.
+"""Traffic of context parallelism in a step, over all layers and ranks.
 
 Knows the layers of a pipeline stage and the reduction over ranks. Does not know how K and V travel, nor loggers.
 """

@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step is worth, for model FLOPs utilisation.
+"""Floating-point operations of a training step, for model FLOPs utilisation.
 
 Knows the model's shapes. Does not know what any kernel really executes.
 """

@@ -1,4 +1,4 @@
-"""What every engine's checkpoint is while it is being written.
+"""Checkpoint of an engine while it is being written.
 
 Knows what is asked of it; does not know who writes what, nor how.
 """
@@ -10,10 +10,10 @@ from dash_dist.checkpoints.integrity import FileChecksum
 
 
 class PendingSave(Protocol):
-    """What an engine is writing, at one rank."""
+    """Checkpoint that an engine is writing, at one rank."""
 
     def done(self) -> bool:
-        """Whether this rank's writing has ended, well or not. Answers at once."""
+        """Return at once whether this rank's writing has ended, well or not."""
         ...
 
     def finish(self) -> Mapping[str, FileChecksum]:

@@ -16,7 +16,7 @@ from dash_dist.megatron.parallel import ParallelDims
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """What one layer selected in the last micro-batch of the last step.
+    """Selections of one layer in the last micro-batch of the last step.
 
     Attributes:
         layer: counts from 0 at the first layer of the model.

@@ -23,7 +23,7 @@ MAX_BINS = 256
 
 @dataclass(frozen=True)
 class SelectionMap:
-    """Of one layer in the last micro-batch of the last step, summed over KV heads and all ranks.
+    """Heat map of one layer in the last micro-batch of the last step, summed over KV heads and all ranks.
 
     Attributes:
         layer: counts from 0 at the first layer of the model.

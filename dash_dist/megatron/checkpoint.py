@@ -41,7 +41,7 @@ from dash_dist.megatron.parallel import ParallelDims
 
 @dataclass(frozen=True)
 class _Written:
-    """What one rank has written: for the index, and for those who read it back."""
+    """Files that one rank has written, for the index and for readers."""
 
     results: list[WriteResult]
     checksums: dict[str, FileChecksum]
@@ -56,7 +56,7 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
 
 class _Plan:
-    """What this rank writes.
+    """Write plan of this rank.
 
     Attributes:
         index: where the tensors of all ranks are, at rank 0; the others have none.
@@ -113,7 +113,7 @@ class _ChecksummedFile(io.BufferedWriter):
         return super().write(content)
 
     def checksum(self) -> FileChecksum:
-        """Of what was written, all of which is on disk when this returns. Raises OSError."""
+        """Return the checksum of the bytes written, all of which are on disk then. Raises OSError."""
         self.flush()
         os.fsync(self.fileno())
         return FileChecksum(self.tell(), self._crc)
@@ -128,7 +128,7 @@ class MegatronSave:
         self._writing = ForkedCall(plan.write) if background else FinishedCall(plan.write)
 
     def done(self) -> bool:
-        """Whether this rank's files are written, or could not be."""
+        """Return whether this rank's writing has ended, with success or failure."""
         return self._writing.done()
 
     def finish(self) -> dict[str, FileChecksum]:
@@ -255,7 +255,7 @@ def load_checkpoint(
 
 
 def _errno(error: BaseException) -> int | None:
-    """Of an error of the storage; a file that is not there is one of the checkpoint."""
+    """Return the errno of a storage error; a missing file is a fault of the checkpoint, not of the storage."""
     return error.errno if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else None
 
 

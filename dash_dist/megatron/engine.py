@@ -216,7 +216,7 @@ class Engine:
         return gather_selections(self._selections, self.dims, num_chunks=num_chunks)
 
     def seconds_by_part(self) -> dict[str, float]:
-        """How long this rank's device was busy with the parts of the last step. Local; waits for the device.
+        """Return the seconds that this rank's device spent on each part of the last step. Local; waits for the device.
 
         Ask before `exchange_statistics`, which gives the waits for K and V away.
 
@@ -240,7 +240,7 @@ class Engine:
         return seconds
 
     def exchange_statistics(self) -> ExchangeStatistics | None:
-        """What context parallelism moved in the last step, at every rank; None without context parallelism.
+        """Return the exchange statistics of the last step, at every rank; None without context parallelism.
 
         Waits for the device, and gives the counters away: ask once per step, after it, for the steps of interest. Every
         step starts its own count, so that the numbers of one that nobody asked for are lost.

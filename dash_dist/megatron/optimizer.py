@@ -130,7 +130,7 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the step that `set_step` named."""
+        """Learning rate of the step that `set_step` named."""
         return float(self.megatron.param_groups[0]["lr"])
 
     def set_step(self, step: int) -> None:

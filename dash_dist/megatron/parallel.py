@@ -103,12 +103,12 @@ class ParallelDims:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """True at ranks that hold the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the output layer."""
+        """True at ranks that hold the output layer."""
         return self.pp_rank == self.pp_size - 1
 
     @property

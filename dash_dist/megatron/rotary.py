@@ -56,7 +56,7 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         transformer_config: Any,
         packed_seq_params: PackedDocuments | None = None,
     ) -> int | torch.Tensor:
-        """What GPTModel hands on to `forward`: packed documents' positions, or the tokens of the whole sequence."""
+        """Return the argument of `forward`: packed documents' positions, or the tokens of the whole sequence."""
         if packed_seq_params is not None:
             return packed_seq_params.positions
         return super().get_rotary_seq_len(inference_context, transformer, transformer_input, transformer_config)

@@ -1,4 +1,4 @@
-"""What a run will need before it is paid for: memory, floating-point operations, bytes and seconds of a step, per rank.
+"""Predictions of a run: memory, floating-point operations, bytes and seconds of a step, per rank.
 
 Knows the shapes of the model, what Megatron-core keeps of them, and measured speeds. Does not import torch, and runs
 nothing: everything here is arithmetic on a configuration.

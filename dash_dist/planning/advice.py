@@ -1,4 +1,4 @@
-"""What to do where nothing fits, or where the configuration's own layout does not.
+"""Advice where no layout fits, or the configuration's own does not.
 
 Knows which single changes to try; does not know how a prediction is made.
 """

@@ -1,4 +1,4 @@
-"""What a prediction takes for granted beside the configuration: how the model routes, and how fast kernels are.
+"""Assumptions of a prediction that the configuration does not state: the routing of the model, the speed of kernels.
 
 Knows the numbers and where they come from; does not know what is computed with them.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the configuration does not say.
+    """Assumptions that the configuration does not state.
 
     Attributes:
         density: selected / causally available chunks, of all layers.

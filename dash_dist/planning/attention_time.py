@@ -55,7 +55,7 @@ class AttentionTime:
 
 
 def attention_time(sizes: Sizes, assumptions: Assumptions, *, sequence_length: int) -> AttentionTime:
-    """Of one rank's queries against all chunks that they may select, wherever those are."""
+    """Predict the seconds of one rank's queries against all chunks that they may select, on any rank."""
     rows = sizes.tokens * sizes.query_heads
     pairs = rows * sizes.chunks_per_token
     selected = assumptions.density * pairs

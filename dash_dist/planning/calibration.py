@@ -1,4 +1,4 @@
-"""What measured runs say about a machine and a model, for predictions of others.
+"""Calibration of predictions by measured runs.
 
 Knows how runs are fitted; does not know what a prediction consists of beyond its parts.
 
@@ -36,7 +36,7 @@ _STEPS = 100
 
 @dataclass(frozen=True)
 class Calibration:
-    """What runs said.
+    """Calibration drawn from measured runs.
 
     Attributes:
         gpu: a key of GPUS.

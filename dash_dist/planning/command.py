@@ -26,7 +26,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says beside the configuration. Raises ConfigError that names an impossible option."""
+    """Options of the command line. Raises ConfigError that names an impossible option."""
 
     gpus: int
     gpu: str = "H100"
@@ -64,7 +64,7 @@ class Options:
         return Machine(gpu, self.gpus, min(self.gpus_per_node, self.gpus), memory * GIB)
 
     def assumptions(self, calibration: Calibration | None) -> Assumptions:
-        """What was given goes before what runs have said."""
+        """Return the assumptions; given options take precedence over the calibration."""
         found = Assumptions(density=self.density, coverage=self.coverage, document_length=self.document_length)
         if calibration is not None:
             found = calibration.apply(found)

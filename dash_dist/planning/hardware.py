@@ -70,7 +70,7 @@ class Machine:
     latency: float = 20e-6
 
     def ranks_per_node(self, size: int, stride: int) -> int:
-        """Of a group of `size` ranks, each `stride` ranks after the one before it, those that share a node."""
+        """Return the number of ranks that share a node, in a group of `size` ranks that lie `stride` apart."""
         if stride >= self.gpus_per_node:
             return 1
         return min(size, max(self.gpus_per_node // stride, 1))

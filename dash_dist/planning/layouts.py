@@ -15,7 +15,7 @@ from dash_kernels.limits import tile_tokens
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread over its ranks, and what it trades for memory."""
+    """Parallel sizes of a run, and its trades of time for memory."""
 
     tensor: int
     context: int
@@ -57,7 +57,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one rank has of a run: numbers of channels, heads, tokens and chunks.
+    """Share of one rank in a run: numbers of channels, heads, tokens and chunks.
 
     Attributes:
         batch: sequences of a micro-batch.
@@ -116,7 +116,7 @@ class Sizes:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch on this rank."""
+        """Tokens of a micro-batch on this rank."""
         return self.batch * self.shard
 
     @property

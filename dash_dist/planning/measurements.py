@@ -1,4 +1,4 @@
-"""What a run measured of itself: step time, peak memory and density, from its folder or from a JSON file.
+"""Measurements of a run: step time, peak memory and density, from its folder or from a JSON file.
 
 Knows the curves' names and the folder of a run. Does not know predictions.
 """

@@ -62,7 +62,7 @@ def stage_memory(
     numbers: int,
     distributed_optimizer: bool,
 ) -> Memory:
-    """Of a rank of pipeline stage `stage`, whose weights' buffer holds so many numbers."""
+    """Predict the memory of a rank of pipeline stage `stage`, whose weights' buffer holds so many numbers."""
     of_optimizer = numbers // layout.weight_replicas if distributed_optimizer else numbers
     base, saved, moments = _activations(sizes, layout, stage, exchange)
     # AdamW's for-each form takes the square roots of all second moments at once, when no activation is left.

@@ -22,7 +22,7 @@ class Weight:
 
 
 def layer_weights(sizes: Sizes) -> list[Weight]:
-    """Of one decoder layer, in the order in which Megatron-core registers them."""
+    """Return the weights of one decoder layer, in the order in which Megatron-core registers them."""
     return [
         Weight(sizes.hidden),  # norm before the attention
         Weight(sizes.kv_heads * sizes.head_dim),  # summary_query
@@ -35,7 +35,7 @@ def layer_weights(sizes: Sizes) -> list[Weight]:
 
 
 def stage_weights(sizes: Sizes, *, pipeline: int, stage: int, tie_embeddings: bool) -> list[Weight]:
-    """Of pipeline stage `stage` of `pipeline`, which counts from 0."""
+    """Return the weights of pipeline stage `stage` (from 0) of `pipeline`."""
     first, last = stage == 0, stage == pipeline - 1
     embedding = Weight(sizes.vocab * sizes.hidden, own_bucket=tie_embeddings and pipeline > 1)
     weights = [embedding] if first else []

@@ -30,7 +30,7 @@ from dash_dist.planning.traffic import BF16, FP32, Bytes, ExchangePlan, all_redu
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one layout. All of one rank, and of the worst one: memory of the fullest pipeline stage, bytes of the busiest.
+    """Prediction for one layout, for its worst rank: memory of the fullest pipeline stage, bytes of the busiest.
 
     Attributes:
         memory: of the first and the last pipeline stage; those between hold less.
@@ -128,7 +128,7 @@ def predict(
 def _bytes(
     sizes: Sizes, layout: Layout, machine: Machine, exchange: ExchangePlan, numbers: int, *, distributed: bool
 ) -> dict[str, Bytes]:
-    """Of a step, by what it is for."""
+    """Return the bytes of a step by purpose."""
     passes = 2 if layout.recompute == "full" else 1
     times = sizes.layers * sizes.micro_batches
     residual = sizes.tokens * sizes.hidden * BF16

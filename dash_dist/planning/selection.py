@@ -1,4 +1,4 @@
-"""How many chunks neighbouring tokens select between them: what a tile of the kernels walks, and what a shard fetches.
+"""Union of the chunks that neighbouring tokens select: a tile of the kernels reads it, a shard fetches it.
 
 Knows densities. Does not know bytes nor seconds.
 """

@@ -81,13 +81,13 @@ class StepTime:
 
 
 def exposed(transfers: Sequence[float], beside: Sequence[float]) -> float:
-    """What is left of transfers, each of which runs beside a computation."""
+    """Return the part of each transfer that its concurrent computation does not hide."""
     return sum(max(0.0, transfer - hides) for transfer, hides in zip(transfers, beside, strict=True))
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a rank is."""
+    """Rates of a rank."""
 
     machine: Machine
     assumptions: Assumptions
@@ -174,7 +174,7 @@ def layer_time(
 def _exchange_time(
     layout: Layout, pace: Pace, exchange: ExchangePlan, stage3: tuple[float, float], passes: int
 ) -> float:
-    """What nothing hides of an exchange."""
+    """Return the seconds of an exchange that no computation hides."""
     if exchange.name == "none":
         return 0.0
     ring = exchange.name == "ring"
@@ -212,5 +212,5 @@ def embedding_time(sizes: Sizes, pace: Pace) -> StepTime:
 
 
 def optimizer_time(numbers: int, of_optimizer: int, pace: Pace) -> StepTime:
-    """Of a buffer of so many gradients, and so many of them in this rank's optimizer state."""
+    """Predict the optimizer's seconds for a buffer of gradients, a share of them in this rank's optimizer state."""
     return StepTime(optimizer=pace.elementwise(_STEP_PER_GRADIENT * numbers + _STEP_PER_STATE * of_optimizer))

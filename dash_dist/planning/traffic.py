@@ -61,7 +61,7 @@ NO_EXCHANGE = ExchangePlan("none", Bytes(), Bytes(), Bytes(), 0, 0.0, 0.0, 0.0)
 
 
 def expected_busiest(sizes: Sizes, topology: Topology, assumptions: Assumptions) -> Busiest:
-    """What the plan of a selective exchange is expected to find.
+    """Predict the busiest rank of a selective exchange's plan.
 
     The busiest rank holds the last tokens of the sequence, or sends what they need: of all blocks, the (P - 1) / P of
     other ranks at most. In two levels a block crosses to a node once for all its ranks, which share the fetching.
@@ -119,7 +119,7 @@ def plan_exchange(sizes: Sizes, layout: Layout, machine: Machine, assumptions: A
 
 
 def forward_share(exchange: str, ranks: int) -> float:
-    """Of an exchange's bytes, those of the forward pass."""
+    """Return the share of an exchange's bytes that the forward pass sends."""
     if exchange == "ring":
         return (ranks - 1) * BF16 / (3 * (ranks - 1) * BF16 + ranks * FP32)
     return BF16 / (2 * BF16 + FP32)
@@ -139,7 +139,7 @@ def gather(shard_bytes: float, topology: Topology) -> Bytes:
 
 
 def all_reduce(size_bytes: float, ranks: int, stride: int, machine: Machine) -> Bytes:
-    """Of a tensor of so many bytes, by a reduce-scatter and an all-gather."""
+    """Return the bytes of an all-reduce, by a reduce-scatter and an all-gather."""
     if ranks == 1:
         return Bytes()
     per_node = machine.ranks_per_node(ranks, stride)

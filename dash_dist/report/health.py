@@ -1,4 +1,4 @@
-"""What to think of a run: whether it is going on, and what a person should look at.
+"""Health of a run: its state, and remarks that a person should read.
 
 Knows what is usual and from where on it is not; does not know files nor pages.
 """
@@ -52,7 +52,7 @@ class Remark:
 
 
 def verdict(record: RunRecord) -> Verdict:
-    """How the run stands, from its files alone.
+    """Return the state of the run, from its files alone.
 
     "stopped" was asked for, "failed" ended with an error that says what to change, "interrupted" was killed or crashed,
     which a run cannot say itself: it counts as running until it has been silent for too long.
@@ -67,7 +67,7 @@ def verdict(record: RunRecord) -> Verdict:
 
 
 def remarks(record: RunRecord) -> list[Remark]:
-    """What is unusual, the gravest first; empty for a run that needs nobody."""
+    """Return unusual observations, the gravest first; empty for a healthy run."""
     return [*_of_training(record), *_of_events(record), *_of_time(record), *_of_exchange(record), *_of_routing(record)]
 
 

@@ -1,4 +1,4 @@
-"""What the files of a run say: its curves, pictures, events, checkpoints and configuration.
+"""Record of a run, read from its files: curves, pictures, events, checkpoints and configuration.
 
 Knows where they are and reads them while the run may still write them; does not judge. What a resumed run has taken
 back is left out, and of long curves a fair sample is kept, so that a run of any length fits.

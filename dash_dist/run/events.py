@@ -1,4 +1,4 @@
-"""What happened to a run beside its steps: faults, recoveries, skipped batches; one line of JSON each, kept for good.
+"""Event log of a run: faults, recoveries and skipped batches, one line of JSON each.
 
 Knows the file and the kinds of events; does not know who notices them. The processes of the run and the launcher that
 starts them again write to the same file, which is therefore what counts over all attempts of a run.

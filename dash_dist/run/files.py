@@ -26,7 +26,7 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `replace_json` wrote; None where there is no file. Raises OSError, and ValueError for what is no JSON."""
+    """Return the value that `replace_json` wrote; None without a file. Raises OSError; ValueError for invalid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

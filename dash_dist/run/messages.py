@@ -11,7 +11,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class RunStart:
-    """What is known before the first step.
+    """Facts of a run before its first step.
 
     `layout` says the parallel layout in words; `start_step` counts the steps done before, `tokens_per_step` the tokens
     of a global batch, padding included.
@@ -39,7 +39,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run did.
+    """Summary of a run.
 
     Attributes:
         steps: optimizer steps the run has done, those before a resume included.

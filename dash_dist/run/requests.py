@@ -1,4 +1,4 @@
-"""What a run can be asked for between two steps, and how its ranks agree on it.
+"""Requests to a run between two steps, and the ranks' agreement on them.
 
 Knows the requests and their order; does not know who asks (a signal, Ray, a test) nor how a checkpoint is written.
 """
@@ -9,7 +9,7 @@ from enum import IntEnum
 
 
 class Request(IntEnum):
-    """What to do before the next step. The larger one counts, where ranks or sources ask for different things."""
+    """Action before the next step. If ranks or sources differ, the larger one counts."""
 
     GO_ON = 0
     SAVE = 1  # write a checkpoint now, then go on: a node is about to be taken away
@@ -55,7 +55,7 @@ class RequestsOfRank:
         self._heeded: set[str] = set()
 
     def poll(self) -> Asked:
-        """What this rank wants now; a reason to save that was heeded before is left out."""
+        """Return this rank's current request, without reasons to save that were heeded before."""
         if self._stop_requested():
             return Asked(Request.STOP)
         asked = self._requests()

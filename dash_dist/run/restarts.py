@@ -1,4 +1,4 @@
-"""What a run and the script that starts it again (launch/restarts.sh) tell each other.
+"""Messages between a run and the script that restarts it (launch/restarts.sh).
 
 Knows two environment variables; does not know why a run ended.
 """

@@ -116,11 +116,11 @@ class CheckpointManager:
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint was started and not finished; the same at every rank."""
+        """True while a checkpoint is started and not finished; the same at every rank."""
         return self._started is not None
 
     def writing(self) -> bool:
-        """Whether this rank has something left to write. Asks no other rank and answers at once: the loop takes the
+        """Return whether this rank still writes. Asks no other rank and answers at once: the loop takes the
         maximum over the ranks together with its other flags, and calls `finish` when it is False.
         """
         return self._started is not None and not self._started.save.done()
@@ -285,7 +285,7 @@ class CheckpointManager:
         return None
 
     def _verify(self, folder: Path) -> list[str]:
-        """What is wrong with the files of `folder`, which the ranks share the reading of; the same at every rank."""
+        """Return the damage to the files of `folder`, which the ranks read in shares; the same at every rank."""
         metadata: CheckpointMetadata | None = None
         messages: list[str] = []
         failure = f"cannot read checkpoint {folder}"
@@ -312,7 +312,7 @@ class CheckpointManager:
         return messages
 
     def _checksums(self, state: RunState, known: dict[str, FileChecksum]) -> dict[str, FileChecksum]:
-        """Of every file written; those that are not `known` are read, by all ranks, and flushed to disk."""
+        """Return the checksum of every file written; all ranks read and flush those that are not `known`."""
         partial = partial_folder(self._folder(state))
         known = {name: checksum for of_rank in self._control.gather(known) for name, checksum in of_rank.items()}
         unknown: list[str] = []
@@ -371,7 +371,7 @@ class CheckpointManager:
 
 @contextlib.contextmanager
 def _distributed_checkpoint(verb: str) -> Iterator[None]:
-    """What torch's distributed checkpoint raises, at every rank, is not an Exception: make it one."""
+    """Turn the error of torch's distributed checkpoint, which is not an Exception, into a CheckpointError."""
     try:
         yield
     except CheckpointException as error:

@@ -243,7 +243,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """What training stands still for in the body is no part of a step."""
+        """Exclude time spent in this block from the step time."""
         with self._pace.leaving_out(), self._telemetry.measure("save"):
             yield
 

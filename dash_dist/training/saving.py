@@ -70,7 +70,7 @@ class Saver:
         self._next_step = self._next_regular(step)
 
     def is_due(self, state: RunState) -> bool:
-        """Whether to `start` a checkpoint of `state`.
+        """Return whether to `start` a checkpoint of `state`.
 
         None is written within a row of steps that changed no weight: if the row grows too long, these weights are not
         worth keeping, and they would push out older ones.
@@ -88,11 +88,11 @@ class Saver:
             self._count_failure(state.step, error)
 
     def writing(self) -> bool:
-        """Whether this rank still writes; local. The maximum over the ranks goes into `poll`."""
+        """Return whether this rank still writes; local. The maximum over the ranks goes into `poll`."""
         return self._checkpoints.writing()
 
     def is_overdue(self) -> bool:
-        """Whether this rank has written for longer than it may; local. The maximum over the ranks goes into `poll`."""
+        """Return whether this rank exceeds its time to write; local. The maximum over the ranks goes into `poll`."""
         return (
             self._time_limit is not None and self.writing() and time.monotonic() - self._started_at > self._time_limit
         )

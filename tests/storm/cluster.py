@@ -46,7 +46,7 @@ class Node:
 
     @property
     def log(self) -> Path:
-        """What `ray start` printed."""
+        """Output of `ray start`."""
         return self.folder / "start.log"
 
     @property

@@ -1,4 +1,4 @@
-"""Whether two runs came to the same end: their losses step by step, and the tensors of their last checkpoints.
+"""Comparison of two runs: their losses step by step, and the tensors of their last checkpoints.
 
 Knows torch's distributed checkpoint format, which does not depend on the layout that wrote it; does not know the model.
 """
@@ -33,7 +33,7 @@ class Difference:
 
 
 def compare_losses(expected: Mapping[int, float], found: Mapping[int, float]) -> Difference:
-    """Of every step; NaN equals NaN. Raises StormError if the steps are not the same."""
+    """Compare the loss of every step; NaN equals NaN. Raises StormError if the steps are not the same."""
     if expected.keys() != found.keys():
         differing = sorted(expected.keys() ^ found.keys())
         raise StormError(f"only one of the runs has a loss of the steps {differing}")
@@ -44,7 +44,7 @@ def compare_losses(expected: Mapping[int, float], found: Mapping[int, float]) ->
 
 
 def compare_weights(expected: Path, found: Path) -> Difference:
-    """Of two checkpoint folders (`.../step_*`) whatever the engine wrote: weights and the optimizer's state.
+    """Compare the content of two checkpoint folders (`.../step_*`): weights and the optimizer's state.
 
     Raises StormError if they do not hold the same tensors.
     """

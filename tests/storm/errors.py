@@ -1,4 +1,4 @@
-"""What a storm ends with when something did not hold."""
+"""Error of a storm in which a check failed."""
 
 
 class StormError(Exception):

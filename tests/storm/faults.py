@@ -1,4 +1,4 @@
-"""How each fault is made, from outside the run's processes; `schedule.py` says when.
+"""Injection of each fault, from outside the run's processes; `schedule.py` says when.
 
 Every function makes one fault and returns, in words, what it did. It may be called when the run has ranks.
 """

@@ -82,7 +82,7 @@ def describe(process: psutil.Process) -> str:
 
 
 def alive(process: psutil.Process) -> bool:
-    """Whether it runs or is stopped; a zombie has ended."""
+    """Return whether the process runs or is stopped; a zombie has ended."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

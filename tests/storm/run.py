@@ -32,7 +32,7 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long the parts of a run wait, in seconds, so that a fault is noticed soon and a slow machine is none.
+    """Timeouts of the parts of a run, in seconds: short enough to notice faults, long enough for a slow machine.
 
     answer: of a rank that does not answer the driver.
     """
@@ -46,7 +46,7 @@ class Patience:
 
     @property
     def hang(self) -> int:
-        """Of a rank without progress, until its watchdog ends it: longer than `answer`, as in real runs."""
+        """Seconds without progress until a rank's watchdog ends it: longer than `answer`, as in real runs."""
         return 2 * self.answer
 
 

@@ -37,7 +37,7 @@ _END_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Result:
-    """Of a storm that the run came through."""
+    """Result of a storm that the run survived."""
 
     seed: int
     workers: int
@@ -199,7 +199,7 @@ class Storm:
 
 
 def node_environment(hook: Path) -> dict[str, str]:
-    """Of nodes, and thereby of their ranks, whose steps follow the settings in the file `hook`."""
+    """Return the environment of nodes and of their ranks, whose steps follow the settings in the file `hook`."""
     path = [ROOT, ROOT / "kernels", Path(__file__).parent / "rank_hook"]
     return {
         "DASH_STORM": str(hook),

@@ -1,4 +1,4 @@
-"""What a run under the storm does, seen from outside: its ranks, steps, losses, events and checkpoints.
+"""Observation of a run under the storm from outside: its ranks, steps, losses, events and checkpoints.
 
 Knows the files that the ranks' hook and the run itself write; does not know why anything happens.
 """
@@ -67,7 +67,7 @@ class RunWatch:
 
     @property
     def step(self) -> int:
-        """Of the step that was recorded last; 0 before the first."""
+        """Number of the step that was recorded last; 0 before the first."""
         latest = self.latest
         return latest.step if latest else 0
 
@@ -84,7 +84,7 @@ class RunWatch:
         return {rank: process for rank, process in found.items() if latest and rank < latest.world_size}
 
     def steps_since(self, moment: float, *, not_of: frozenset[int] = frozenset()) -> list[RankStep]:
-        """What was recorded after `moment`, of other processes than `not_of`, oldest first."""
+        """Return the steps recorded after `moment` by processes other than `not_of`, oldest first."""
         self.refresh()
         found = [one for one in self.steps if one.time > moment and one.pid not in not_of]
         return sorted(found, key=lambda one: one.time)
@@ -134,5 +134,5 @@ class RunWatch:
 
 
 def saved_step(checkpoint: Path) -> int:
-    """Of a complete checkpoint's folder."""
+    """Return the step of a complete checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step_"))

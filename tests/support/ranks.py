@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 @functools.cache
 def _context() -> Any:
-    """How processes start. Forked from a server that has imported the slow libraries, one is there in a second instead
+    """Start method. Forked from a server that has imported the slow libraries, a process starts in a second instead
     of ten; with CUDA, which those libraries initialise and which does not survive a fork, each starts on its own.
     """
     if torch.cuda.is_available():

@@ -176,7 +176,7 @@ def _end(process: subprocess.Popen[Any]) -> None:
 
 
 def _lists_a_run(address: str) -> bool:
-    """Whether the server has read the run's files."""
+    """Return whether the server has read the run's files."""
     try:
         with urllib.request.urlopen(f"{address}/data/runs", timeout=5) as response:
             return bool(json.load(response))

@@ -12,7 +12,7 @@ _NO_CONFIG = "no CONFIG given"
 
 
 def world_size(site: Site) -> list[Finding]:
-    """Of this machine's GPUs, where it has any and no cluster is named; else of one replica of the model."""
+    """Return the number of this machine's GPUs; without GPUs, or for a cluster, that of one replica of the model."""
     name = "processes"
     if site.config is None:
         return [skipped(name, _NO_CONFIG)]

@@ -20,7 +20,7 @@ _BUSY_SHARE = 0.1
 
 
 def devices(site: Site) -> list[Finding]:
-    """Whether there are any, and a product of matrices on each whose every entry is known."""
+    """Check that there are GPUs, and that each computes a matrix product with known entries."""
     import torch
 
     if not torch.cuda.is_available():
@@ -53,7 +53,7 @@ def _driver(built_for: str | None) -> Finding:
 
 
 def _product(index: int) -> Finding:
-    """Of small integers, exact in every dtype that a GPU multiplies in."""
+    """Multiply matrices of small integers, which every dtype holds exactly."""
     import torch
 
     name = f"GPU {index}"
@@ -88,7 +88,7 @@ def _product(index: int) -> Finding:
 
 
 def errors(site: Site) -> list[Finding]:
-    """What the driver has counted: uncorrectable memory errors, rows that could not be remapped, Xid messages."""
+    """Check the driver's counters: uncorrectable memory errors, rows that could not be remapped, Xid messages."""
     name = "GPU errors"
     if site.gpus == 0:
         return [skipped(name, "no CUDA device")]
@@ -118,7 +118,7 @@ def errors(site: Site) -> list[Finding]:
 
 
 def _xid_messages() -> list[str]:
-    """Of the kernel's log, where this user may read it."""
+    """Return the Xid messages of the kernel's log, where this user may read it."""
     try:
         done = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", timeout=_SMI_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
@@ -166,7 +166,7 @@ def kernels(site: Site) -> list[Finding]:
 
 
 def _smi(*arguments: str) -> str:
-    """What nvidia-smi prints; "" where it is missing, fails or does not answer."""
+    """Return nvidia-smi's output; "" where it is missing, fails or does not answer."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *arguments], capture_output=True, text=True, errors="replace", timeout=_SMI_SECONDS

@@ -1,4 +1,4 @@
-"""What the operating system grants: shared memory, open files, a clock that is kept.
+"""Checks of the operating system: shared memory, open files, a synchronised clock.
 
 Knows this machine's limits; does not know what uses them.
 """
@@ -94,7 +94,7 @@ def _wall_ahead_of_monotonic() -> float:
 
 
 def _synchronised() -> bool | None:
-    """What the kernel's clock discipline says; None where there is none, as outside Linux or in some sandboxes."""
+    """Return the kernel's clock status; None where there is none, as outside Linux or in some sandboxes."""
     try:
         adjtimex = ctypes.CDLL(None, use_errno=True).adjtimex
     except (OSError, AttributeError):

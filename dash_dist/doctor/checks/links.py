@@ -1,4 +1,4 @@
-"""What is between the ranks: collectives with known results, bandwidth, and whether their clocks agree.
+"""Checks of the links between ranks: collectives with known results, bandwidth, clock offsets.
 
 Knows a process group; does not know models. The ranks of one machine read one clock, unless something is wrong with it.
 """
@@ -67,7 +67,7 @@ def collectives(site: Site) -> list[Finding]:
 
 
 def _seconds(name: str, sent: torch.Tensor, received: torch.Tensor, gpu: bool) -> float:
-    """Of one collective, the mean of some."""
+    """Return the mean seconds of a collective over several calls."""
 
     def run() -> None:
         if name == "all-reduce":
@@ -158,7 +158,7 @@ def clock_offsets(now: Callable[[], float]) -> list[tuple[float, float]]:
 
 
 def clock_finding(name: str, offsets: list[float], uncertainty: float) -> Finding:
-    """What the clocks' offsets in seconds mean for a run."""
+    """Judge the clocks' offsets, in seconds, for a run."""
     worst = max(map(abs, offsets))
     text = f"at most {worst * 1e3:.2f} ms apart, to within {uncertainty * 1e3:.2f} ms"
     advice = (

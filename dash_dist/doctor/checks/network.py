@@ -15,7 +15,7 @@ _OF_CONTAINERS = ("docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "t
 
 
 def interfaces(site: Site) -> list[Finding]:
-    """What the variables name must exist; where none is set, several candidates are worth a word."""
+    """Check that the interfaces named by variables exist; without variables, report several candidates."""
     up = _interfaces_up()
     findings = []
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):

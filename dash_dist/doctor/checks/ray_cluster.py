@@ -148,7 +148,7 @@ def _cluster(site: Site, address: str) -> list[Finding]:
 
 
 def _probe_nodes(site: Site, address: str) -> dict[str, Any] | Finding:
-    """What `node_probe` says as a job of the cluster, or why it says nothing."""
+    """Return the answer of `node_probe` as a job of the cluster, or the reason for its absence."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     name = "Ray jobs"
@@ -183,7 +183,7 @@ def _probe_nodes(site: Site, address: str) -> dict[str, Any] | Finding:
 
 
 def _node(node: dict[str, Any], directory: Path) -> Finding:
-    """What one node said about itself."""
+    """Judge one node's answer about itself."""
     name = f"node {node['address']}"
     if "error" in node:
         return failure(name, node["error"], "See its raylet.out and whether it is alive (`ray list nodes`).")

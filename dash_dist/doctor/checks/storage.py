@@ -142,7 +142,7 @@ def _parameters(config: RunConfig) -> int:
 
 
 def shared(site: Site) -> list[Finding]:
-    """Whether every rank sees the file that another one wrote."""
+    """Check that every rank sees a file that another rank wrote."""
     name = "directory seen by all ranks"
     rank, size = dist.get_rank(), dist.get_world_size()
     with contextlib.ExitStack() as cleanup:

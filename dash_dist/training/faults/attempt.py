@@ -105,7 +105,7 @@ def begin_attempt(run_directory: Path, control: ControlGroup, log: FaultLog, ori
 
 
 def went_on_before(run_directory: Path, control: ControlGroup) -> bool:
-    """Whether an earlier attempt of the script that restarts this run has begun. Called at every rank.
+    """Return whether the script that restarts this run has begun an earlier attempt. Called at every rank.
 
     What is in the folder then is this run's own, whatever `run.resume` says of an earlier one's.
     """

@@ -14,7 +14,7 @@ from dash_dist.training.telemetry.metrics import MetricsWriter
 
 
 class FaultLog:
-    """Of one process; silent at every rank but the main one, so that all of them can call it alike.
+    """Fault log of one process; silent at every rank but the main one, so that all ranks can call it.
 
     Attributes:
         curves: where the counts are drawn; None until it is known at which step they begin.

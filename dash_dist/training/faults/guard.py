@@ -1,4 +1,4 @@
-"""Whether a step's loss can be trusted, and what to do if not.
+"""Judgement of a step's loss, and the remedy for a bad one.
 
 Knows losses and step numbers; does not know weights, checkpoints or data. Ranks that show it the same steps come to the
 same verdicts, without asking each other.
@@ -59,7 +59,7 @@ class LossGuard:
 
     @property
     def recent_losses(self) -> list[float]:
-        """What spikes are told from; empty where they are not looked for."""
+        """Losses that spikes are measured against; empty without spike detection."""
         return list(self._losses)
 
     def judge(self, step: int, loss: float, grad_norm: float, *, skipped: bool) -> Rollback | None:

@@ -1,4 +1,4 @@
-"""What a run does about a loss that cannot be trusted: leaves batches out, and goes back to a checkpoint.
+"""Recovery from a bad loss: skip batches, and roll back to a checkpoint.
 
 Knows the verdicts of the guard, and moves the run's position; does not know how a verdict is found, nor the loop. Every
 method is called at every rank.
@@ -26,7 +26,7 @@ _ADVICE = (
 
 
 class LossRecovery:
-    """Of one process of a run.
+    """Recovery of one process of a run.
 
     Args:
         start: the checkpoint of another run that this one began from, with its step.
@@ -63,7 +63,7 @@ class LossRecovery:
             log.note(f"batches that are not trained on: see {config.run.path / SkipRecord.FILE}")
 
     def leaves_out(self, step: int) -> bool:
-        """Whether the batch of `step` is not to be trained on."""
+        """Return whether the batch of `step` is to be skipped."""
         return step in self._skipped
 
     def check(self, result: StepResult) -> bool:

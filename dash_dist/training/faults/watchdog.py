@@ -90,7 +90,7 @@ def hang_folder(run_directory: Path, attempt: int) -> Path:
 
 
 def describe_hang(folder: Path) -> str | None:
-    """What the ranks of an attempt left in `folder`, in words; None if none of them hung. Removes empty files."""
+    """Describe the stacks that an attempt's ranks left in `folder`; None if no rank hung. Removes empty files."""
     with contextlib.suppress(OSError):
         dumps = []
         for path in sorted(folder.glob("rank_*.txt")):

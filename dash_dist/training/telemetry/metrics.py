@@ -68,7 +68,7 @@ class MetricsWriter:
         self._start_step = start_step
 
     def describe(self, config: str, settings: Mapping[str, object], pages: Mapping[str, Mapping[str, Chart]]) -> None:
-        """What the run is: its configuration as YAML, its hyperparameters, and the pages its curves are shown on."""
+        """Write the run's configuration as YAML, its hyperparameters, and the pages of its curves."""
         code = "\n".join(f"    {line}" for line in config.splitlines())  # a block of code in Markdown
         self._writer.add_text("config", code, self._start_step)
         self._writer.add_custom_scalars(pages)
@@ -134,7 +134,7 @@ class MetricsWriter:
             self._writer.add_image(f"routing/heat_map/layer_{layer.layer}", picture, step, dataformats="HWC")
 
     def exchange(self, step: int, statistics: ExchangeStatistics) -> None:
-        """What context parallelism moved in a step, over all ranks; nothing of what that step did not have."""
+        """Write the exchange statistics of a step, over all ranks; values that the step lacks are left out."""
         scalars = {
             "cp/planned_gib": statistics.planned_bytes / _GIB,
             "cp/sent_gib": statistics.sent_bytes / _GIB,
@@ -150,7 +150,7 @@ class MetricsWriter:
             self._writer.add_scalar(tag, value, step)
 
     def faults(self, step: int, counts: Mapping[str, int], events: Iterable[tuple[str, str]]) -> None:
-        """How many events of each kind there were so far, and the text of the (kind, message) `events` that are new."""
+        """Write the number of events of each kind so far, and the text of the new (kind, message) `events`."""
         for kind, count in counts.items():
             self._writer.add_scalar(f"fault/{kind}", count, step)
         for kind, message in events:

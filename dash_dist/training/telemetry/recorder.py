@@ -1,4 +1,4 @@
-"""What a run measures of itself beside its loss: where the time of a step went, and the maps of its routing.
+"""Measurements of a run other than its loss: seconds of a step by part, and heat maps of its routing.
 
 Knows in which steps to measure and how ranks' figures become one; does not know how an engine measures, nor files.
 """
@@ -26,7 +26,7 @@ class Measured(Protocol):
 
 
 class Telemetry:
-    """Of one run at one rank.
+    """Telemetry of one run at one rank.
 
     Args:
         curves: rank 0's; None at the others.

@@ -1,4 +1,4 @@
-"""What the kernels on pairs of tiles need of routing: slopes and priors of a block of a list, as in `tiles`."""
+"""Slopes and priors of a block of listed chunks, for the kernels on pairs of tiles, as in `tiles`."""
 
 from __future__ import annotations
 

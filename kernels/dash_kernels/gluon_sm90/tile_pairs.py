@@ -39,7 +39,7 @@ SELECTED_BIT = gl.constexpr(29)  # of an entry: the first tile selected the chun
 
 @dataclass(frozen=True)
 class RingShape:
-    """What a kernel with specialised warps is compiled for.
+    """Compile-time shape of a kernel with specialised warps.
 
     ring: how much is in flight, chunks or tiles; has_sigma: the prior is centred; blocks: K and V come in single
     blocks.
@@ -52,7 +52,7 @@ class RingShape:
 
     @property
     def rows(self) -> int:
-        """Of a tile."""
+        """Rows of a tile."""
         return self.tile.tokens * self.tile.group
 
     def product(self, columns: int) -> gl.NVMMADistributedLayout:

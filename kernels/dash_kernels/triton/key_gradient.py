@@ -111,7 +111,7 @@ def key_gradient(
 
 
 def _aligned(*tensors: torch.Tensor) -> bool:
-    """Whether rows can be copied 16 bytes at a time."""
+    """Return whether rows can be copied 16 bytes at a time."""
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
@@ -139,7 +139,7 @@ class _WorkOfPart:
         return cls(part, part.chunks.on(device), len(part.chunks), batch_heads, dkv)
 
     def met_by(self, chunks: ChunkGrid, begin: int, end: int) -> int:
-        """How many of a row's chunks the queries of the slots begin to end may meet: later ones come after all of them.
+        """Count the chunks of a row that the queries of slots begin to end may reach; later ones follow them all.
 
         Blocks are what some query asked for.
         """

@@ -52,7 +52,7 @@ class KeyRows:
 
     @property
     def aligned(self) -> bool:
-        """Whether a tensor map can be made of K and V."""
+        """Return whether a tensor map can be made of K and V."""
         return self.k.data_ptr() % 16 == 0 and self.v.data_ptr() % 16 == 0
 
     def maps(

@@ -1,4 +1,4 @@
-"""What routing's bits say about all queries together."""
+"""Chunks that any query selected, from routing's bits."""
 
 from __future__ import annotations
 

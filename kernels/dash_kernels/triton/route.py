@@ -177,7 +177,7 @@ def route_kernel(
 
 @triton.jit
 def _largest_error(error_ptr, first, available, batch_head, n, HK: tl.constexpr):
-    """Of the row's own chunks only: nothing depends on another document."""
+    """Return the largest rounding error over the row's own chunks; other documents have no influence."""
     largest = tl.zeros([STEP], tl.float32)
     for at in range(0, available, STEP):
         place = at + tl.arange(0, STEP)

@@ -1,4 +1,4 @@
-"""What the backward pass of every row begins with."""
+"""First step of every row's backward pass."""
 
 from __future__ import annotations
 

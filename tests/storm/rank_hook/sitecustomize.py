@@ -1,4 +1,4 @@
-"""What the storm needs inside the ranks, in every Python process of the cluster by PYTHONPATH.
+"""Hook of the storm inside the ranks, loaded by PYTHONPATH in every Python process of the cluster.
 
 Wraps `Engine.train_step` when the engine is imported: steps take a given time, poisoned sequences turn the loss into
 NaN, and every step is recorded with its loss. The code of the run knows nothing of it.

@@ -1,4 +1,4 @@
-"""What a reader of a results file needs to know of the machine, the software and the command that made it."""
+"""Record of the machine, the software and the command that made a results file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def commit_of(directory: Path) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, stripped; empty where it cannot run."""
+    """Return a command's output, stripped; empty where it cannot run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:

@@ -23,7 +23,7 @@ SCAN_TILE = 256  # tokens of the recurrence that are one matrix product
 
 @dataclass(frozen=True)
 class Case:
-    """What one row of the benchmark measures; batch size 1.
+    """Case that one row of the benchmark measures; batch size 1.
 
     inputs is a key of NEIGHBOUR_CORRELATION, dtype one of DTYPES. asked_density is selected / available chunks; 1 asks
     for a routing so flat that it selects every earlier chunk.

@@ -27,7 +27,7 @@ def density(text: str) -> float:
 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
-    """What all cases of a run have in common."""
+    """Add the options that all cases of a run share."""
     parser.add_argument("--chunk-size", type=int, default=64, help="tokens")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")

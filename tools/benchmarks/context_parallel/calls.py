@@ -71,7 +71,7 @@ class Problem:
         return call
 
     def counters(self) -> Counters:
-        """What the last call of a `step` moved, over all ranks. A collective call."""
+        """Return the traffic of the last call of a `step`, over all ranks. A collective call."""
         return Counters.over_ranks(self._ranks.gather(self._traffic.take()))
 
     def routing_step(self, routing_scale: float) -> Step:

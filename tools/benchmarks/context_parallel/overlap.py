@@ -1,4 +1,4 @@
-"""How much of an exchange's communication hides behind computation: a call as it is, its flights alone, the rest alone.
+"""Share of an exchange's communication that computation hides: a call as it is, its transfers alone, the rest alone.
 
     overlap = (t_compute + t_communication - t_both) / min(t_compute, t_communication)
 
@@ -148,7 +148,7 @@ class OverlapTimes:
 
     @property
     def overlap(self) -> float | None:
-        """Of the medians. Noise can carry it out of [0, 1]: see `spread`."""
+        """Overlap of the medians. Noise can carry it out of [0, 1]: see `spread`."""
         return (
             overlap(*(statistics.median(times) for times in (self.both, self.communication, self.compute)))
             if self.both

@@ -1,4 +1,4 @@
-"""What one attention layer would take on more GPUs than were measured: a cost model with constants from a results file.
+"""Predicted time of one attention layer on more GPUs than were measured, with constants from a results file.
 
 Forward + backward of one layer, batch 1, P ranks, T tokens in n = T / C chunks, zigzag layout, exchange "selective":
 
@@ -37,7 +37,7 @@ ALIKE = 100
 
 @dataclass(frozen=True)
 class Constants:
-    """What was measured; nanoseconds, GB/s. forward_share: of the computation of stage 3.
+    """Measured constants; nanoseconds, GB/s. forward_share: of the computation of stage 3.
 
     coverage: (tokens, share of all chunks that so many neighbouring tokens select), by tokens; empty: not measured.
     """

@@ -23,7 +23,7 @@ class RanksFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """What a rank knows of itself and the others.
+    """A rank's view of itself and the others.
 
     group: the context-parallel group, NCCL on GPUs. control: gloo, for times and errors, so that a question of the
     hosts is never queued behind work on the GPUs.

@@ -18,7 +18,7 @@ from tools.benchmarks.kernels.measure import Cell
 
 @dataclass(frozen=True)
 class Counters:
-    """What an exchange counted in one forward + backward, over all ranks.
+    """Counts of an exchange in one forward + backward, over all ranks.
 
     coverage: blocks of other ranks that were needed / could have been, None without a plan. overlap: share of the
     flights' time that ranks did not wait, None where nothing travelled. exchanges: forward passes by name: what "auto"
@@ -88,7 +88,7 @@ class ExchangeRow:
         return max(self.selected) / statistics.fmean(self.selected) if self.selected else None
 
     def tokens_per_second(self, column: str) -> float | None:
-        """Of forward + backward, all ranks together."""
+        """Tokens per second of forward + backward, all ranks together."""
         milliseconds = self.columns[column].step.median_ms if column in self.columns else None
         return None if milliseconds is None else self.case.seq_len / milliseconds * 1000
 
@@ -142,7 +142,7 @@ class WeakRow:
 
 @dataclass
 class OverlapRow:
-    """How much of an exchange's flights hides behind computation; see `overlap.py`. counted: the exchange's own count,
+    """Share of an exchange's transfers that computation hides; see `overlap.py`. counted: the exchange's own count,
     the share of its flights' time that the rank did not wait.
     """
 
@@ -191,7 +191,7 @@ class Results:
 
     @classmethod
     def read(cls, first: Path, *others: Path) -> Results:
-        """What `write` wrote; the rows of several runs together, with the environment and the link of the first."""
+        """Read the files of `write`; joins the rows of several runs, with environment and link of the first."""
         contents = [json.loads(path.read_text()) for path in (first, *others)]
 
         def rows(name: str) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ OVERLAP_SECONDS = 20.0  # of rounds, if that many are asked for
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for.
+    """Request of the command line.
 
     detailed: the exchange of the parts overlap, weak and layouts. layout: of all parts but layouts.
     seconds: of repeated calls for one median.
@@ -142,7 +142,7 @@ class _Benchmark:
 
     @contextlib.contextmanager
     def _recorded(self, row: ExchangeRow, what: str) -> Iterator[None]:
-        """What may fail at all ranks alike: the failure is written into the results, and the benchmark goes on."""
+        """Record a failure that all ranks share in the results, and continue the benchmark."""
         try:
             yield
         except (ValueError, torch.OutOfMemoryError, StepFailedError) as error:

@@ -1,4 +1,4 @@
-"""What is timed: this project's call and its stages, and dense attention through PyTorch's SDPA, on the same inputs."""
+"""Timed functions: this project's call and its stages, and dense attention by PyTorch's SDPA, on the same inputs."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Row:
         return self.columns.get(column, Cell()).median_ms
 
     def speed_up(self, ours: str, other: str) -> float | None:
-        """How many times faster our column is than another."""
+        """Speed-up of our column over another."""
         own_time, other_time = self.milliseconds(ours), self.milliseconds(other)
         return None if own_time is None or other_time is None else other_time / own_time
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How far the planner is from measured runs: makes the runs on this machine's GPUs, and compares.
+"""Accuracy of the planner: makes runs on this machine's GPUs, and compares them with its predictions.
 
     python -m tools.benchmarks.planner run --out OUT/measured_1gpu.json         # cases for as many GPUs as there are
     python -m tools.benchmarks.planner compare OUT/*.json --out docs/results/plan_h100.json
