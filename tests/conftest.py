@@ -1,4 +1,4 @@
-"""Settings that must be in place before Triton is imported anywhere, and which tests share a worker."""
+"""Settings that must be in place before Triton is imported anywhere, and the grouping of tests by worker."""
 
 import os
 from pathlib import Path
@@ -10,16 +10,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 TESTS = Path(__file__).parent
-WITH_DEADLINES = {"doctor", "report", "training"}
+WITH_DEADLINES = {"checkpoints", "doctor", "report", "training"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where pytest-xdist runs several workers: tests that start whole runs, kill ranks or open a browser share one, one
-    after another; other files with processes stay on a worker each; those of the kernels go anywhere.
+    """Assign tests to pytest-xdist's workers. Long tests with deadlines share a worker: they start whole runs, kill ranks or
+    open a browser. Kernel tests go anywhere. The others stay together by file, with the fixtures of their module.
     """
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
-        if folder in WITH_DEADLINES:
+        long = any(item.get_closest_marker(mark) for mark in ("slow", "browser"))
+        if long and folder in WITH_DEADLINES:
             item.add_marker(pytest.mark.xdist_group("runs"))
         elif folder != "kernels":
             item.add_marker(pytest.mark.xdist_group(item.path.name))

@@ -74,6 +74,7 @@ def assert_refused_and_stepped_over(run, control, *messages):
     assert (run / "checkpoints" / ".step_00000004.damaged").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_is_refused_and_stepped_over(folder, tmp_path, control, kind):
     for seed in range(SEEDS):
@@ -88,6 +89,7 @@ def test_damage_is_refused_and_stepped_over(folder, tmp_path, control, kind):
         assert_refused_and_stepped_over(run, control, *map(str, damaged))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(folder):
     runs = folder / "runs"
     shutil.copytree(runs / "whole", runs / "again")

@@ -13,6 +13,8 @@ from dash_dist.checkpoints.export import export_weights
 from tests.support.models import CHUNK_SIZE, MODEL, SEQUENCE_LENGTH, VOCAB_SIZE, Case, global_batch
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 SAVED = {
     "tp 2": Case(tensor=2),
     "pp 2, tied": Case(pipeline=2, tie_embeddings=True, distributed_optimizer=True),

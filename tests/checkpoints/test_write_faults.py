@@ -3,6 +3,7 @@
 import time
 
 import psutil
+import pytest
 
 from tests.support.ranks import run_ranks
 from tests.support.runs import losses, write_config
@@ -19,6 +20,7 @@ def test_a_save_that_fails_at_one_rank_fails_at_all_and_the_next_one_succeeds(tm
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000001", "step_00000002"]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_it_saves_leaves_a_run_that_goes_on(tmp_path):
     config = write_config(tmp_path)
     run_ranks("tests.training.training_jobs:dies_while_it_saves", 1, config, tmp_path, cpu_only=True, dying=[0])

@@ -20,7 +20,7 @@ from tests.support.runs import losses, run_rank_processes
 STEPS = 24
 PATIENCE = Patience(answer=120)
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def prepare(folder: Path, name: str) -> tuple[RunFiles, RunWatch, Path]:

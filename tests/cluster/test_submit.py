@@ -204,6 +204,7 @@ def has_steps(run: Path) -> bool:
     return False
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_job_is_submitted_with_a_token_followed_and_stopped(tree, head):
     """A wrong token is refused. The run goes on until `ray job stop`; then it saves, and the same command goes on."""

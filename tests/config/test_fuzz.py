@@ -80,6 +80,7 @@ def changed(key: str, value: object) -> dict:
     return config
 
 
+@pytest.mark.slow
 @FUZZ
 @given(key=st.sampled_from(LEAVES), value=values)
 @example(key="optimizer.lr", value=math.inf)
@@ -103,6 +104,7 @@ def test_a_setting_of_any_value_is_taken_or_named(tmp_path, key, value):
         assert named or re.search(r"(?s)not valid YAML.*line \d+, column \d+", result), result
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_a_file_of_changed_sections_is_taken_or_refused_in_words(tmp_path, data):
@@ -155,6 +157,7 @@ yaml_pieces = st.one_of(
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(edits=st.lists(st.tuples(st.integers(0, len(DEMO)), st.integers(0, 30), yaml_pieces), min_size=1, max_size=4))
 @example(edits=[(0, len(DEMO), "1: a\n1.0: b\n")])
@@ -180,6 +183,7 @@ def test_a_file_that_is_no_text_is_refused_in_words(tmp_path, content):
     assert isinstance(load(tmp_path, content), str)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     overrides=st.lists(

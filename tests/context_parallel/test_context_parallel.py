@@ -42,6 +42,7 @@ def test_routing_selects_the_same_bits_at_every_size() -> None:
             assert all(same.values()), (case, same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_neither_another_run_nor_what_is_not_sent_changes_a_bit(size: int) -> None:
     for found in run_ranks("tests.context_parallel.attention_jobs:same_bits", size):
@@ -49,6 +50,7 @@ def test_neither_another_run_nor_what_is_not_sent_changes_a_bit(size: int) -> No
             assert all(same.values()), (case, same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_first_token_reaches_the_last_rank(size: int) -> None:
     changes = run_ranks("tests.context_parallel.attention_jobs:first_token_reaches_the_last_rank", size)[size - 1]
@@ -56,6 +58,7 @@ def test_first_token_reaches_the_last_rank(size: int) -> None:
     assert min(changes.values()) > 1e-6, changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_a_chunk_that_nobody_selected_changes_nothing_elsewhere(size: int) -> None:
     for found in run_ranks("tests.context_parallel.attention_jobs:a_chunk_that_nobody_selected", size):
@@ -94,6 +97,7 @@ def test_module_owns_the_summary_query() -> None:
         assert difference < 1e-10 < size
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(backend_for(2) == "gloo", reason="needs 2 GPUs")
 def test_bfloat16_kernels_under_nccl() -> None:
     for differences in run_ranks("tests.context_parallel.attention_jobs:triton_parity", 2):

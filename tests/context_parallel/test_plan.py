@@ -16,6 +16,7 @@ from dash_kernels.chunks import ChunkGrid
 from tests.support.ranks import backend_for, run_ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 6])
 def test_what_the_plan_says_travels_and_nothing_else(size: int) -> None:
     """Blocks, addresses, bytes by link, the busiest rank, NaN in all that stays at home, sums of gradients."""
@@ -23,6 +24,7 @@ def test_what_the_plan_says_travels_and_nothing_else(size: int) -> None:
         assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(backend_for(2) == "gloo", reason="needs 2 GPUs")
 def test_the_same_under_nccl() -> None:
     for wrong in run_ranks("tests.context_parallel.plan_jobs:exchanges", 2):
@@ -84,6 +86,7 @@ def test_counters_that_nobody_asks_for_do_not_pile_up() -> None:
     assert traffic.take().transfer_seconds >= last.seconds()[0] > 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "what"),
     [
@@ -103,6 +106,7 @@ def test_the_others_say_which_exchange_a_dead_rank_was_part_of(moment: str, what
         assert seconds < 15
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_an_error_after_the_groups_timeout() -> None:
     *waiting, _ = run_ranks("tests.context_parallel.plan_jobs:survivors", 4, "fetch", False, 4.0, cpu_only=True)
     for rank, (message, seconds) in enumerate(waiting):

@@ -143,6 +143,7 @@ def test_the_position_stays_small_inside_a_long_document(corpus):
     assert len(json.dumps(stream.state_dict())) < 2000
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_the_hash_seed(corpus):
     config = corpus("text", shuffle_seed=1)
     script = (

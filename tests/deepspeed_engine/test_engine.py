@@ -14,7 +14,7 @@ from tests.support.ranks import run_ranks
 
 # The fixture does everything. Its time, on idle cores a minute or two, says nothing on a busy machine.
 TIME_LIMIT = 600.0
-pytestmark = pytest.mark.timeout(4 * TIME_LIMIT)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * TIME_LIMIT)]
 
 RECOMPUTE = Case(context=2, recompute="full")
 BAD_STEP = 5

@@ -17,7 +17,7 @@ SETTINGS = [f"training.steps={STEPS}", "checkpoint.interval=4"]
 
 # Each starts a launcher and two processes: seconds on idle cores, minutes on busy ones.
 TIME_LIMIT = 400.0
-pytestmark = pytest.mark.timeout(3 * TIME_LIMIT)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * TIME_LIMIT)]
 
 
 def launch(script: str, folder: Path, name: str, *settings: str) -> tuple[int, str]:

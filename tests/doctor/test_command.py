@@ -29,6 +29,7 @@ def listening_elsewhere(process: psutil.Process) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(540)
 def test_a_healthy_machine(tmp_path):
     """Every check runs, none fails, nothing stays behind, and nothing listens beyond loopback meanwhile."""

@@ -13,6 +13,8 @@ from dash_dist.doctor.findings import Check, Where
 from dash_dist.doctor.runner import run_check
 from tests.doctor import doctor_jobs
 
+pytestmark = pytest.mark.slow
+
 
 def outcome(function, where: Where, directory: Path, *, time_limit: float = 90.0) -> Finding:
     """The first finding that is no success, or the last one."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SHARED_MEMORY_OF_HOPPER = 232_448  # bytes per program
 OF_A_WHOLE_PART = {
     "summary_kernel": 1,

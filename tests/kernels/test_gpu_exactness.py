@@ -18,7 +18,10 @@ from tests.kernels.attention_inputs import (
     relative_errors,
 )
 
-pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: bfloat16 is wrong in Triton's interpreter")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: bfloat16 is wrong in Triton's interpreter"),
+]
 
 GROUPS, HEAD_DIMS, PRIOR_SIGMAS = (1, 2, 4, 8, 16), (64, 96, 128, 256), (None, 1.0)
 LONGEST = 8192

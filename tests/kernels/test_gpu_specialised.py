@@ -14,9 +14,13 @@ from dash_kernels.triton import lists
 from dash_kernels.triton.tiles import TileShape
 from tests.kernels.attention_inputs import DEVICE
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU: Gluon has no interpreter"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9,
+        reason="needs a Hopper GPU: Gluon has no interpreter",
+    ),
+]
 
 CHUNK = 64
 

@@ -48,6 +48,7 @@ def test_equals_the_reference(sizes: list[int], prior_sigma: float | None, alpha
     assert_near(eager(inputs, **call), output_and_gradients(reference_dash_attention, inputs, **call), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior_sigma", [None, 1.5])
 @pytest.mark.parametrize("sizes", DOCUMENTS.values(), ids=DOCUMENTS.keys())
 def test_triton_equals_the_reference(sizes: list[int], prior_sigma: float | None) -> None:
@@ -102,6 +103,7 @@ def test_documents_are_the_sequences_they_are_computed_alone() -> None:
     torch.testing.assert_close(packed["summary_query"], total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "dtype", "value"),
     [

@@ -59,6 +59,7 @@ def by_parts(
     return out, dq, list(dparts), sum(dsummary_queries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "sizes", "prior_sigma"),
     [
@@ -105,6 +106,7 @@ def test_shards_together_are_the_whole(backend: str, sizes: list[int], prior_sig
     assert_near(actual, expected, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("batch", "prior_sigma"), [(1, None), (2, 1.5)])
 def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(

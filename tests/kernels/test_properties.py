@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from dash_kernels import dash_attention, reference_dash_attention
 from tests.kernels.attention_inputs import DEVICE, assert_near, output_and_gradients, random_inputs, selection_margin
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES_ON_TRITON = 6 if DEVICE == "cpu" else 60  # the interpreter takes seconds for one
 
 

@@ -65,6 +65,7 @@ def check_against_the_reference(inputs: Inputs, tolerance: float, **call: Any) -
     assert_close(output_and_gradients(dash_attention, inputs, backend="triton", **call), expected, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "head_dim", "chunk_size", "prior_sigma", "seq_len"), SHAPES)
 def test_float32_equals_the_float64_reference(
     group: int, head_dim: int, chunk_size: int, prior_sigma: float | None, seq_len: int
@@ -98,6 +99,7 @@ def test_keys_off_the_addresses_of_tensor_maps_are_loaded_one_by_one() -> None:
     check_against_the_reference(replace(inputs, k=shifted), 2e-3, **call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_transposed_inputs_and_padded_heads_with_a_steep_prior(dtype: torch.dtype) -> None:
     """Batches of 2 as Megatron-core holds them, [T, B, H, D]; three heads per KV head leave a row of a tile unused."""
@@ -241,6 +243,7 @@ def check_routing(inputs: Inputs, query_chunks: ChunkGrid, key_chunks: ChunkGrid
     return efficiency
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scores", SCORES)
 def test_routing_is_exact(scores: str, dtype: torch.dtype) -> None:
@@ -253,6 +256,7 @@ def test_routing_is_exact(scores: str, dtype: torch.dtype) -> None:
         assert efficiency < 0.9
 
 
+@pytest.mark.slow
 def test_routing_of_packed_documents_and_of_a_shard() -> None:
     """More chunks than a word has bits, documents that begin within one; incomplete chunks; padded heads; batch 2."""
     sizes = [70, 33 * C, 1, 0, 5 * C]
@@ -267,6 +271,7 @@ def test_routing_of_packed_documents_and_of_a_shard() -> None:
     check_routing(shard, ChunkGrid.complete(ids, C), ChunkGrid.whole_sequence(9 * C, C), call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scores", "prior_sigma"),
     [
@@ -287,6 +292,7 @@ def test_gradients_of_unusual_scores(scores: str, prior_sigma: float | None) -> 
     assert_near(actual, expected, 5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[9 * C + 3], [2 * C, 20, 5 * C + 1, 5]], ids=["one document", "packed"])
 def test_pieces_and_slabs_of_queries_add_up_to_the_same_bits(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys whose queries come in two pieces, of one slab and of two: pieces are added in their order either way. Every
@@ -314,6 +320,7 @@ def test_pieces_and_slabs_of_queries_add_up_to_the_same_bits(sizes: list[int], m
         torch.testing.assert_close(tensor, at_once[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_chunks_that_any_query_reached_over_several_words() -> None:
     """40 chunks are two words of bits; a shard of the queries, of which some tiles are padding."""
     call = {"chunk_size": C, "routing_scale": 40.0}
@@ -399,6 +406,7 @@ def test_calls_beyond_the_kernels_fall_back_and_say_so_once(
         torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: bfloat16 is wrong in Triton's interpreter")
 @pytest.mark.parametrize("prior_sigma", [None, 1.0])
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_deepspeed_gives_the_losses_of_torchrun(folder):
     command = [str(ROOT / "launch" / "deepspeed.sh"), str(folder / "tiny.yaml"), *overrides("deepspeed")]
     environment = {"PATH": PATH, "NPROC": "2", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
@@ -61,6 +62,7 @@ def test_deepspeed_gives_the_losses_of_torchrun(folder):
     assert losses(folder / "runs" / "deepspeed") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 def test_on_one_machine_the_launchers_listen_on_loopback_only(folder, tmp_path, script):
     command = [str(ROOT / "launch" / script), str(folder / "tiny.yaml"), *overrides(f"listening_{script}")]
@@ -89,6 +91,7 @@ def test_on_one_machine_the_launchers_listen_on_loopback_only(folder, tmp_path, 
     assert not list(tmp_path.rglob("store"))  # they met through a file
 
 
+@pytest.mark.ray
 def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
     """One worker is killed after step 6: all start again from the checkpoint of step 4, and nothing else changes.
 
@@ -130,6 +133,7 @@ def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
     assert losses(folder / "runs" / "ray") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-5)
 
 
+@pytest.mark.ray
 def test_ray_starts_the_deepspeed_engine(folder):
     script = [sys.executable, str(ROOT / "launch" / "ray_train.py")]
     command = [*script, str(folder / "tiny.yaml"), *overrides("ray_deepspeed"), "engine=deepspeed", "--num-workers=2"]
@@ -138,6 +142,7 @@ def test_ray_starts_the_deepspeed_engine(folder):
     assert losses(folder / "runs" / "ray_deepspeed") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-4)
 
 
+@pytest.mark.ray
 def test_the_demo_learns(tmp_path):
     """A short form of `make demo`: 10 of its steps."""
     short = ["training.steps=10", "optimizer.warmup_steps=4", "logging.interval=1", f"run.directory={tmp_path}"]

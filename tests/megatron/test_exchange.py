@@ -55,6 +55,7 @@ def statistics() -> dict[str, Any]:
     return by_case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ring", "ring, tp 2", "ring, pp 2"])
 def test_the_ring_sends_every_shard_round(statistics: dict[str, Any], name: str) -> None:
     # Two ranks: K and V take a step forward, two backward; gradients take two, the second of them home.
@@ -64,6 +65,7 @@ def test_the_ring_sends_every_shard_round(statistics: dict[str, Any], name: str)
     assert got.coverage == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["allgather", "allgather, recompute"])
 def test_the_allgather_sends_every_shard_to_the_other_rank(statistics: dict[str, Any], name: str) -> None:
     sent = PASSES * BLOCK * BLOCKS * CHUNKS
@@ -71,6 +73,7 @@ def test_the_allgather_sends_every_shard_to_the_other_rank(statistics: dict[str,
     assert (got.planned_bytes, got.sent_bytes, got.dense_bytes, got.slow_link_bytes) == (sent, sent, sent, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "needed"),
     [("dense routing", 4 + 2), ("dense routing, contiguous", 4)],  # zigzag: rank 0 has 0, 1, 6, 7, rank 1 the others
@@ -85,6 +88,7 @@ def test_dense_routing_needs_every_earlier_chunk(statistics: dict[str, Any], nam
     assert got.imbalance == {"zigzag": 1.0, "double_zigzag": 1.0, "contiguous": (5 + 6 + 7 + 8) / 18}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["selective", "selective, recompute", "selective, tp 2", "selective, pp 2", "selective, dp 2", "two nodes"]
 )
@@ -104,6 +108,7 @@ def test_sharp_routing_sends_what_it_covers(statistics: dict[str, Any], name: st
     )
 
 
+@pytest.mark.slow
 def test_two_levels_cross_the_slow_links_once(statistics: dict[str, Any]) -> None:
     # Zigzag on four: one node has the chunks 0, 7 and 1, 6 and needs 2 to 5, of which each of its ranks needs all; the
     # other has 2, 5 and 3, 4 and needs 0 and 1. Who takes a chunk from the other node needs it too.
@@ -114,6 +119,7 @@ def test_two_levels_cross_the_slow_links_once(statistics: dict[str, Any]) -> Non
     assert got.coverage == {0: 1.0, 1: 1.0}
 
 
+@pytest.mark.slow
 def test_the_other_layout_is_predicted(statistics: dict[str, Any]) -> None:
     zigzag, contiguous = statistics["selective"].imbalance, statistics["selective, contiguous"].imbalance
     assert list(zigzag) == ["zigzag", "double_zigzag", "contiguous"]
@@ -121,6 +127,7 @@ def test_the_other_layout_is_predicted(statistics: dict[str, Any]) -> None:
     assert 1.0 <= zigzag["zigzag"] < zigzag["contiguous"] < (5 + 6 + 7 + 8) / 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ON_TWO, *ON_FOUR])
 def test_overlap_and_the_exchange_are_known(statistics: dict[str, Any], name: str) -> None:
     got = statistics[name]

@@ -110,6 +110,7 @@ LAYOUTS = [*list(ALONE)[2:], *ON_TWO, *ON_FOUR]
 PACKED = [name for name in LAYOUTS if "packed" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_documents_give_the_step_that_they_give_alone(measured: dict[str, list[Measured]], name: str) -> None:
     (alone,) = measured["documents alone"]
@@ -121,6 +122,7 @@ def test_packed_documents_give_the_step_that_they_give_alone(measured: dict[str,
     assert_same(joined(measured[name], "weights"), joined(measured["packed"], "weights"), relative=1e-5)
 
 
+@pytest.mark.slow
 def test_documents_make_a_difference(measured: dict[str, list[Measured]]) -> None:
     packed, whole = (joined(measured[name], "gradients") for name in ("packed", "four micro-batches"))
     name = next(name for name in whole if "summary_query" in name)
@@ -141,6 +143,7 @@ def test_all_layers_are_given_the_same_tensor_of_their_micro_batch(recompute: Li
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in PACKED])
 def test_step_equals_one_process(measured: dict[str, list[Measured]], name: str) -> None:
     reference = measured["tied" if "tied" in name else "reference"]
@@ -153,6 +156,7 @@ def test_step_equals_one_process(measured: dict[str, list[Measured]], name: str)
     assert_same(joined(ranks, "weights"), joined(reference, "weights"), relative=1e-5)
 
 
+@pytest.mark.slow
 def test_every_weight_has_a_gradient(measured: dict[str, list[Measured]]) -> None:
     gradients = joined(measured["reference"], "gradients")
     assert sum("summary_query" in name for name in gradients) == 2
@@ -160,6 +164,7 @@ def test_every_weight_has_a_gradient(measured: dict[str, list[Measured]]) -> Non
         assert gradient.norm() > 1e-6, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_routing_statistics_cover_all_ranks(measured: dict[str, list[Measured]], name: str) -> None:
     # A rank's statistics are of its last micro-batch: what they hold in all depends on its size.
@@ -179,6 +184,7 @@ def test_routing_statistics_cover_all_ranks(measured: dict[str, list[Measured]],
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_selection_maps_hold_what_the_layers_selected(measured: dict[str, list[Measured]], name: str) -> None:
     """Sums of the maps are those of the histograms, which come from the attention itself, at every rank."""
@@ -194,6 +200,7 @@ def test_selection_maps_hold_what_the_layers_selected(measured: dict[str, list[M
             assert torch.equal(selected.diagonal(), available.diagonal())  # the own chunk is always selected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tp 2", "pp 2", "cp 2, contiguous, allgather", "cp 2, recompute", "cp 2, pp 2"])
 def test_selection_maps_do_not_depend_on_the_layout(measured: dict[str, list[Measured]], name: str) -> None:
     alone = measured["four micro-batches"][0].maps  # the same last micro-batch
@@ -202,6 +209,7 @@ def test_selection_maps_do_not_depend_on_the_layout(measured: dict[str, list[Mea
         assert (selected - selected_alone).abs().sum() <= 1e-3 * selected_alone.sum()  # sums in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_parts_of_a_step_lie_within_it(measured: dict[str, list[Measured]], name: str) -> None:
     case = (ALONE | ON_TWO | ON_FOUR)[name]
@@ -225,6 +233,7 @@ def test_first_token_reaches_the_last_rank(case: Case) -> None:
     assert moved[1].max() > 1e-3
 
 
+@pytest.mark.slow
 def test_checkpoints_continue_at_another_layout(tmp_path: Path) -> None:
     tied = dataclasses.replace(SAVED, tie_embeddings=True)
     cases = {"alone": SAVED, "alone, tied": tied}

@@ -52,6 +52,7 @@ def sizes_of(case: Case) -> tuple[Sizes, Layout]:
     return Sizes.of(case.config(), layout, vocab_size=VOCAB_SIZE), layout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ON_FOUR, ids=str)
 def test_weights_are_those_of_the_model_in_order(held: dict[Case, list[Any]], case: Case) -> None:
     sizes, layout = sizes_of(case)
@@ -60,6 +61,7 @@ def test_weights_are_those_of_the_model_in_order(held: dict[Case, list[Any]], ca
         assert [weight.numbers for weight in expected] == rank.weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ON_FOUR, ids=str)
 def test_buffers_and_optimizer_states_are_megatrons(held: dict[Case, list[Any]], case: Case) -> None:
     sizes, layout = sizes_of(case)
@@ -89,6 +91,7 @@ def test_buffers_and_optimizer_states_are_megatrons(held: dict[Case, list[Any]],
         assert of_stage == {"weights": expected, "exp_avg": expected, "exp_avg_sq": expected}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in ON_FOUR if case.context > 1], ids=str)
 def test_the_exchange_sends_what_is_predicted_where_every_chunk_is_selected(
     held: dict[Case, list[Any]], case: Case

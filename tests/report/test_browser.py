@@ -26,6 +26,7 @@ PATHS_OF_A_FRAME = 4  # that a figure of Matplotlib has before anything is drawn
 
 # Where the tests are meant to run, a missing browser is a failure, and elsewhere a reason to skip.
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.skipif(
         find_chromium() is None and "CI" not in os.environ,
         reason="no chromium on the PATH: install it to run these tests",

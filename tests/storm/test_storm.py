@@ -16,6 +16,7 @@ from tests.storm.schedule import FAULT_KINDS, draw_schedule
 from tests.storm.storm import Storm
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(1800)
 def test_a_run_comes_through_every_kind_of_fault(short_folder):
     """Raises if a fault shows in the weights or losses, in no event, in a process left over, or in a hang."""

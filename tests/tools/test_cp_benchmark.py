@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 AS_OPTIONS = "--device cpu --seq-len 256 --heads 4,2 --head-dim 16 --chunk-size 16 --dtype fp32 --density 0.5"
 
 
+@pytest.mark.slow
 def test_the_whole_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "results.json", tmp_path / "results.png"
     some = "--exchange auto selective ring --dense dense-cudnn --seconds 0.1 --overlap-rounds 2"
@@ -101,6 +102,7 @@ def replay() -> None:
         assert recording.communicate()(no_mark) == ()
 
 
+@pytest.mark.slow
 def test_an_exchange_computes_the_same_with_flights_that_have_landed() -> None:
     run_test_ranks("tests.tools.test_cp_benchmark:replay", 2, cpu_only=True)
 
@@ -115,6 +117,7 @@ def _hangs(ranks: Ranks) -> None:
     time.sleep(1000)
 
 
+@pytest.mark.slow
 def test_a_dead_rank_and_one_that_hangs_end_the_run() -> None:
     with pytest.raises(RanksFailedError):
         run_ranks(_dies, 2, "cpu", 100)

@@ -12,6 +12,8 @@ from dash_dist.training.faults.skipped import SkipRecord
 from tests.support.ranks import run_ranks
 from tests.support.runs import losses, rank_processes, read_curves, run_rank_processes, write_config
 
+pytestmark = pytest.mark.slow
+
 RANK = str(Path(__file__).parents[1] / "support" / "training_rank.py")
 HANGING_RANK = str(Path(__file__).with_name("hanging_rank.py"))
 

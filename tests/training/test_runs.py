@@ -15,6 +15,8 @@ from dash_dist.run.events import EVENT_KINDS
 from tests.support.ranks import run_ranks
 from tests.support.runs import losses, rank_processes, read_curves, run_rank_processes, write_config
 
+pytestmark = pytest.mark.slow
+
 RANK = str(Path(__file__).parents[1] / "support" / "training_rank.py")
 NEVER = "1000"
 
