@@ -137,7 +137,7 @@ def noted(launches: list[Launch]) -> Iterator[None]:
 
 def call_the_stages(shape: Shape, prior_sigma: float | None, whole: bool) -> None:
     kv_heads, chunks = 2, 3
-    spec = AttentionSpec(shape.chunk_size, alpha=1.5, routing_scale=1.0, prior_sigma=prior_sigma, scale=0.1)
+    spec = AttentionSpec(shape.chunk_size, alpha=1.5, routing_scale=1.0, prior_sigma=prior_sigma, softmax_scale=0.1)
     tokens = chunks * shape.chunk_size
     grid = ChunkGrid.whole_sequence(tokens, shape.chunk_size)
     q = torch.zeros(1, tokens, kv_heads * shape.group, shape.head_dim, dtype=shape.dtype)
