@@ -14,8 +14,8 @@ WITH_DEADLINES = {"checkpoints", "doctor", "report", "training"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Assign tests to pytest-xdist's workers. Long tests with deadlines share a worker: they start whole runs, kill ranks or
-    open a browser. Kernel tests go anywhere. The others stay together by file, with the fixtures of their module.
+    """Assign tests to pytest-xdist workers. Long tests with deadlines share a worker: they start whole runs, kill ranks
+    or open a browser. Kernel tests go anywhere. The others stay together by file, with the fixtures of their module.
     """
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]

@@ -1,4 +1,4 @@
-"""One step's micro-batches: checked to be the same wherever they must be, and cut to this rank's shard.
+"""Micro-batches of one step, checked to be the same wherever they must be.
 
 Knows which ranks must agree. Does not know where batches come from.
 """
@@ -6,15 +6,12 @@ Knows which ranks must agree. Does not know where batches come from.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from dash_dist.context_parallel import shard_positions
-from dash_dist.megatron.documents import PackedDocuments, packed_documents
-from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.engine.ranks import Dims
 
 
 class MicroBatch(Protocol):
@@ -39,46 +36,13 @@ class MicroBatch(Protocol):
     def cu_seqlens(self) -> torch.Tensor | None: ...
 
 
-@dataclass(frozen=True)
-class ShardBatch:
-    """One context-parallel rank's part of one micro-batch, [micro_batch_size, T / cp], on the rank's device.
-
-    `documents` says which documents are packed into the whole sequence; None for one.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
-    documents: PackedDocuments | None
-
-
-def split_micro_batches(
-    micro_batches: Sequence[MicroBatch], dims: ParallelDims, *, layout: str, sequence_length: int, chunk_size: int
-) -> list[ShardBatch]:
-    """This rank's shards, in `shard_positions` order."""
-    positions = shard_positions(sequence_length, dims.cp_rank, dims.cp_size, layout).cpu()
-    return [
-        ShardBatch(
-            tokens=batch.tokens[:, positions].to(dims.device, torch.int64),
-            labels=batch.labels[:, positions].to(dims.device, torch.int64),
-            loss_mask=batch.loss_mask[:, positions].to(dims.device, torch.bool),
-            documents=(
-                None
-                if batch.cu_seqlens is None
-                else packed_documents(batch.cu_seqlens, positions, dims.device, chunk_size=chunk_size)
-            ),
-        )
-        for batch in micro_batches
-    ]
-
-
 class BatchError(ValueError):
     """The micro-batches that the ranks were given make no step."""
 
 
 def count_loss_tokens(
     micro_batches: Sequence[MicroBatch],
-    dims: ParallelDims,
+    dims: Dims,
     *,
     sequence_length: int,
     vocab_size: int,

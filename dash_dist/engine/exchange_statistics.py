@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from dash_dist.context_parallel.exchange import EXCHANGES
 from dash_dist.context_parallel.layout import imbalance_by_layout, shard_positions
-from dash_dist.megatron.model import DashGPTModel
-from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.engine.ranks import Dims, RoutedModel
 
 _TRAVELLING = tuple(name for name in EXCHANGES if name != "auto")
 
@@ -48,7 +47,7 @@ class ExchangeStatistics:
     exchanges: Mapping[str, float]
 
 
-def gather_traffic(model: DashGPTModel, dims: ParallelDims, *, num_chunks: int, layout: str) -> ExchangeStatistics:
+def gather_traffic(model: RoutedModel, dims: Dims, *, num_chunks: int, layout: str) -> ExchangeStatistics:
     """Takes every layer's traffic and adds it up over all ranks. A collective: all ranks call it.
 
     One all-reduce of num_chunks + 2 x layers + 9 integers, whatever the number of ranks.

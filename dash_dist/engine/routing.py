@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dash_dist.megatron.model import DashGPTModel
-from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.engine.ranks import Dims, RoutedModel
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,13 @@ class LayerRouting:
     selected: torch.Tensor
 
 
-def set_recording(model: DashGPTModel, record: bool) -> None:
+def set_recording(model: RoutedModel, record: bool) -> None:
     """Keep, or stop keeping, each layer's routing of the last forward pass."""
     for _, attention in model.attentions():
         attention.record_routing = record
 
 
-def gather_routing(model: DashGPTModel, dims: ParallelDims, *, num_chunks: int) -> list[LayerRouting]:
+def gather_routing(model: RoutedModel, dims: Dims, *, num_chunks: int) -> list[LayerRouting]:
     """Every layer's routing, summed over tensor, context and data parallelism. A collective: all ranks call it.
 
     Args:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from dash_dist.context_parallel import DashAttention
 from dash_dist.context_parallel.shard_selections import shard_selections
+from dash_dist.engine.ranks import Dims
 from dash_dist.engine.step_timer import StepTimer
-from dash_dist.megatron.parallel import ParallelDims
 
 MAX_BINS = 256
 """Of queries and of keys: a map of a million tokens is no larger than one of 16384."""
@@ -86,7 +86,7 @@ class SelectionRecorder:
         return count
 
 
-def gather_selections(recorder: SelectionRecorder, dims: ParallelDims, *, num_chunks: int) -> list[SelectionMap]:
+def gather_selections(recorder: SelectionRecorder, dims: Dims, *, num_chunks: int) -> list[SelectionMap]:
     """The maps of the recorded layers, at every rank. A collective: all ranks call it.
 
     One all-reduce of 2 x bins x bins integers per layer (1 MiB at the most), whatever the length of the sequence.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dash_dist.engine.batch import ShardBatch
+from dash_dist.megatron.shard_batch import ShardBatch
 
 
 def loss_of_batch(shards: Iterator[ShardBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:

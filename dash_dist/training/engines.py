@@ -6,7 +6,8 @@ Knows which engines there are and what each takes; does not know how they train.
 from typing import Any
 
 from dash_dist.config.run import RunConfig
-from dash_dist.megatron.engine import Engine
+from dash_dist.engine.protocol import Engine
+from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.parallel import ParallelDims
 
 
@@ -35,4 +36,4 @@ def build_engine(config: RunConfig, dims: ParallelDims, vocab_size: int) -> Engi
         from dash_dist.deepspeed_engine.engine import DeepSpeedEngine  # DeepSpeed takes seconds to load
 
         return DeepSpeedEngine(deepspeed=config.deepspeed, **arguments)
-    return Engine(**arguments)
+    return MegatronEngine(**arguments)

@@ -11,8 +11,8 @@ from typing import Any
 from dash_dist.data.stream import Batch, DataStream, merge_states
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.batch import BatchError
+from dash_dist.engine.protocol import Engine, StepResult
 from dash_dist.errors import CheckpointError, RunError
-from dash_dist.megatron.engine import Engine, StepResult
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.state import RunState
 from dash_dist.training.checkpoints import CheckpointManager

@@ -12,8 +12,8 @@ from dash_dist.config.run import RunConfig
 from dash_dist.data.stream import Batch, DataStream, build_data_stream
 from dash_dist.data.tokenizer import load_tokenizer
 from dash_dist.distributed.agreement import ControlGroup
+from dash_dist.engine.protocol import StepResult
 from dash_dist.errors import ConfigError, RunError
-from dash_dist.megatron.engine import StepResult
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.curve_names import pages
 from dash_dist.run.files import replace_text
@@ -173,7 +173,7 @@ class _Run:
             )
             cleanup.callback(self._curves.close)
             self._log.draw(self._state.step)
-        self._telemetry = Telemetry(config, self._engine, self._curves)
+        self._telemetry = Telemetry(config, self._engine.telemetry, self._curves)
 
     def to_the_end(self) -> RunSummary:
         """Train to the last step or the request to stop, and leave a checkpoint of where it ended."""
@@ -252,7 +252,7 @@ class _Run:
         at_an_end = step in (1, self._config.training.steps)
         with_routing = at_an_end or step % logging.routing_interval == 0
         logged = at_an_end or step % logging.interval == 0
-        self._engine.record_routing = with_routing
+        self._engine.telemetry.record_routing = with_routing
         self._telemetry.before_step(step, logged=logged)
         result = self._position.train(micro_batches)
         seconds = self._pace.step(result.tokens)
@@ -280,7 +280,7 @@ class _Run:
             self._curves.restart(step)
 
     def _log_routing(self, step: int) -> None:
-        layers = self._engine.routing_statistics()
+        layers = self._engine.telemetry.routing_statistics()
         self._density = {layer.layer: layer.density for layer in layers}
         if self._curves is not None:
             self._curves.write(step, lambda writer: writer.routing(step, layers))
@@ -289,7 +289,7 @@ class _Run:
         memory = memory_used(self._dims.device)
         parts = self._telemetry.own_seconds()
         of_ranks = self._control.gather((memory, self._own_skipped_documents(), fmean(document_lengths), parts))
-        exchange = self._engine.exchange_statistics()
+        exchange = self._engine.telemetry.exchange_statistics()
         if self._curves is None:
             return
         config, world_size = self._config, self._dims.world_size

@@ -31,7 +31,7 @@ from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.megatron import engine as megatron_module
 from dash_dist.megatron import loss as loss_module
 from dash_dist.megatron.checkpoint import EngineState
-from dash_dist.megatron.engine import Engine
+from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.loss import summed_loss as megatron_summed_loss
 from dash_dist.megatron.parallel import ParallelDims
 from tests.deepspeed_engine.deepspeed_cases import STEPS, STEPS_AFTER_LOAD, STEPS_BEFORE_SAVE, Run, Trained
@@ -40,7 +40,7 @@ from tests.support.models import CHUNK_SIZE, MODEL, ROUTING_SCALE, SEQUENCE_LENG
 
 
 @contextmanager
-def engine_of(run: Run, folder: Path) -> Iterator[Engine]:
+def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
     case = run.case
     parallel = ParallelConfig(context=case.context, recompute=case.recompute)
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
@@ -62,7 +62,7 @@ def engine_of(run: Run, folder: Path) -> Iterator[Engine]:
     with mock.patch.object(megatron_module, "transformer_config", config):
         try:
             if run.zero_stage is None:
-                yield Engine(**arguments)
+                yield MegatronEngine(**arguments)
             else:
                 # Small buckets and no parameter that stays whole: a model this small would never be cut otherwise.
                 file = folder / f"zero{run.zero_stage}_{dims.rank}.json"
@@ -74,7 +74,7 @@ def engine_of(run: Run, folder: Path) -> Iterator[Engine]:
             dims.close()
 
 
-def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
+def full_weights(engine: MegatronEngine) -> dict[str, torch.Tensor]:
     """The model's own, not the optimizer's copies."""
     if not isinstance(engine, DeepSpeedEngine):
         return {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
@@ -95,17 +95,17 @@ def train(runs: dict[str, Run], folder: Path) -> dict[str, Trained]:
             by_name[name] = trained = Trained()
             for step in range(run.steps):
                 if step == run.steps - 1:
-                    engine.record_seconds, engine.record_selections = True, [0]
+                    engine.telemetry.record_seconds, engine.telemetry.record_selections = True, [0]
                 take_step(engine, run, trained, bad=step == run.bad_step)
-            trained.seconds = engine.seconds_by_part()
-            (trained.chunks,) = (found.selected for found in engine.selection_maps())
-            exchange = engine.exchange_statistics()
+            trained.seconds = engine.telemetry.seconds_by_part()
+            (trained.chunks,) = (found.selected for found in engine.telemetry.selection_maps())
+            exchange = engine.telemetry.exchange_statistics()
             trained.sent_bytes = None if exchange is None else exchange.sent_bytes
             trained.weights = full_weights(engine)
     return by_name
 
 
-def take_step(engine: Engine, run: Run, trained: Trained, *, bad: bool = False) -> None:
+def take_step(engine: MegatronEngine, run: Run, trained: Trained, *, bad: bool = False) -> None:
     before = state_of(engine) if bad else []
     with contextlib.ExitStack() as patches:
         if bad and engine.dims.rank == engine.dims.world_size - 1:
@@ -126,7 +126,7 @@ def infinite_loss(loss_mask: torch.Tensor, token_losses: torch.Tensor) -> torch.
     return megatron_summed_loss(loss_mask, token_losses) + math.inf
 
 
-def state_of(engine: Engine) -> list[torch.Tensor]:
+def state_of(engine: MegatronEngine) -> list[torch.Tensor]:
     """The model's weights, and what the optimizer has of this rank's."""
     state = list(full_weights(engine).values())
     if isinstance(engine, DeepSpeedEngine):
@@ -208,7 +208,7 @@ def refused_checkpoints(folder: Path) -> dict[str, str]:
     """What is said to a checkpoint that does not fit or is damaged, and whether the engine is as before."""
     said: dict[str, str] = {}
 
-    def load(name: str, engine: Engine, directory: Path) -> None:
+    def load(name: str, engine: MegatronEngine, directory: Path) -> None:
         before = state_of(engine)
         try:
             engine.load(directory)

@@ -14,7 +14,7 @@ from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.context_parallel.transfer import Transfer
 from dash_dist.engine.exchange_statistics import ExchangeStatistics
 from dash_dist.megatron import loss as loss_module
-from dash_dist.megatron.engine import Engine
+from dash_dist.megatron.engine import MegatronEngine
 from tests.megatron.megatron_jobs import engine_of, micro_batches
 from tests.support.models import Case
 
@@ -26,7 +26,7 @@ def statistics_of_steps(cases: dict[str, Case]) -> dict[str, ExchangeStatistics 
         with engine_of(case) as engine:
             engine.train_step(micro_batches(1, engine.dims, case))
             engine.train_step(micro_batches(0, engine.dims, case))
-            statistics[name] = engine.exchange_statistics()
+            statistics[name] = engine.telemetry.exchange_statistics()
     return statistics
 
 
@@ -39,13 +39,13 @@ def asked_without_a_step() -> list[str]:
             for _ in range(steps):
                 engine.train_step(micro_batches(0, engine.dims, case))
             try:
-                answers.append(type(engine.exchange_statistics()).__name__)
+                answers.append(type(engine.telemetry.exchange_statistics()).__name__)
             except RuntimeError as error:
                 answers.append(str(error))
     return answers
 
 
-def passes_remembered(engine: Engine) -> list[int]:
+def passes_remembered(engine: MegatronEngine) -> list[int]:
     """Per layer, forward passes that wait for their recomputation."""
     memories = [attention.memory for _, attention in engine.model.attentions()]
     return [len(memory._passes) for memory in memories if memory is not None]
@@ -57,7 +57,7 @@ def step_after_a_failed_one(case: Case) -> dict[str, Any]:
     with engine_of(case) as engine:
         seen["undisturbed"] = engine.train_step(micro_batches(0, engine.dims, case))
         seen["remembered after a step"] = passes_remembered(engine)
-        seen["undisturbed traffic"] = dataclasses.replace(engine.exchange_statistics(), overlap=None)
+        seen["undisturbed traffic"] = dataclasses.replace(engine.telemetry.exchange_statistics(), overlap=None)
     with engine_of(case) as engine:
         with mock.patch.object(loss_module, "_summed_loss", side_effect=ZeroDivisionError):
             try:
@@ -65,7 +65,7 @@ def step_after_a_failed_one(case: Case) -> dict[str, Any]:
             except ZeroDivisionError:
                 seen["remembered after a failed step"] = passes_remembered(engine)
         seen["after the failed one"] = engine.train_step(micro_batches(0, engine.dims, case))
-        seen["traffic after the failed one"] = dataclasses.replace(engine.exchange_statistics(), overlap=None)
+        seen["traffic after the failed one"] = dataclasses.replace(engine.telemetry.exchange_statistics(), overlap=None)
     return seen
 
 

@@ -19,7 +19,7 @@ from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel import DashAttention, shard_positions
 from dash_dist.megatron import model as model_module
-from dash_dist.megatron.engine import Engine
+from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.weights import global_name
 from dash_kernels import ChunkGrid
@@ -58,7 +58,7 @@ def micro_batches(step: int, dims: ParallelDims, case: Case) -> list[Batch]:
 
 
 @contextmanager
-def engine_of(case: Case) -> Iterator[Engine]:
+def engine_of(case: Case) -> Iterator[MegatronEngine]:
     parallel = ParallelConfig(
         tensor=case.tensor,
         context=case.context,
@@ -70,7 +70,7 @@ def engine_of(case: Case) -> Iterator[Engine]:
     logits_per_piece = model_module.LOGITS_PER_PIECE
     model_module.LOGITS_PER_PIECE = case.logits_per_piece or logits_per_piece
     try:
-        yield Engine(
+        yield MegatronEngine(
             MODEL.model_copy(update={"tie_embeddings": case.tie_embeddings}),
             AttentionConfig(
                 chunk_size=CHUNK_SIZE,
@@ -95,7 +95,7 @@ def ranks_of(dims: ParallelDims) -> dict[str, int]:
     return {"tp": dims.tp_rank, "cp": dims.cp_rank, "pp": dims.pp_rank, "dp": dims.dp_rank}
 
 
-def train(engine: Engine, case: Case, steps: int) -> list[float]:
+def train(engine: MegatronEngine, case: Case, steps: int) -> list[float]:
     return [engine.train_step(micro_batches(engine.step, engine.dims, case)).loss for _ in range(steps)]
 
 
@@ -103,15 +103,15 @@ def measure_step(case: Case) -> Measured:
     """Gradients of the first step and the weights after it."""
     with engine_of(case) as engine:
         measured = Measured(ranks_of(engine.dims))
-        engine.record_routing = engine.record_seconds = True
-        engine.record_selections = range(engine.model.config.num_layers)
+        engine.telemetry.record_routing = engine.telemetry.record_seconds = True
+        engine.telemetry.record_selections = range(engine.model.config.num_layers)
         started = time.perf_counter()
         result = engine.train_step(micro_batches(0, engine.dims, case))
         measured.step_seconds = time.perf_counter() - started
-        measured.seconds = engine.seconds_by_part()
-        measured.maps = [(one.selected, one.available) for one in engine.selection_maps()]
+        measured.seconds = engine.telemetry.seconds_by_part()
+        measured.maps = [(one.selected, one.available) for one in engine.telemetry.selection_maps()]
         measured.losses, measured.tokens, measured.grad_norm = [result.loss], result.tokens, result.grad_norm
-        for routing in engine.routing_statistics():
+        for routing in engine.telemetry.routing_statistics():
             measured.density.append(routing.density)
             measured.selected.append(routing.selected.tolist())
         for name, parameter in engine.model.named_parameters():
@@ -208,11 +208,11 @@ def errors_and_skips(folder: Path) -> dict[str, Any]:
             catch(name, engine.train_step, bad if rank == 1 else packed)
         four = dataclasses.replace(global_batch(0), cu_seqlens=packed[0].cu_seqlens)
         catch("borders for four sequences at rank 1", engine.train_step, [four] if rank == 1 else packed)
-        catch("no routing", engine.routing_statistics)
-        catch("no seconds", engine.seconds_by_part)
-        engine.record_selections = [1]
-        catch("no selections", engine.selection_maps)
-        engine.record_selections = ()
+        catch("no routing", engine.telemetry.routing_statistics)
+        catch("no seconds", engine.telemetry.seconds_by_part)
+        engine.telemetry.record_selections = [1]
+        catch("no selections", engine.telemetry.selection_maps)
+        engine.telemetry.record_selections = ()
         catch("no checkpoint", engine.load, folder / "nothing")
         (folder / "taken").mkdir(exist_ok=True)
         (folder / "taken" / f"rank{rank}").touch()

@@ -13,7 +13,7 @@ import torch
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
-from dash_dist.megatron.engine import Engine
+from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.model import build_model, transformer_config
 from dash_dist.megatron.parallel import ParallelDims
 from tests.planning.planning_cases import CHUNK_SIZE, GLOBAL_BATCH, MODEL, SEQUENCE_LENGTH, VOCAB_SIZE, Case, batch
@@ -47,7 +47,7 @@ def _held(case: Case) -> Held:
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     try:
         model = MODEL.model_copy(update={"tie_embeddings": case.tie_embeddings})
-        engine = Engine(
+        engine = MegatronEngine(
             model,
             AttentionConfig(chunk_size=CHUNK_SIZE, exchange=case.exchange, routing_scale=1e-3),
             parallel,
@@ -74,7 +74,7 @@ def _held(case: Case) -> Held:
         dims.close()
 
 
-def _states(engine: Engine) -> dict[str, int]:
+def _states(engine: MegatronEngine) -> dict[str, int]:
     numbers = {"weights": 0, "exp_avg": 0, "exp_avg_sq": 0}
     for part in engine._optimizer.megatron.chained_optimizers:
         for group in part.optimizer.param_groups:

@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 @functools.cache
 def _context() -> Any:
-    """Start method. Forked from a server that has imported the slow libraries, a process starts in a second instead
-    of ten; with CUDA, which those libraries initialise and which does not survive a fork, each starts on its own.
+    """Select how processes start. A fork of a server that has imported the slow libraries starts in one second instead
+    of ten. CUDA, which those libraries initialise, does not survive a fork: with it, each process starts on its own.
     """
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")

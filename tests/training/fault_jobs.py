@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from dash_dist.data.stream import DataStream
+from dash_dist.engine.protocol import StepResult
 from dash_dist.megatron.checkpoint import _Plan
-from dash_dist.megatron.engine import Engine, StepResult
+from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.run.requests import Asked, Request
 from dash_dist.training.faults.skipped import SkippedBatches, SkipRecord
 from tests.training.training_jobs import Outcome, attempt
 
-Steps = Callable[[Engine, list], StepResult]
+Steps = Callable[[MegatronEngine, list], StepResult]
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class FaultyRun:
 
 def faulty_run(config: Path, *overrides: str, train_step: Callable[[Steps], Steps], requests=Asked) -> FaultyRun:
     """One run whose engines train by `train_step(the real one)`."""
-    engines: list[Engine] = []
+    engines: list[MegatronEngine] = []
     trained: list[int] = []
-    real = Engine.train_step
+    real = MegatronEngine.train_step
 
     def train_and_note(engine, micro_batches):
         if engine not in engines:
@@ -47,7 +48,7 @@ def faulty_run(config: Path, *overrides: str, train_step: Callable[[Steps], Step
         trained.append(engine.step + 1)
         return real(engine, micro_batches)
 
-    with mock.patch.object(Engine, "train_step", train_step(train_and_note)):
+    with mock.patch.object(MegatronEngine, "train_step", train_step(train_and_note)):
         outcome = attempt(config, *overrides, requests=requests)
     weights = [weight.detach().clone() for engine in engines for weight in engine.model.parameters()]
     return FaultyRun(outcome, weights, trained)

@@ -5,7 +5,7 @@ import sys
 import time
 
 from dash_dist.config.file import load_config
-from dash_dist.megatron.engine import Engine
+from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.training.faults.watchdog import Watchdog
 from dash_dist.training.run import train
 
@@ -16,7 +16,7 @@ def stand_still() -> None:
 
 def main(config: str, *overrides: str) -> None:
     dogs: list[Watchdog] = []
-    initialise, real = Watchdog.__init__, Engine.train_step
+    initialise, real = Watchdog.__init__, MegatronEngine.train_step
 
     def note(dog, timeout):
         initialise(dog, timeout)
@@ -32,7 +32,7 @@ def main(config: str, *overrides: str) -> None:
         return real(engine, micro_batches)
 
     Watchdog.__init__ = note
-    Engine.train_step = train_step
+    MegatronEngine.train_step = train_step
     train(load_config(config, overrides))
 
 

@@ -21,9 +21,10 @@ from rich.console import Console
 from dash_dist.config.file import load_config
 from dash_dist.data.stream import DataStream
 from dash_dist.distributed.agreement import ControlGroup
+from dash_dist.engine.protocol import StepResult
 from dash_dist.errors import CheckpointError
 from dash_dist.megatron.checkpoint import _Plan
-from dash_dist.megatron.engine import Engine, StepResult
+from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.messages import RunSummary
 from dash_dist.run.requests import Requests, nothing_asked
@@ -74,11 +75,11 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
         return StepResult(loss=math.nan, grad_norm=math.nan, learning_rate=1e-3, tokens=512, skipped=True)
 
     with (
-        mock.patch.object(Engine, "train_step", diverged),
+        mock.patch.object(MegatronEngine, "train_step", diverged),
         # No forward pass recorded any.
-        mock.patch.object(Engine, "routing_statistics", return_value=[]),
-        mock.patch.object(Engine, "selection_maps", return_value=[]),
-        mock.patch.object(Engine, "seconds_by_part", return_value={}),
+        mock.patch.object(MegatronEngine, "routing_statistics", return_value=[]),
+        mock.patch.object(MegatronEngine, "selection_maps", return_value=[]),
+        mock.patch.object(MegatronEngine, "seconds_by_part", return_value={}),
     ):
         outcomes["diverged"] = alone("nan", "training.steps=10", "faults.max_skipped_steps=3")
     return outcomes
@@ -138,14 +139,17 @@ def dies_while_it_saves(config: Path, folder: Path) -> None:
         half_written.write_text(str(os.getpid()))
         time.sleep(1000)
 
-    train_step = Engine.train_step
+    train_step = MegatronEngine.train_step
 
     def train_step_until_then(engine, micro_batches):
         if half_written.exists():
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(engine, micro_batches)
 
-    with mock.patch.object(_Plan, "write", write_half), mock.patch.object(Engine, "train_step", train_step_until_then):
+    with (
+        mock.patch.object(_Plan, "write", write_half),
+        mock.patch.object(MegatronEngine, "train_step", train_step_until_then),
+    ):
         attempt(config, "run.name=killed", "parallel.context=1", "training.steps=100000", "checkpoint.interval=2")
 
 
@@ -157,7 +161,7 @@ def saves_that_fail(folder: Path) -> list[str]:
     dims = ParallelDims.initialise(config.parallel, timeout=config.training.distributed_timeout)
     told = []
     try:
-        engine = Engine(
+        engine = MegatronEngine(
             config.model,
             config.attention,
             config.parallel,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dash_dist.config.run import RunConfig
 from dash_dist.distributed.agreement import ControlGroup
+from dash_dist.engine.protocol import StepResult
 from dash_dist.errors import RunError
-from dash_dist.megatron.engine import StepResult
 from dash_dist.training.checkpoints import CheckpointManager
 from dash_dist.training.faults.fault_log import FaultLog
 from dash_dist.training.faults.guard import LossGuard, Rollback

@@ -7,22 +7,10 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 from dash_dist.config.run import RunConfig
-from dash_dist.engine.selection_map import SelectionMap
+from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.training.telemetry.curves import Curves
-
-
-class Measured(Protocol):
-    """The part of an engine that measures; see `dash_dist.megatron.Engine`."""
-
-    record_seconds: bool
-    record_selections: Sequence[int]
-
-    def seconds_by_part(self) -> Mapping[str, float]: ...
-
-    def selection_maps(self) -> list[SelectionMap]: ...
 
 
 class Telemetry:
@@ -32,7 +20,7 @@ class Telemetry:
         curves: rank 0's; None at the others.
     """
 
-    def __init__(self, config: RunConfig, engine: Measured, curves: Curves | None) -> None:
+    def __init__(self, config: RunConfig, engine: StepTelemetry, curves: Curves | None) -> None:
         self._config = config
         self._engine = engine
         self._curves = curves

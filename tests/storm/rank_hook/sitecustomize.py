@@ -1,7 +1,7 @@
 """Hook of the storm inside the ranks, loaded by PYTHONPATH in every Python process of the cluster.
 
-Wraps `Engine.train_step` when the engine is imported: steps take a given time, poisoned sequences turn the loss into
-NaN, and every step is recorded with its loss. The code of the run knows nothing of it.
+Wraps `MegatronEngine.train_step` when the engine is imported: steps take a given time, poisoned sequences turn the loss
+into NaN, and every step is recorded with its loss. The code of the run knows nothing of it.
 
     $DASH_STORM       a file: {"folder": F, "step_seconds": ..., "poisoned": [CRC-32 of the tokens of a sequence, ...]}
     F/PID.jsonl       {"rank", "world_size", "step", "loss", "skipped", "time"} of every step done
@@ -49,7 +49,7 @@ class _WrappingLoader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _wrap(module.Engine)
+        _wrap(module.MegatronEngine)
 
 
 def _wrap(engine_class: Any) -> None:

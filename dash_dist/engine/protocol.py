@@ -1,0 +1,99 @@
+"""Interfaces of an engine: what a run asks of the model that it trains, and what the shared parts ask of that model.
+
+Knows the calls of a step, a checkpoint and the telemetry. Does not know Megatron-core or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dash_dist.engine.batch import MicroBatch
+from dash_dist.engine.pending import PendingSave
+from dash_dist.engine.telemetry import StepTelemetry
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step, the same at every rank.
+
+    Attributes:
+        loss: mean cross entropy over the `tokens` of the global batch, in nats.
+        grad_norm: global norm of that mean's gradient, before clipping.
+        learning_rate: of this step.
+        tokens: tokens of the global batch that count in the loss, each counted once.
+        skipped: the loss or the gradient norm was not finite, and weights and optimizer state were left as they were.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    skipped: bool
+
+
+class Engine(Protocol):
+    """The model of one run with its optimizer. All methods but `flops_per_step` are collectives: every rank calls them.
+
+    Attributes:
+        step: steps done, skipped ones counted.
+        telemetry: measurements of a step that are made on request.
+    """
+
+    step: int
+    telemetry: StepTelemetry
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """Train on one global batch.
+
+        Args:
+            micro_batches: this data-parallel rank's; ranks of one data-parallel index pass the same ones.
+                Whole sequences, [micro_batch_size, sequence_length]: the engine cuts them to this rank's shard.
+
+        Returns:
+            The step's numbers. A step whose loss or gradient norm is not finite changes no weight and no optimizer
+            state at any rank, sets `skipped`, and counts as a step of the learning rate's schedule. The caller decides
+            whether to continue.
+
+        Raises:
+            BatchError: at every rank: see `count_loss_tokens`.
+            ExchangeError: a rank of this one's context-parallel group died or did not answer; names the step.
+        """
+        ...
+
+    def flops_per_step(self, tokens: int, *, document_length: float, density: float = 1.0) -> float:
+        """Return the floating-point operations of a step on `tokens` tokens, over all ranks, padding excluded.
+
+        See `flops_per_token`; a density of 1.0 counts attention as if it were full.
+        """
+        ...
+
+    def start_save(self, directory: Path, *, background: bool) -> PendingSave:
+        """Begin to write model, optimizer and step as they are now; later steps do not change the files.
+
+        Args:
+            directory: new or empty, on storage that all ranks share.
+            background: return as soon as training can continue; otherwise when this rank has written. Either way the
+                checkpoint is complete when `finish` of the result has returned.
+
+        Raises:
+            OSError: at every rank: the directory cannot be created, or is not empty.
+        """
+        ...
+
+    def load(self, directory: Path) -> list[str]:
+        """Load a checkpoint, written at this layout or another.
+
+        The model's shape must be that of the checkpoint. The learning rate follows this run's configuration from the
+        checkpoint's step on.
+
+        Returns:
+            In words, each setting by which the weights now compute another function than the one they were trained in.
+
+        Raises:
+            FileNotFoundError: there is no complete checkpoint in the directory.
+            ValueError: it is of another engine or model, or damaged; names the difference.
+        """
+        ...

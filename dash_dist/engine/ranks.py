@@ -1,0 +1,43 @@
+"""Interfaces through which the shared parts of an engine see ranks and models.
+
+Knows sizes and indices. Does not know process groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from dash_dist.context_parallel import DashAttention
+
+
+class Dims(Protocol):
+    """This rank's place in tensor (tp), context (cp), pipeline (pp) and data (dp) parallelism."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def pp_size(self) -> int: ...
+    @property
+    def cp_size(self) -> int: ...
+    @property
+    def cp_rank(self) -> int: ...
+    @property
+    def dp_size(self) -> int: ...
+    @property
+    def dp_rank(self) -> int: ...
+
+
+class RoutedModel(Protocol):
+    """A pipeline stage whose layers attend by DashAttention; `config.num_layers` counts those of the whole model."""
+
+    @property
+    def config(self) -> Any: ...
+
+    def attentions(self) -> Iterator[tuple[int, DashAttention]]:
+        """Yield the attention of each layer of this stage, with the layer's index from 0 in the model."""
+        ...
