@@ -7,6 +7,7 @@ import os
 import socket
 
 from dash_dist.errors import RunError
+from dash_dist.extras import require_extra
 
 # Ray allows its processes 30 s to start, which a busy machine may exceed once.
 _LOCAL_STARTS = 3
@@ -15,7 +16,11 @@ _CONNECT_SECONDS = 20
 
 
 def prepare() -> None:
-    """Set what Ray reads when it is imported; call it before the first `import ray`. What is set already stays."""
+    """Set what Ray reads when it is imported; call it before the first `import ray`. What is set already stays.
+
+    Raises ConfigError without the extra `ray`.
+    """
+    require_extra("ray", "Ray")
     # With tokens, only who holds the token can hand work to Ray.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dash_dist.extras import require_extra
+
 # Texts that are an end-of-document token in every published vocabulary that has them.
 _KNOWN_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -99,7 +101,7 @@ def load_tokenizer(spec: str, *, end_of_document: str | None = None) -> Tokenize
     the eos_token of the tokenizer's own files, else the one well-known end-of-text token in its vocabulary.
 
     Raises FileNotFoundError for a path that is not there, ValueError for files that are no tokenizer and
-    for a tokenizer without an end-of-document token.
+    for a tokenizer without an end-of-document token, ConfigError without the extra `hub`.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -115,6 +117,7 @@ def load_tokenizer(spec: str, *, end_of_document: str | None = None) -> Tokenize
 
 
 def _load_file(path: Path, end_of_document: str | None) -> Tokenizer:
+    require_extra("hub", f"tokenizer {path}")
     from tokenizers import Tokenizer as FastTokenizer
 
     try:
@@ -133,6 +136,7 @@ def _load_file(path: Path, end_of_document: str | None) -> Tokenizer:
 
 
 def _load_folder(path: Path, end_of_document: str | None) -> Tokenizer:
+    require_extra("hub", f"tokenizer {path}")
     from transformers import AutoTokenizer
 
     try:

@@ -22,10 +22,13 @@ def write_report(run_directory: Path, output: Path | None = None) -> Path:
         output: the HTML file; by default `report.html` in the folder of the run.
 
     Raises:
+        ConfigError: the extra `report` is not installed.
         RunError: the folder is not that of a run, or a file of it, or the report, cannot be read or written.
     """
     from dash_dist.errors import RunError
+    from dash_dist.extras import require_extra
 
+    require_extra("report", "dash-dist report")
     record = read_run(run_directory)
     output = output or run_directory / "report.html"
     partial = output.with_name(f".{output.name}.partial")

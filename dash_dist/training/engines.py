@@ -7,6 +7,7 @@ from typing import Any
 
 from dash_dist.config.run import RunConfig
 from dash_dist.engine.protocol import Engine
+from dash_dist.extras import require_extra
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.parallel import ParallelDims
 
@@ -20,7 +21,10 @@ def build_engine(config: RunConfig, dims: ParallelDims, vocab_size: int) -> Engi
 
     Raises:
         ValueError: the configuration is impossible on this rank's device.
+        ConfigError: engine=deepspeed without the extra `deepspeed`.
     """
+    if config.engine == "deepspeed":
+        require_extra("deepspeed", "engine=deepspeed")
     arguments: dict[str, Any] = {
         "model": config.model,
         "attention": config.attention,

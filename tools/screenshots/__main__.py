@@ -1,4 +1,4 @@
-"""Photographs a run in headless Chromium: the pictures of the documentation.
+"""Takes the documentation's screenshots of a run in headless Chromium.
 
     python -m tools.screenshots runs/demo docs/images
 
@@ -34,9 +34,9 @@ def main(
     """Write the pictures of a run."""
     pictures.mkdir(parents=True, exist_ok=True)
     with tensorboard(run / "tensorboard") as address:
-        _photograph(pictures / "tensorboard.png", TENSORBOARD_WINDOW, lambda page: _first_page(page, address))
+        _screenshot(pictures / "tensorboard.png", TENSORBOARD_WINDOW, lambda page: _first_page(page, address))
     report = write_report(run)
-    _photograph(pictures / "report.png", REPORT_WINDOW, lambda page: page.go(report.resolve().as_uri()))
+    _screenshot(pictures / "report.png", REPORT_WINDOW, lambda page: page.go(report.resolve().as_uri()))
     maps = {tag: map_ for tag, map_ in read_run(run).pictures.items() if tag.startswith("routing/heat_map/")}
     if maps:
         (pictures / "heat_map.png").write_bytes(maps[max(maps, key=numbered)].png)
@@ -48,12 +48,12 @@ async def _first_page(page: Page, address: str) -> None:
     await page.evaluate(TAKE_ALL)
 
 
-def _photograph(picture: Path, window: tuple[int, int], visit: Callable[[Page], Coroutine[Any, Any, None]]) -> None:
+def _screenshot(picture: Path, window: tuple[int, int], visit: Callable[[Page], Coroutine[Any, Any, None]]) -> None:
     async def look(devtools: str) -> bytes:
         async with open_page(devtools, before=UNSMOOTHED) as page:
             await visit(page)
             await asyncio.sleep(SETTLE_SECONDS)
-            return await page.photograph()
+            return await page.screenshot()
 
     with chromium(*window) as devtools:
         picture.write_bytes(asyncio.run(look(devtools)))

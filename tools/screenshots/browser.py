@@ -99,7 +99,7 @@ class Page:
                 raise BrowserError(f"not {expected!r} within {seconds} s but {value!r}: {expression}")
             await asyncio.sleep(0.3)
 
-    async def photograph(self, *, whole: bool = False) -> bytes:
+    async def screenshot(self, *, whole: bool = False) -> bytes:
         """A PNG of the window, or of the whole page."""
         answer = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         return base64.b64decode(answer["data"])
