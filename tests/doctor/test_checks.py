@@ -9,6 +9,7 @@ import resource
 import shutil
 import socket
 import stat
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -100,16 +101,21 @@ def test_versions_that_are_not_supported(site, monkeypatch):
     real = importlib.metadata.version
 
     def version(name):
-        if name == "ray":
+        if name in ("ray", "safetensors"):
             raise importlib.metadata.PackageNotFoundError(name)
-        return "0.17.1" if name == "megatron-core" else real(name)
+        return {"megatron-core": "0.17.1", "deepspeed": "0.18.2"}.get(name) or real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    findings = {one.name: one for one in packages.versions(site) if one.status is Status.FAILURE}
-    assert findings.keys() == {"megatron-core", "ray"}
+    found = packages.versions(site)
+    findings = {one.name: one for one in found if one.status is Status.FAILURE}
+    assert findings.keys() == {"megatron-core", "safetensors", "deepspeed"}
     assert "0.17.1 is installed, supported are <0.17,>=0.16.1" in findings["megatron-core"].text
     assert "pip install 'megatron-core<0.17,>=0.16.1'" in findings["megatron-core"].advice
-    assert "not installed" in findings["ray"].text
+    assert "not installed" in findings["safetensors"].text
+    assert "pip install 'deepspeed<0.20,>=0.19'" in findings["deepspeed"].advice
+    (missing,) = [one for one in found if one.status is Status.SKIPPED]
+    assert missing.name == "extra ray"
+    assert "ray not installed; `pip install 'dash-dist[ray]'`" in missing.text
 
 
 def test_a_package_that_cannot_be_imported(site, monkeypatch, tmp_path):
@@ -117,6 +123,14 @@ def test_a_package_that_cannot_be_imported(site, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(packages, "_IMPORTED", ("broken_package", "json"))
     assert "libcudart.so.12" in failed(packages.imports(site), "Install again").text
+
+
+def test_a_missing_extra_is_no_failure(site, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(packages, "_IMPORTED", ("ray",))
+    (finding,) = packages.imports(site)
+    assert finding.status is Status.SKIPPED
+    assert "dash-dist[ray]" in finding.text
 
 
 # GPUs: what nvidia-smi would print, by a program of its name

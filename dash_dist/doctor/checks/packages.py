@@ -5,14 +5,16 @@ Knows the metadata of installed packages; the supported ranges are those of dash
 
 import importlib
 import importlib.metadata
+import importlib.util
 import platform
 import time
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, warning
+from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, skipped, warning
 from dash_dist.doctor.site import Site
+from dash_dist.extras import MODULES
 
 _DISTRIBUTION = "dash-dist"
 _IMPORTED = ("megatron.core", "ray", "deepspeed")
@@ -20,7 +22,7 @@ _AGAIN = "Install again with `pip install -c requirements.lock -e kernels -e '.[
 
 
 def versions(site: Site) -> list[Finding]:
-    """One finding for all packages that fit, and one for each that does not."""
+    """Gives one finding for all packages that fit, and one for each that does not or extra that is not installed."""
     try:
         metadata = importlib.metadata.metadata(_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -40,32 +42,59 @@ def versions(site: Site) -> list[Finding]:
             )
         )
     fitting = []
-    for text in metadata.get_all("Requires-Dist") or []:
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        problem, installed = _problem_with(requirement)
-        if problem:
-            findings.append(failure(requirement.name, problem, f"{_AGAIN}, or `pip install '{requirement}'` alone."))
-        else:
-            fitting.append(f"{requirement.name} {installed}")
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist") or []]
+    for extra in ("", *MODULES):
+        missing = []
+        for requirement in requirements:
+            if not _belongs(requirement, extra):
+                continue
+            installed = _installed(requirement.name)
+            if installed and requirement.specifier.contains(installed, prereleases=True):
+                fitting.append(f"{requirement.name} {installed}")
+            elif extra and not installed:
+                missing.append(requirement.name)
+            else:
+                found = f"{installed} is installed" if installed else "not installed"
+                requirement.marker = None  # an extra's marker has no place in the command
+                findings.append(
+                    failure(
+                        requirement.name,
+                        f"{found}, supported are {requirement.specifier}",
+                        f"{_AGAIN}, or `pip install '{requirement}'` alone.",
+                    )
+                )
+        if missing:
+            findings.append(skipped(f"extra {extra}", f"{', '.join(missing)} not installed; {_install_extra(extra)}"))
     return [*findings, ok("versions", ", ".join(fitting), len(fitting), "packages")]
 
 
-def _problem_with(requirement: Requirement) -> tuple[str, str]:
-    """(what is wrong, "" if nothing; the installed version)"""
+def _belongs(requirement: Requirement, extra: str) -> bool:
+    """Tells whether `extra` adds this requirement; "" stands for the requirements of every installation."""
+    marker = requirement.marker
+    if marker is None or marker.evaluate({"extra": ""}):
+        return not extra
+    return marker.evaluate({"extra": extra})
+
+
+def _installed(name: str) -> str:
+    """Reads the installed version; "" without one."""
     try:
-        installed = importlib.metadata.version(requirement.name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f"not installed, supported are {requirement.specifier}", ""
-    if not requirement.specifier.contains(installed, prereleases=True):
-        return f"{installed} is installed, supported are {requirement.specifier}", installed
-    return "", installed
+        return ""
+
+
+def _install_extra(extra: str) -> str:
+    return f"`pip install 'dash-dist[{extra}]'` installs the extra"
 
 
 def imports(site: Site) -> list[Finding]:
+    """Imports the large packages. Skips a package whose extra, of the same name, is not installed."""
     findings = []
     for name in _IMPORTED:
+        if name in MODULES and importlib.util.find_spec(name) is None:
+            findings.append(skipped(f"import {name}", f"not installed; {_install_extra(name)}"))
+            continue
         started = time.monotonic()
         try:
             importlib.import_module(name)
