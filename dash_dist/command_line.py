@@ -36,7 +36,7 @@ def run_app(command: typer.Typer) -> None:
             raise
         if not error.may_pass:
             tell_refused()
-        # Every rank raises this error; one of them prints it.
+        # Such an error is raised at every rank; one of them says it.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

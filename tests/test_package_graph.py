@@ -46,7 +46,7 @@ def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
         if id(node) in for_types:
             continue
         if isinstance(node, ast.ImportFrom):
-            assert node.module and not node.level, f"{path}:{node.lineno}: relative import"
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             yield from (names & known.keys()) or ({node.module} & known.keys())
         elif isinstance(node, ast.Import):

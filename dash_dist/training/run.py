@@ -65,7 +65,7 @@ def train(
     """
     reporter = reporter or ConsoleProgress()
     with contextlib.ExitStack() as cleanup:
-        # Entered first and exited last: it also ends a process that hangs during cleanup.
+        # Left last: it also ends a process that hangs while it leaves.
         watchdog = cleanup.enter_context(Watchdog(config.faults.hang_timeout_seconds))
         try:
             dims = ParallelDims.initialise(config.parallel, timeout=config.training.distributed_timeout)
