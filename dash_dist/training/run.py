@@ -366,7 +366,7 @@ class _Run:
 
 
 def _open_data(config: RunConfig, dims: ParallelDims) -> tuple[int, DataStream]:
-    """Return the size of the vocabulary and this data-parallel rank's stream."""
+    """The vocabulary's size and this data-parallel rank's stream."""
     tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
     stream = build_data_stream(
         config.data,
