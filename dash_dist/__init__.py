@@ -1,4 +1,7 @@
-"""dash-dist: language models on very long sequences with context-parallel DashAttention."""
+"""Training of language models on very long sequences with context-parallel DashAttention.
+
+Knows the public names; does not know their modules until one is used.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ __all__ = ["DashAttention", "dash_attention", "join_sequence", "shard_positions"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch only when an attention is asked for: the command line answers at once."""
+    """Import the attention, and torch with it, on first use, so that the command line starts fast."""
     if name in __all__:
         return getattr(importlib.import_module("dash_dist.context_parallel"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """The `dash-dist` command.
 
-Knows how a person calls and how an error is shown; does not know what a run consists of. Imports of torch and
-of the training code wait until a command needs them, so that `--help` answers at once.
+Knows commands and their options; does not know the parts of a run. Each command imports torch and the training code
+itself, so that `--help` answers at once.
 """
 
 import sys
@@ -56,7 +56,7 @@ def doctor(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="File for the findings as JSON.")] = None,
 ) -> None:
-    """Check this machine, or a Ray cluster, in about a minute; every failure says what to do."""
+    """Check this machine, or a Ray cluster, in about a minute; every failure comes with its remedy."""
     try:
         from dash_dist.doctor.command import examine
     except (ImportError, OSError) as error:  # OSError: a shared library that PyTorch needs cannot be loaded
@@ -164,26 +164,24 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(help="GPUs of the whole run.")] = 1,
     gpu: Annotated[str, typer.Option(help="Their kind: H100, H200, A100 or B200.")] = "H100",
-    gpu_memory: Annotated[float | None, typer.Option(help="GiB of each; by default what the kind has.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of each; default: the memory of that kind.")] = None,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs with NVLink between them.")] = 8,
     density: Annotated[float, typer.Option(help="Selected / causally available chunks, in (0, 1].")] = 0.1,
     independence: Annotated[
-        float | None, typer.Option(help="Neighbouring tokens select: 0 alike to 1 independently of each other.")
+        float | None, typer.Option(help="Independence of neighbouring tokens' selections: 0 identical, 1 independent.")
     ] = None,
     coverage: Annotated[
-        float | None, typer.Option(help="Share of other ranks' chunks that a rank needs; by default from the density.")
+        float | None, typer.Option(help="Share of other ranks' chunks that a rank needs; default: from the density.")
     ] = None,
     document_length: Annotated[
-        float | None, typer.Option(help="Tokens of a token's document on average; by default a whole sequence.")
+        float | None, typer.Option(help="Mean length, over tokens, of a token's document; default: a whole sequence.")
     ] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Tokens of the tokenizer, where it cannot be read here.")
-    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens of the tokenizer, if it cannot be read here.")] = None,
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(help="Folder of a measured run, a JSON file of measurements, or of a calibration. Repeatable."),
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the plan as JSON, too.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File for the plan as JSON.")] = None,
 ) -> None:
     """Predict memory, traffic and time of a step on a number of GPUs, and the best layouts. Needs no GPU."""
     from dash_dist.planning.command import Options, run_plan
@@ -206,7 +204,7 @@ def plan(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, such as runs/demo.")],
-    output: Annotated[Path | None, typer.Option(help="The HTML file; by default report.html in that folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in that folder.")] = None,
 ) -> None:
     """Write one HTML page about a finished or running run."""
     from dash_dist.report import write_report

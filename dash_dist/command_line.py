@@ -1,6 +1,6 @@
-"""Arguments that several commands take, and how a command ends.
+"""Arguments that several commands share, and the exit status of a command.
 
-Knows typer and exit statuses; does not know any command.
+Knows typer and exit statuses; does not know individual commands.
 """
 
 import os
@@ -22,9 +22,9 @@ Overrides = Annotated[
 
 
 def run_app(command: typer.Typer) -> None:
-    """Run a typer command and end the process; a RunError is printed as it is, once, and not as a traceback.
+    """Run a typer command and end the process. A RunError is printed once, without a traceback.
 
-    Exit status: 2 for a refused configuration or command line, 1 for a run that failed.
+    Exit status: 2 for a refused configuration or command line, 1 for a failed run.
     """
     try:
         command()

@@ -1,4 +1,7 @@
-"""Errors of a run that are its user's to mend, or may pass by themselves: printed as they are, without a traceback."""
+"""Errors that a user can mend or that may pass by themselves; commands print them without a traceback.
+
+Knows the errors and which of them may pass; does not know who raises them.
+"""
 
 import errno
 import socket
@@ -16,16 +19,16 @@ _PASSING_ERRNOS = {
     errno.ENOLINK,
     errno.ENOTCONN,  # a FUSE mount whose server died
     errno.EREMOTEIO,
-    errno.ESTALE,  # what a network file system says of a file after its server was started again
+    errno.ESTALE,  # a file handle from before a network file server restarted
 }
-_PASSING_STATUSES = {408, 425, 429}  # HTTP: request timeout, too early, too many requests; beside the server's own, 5xx
+_PASSING_STATUSES = {408, 425, 429}  # HTTP: request timeout, too early, too many requests; 5xx in addition
 
 
 class RunError(Exception):
-    """A run cannot start or go on; the message says what was given and what to change.
+    """Failure of a run to start or continue; the message gives the value and the change to make.
 
     Attributes:
-        may_pass: storage or a server did not answer: the same command may go through when it is tried again.
+        may_pass: storage or a server did not answer, and the same command may succeed later.
     """
 
     def __init__(self, message: str, *, may_pass: bool = False) -> None:
@@ -34,17 +37,17 @@ class RunError(Exception):
 
 
 class ConfigError(RunError):
-    """The configuration is refused."""
+    """Refusal of a configuration."""
 
 
 class CheckpointError(RunError):
-    """A checkpoint cannot be written, found or read."""
+    """Failure to write, find or read a checkpoint."""
 
 
 def may_pass(error: BaseException) -> bool:
     """Return whether the operation that raised `error` may succeed when tried again.
 
-    Looks at the errors that led to it, too: libraries wrap those of the network in their own.
+    Checks the errors that caused it as well, because libraries wrap network errors in their own.
     """
     one: BaseException | None = error
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""Optional packages: the error for a missing one names the extra that installs it.
+"""Optional packages, with an error for a missing one that names the extra that installs it.
 
 Knows the extras of pyproject.toml; does not know the code that uses them.
 """
@@ -16,9 +16,11 @@ MODULES = {
 
 
 def require_extra(extra: str, purpose: str) -> None:
-    """Raises ConfigError if a package of `extra`, a key of MODULES, is not installed. Imports none of them.
+    """Refuse, with ConfigError, to continue without the packages of `extra`, without importing them.
 
-    purpose: subject of the error's sentence, such as "engine=deepspeed".
+    Args:
+        extra: key of MODULES.
+        purpose: subject of the error's sentence, such as "engine=deepspeed".
     """
     missing = [module for module in MODULES[extra] if importlib.util.find_spec(module) is None]
     if missing:

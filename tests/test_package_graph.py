@@ -45,7 +45,8 @@ def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
     for node in ast.walk(tree):
         if id(node) in for_types:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             yield from (names & known.keys()) or ({node.module} & known.keys())
         elif isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Configuration of a run: sections, the combinations that cannot work, the YAML file.
+"""Configuration of a run: its sections, the refused combinations, the YAML file.
 
-Knows settings; does not import torch.
+Knows settings; does not know torch, which it never imports.
 """

@@ -1,6 +1,6 @@
 """The section `attention:`, the settings of DashAttention and of its exchange between ranks.
 
-Knows the values that are possible; does not know devices.
+Knows the allowed values; does not know devices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dash_dist.config.section import Section
 
 
 class AttentionConfig(Section):
-    """DashAttention, as `dash_dist.DashAttention` takes it."""
+    """Settings of `dash_dist.DashAttention`."""
 
     chunk_size: int = Field(default=64, ge=16, le=128, multiple_of=16, description="tokens")
     alpha: float = Field(default=1.5, gt=1.0, le=2.0)
@@ -22,10 +22,10 @@ class AttentionConfig(Section):
     backend: Literal["auto", "triton", "eager"] = "auto"
     layout: Literal["zigzag", "double_zigzag", "contiguous"] = Field(
         default="zigzag",
-        description="which chunks a context-parallel rank holds; cp/imbalance says which balances best",
+        description="chunks that a context-parallel rank holds; the curves cp/imbalance compare the layouts",
     )
     exchange: Literal["auto", "selective", "allgather", "ring"] = Field(
-        default="auto", description="how K and V travel between context-parallel ranks; the result is the same"
+        default="auto", description="transport of K and V between context-parallel ranks; the result is the same"
     )
     ranks_per_node: int | None = Field(
         default=None,

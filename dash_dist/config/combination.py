@@ -1,6 +1,6 @@
-"""Combinations of sections that cannot work, whichever machine the run is on.
+"""Combinations of sections that cannot work on any machine.
 
-Knows which values fit together; does not know the number of GPUs that are there.
+Knows which values fit together; does not know the GPUs that are present.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def check_combination(
     world_size: int,
     sequence_length: int,
 ) -> None:
-    """Refuse combinations that no single part of the configuration can see.
+    """Refuse combinations that no single section can check.
 
     Args:
         world_size: processes of the run.
         sequence_length: tokens of one sequence, before it is split.
 
     Raises:
-        ValueError: says the value and what to change.
+        ValueError: the message gives the value and the change to make.
     """
     parallel.data_parallel_size(world_size)
     if attention.backend == "triton" and attention.alpha != 1.5:

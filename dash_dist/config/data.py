@@ -1,7 +1,7 @@
-"""The section `data:`, the source of the documents and their way to tokens.
+"""The section `data:`, the source of the documents and their conversion to tokens.
 
-Knows the options and which of them go together, and with the sizes of a batch. Does not know files or ranks:
-whether a path exists is found out when the corpus is opened, on the machine that reads it.
+Knows which options fit together, and which fit the sizes of a batch; does not know files or ranks. Opening the corpus
+checks paths, on the machine that reads it.
 """
 
 from typing import Literal, Self
@@ -12,47 +12,48 @@ from dash_dist.config.section import Section
 
 
 class DataConfig(Section):
-    """Options of one corpus. Combinations that mean nothing are refused with the option to change."""
+    """Options of one corpus. A meaningless combination is refused, with the option to change."""
 
     source: Literal["stdlib", "files", "hub"] = "stdlib"
     """stdlib: the .py files of the running Python's standard library; files: `paths`; hub: `name`."""
 
     paths: tuple[str, ...] = ()
-    """Files, globs (`**` too) or folders (read recursively, hidden files left out), relative to the working
-    directory. The entries are read in this order, the files of one entry sorted, a file named twice once."""
+    """Files, globs (including `**`) or folders, relative to the working directory. Folders are read recursively,
+    without hidden files. Entries are read in this order, and the files of an entry in sorted order. A file
+    named twice is read once."""
 
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """auto: by suffix (.jsonl, .ndjson and .json are JSON Lines, .parquet is Parquet, anything else is text).
-    A text file is one document; a line of JSON Lines or a row of Parquet is one."""
+    """Format of the files. auto: by suffix (.jsonl, .ndjson and .json are JSON Lines, .parquet is Parquet, others are
+    text). A document is a text file, a line of JSON Lines or a row of Parquet."""
 
     text_column: str = Field(default="text", min_length=1)
-    """The column or JSON key that holds the document."""
+    """Column or JSON key that holds the document."""
 
     name: str | None = None
     """Hub dataset, `owner/name`, or the folder of a dataset in the hub's layout."""
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    """Commit, tag or branch of the hub dataset. Pin it for runs that must resume after the dataset is updated."""
+    """Commit, tag or branch of the hub dataset. Pin it if the run must resume after the dataset is updated."""
 
     tokenizer: str = "bytes"
     """bytes, a tokenizer.json, or a folder that `transformers.AutoTokenizer` loads."""
 
     end_of_document: str | None = None
-    """The text of the token put after each document, where the tokenizer's files do not tell it."""
+    """Text of the token put after each document, for tokenizers whose files do not name it."""
 
     undecodable: Literal["skip", "error"] = "skip"
-    """What to do with a document whose bytes are not UTF-8: skip and count it, or raise with its name. Hub
-    datasets are decoded by `datasets` itself, which raises."""
+    """Treatment of a document whose bytes are not UTF-8: skip and count it, or raise with its name. Hub datasets are
+    decoded by `datasets`, which raises."""
 
     documents: Literal["joined", "separate"] = "joined"
-    """Whether attention may cross the borders of the documents in a sequence. joined: it may; documents follow each
-    other without padding, which suits documents that are short against a sequence, as in pretraining. separate: it may
-    not; each document is padded to whole chunks (`attention.chunk_size`), and computed as a sequence of its own."""
+    """Attention across the borders between documents in a sequence. joined: allowed. Documents follow each other
+    without padding, which suits pretraining on documents that are short relative to a sequence. separate: not allowed.
+    Each document is padded to whole chunks (`attention.chunk_size`) and computed as a sequence of its own."""
 
     shuffle_seed: int | None = Field(default=None, ge=0)
-    """Shuffles the order of the files, anew in each epoch; None keeps them sorted. Documents inside a file
-    keep their order: a shuffle buffer could not be resumed exactly."""
+    """Seed of the order of the files, which is new in each epoch; None keeps them sorted. Documents inside a file keep
+    their order, because a shuffle buffer could not be resumed exactly."""
 
     @field_validator("paths", mode="before")
     @classmethod
@@ -99,7 +100,7 @@ class DataConfig(Section):
 
 
 def check_separate(*, sequence_length: int, micro_batch_size: int, chunk_size: int) -> None:
-    """Raises ValueError for sizes that data.documents=separate cannot be packed in."""
+    """Refuse, with ValueError, sizes into which data.documents=separate cannot be packed."""
     if micro_batch_size != 1:
         raise ValueError(
             f"training.micro_batch_size = {micro_batch_size} with data.documents = separate: sequences of separate "

@@ -1,7 +1,7 @@
 """The section `deepspeed:`, and the DeepSpeed JSON file that it can name.
 
-Knows which of DeepSpeed's settings a run may choose and which the rest of its configuration decides. Does not import
-DeepSpeed or torch.
+Knows which of DeepSpeed's settings a run may choose, and which follow from the rest of its configuration; does not know
+DeepSpeed or torch, which it never imports.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DECIDED_BY_RUN = {
     "tensorboard": "the section logging",
     "steps_per_print": "logging.interval",
 }
-"""DeepSpeed's settings that a file may not have, other than as "auto", and what decides them."""
+"""DeepSpeed's settings that a file may hold only as "auto" -> the part of the run that decides them."""
 
 
 class _Closed(Section):
@@ -46,7 +46,7 @@ class _Closed(Section):
 
 
 class ZeroSettings(_Closed):
-    """`zero_optimization` in the words of DeepSpeed's documentation; sizes are in elements."""
+    """DeepSpeed's `zero_optimization`, with DeepSpeed's names; sizes are in elements."""
 
     stage: ZeroStage = 1
     reduce_bucket_size: Elements = 50_000_000
@@ -65,7 +65,7 @@ class DeepSpeedSettings(_Closed):
     """Settings that a DeepSpeed JSON file may hold here.
 
     Attributes:
-        communication_data_type: of the gradients that ZeRO-2 and ZeRO-3 reduce; float32 as everywhere else.
+        communication_data_type: dtype in which ZeRO-2 and ZeRO-3 reduce gradients; float32 as in every other reduction.
     """
 
     zero_optimization: ZeroSettings = Field(default_factory=ZeroSettings)
@@ -73,12 +73,12 @@ class DeepSpeedSettings(_Closed):
 
 
 class DeepSpeedSection(Section):
-    """Read with `engine: deepspeed` only.
+    """The settings of `engine: deepspeed`; other engines ignore them.
 
     Attributes:
-        zero_stage: what is sharded over the data- and context-parallel ranks: 1 the optimizer's state, 2 gradients too,
-            3 weights too. None: as in `file`, or 1.
-        file: a DeepSpeed JSON, such as those in configs/deepspeed.
+        zero_stage: tensors sharded over the data- and context-parallel ranks. 1: optimizer state; 2: gradients as well;
+            3: weights as well. None: the stage of `file`, or 1.
+        file: DeepSpeed JSON file, such as those in configs/deepspeed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,11 +92,10 @@ class DeepSpeedSection(Section):
         return Path(file) if isinstance(file, str) else file
 
     def settings(self) -> DeepSpeedSettings:
-        """The file's, or the defaults, at the section's stage.
+        """Return the settings of the file, or the defaults, at the section's stage.
 
         Raises:
-            ValueError: the file cannot be read, has a setting that is not allowed, or another stage than the section;
-                says which.
+            ValueError: the file cannot be read, holds a refused setting, or has another stage than the section.
         """
         settings = DeepSpeedSettings() if self.file is None else read_settings(self.file)
         in_file = settings.zero_optimization.stage
@@ -115,7 +114,7 @@ def read_settings(path: Path) -> DeepSpeedSettings:
     """Read a DeepSpeed JSON file.
 
     Raises:
-        ValueError: it cannot be read, or has a setting that is unknown here or that the run decides; names them all.
+        ValueError: it cannot be read, or holds unknown settings or settings that the run decides; all are named.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
@@ -141,10 +140,10 @@ def read_settings(path: Path) -> DeepSpeedSettings:
 
 
 def check_engine(parallel: ParallelConfig, section: DeepSpeedSection) -> None:
-    """Refuse what `engine: deepspeed` cannot do.
+    """Refuse settings that `engine: deepspeed` does not support.
 
     Raises:
-        ValueError: says the value and what to change.
+        ValueError: the message gives the value and the change to make.
     """
     for name, size in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
         if size != 1:

@@ -1,6 +1,6 @@
-"""From a YAML file and `key=value` overrides to a RunConfig, and back to YAML; every refusal in words.
+"""Conversion of a YAML file and `key=value` overrides to a RunConfig, and back to YAML.
 
-Knows how to explain what pydantic found; does not know what the settings mean.
+Knows how to explain pydantic's errors; does not know the meaning of settings.
 """
 
 import difflib
@@ -28,10 +28,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: YAML file with the sections of RunConfig.
-        overrides: "section.key=value" each; the value is YAML, so `3`, `1e-4`, `true`, `null` and `[a, b]`
-            have their types.
+        overrides: strings "section.key=value". The value is YAML, so `3`, `1e-4`, `true`, `null` and `[a, b]` have
+            their types.
 
-    Raises ConfigError that names every refused key, the value given, and what is allowed.
+    Raises:
+        ConfigError: the message names refused keys, the values given and the allowed ones.
     """
     settings = _read(Path(path))
     for override in overrides:
@@ -48,7 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """`config` with every default filled in; `load_config` reads it back as an equal RunConfig."""
+    """Return `config` as YAML with every default filled in; `load_config` reads it back as an equal RunConfig."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -100,7 +101,7 @@ def _explain(error: ErrorDetails) -> str:
             return f"  {key} = {_shown(error['input'])}: there is no such setting{_suggestion(key)}"
         case "missing":
             return f"  {key}: must be set"
-    # A validator of ours says all that is needed itself.
+    # The message of a validator of ours is complete by itself.
     reason = error["msg"].removeprefix("Value error, ")
     if isinstance(error["input"], dict):
         return f"  {reason}" if not key or reason.startswith(f"{key}.") else f"  {key}: {reason}"
@@ -126,7 +127,7 @@ def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of `value` as JSON. What is behind it is not looked at: aliases can make it endless."""
+    """Return the beginning of `value` as JSON. The rest is not visited, because aliases can make it endless."""
     text = ""
     for piece in _pieces(value):
         text += piece

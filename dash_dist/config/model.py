@@ -1,6 +1,6 @@
 """The section `model:`, the shape of the decoder.
 
-Knows the shapes that are possible; does not know how the model is spread over ranks.
+Knows the allowed shapes; does not know the distribution over ranks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class ModelConfig(Section):
     num_attention_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     head_dim: int | None = Field(
-        default=None, gt=0, description="None: hidden_size / num_attention_heads, see resolved_head_dim"
+        default=None, gt=0, description="channels of a head; None: hidden_size / num_attention_heads"
     )
     rotary_base: float = Field(default=10_000.0, gt=1.0)
     norm_epsilon: float = Field(default=1e-5, gt=0.0)
     init_std: float = Field(
-        default=0.02, gt=0.0, description="the two projections into the residual stream: / sqrt(2 num_layers)"
+        default=0.02, gt=0.0, description="projections into the residual stream: divided by sqrt(2 num_layers)"
     )
     tie_embeddings: bool = False
 
@@ -57,14 +57,14 @@ class ModelConfig(Section):
 
 
 VOCAB_MULTIPLE = 64
-"""The embedding has this multiple of rows whatever the tensor-parallel size, so that checkpoints and losses do not
-depend on it."""
+"""The rows of the embedding are a multiple of this at every tensor-parallel size. Checkpoints and losses therefore do
+not depend on that size."""
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding and of the output layer for a tokenizer of `vocab_size` tokens."""
+    """Return the rows of the embedding and the output layer for a tokenizer of `vocab_size` tokens."""
     return next_multiple(vocab_size, VOCAB_MULTIPLE)
 
 
 LOGITS_PER_PIECE = 2**26
-"""Logits of one rank that exist at a time: 256 MiB in float32."""
+"""Logits that exist at a time on one rank: 256 MiB in float32."""

@@ -1,6 +1,6 @@
 """The section `optimizer:`, AdamW and its learning-rate schedule.
 
-Knows the values that are possible; does not know the number of steps.
+Knows the allowed values; does not know the number of steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dash_dist.config.section import Section
 
 
 class OptimizerConfig(Section):
-    """AdamW, a linear warmup to `lr`, then a cosine down to `min_lr` at the run's last step."""
+    """AdamW with a linear warmup to `lr`, then a cosine decay to `min_lr` at the run's last step."""
 
     lr: float = Field(gt=0.0)
     min_lr: float = Field(default=0.0, ge=0.0)

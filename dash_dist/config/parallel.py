@@ -1,4 +1,4 @@
-"""The section `parallel:`, how the model is spread over the ranks.
+"""The section `parallel:`, the distribution of the model over the ranks.
 
 Knows sizes of groups; does not know process groups.
 """
@@ -23,11 +23,11 @@ class ParallelConfig(Section):
     )
     recompute: Literal["none", "full"] = Field(
         default="none",
-        description="full: keep only each layer's input and recompute the rest in the backward pass",
+        description="full: keep only the input of each layer and recompute the rest in the backward pass",
     )
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Ranks that read different sequences.
+        """Return the number of ranks that read different sequences.
 
         Raises:
             ValueError: `world_size` is not a multiple of tensor x pipeline x context.

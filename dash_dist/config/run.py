@@ -1,7 +1,7 @@
-"""The configuration of one run: its sections, and what their combination must satisfy.
+"""The configuration of one run: its sections, and the conditions on their combination.
 
-Knows every setting and which combinations cannot work, whatever machine the run will be on; does not know
-where the settings come from (`config_file` does).
+Knows every setting and the combinations that cannot work on any machine; does not know the source of the settings
+(`file.py` does).
 """
 
 import os
@@ -28,11 +28,11 @@ class RunSection(Section):
     """Name, place and start of the run.
 
     Attributes:
-        name: folder of the run below `directory`.
-        directory: where runs are kept; with several nodes on a filesystem that all of them share.
-        seed: seeds the initial weights.
-        resume: "auto" goes on from the run's latest checkpoint, if it has any; "never" refuses to start if it
-            has one; a path names the checkpoint folder (`.../checkpoints/step_*`) that a new run begins from.
+        name: folder of the run in `directory`.
+        directory: folder of all runs; with several nodes, on a file system that all of them share.
+        seed: seed of the initial weights.
+        resume: "auto" resumes from the run's latest checkpoint, if there is one. "never" refuses to start if there is
+            one. A path to a checkpoint folder (`.../checkpoints/step_*`) starts a new run from it.
     """
 
     name: str
@@ -59,7 +59,7 @@ class RunSection(Section):
     @field_validator("resume")
     @classmethod
     def _resume_is_known(cls, resume: str) -> str:
-        # Whether it is there is seen where the run starts: here, its storage may not be mounted.
+        # The start of the run checks that it exists: its storage may not be mounted here.
         if resume not in ("auto", "never") and ("/" not in resume or "\0" in resume or not _is_encodable(resume)):
             raise ValueError(
                 "neither auto, never nor a folder: name a checkpoint's, such as runs/NAME/checkpoints/step_*"
@@ -68,19 +68,19 @@ class RunSection(Section):
 
     @property
     def path(self) -> Path:
-        """The folder of the run."""
+        """Folder of the run."""
         return self.directory / self.name
 
 
 class TrainingSection(Section):
-    """The loop.
+    """Length and batch sizes of the training loop.
 
     Attributes:
         steps: optimizer steps of the whole run.
         sequence_length: tokens of a sequence (T), before it is split over context-parallel ranks.
         global_batch_size: sequences per optimizer step, over all data-parallel ranks.
-        micro_batch_size: sequences per forward pass of one data-parallel rank; the rest is accumulated.
-        distributed_timeout_seconds: a rank that waits this long for another one ends the run.
+        micro_batch_size: sequences per forward pass of one data-parallel rank. Gradients are accumulated over passes.
+        distributed_timeout_seconds: seconds that a rank waits for another one before the run ends.
     """
 
     steps: Positive
@@ -95,13 +95,13 @@ class TrainingSection(Section):
 
 
 class CheckpointSection(Section):
-    """A checkpoint every `interval` steps and at the end.
+    """Checkpoints every `interval` steps and at the end.
 
     Attributes:
-        interval: steps from one checkpoint to the next.
-        keep: the latest stay, so many of them.
-        keep_every_hours: of the older ones, one per so many hours of wall time stays for good; none by default.
-        asynchronous: train on while a checkpoint is written. Takes host memory for the rank's part of weights and
+        interval: steps between checkpoints.
+        keep: number of latest checkpoints to keep.
+        keep_every_hours: hours of wall time between older checkpoints that are kept permanently; None keeps none.
+        asynchronous: train while a checkpoint is written. Needs host memory for the rank's part of weights and
             optimizer state.
     """
 
@@ -112,22 +112,22 @@ class CheckpointSection(Section):
 
 
 class FaultsSection(Section):
-    """Faults that a run tolerates, and its reaction to them.
+    """Limits on the faults that a run tolerates.
 
     Attributes:
-        max_skipped_steps: a step whose loss or gradient norm is not finite changes no weight and its batch is left
-            out; more of them than this in a row set the run back to a checkpoint.
-        spike_z_score: a loss this many deviations above the median of the last `spike_window` sets the run back to
-            its newest checkpoint, and that step's batch is left out. The deviation is the median absolute one, scaled
-            to a normal distribution's. None does not look for spikes.
-        spike_window: finite losses that the median is taken of; no spike is seen before there are as many.
-        max_rollbacks: the run ends when it would be set back more often than this, over all its attempts.
-        max_failed_saves: the run ends when more checkpoints than this in a row cannot be written.
-        save_timeout_seconds: a checkpoint that takes longer to be written beside the training counts as one that cannot
-            be written. None waits for ever.
-        hang_timeout_seconds: a process whose step, with its data and its checkpoint, takes longer writes its stacks
-            and ends. Below training.distributed_timeout_seconds, or a rank that waits for the one that hangs gives up
-            before it writes its own. None waits for ever.
+        max_skipped_steps: consecutive skipped steps that the run tolerates before it rolls back to a checkpoint. A
+            step is skipped if its loss or gradient norm is not finite: no weight changes, and its batch is dropped.
+        spike_z_score: deviations above the median of the last `spike_window` losses that make a loss a spike. The run
+            then rolls back to its newest checkpoint and drops the batch of that step. The deviation is the median
+            absolute deviation, scaled to that of a normal distribution. None disables the search for spikes.
+        spike_window: finite losses in the median. Detection starts when the window is full.
+        max_rollbacks: rollbacks over all attempts; one more ends the run.
+        max_failed_saves: consecutive checkpoints that cannot be written; one more ends the run.
+        save_timeout_seconds: longest time to write a checkpoint in the background; a longer one counts as failed. None
+            disables the limit.
+        hang_timeout_seconds: longest time of a step with its data and checkpoint; a slower process writes its stacks
+            and ends. Set it below training.distributed_timeout_seconds, or ranks that wait for a hung one give up
+            before they write their stacks. None disables the limit.
     """
 
     max_skipped_steps: Positive = 10
@@ -140,13 +140,13 @@ class FaultsSection(Section):
 
 
 class LoggingSection(Section):
-    """Intervals of TensorBoard's content; the first and the last step of a run have all of it.
+    """Intervals of TensorBoard's content; the first and the last step of a run write all of it.
 
     Attributes:
-        interval: steps between two points of the curves, and two progress lines.
-        routing_interval: steps between two looks at every layer's density and selected chunks.
-        heat_map_interval: steps between two pictures of the routing; one costs its layers a second routing.
-        heat_map_layers: which ones are drawn, from 0; None for the first, the middle and the last.
+        interval: steps between points of the curves, and between progress lines.
+        routing_interval: steps between records of density and selected chunks, for every layer.
+        heat_map_interval: steps between heat maps of the routing. A heat map computes the routing of its layer twice.
+        heat_map_layers: layers to draw, counted from 0; None draws the first, the middle and the last.
     """
 
     interval: Positive = 10
@@ -156,11 +156,12 @@ class LoggingSection(Section):
 
 
 class RunConfig(Section):
-    """Everything a run is determined by.
+    """All settings that determine a run.
 
-    `engine` is what trains the model: Megatron-core's optimizer, or DeepSpeed's ZeRO as the section `deepspeed` says.
+    `engine` selects Megatron-core's optimizer, or DeepSpeed's ZeRO with the settings of the section `deepspeed`.
 
-    Raises pydantic.ValidationError, which `load_config` turns into a readable error.
+    Raises:
+        pydantic.ValidationError: a setting or a combination is refused. `load_config` makes it readable.
     """
 
     engine: Literal["megatron", "deepspeed"] = "megatron"
@@ -220,7 +221,7 @@ class RunConfig(Section):
         return self
 
     def going_on(self) -> "RunConfig":
-        """For the attempts after the first: the checkpoints that are there by then are this run's own."""
+        """Return the configuration of later attempts, which resume from the checkpoints of earlier ones."""
         if self.run.resume != "never":
             return self
         return self.model_copy(update={"run": self.run.model_copy(update={"resume": "auto"})})

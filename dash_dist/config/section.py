@@ -1,6 +1,6 @@
 """Base of every section of a run's configuration, and arithmetic for its error messages.
 
-Knows how unknown keys are refused; does not know any setting.
+Knows how unknown keys are refused; does not know individual settings.
 """
 
 from pydantic import BaseModel, ConfigDict

@@ -1,4 +1,4 @@
-"""YAML as configurations are written in it: what a file or an override holds, or where it is wrong.
+"""Reader of YAML for configurations, with the position of every error.
 
 Knows YAML; does not know settings.
 """
@@ -14,9 +14,10 @@ _LARGEST_BITS = 64
 
 
 def parse(text: str) -> Any:
-    """The value that `text` spells, sequences as tuples.
+    """Return the value of `text`, with sequences as tuples.
 
-    Raises yaml.YAMLError, and nothing else, for what is no value: it says where.
+    Raises:
+        yaml.YAMLError: `text` is not valid; the message gives the position. No other exception is raised.
     """
     try:
         return yaml.load(text, _Loader)
@@ -25,7 +26,7 @@ def parse(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that 1e-3 is a number, a list a tuple, and a key given twice an error."""
+    """Safe loader that reads 1e-3 as a number and lists as tuples, and refuses duplicate keys."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -1,6 +1,6 @@
-"""The names of a run's curves, and the pages that TensorBoard's custom scalars show them on.
+"""Names of a run's curves, and their pages in TensorBoard's custom scalars.
 
-Knows which curves exist and which of them belong side by side; does not know their values.
+Knows which curves exist and which share a chart; does not know their values.
 """
 
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dash_dist.run.events import EVENT_KINDS
 
 PARTS = ("data", "forward", "backward", "exchange", "gradients", "optimizer", "heat_map", "save", "rest")
-"""Of the time of a step, in the order in which pages show them; see docs/dashboards.md."""
+"""Parts of the time of a step, in the order of the pages; see docs/dashboards.md."""
 
 _COMPUTING = ("forward", "backward")
-# Not the parts of a few steps only: TensorBoard would draw a line from one to the next.
+# Parts that only a few steps have are left out: TensorBoard would connect them by a line.
 _NOT_COMPUTING = tuple(part for part in PARTS if part not in (*_COMPUTING, "heat_map"))
 
 HEALTH = "Health"
@@ -22,13 +22,13 @@ FINAL_METRICS = (
     "perf/model_tflops_per_gpu",
     "routing/mean_density",
 )
-"""Curves whose last values stand beside a run's hyperparameters."""
+"""Curves whose last values appear next to a run's hyperparameters."""
 
 Chart = list[str | list[str]]  # as SummaryWriter.add_custom_scalars takes it: a kind and regular expressions of tags
 
 
 def pages(*, with_mfu: bool, context_parallel: bool) -> dict[str, dict[str, Chart]]:
-    """Page -> chart -> its curves, of a run that has them.
+    """Return page -> chart -> its curves.
 
     Args:
         with_mfu: the peak of the GPU is known.

@@ -1,6 +1,6 @@
-"""Small files of a run that must be whole whenever somebody reads them.
+"""Small files of a run that are replaced atomically.
 
-Knows how a file is replaced; does not know what is in it.
+Knows how a file is replaced; does not know its content.
 """
 
 import json
@@ -10,8 +10,10 @@ from typing import Any
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put `text` in place of the file at `path`: a reader, or a process started after a crash, sees the old or the new
-    text. On disk when this returns. Raises OSError, which leaves the old one."""
+    """Replace the file at `path` by `text`, which is on disk on return.
+
+    A reader, or a process started after a crash, sees the old or the new text. Raises OSError, and keeps the old one.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -21,7 +23,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """`replace_text` with `value` as JSON. Raises OSError."""
+    """Replace the file at `path` by `value` as JSON, as `replace_text` does. Raises OSError."""
     replace_text(path, json.dumps(value, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Counters of a run, as its checkpoints hold them.
+"""Counters of a run, as stored in its checkpoints.
 
 Knows steps, tokens and losses; does not know files.
 """
@@ -12,10 +12,14 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: `step` optimizer steps done on `tokens` tokens; `first_loss` is that of step 1.
+    """Progress of a run.
 
-    `origin` is the checkpoint the run was started from (`run.resume=PATH`), None for a run from scratch;
-    `skipped_in_a_row` and `recent_losses` are what the watch over the losses goes on from.
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens they were trained on.
+        first_loss, last_loss: loss of step 1 and of the last step.
+        origin: checkpoint that the run was started from (`run.resume=PATH`); None for a run from scratch.
+        skipped_in_a_row, recent_losses: state of the checks for bad losses.
     """
 
     __pydantic_config__ = STRICT

@@ -1,6 +1,6 @@
-"""Progress of a run on a console: a live line on a terminal, a plain line per logging interval elsewhere, a summary.
+"""Progress of a run on a console: a live line on a terminal, plain lines elsewhere, a summary at the end.
 
-Knows how to show messages; does not know where the numbers come from.
+Knows how to show messages; does not know the source of the numbers.
 """
 
 import sys
@@ -58,7 +58,7 @@ class ConsoleProgress:
             self._live = None
 
     def _print(self, text: str) -> None:
-        # soft_wrap: a line that is read by a program or a log must not be broken at the console's width.
+        # soft_wrap: programs and logs need whole lines, not lines broken at the console's width.
         self._console.print(text, soft_wrap=True, markup=False)
 
 

@@ -1,6 +1,6 @@
-"""Throughput of a run and the time it has left.
+"""Throughput of a run and its remaining time.
 
-Knows when steps end; does not know what they compute.
+Knows when steps end; does not know their computation.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class Pace:
-    """Tokens per second and time left, from the steps of this process; the first is left out as a warm-up."""
+    """Tokens per second and remaining time, from the steps of this process except the first, its warm-up."""
 
     def __init__(self, start_step: int, steps: int) -> None:
         self._step, self._steps = start_step, steps
@@ -20,7 +20,7 @@ class Pace:
         self._last = time.perf_counter()
 
     def step(self, tokens: int) -> float:
-        """Count one step of `tokens` tokens that ended now; returns its seconds since the step before."""
+        """Count a step of `tokens` tokens that ended now, and return the seconds since the previous step."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._step += 1
@@ -33,30 +33,30 @@ class Pace:
         return seconds
 
     def leave_out_since_step(self) -> None:
-        """Do not count what was done since the last step, such as logging."""
+        """Exclude the time since the last step, such as logging, from the next step."""
         self._last = time.perf_counter()
 
     @contextlib.contextmanager
     def leaving_out(self) -> Iterator[None]:
-        """Do not count the time of the body."""
+        """Exclude time spent in this block from the step time."""
         start = time.perf_counter()
         yield
         self._last += time.perf_counter() - start
 
     def go_to(self, step: int) -> None:
-        """Go on from `step` without counting how it was reached."""
+        """Continue from `step`, and exclude the time it took to get there."""
         self._step = step
         self.leave_out_since_step()
 
     @property
     def tokens_per_second(self) -> float:
-        """Mean over the counted steps; the first alone until there is another; 0.0 before any."""
+        """Mean over the counted steps; the rate of the first step until there is a second; 0.0 before the first."""
         if self._counted:
             return self._tokens / self._seconds
         return self._first[1] / self._first[0] if self._first else 0.0
 
     @property
     def eta_seconds(self) -> float:
-        """Time the steps left will take at this pace, in seconds."""
+        """Seconds that the remaining steps take at this pace."""
         per_step = self._seconds / self._counted if self._counted else (self._first or (0.0, 0))[0]
         return per_step * (self._steps - self._step)

@@ -1,6 +1,7 @@
-"""One run from its configuration to its summary: the loop, and the order in which its parts are set up.
+"""The training loop of one run, from its configuration to its summary.
 
-Knows the parts by what they promise; does not know how its processes were started nor how a step is computed.
+Knows the interfaces of its parts and the order of their setup; does not know how its processes were started or how a
+step is computed.
 """
 
 import contextlib
@@ -44,20 +45,23 @@ def train(
     reporter: ProgressReporter | None = None,
     requests: Requests = nothing_asked,
 ) -> RunSummary:
-    """Run `config` to its last step, or until it is asked to stop; called in every process of the run.
+    """Train `config` to its last step or to a request to stop. Every process of the run calls it. An
+    error at one rank is raised at every rank.
 
-    The process group may be initialised already; otherwise it is joined as the environment says (RANK,
-    WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or the process trains alone.
+    An initialised process group is used as it is. Otherwise the environment (RANK, WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT) defines it, and without RANK the process trains alone.
 
     Args:
-        reporter: told at rank 0 how the run goes; by default this process's console.
-        requests: asked between steps at every rank, beside SIGTERM and SIGINT; the largest of all ranks counts.
+        reporter: receives progress at rank 0; default: this process's console.
+        requests: polled between steps at every rank, in addition to SIGTERM and SIGINT; the largest request counts.
 
     Returns:
-        The summary, the same at every rank.
+        The summary, identical at every rank.
 
-    Raises ConfigError for what cannot work on these processes or this machine, CheckpointError, and RunError
-    where the data cannot be read or the loss is no longer a number; at every rank, whichever rank found it.
+    Raises:
+        ConfigError: the configuration cannot work on these processes or this machine.
+        CheckpointError: a checkpoint cannot be written, found or read.
+        RunError: the data cannot be read, or the loss is no longer finite.
     """
     reporter = reporter or ConsoleProgress()
     with contextlib.ExitStack() as cleanup:
@@ -75,7 +79,7 @@ def train(
 
 
 class _Run:
-    """The parts of one run at one rank; `cleanup` gets what has to be closed."""
+    """The parts of one run at one rank; `cleanup` closes them."""
 
     def __init__(
         self,
@@ -176,7 +180,7 @@ class _Run:
         self._telemetry = Telemetry(config, self._engine.telemetry, self._curves)
 
     def to_the_end(self) -> RunSummary:
-        """Train to the last step or the request to stop, and leave a checkpoint of where it ended."""
+        """Train to the last step or to a request to stop, and save a checkpoint there."""
         steps = self._config.training.steps
         if self._state.step >= steps:
             self._log.note(
@@ -211,21 +215,21 @@ class _Run:
         return summary
 
     def _next_batches(self) -> list[Batch] | None:
-        """The micro-batches of the next step; None at every rank where one of them was asked to stop."""
+        """Return the micro-batches of the next step; None at every rank if any rank was asked to stop."""
         asked = self._requests.poll()
         batches: list[Batch] | None = None
         failure: Exception | None = None
         try:
             with self._telemetry.measure("data"):
                 batches = self._data.next_step()
-        except Exception as error:  # whatever the readers and the network raise: the other ranks must not wait
+        except Exception as error:  # the other ranks must not wait, for any error of readers or network
             failure = error
         saver = self._saver
         request, any_failure, writing, overdue = self._control.maximum(
             [float(asked.request), float(failure is not None), float(saver.writing()), float(saver.is_overdue())]
         )
         if any_failure:
-            self._saver.settle(self._state.step)  # what is being written is worth keeping
+            self._saver.settle(self._state.step)  # keep the checkpoint in progress
             with self._control.together("cannot read the data", RunError):
                 if failure is not None:
                     raise failure
@@ -274,7 +278,7 @@ class _Run:
         )
 
     def _continue_curves(self, step: int) -> None:
-        """The steps after `step` are undone."""
+        """Continue curves and pace from `step`; later steps are undone."""
         self._pace.go_to(step)
         if self._curves is not None:
             self._curves.restart(step)

@@ -1,6 +1,6 @@
-"""A polite end: SIGTERM or SIGINT asks the run to finish its step, save, and leave.
+"""Graceful stop: SIGTERM or SIGINT requests that the run finishes its step, saves and ends.
 
-Knows signals; does not know what is saved. The loop asks `requested` between steps, at every rank.
+Knows signals; does not know the training loop, which reads `requested` between steps at every rank.
 """
 
 import signal
@@ -10,10 +10,10 @@ from typing import Self
 
 
 class StopSignal:
-    """Context in which the first SIGTERM or SIGINT only sets `requested`; the next one acts as it did before.
+    """Context in which the first SIGTERM or SIGINT only sets `requested`; the next one acts as before.
 
-    Outside the main thread, where Python allows no handlers, `requested` stays False: whoever runs the
-    training in such a thread has its own way to ask (`train(..., requests=...)`).
+    Python allows handlers in the main thread only. In other threads `requested` stays False, and callers use
+    `train(..., requests=...)`.
     """
 
     def __init__(self) -> None:

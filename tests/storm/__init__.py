@@ -1,4 +1,4 @@
-"""A storm of faults over one training run on a Ray cluster of this machine, and the proof that it did not matter.
+"""A storm of faults in one training run on a Ray cluster of this machine, compared with an undisturbed run.
 
-Knows faults, how they are made and what must follow; does not know how a run recovers.
+Knows faults, their injection and the required reaction; does not know how a run recovers.
 """

@@ -1,12 +1,11 @@
-"""Trains a small model on a Ray cluster of this machine while faults strike, and compares it with an undisturbed run.
+"""Trains a small model on a local Ray cluster under faults, and compares it with an undisturbed run.
 
     python -m tests.storm --faults 30 --seed 1 --out docs/results/storm_cpu.json
     python -m tests.storm --quick                  every kind of fault once, 2 ranks
 
-The cluster has several raylets with loopback addresses of their own. 4 ranks (CP=2 x DP=2; 2 in the quick form) train
-under launch/ray_train.py. docs/storm.md says what is injected and what it proves. Needs Linux, about 8 GiB of memory
-and no GPU; 30 faults take 25 minutes on two cores. Exit status 1: something did not hold, and the state of the
-run at that moment is printed.
+The cluster has several raylets, each with its own loopback address. 4 ranks (CP=2 x DP=2; 2 in the quick form) train
+under launch/ray_train.py. docs/storm.md describes the faults and the checks. Needs Linux, about 8 GiB of memory and no
+GPU; 30 faults take 25 minutes on two cores. Exit status 1: a check failed, and the state of the run is printed.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="write the result as JSON to this file")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as with Ctrl-C, the cluster is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # end the cluster, as Ctrl-C does
     with tempfile.TemporaryDirectory(prefix="storm") as folder:  # short: Ray's sockets lie below it
         storm = Storm(
             Path(folder),

@@ -1,8 +1,8 @@
-"""A Ray cluster on one machine: every node a raylet with a loopback address, ports and a folder of its own.
+"""A Ray cluster on one machine: each node is a raylet with its own loopback address, ports and folder.
 
-Knows how Ray nodes are started, lost, drained and ended; does not know what runs on them. Clients need its token.
-Nodes are children of this process (`ray start --block`), which never imports Ray: token and addresses stay in the
-children's environment, and any other Ray of the machine is left alone.
+Knows how Ray nodes are started, lost, drained and ended; does not know their workload. Clients need its token. Nodes
+are children of this process (`ray start --block`), which never imports Ray. Token and addresses stay in the children's
+environment, so that other Ray clusters of the machine are unaffected.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tests.storm.processes import alive, describe, end, tree
 # Attempts to start a node. Ray gives a raylet 30 seconds to come up, which a busy machine can exceed.
 _START_ATTEMPTS = 4
 
-# What `ray start --block` prints when the node has joined the cluster.
+# Output of `ray start --block` when the node has joined the cluster.
 _STARTED = "Ray runtime started"
 
-# Some have fixed defaults; and a raylet, which has 30 seconds to join, would wait for agents that choose their own.
+# Some have fixed defaults. A raylet, which has 30 seconds to join, would wait for agents that choose their own ports.
 _AGENT_PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
 
 _OBJECT_STORE_BYTES = 80 << 20
@@ -51,7 +51,7 @@ class Node:
 
     @property
     def raylet(self) -> psutil.Process:
-        """Raises psutil.NoSuchProcess if it is gone."""
+        """The node's raylet. Raises psutil.NoSuchProcess if it is gone."""
         for process in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.name() == "raylet":
@@ -60,28 +60,28 @@ class Node:
 
     @property
     def node_id(self) -> str:
-        """The id by which Ray calls it, in hexadecimal."""
+        """Ray's id of the node, in hexadecimal."""
         (flag,) = [word for word in self.raylet.cmdline() if word.startswith("--node_id=")]
         return flag.removeprefix("--node_id=")
 
     def processes(self) -> list[psutil.Process]:
-        """Ray's processes and the workers of the node."""
+        """Return Ray's processes and the workers of the node."""
         return tree(psutil.Process(self.process.pid)) if self.process.poll() is None else []
 
 
 class LocalCluster:
-    """Context with a head node that runs no workers, and as many other nodes as are added.
+    """Context with a head node without workers, and the nodes that are added.
 
     Args:
-        folder: for logs, the token and Ray's files; short, since sockets lie below it (at most about 50 characters).
-        dashboard: start the dashboard, which takes jobs.
-        environment: for the nodes, and thereby for the workers, beside this process's own.
+        folder: folder of logs, the token and Ray's files. At most about 50 characters, since it holds sockets.
+        dashboard: start the dashboard, which accepts jobs.
+        environment: variables for nodes and workers, in addition to those of this process.
     """
 
     def __init__(self, folder: Path, *, dashboard: bool = False, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.nodes: list[Node] = []
-        """The nodes that were not lost or ended, the head first."""
+        """Nodes that were neither lost nor ended, with the head first."""
         self._dashboard = dashboard
         self._last_number = 1
         token = folder / "ray_token"
@@ -97,7 +97,7 @@ class LocalCluster:
             "RAY_worker_niceness": "0",  # 15 by default: on a busy machine workers would starve
             **(environment or {}),
         }
-        """Of the nodes; a client needs the same to be let in."""
+        """Environment of the nodes; clients need it to connect."""
 
     def __enter__(self) -> Self:
         head_address = self._next_address()
@@ -125,13 +125,13 @@ class LocalCluster:
         self.nodes.clear()
 
     def add_node(self, *, cpus: int) -> Node:
-        """Start one more node and return when it has joined. Raises StormError with its log if it does not."""
+        """Start another node and wait until it has joined. Raises StormError with its log if it does not."""
         return self._start(self._next_address(), cpus, [f"--address={self.address}"])
 
     def lose(self, node: Node, *, seconds: float = 60) -> list[str]:
-        """SIGKILL to the raylet. Its workers and Ray's other processes there must see that and end by themselves.
+        """Kill the raylet of a node. Its workers and Ray's other processes there must notice and end by themselves.
 
-        Returns those that did not within `seconds`, which are killed then.
+        Returns descriptions of processes that did not end within `seconds`. They are killed.
         """
         processes = node.processes()
         node.raylet.kill()
@@ -146,7 +146,7 @@ class LocalCluster:
         return descriptions
 
     def drain(self, node: Node, *, seconds: int) -> None:
-        """Announce that the node will be taken away in `seconds`."""
+        """Announce the removal of the node in `seconds`."""
         reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=taken back by its owner"]
         done = self.run(
             ["ray", "drain-node", f"--address={self.address}", f"--node-id={node.node_id}", *reason]
@@ -163,7 +163,7 @@ class LocalCluster:
         environment: Mapping[str, str] | None = None,
         seconds: float = 300,
     ) -> subprocess.CompletedProcess[str]:
-        """A client's command, in the environment that lets it in, with the changes in `environment`."""
+        """Run a client's command in the environment of the cluster, with the changes in `environment`."""
         return subprocess.run(
             command,
             cwd=cwd,
@@ -175,7 +175,7 @@ class LocalCluster:
         )
 
     def processes(self) -> list[psutil.Process]:
-        """Those of all nodes."""
+        """Return the processes of all nodes."""
         return [process for node in self.nodes for process in node.processes()]
 
     def _next_address(self) -> str:
@@ -210,14 +210,14 @@ class LocalCluster:
         raise StormError(f"the node {address} did not start:\n{node.log.read_text(errors='replace')}")
 
     def _kill_all(self, node: Node) -> None:
-        """Everything of the node, and not only what `ray start` would end, within seconds."""
+        """Kill all processes of the node within seconds, including those that `ray start` would leave."""
         processes = node.processes()
         end(lambda: [process for process in processes if alive(process)])
         node.process.wait(timeout=30)
 
 
 def free_port(address: str) -> int:
-    """A port that is free at `address`, outside the range in which Ray's workers look for theirs."""
+    """Return a port that is free at `address`, outside the range of Ray's workers."""
     while True:
         with socket.socket() as probe:
             probe.bind((address, 0))

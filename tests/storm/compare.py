@@ -1,6 +1,6 @@
-"""Comparison of two runs: their losses step by step, and the tensors of their last checkpoints.
+"""Comparison of two runs: losses step by step, and tensors of the last checkpoints.
 
-Knows torch's distributed checkpoint format, which does not depend on the layout that wrote it; does not know the model.
+Knows torch's distributed checkpoint format, which is independent of the layout; does not know the model.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from tests.storm.errors import StormError
 
 @dataclass(frozen=True)
 class Difference:
-    """Attributes:
-    exact: nothing differs in any bit.
-    relative: the largest |a - b| / max |a|, the maximum over a tensor, or over a loss alone.
-    where: that is.
-    compared: how many losses or tensors.
+    """Difference between two sets of losses or tensors.
+
+    Attributes:
+        exact: all are equal, bit for bit.
+        relative: largest |a - b| / max |a|, with the maximum over each tensor or loss.
+        where: name of the tensor or loss with that difference.
+        compared: number of losses or tensors.
     """
 
     exact: bool
@@ -33,7 +35,7 @@ class Difference:
 
 
 def compare_losses(expected: Mapping[int, float], found: Mapping[int, float]) -> Difference:
-    """Compare the loss of every step; NaN equals NaN. Raises StormError if the steps are not the same."""
+    """Compare the loss of every step; NaN equals NaN. Raises StormError if the steps differ."""
     if expected.keys() != found.keys():
         differing = sorted(expected.keys() ^ found.keys())
         raise StormError(f"only one of the runs has a loss of the steps {differing}")
@@ -44,9 +46,9 @@ def compare_losses(expected: Mapping[int, float], found: Mapping[int, float]) ->
 
 
 def compare_weights(expected: Path, found: Path) -> Difference:
-    """Compare the content of two checkpoint folders (`.../step_*`): weights and the optimizer's state.
+    """Compare weights and optimizer state of two checkpoint folders (`.../step_*`).
 
-    Raises StormError if they do not hold the same tensors.
+    Raises StormError if their tensors have other names or shapes.
     """
     if expected.name != found.name:
         raise StormError(f"the last checkpoints are of different steps: {expected.name} and {found.name}")
@@ -74,7 +76,7 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole.pt"
         dcp_to_torch_save(checkpoint / "engine", whole)
-        # Both runs were written by this process's own children: what they pickled may be loaded.
+        # Safe to unpickle: children of this process wrote both runs.
         state = torch.load(whole, map_location="cpu", weights_only=False)
     return {name: value for name, value in _flat("", state) if isinstance(value, torch.Tensor)}
 

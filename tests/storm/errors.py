@@ -2,4 +2,4 @@
 
 
 class StormError(Exception):
-    """The run did not come through as it must, or the cluster could not be had; the message says what is known."""
+    """Failure of a check, or of the cluster to start; the message describes the state."""

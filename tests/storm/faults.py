@@ -1,6 +1,7 @@
-"""Injection of each fault, from outside the run's processes; `schedule.py` says when.
+"""Injection of each fault from outside the run's processes.
 
-Every function makes one fault and returns, in words, what it did. It may be called when the run has ranks.
+Knows how a fault is made; does not know when (`schedule.py` does). Each function makes one fault and returns its
+description. The run must have ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tests.storm.cluster import LocalCluster, Node
 from tests.storm.processes import alive, tree
 from tests.storm.watch import RunWatch
 
-# Beyond this size a write fails while the disk is "full": above a file of curves, below a checkpoint's shard.
+# Writes beyond this size fail while the disk is "full". It lies between the sizes of curve files and checkpoint files.
 FULL_DISK_BYTES = 256 << 10
 
 
@@ -38,13 +39,13 @@ def stop_rank(watch: RunWatch, chance: random.Random) -> str:
 
 
 def choose_node(cluster: LocalCluster, watch: RunWatch, chance: random.Random) -> Node:
-    """A node that holds ranks."""
+    """Return a random node that holds ranks."""
     ranks = {process.pid for process in watch.ranks().values()}
     return chance.choice([node for node in cluster.nodes if any(one.pid in ranks for one in node.processes())])
 
 
 class FullDisk:
-    """Writes of the ranks, and of processes they started, fail with EFBIG beyond a size, until `end`."""
+    """Limit on file sizes of the ranks and their children, whose larger writes fail with EFBIG until `end`."""
 
     def __init__(self, watch: RunWatch) -> None:
         self._watch = watch
@@ -66,7 +67,7 @@ class FullDisk:
 
 
 def damage_checkpoint(folder: Path, chance: random.Random) -> str:
-    """A file of the checkpoint loses its end, or one of its bits flips."""
+    """Cut off the end of a random file of the checkpoint, or flip one of its bits."""
     path = chance.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
     name, size = path.relative_to(folder.parent), path.stat().st_size
     position = chance.randrange(size)

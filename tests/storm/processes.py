@@ -1,4 +1,4 @@
-"""All processes that come out of this one, orphans included: who they are, and their end.
+"""Descendants of this process, including orphans, and their termination.
 
 Knows Linux processes; does not know Ray nor runs. Processes are ended by pid, never by name.
 """
@@ -19,9 +19,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Family:
-    """Context in which this process adopts every descendant whose parent dies, so that none can be lost from sight.
+    """Context in which this process adopts every descendant whose parent dies, so that none escapes.
 
-    At its end what is still alive is killed; `strays` then holds those that nobody had ended before.
+    On exit, descendants that are still alive are killed, and `strays` holds their descriptions.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Family:
     ) -> None:
         self.strays = [describe(process) for process in self.members()]
         end(self.members)
-        # Orphans that have died since are this process's to reap.
+        # This process must reap orphans that have died since.
         for child in psutil.Process().children():
             if child.pid not in self._before:
                 with contextlib.suppress(ChildProcessError):
@@ -46,15 +46,15 @@ class Family:
         _set_subreaper(False)
 
     def members(self) -> list[psutil.Process]:
-        """Descendants that are alive and were not here before the context."""
+        """Return the living descendants that started within the context."""
         found = psutil.Process().children(recursive=True)
         return [process for process in found if process.pid not in self._before and alive(process)]
 
 
 def end(members: Callable[[], Collection[psutil.Process]], *, seconds: float = 30.0) -> None:
-    """Kill all that `members` returns until it returns none: a process may start another one while it is being killed.
+    """Kill the processes that `members` returns until it returns none, since a dying process may start another.
 
-    Raises TimeoutError if some are still there after `seconds`.
+    Raises TimeoutError if some are alive after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while left := members():
@@ -67,7 +67,7 @@ def end(members: Callable[[], Collection[psutil.Process]], *, seconds: float = 3
 
 
 def tree(root: psutil.Process) -> list[psutil.Process]:
-    """`root` and its descendants that are alive; none if it is gone."""
+    """Return `root` and its living descendants; none if it is gone."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return [one for one in (root, *root.children(recursive=True)) if alive(one)]
     return []

@@ -1,6 +1,6 @@
-"""The result of a storm as a table and as JSON.
+"""Result of a storm as a table and as JSON.
 
-Knows what a reader wants to see; does not know how it came about.
+Knows the fields of a result; does not know how they were measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.storm.storm import Result
 
 
 def table(result: Result) -> str:
-    """A Markdown table of the faults, and the sum of it in words."""
+    """Return a Markdown table of the faults with a summary."""
     lines = [
         "| # | fault | at step | what was done | event | steps lost | seconds to recover |",
         "|---|---|---|---|---|---|---|",

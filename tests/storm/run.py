@@ -1,6 +1,6 @@
-"""One training run by launch/ray_train.py on a cluster: its configuration, its driver as a child process, its end.
+"""Training run by launch/ray_train.py on a cluster: its configuration, and its driver as a child process.
 
-Knows how a run is configured and started; does not know what disturbs it.
+Knows how a run is configured and started; does not know faults.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where a run of the storm is: its `config` file, its own `directory`, what its driver prints (`log`)."""
+    """Files of a run: its `config`, its `directory`, and the `log` of its driver."""
 
     config: Path
     directory: Path
@@ -32,26 +32,27 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class Patience:
-    """Timeouts of the parts of a run, in seconds: short enough to notice faults, long enough for a slow machine.
+    """Timeouts of a run in seconds: short enough to notice faults, long enough for a slow machine.
 
-    answer: of a rank that does not answer the driver.
+    Attributes:
+        answer: time without an answer to the driver, after which a rank counts as lost.
     """
 
     answer: int
 
     @classmethod
     def after_start_of(cls, seconds: float) -> Patience:
-        """For a machine on which a run took `seconds` to its first step."""
+        """Return timeouts for a machine on which a run took `seconds` to its first step."""
         return cls(answer=max(10, math.ceil(1.5 * seconds)))
 
     @property
     def hang(self) -> int:
-        """Seconds without progress until a rank's watchdog ends it: longer than `answer`, as in real runs."""
+        """Seconds without progress before a rank's watchdog ends it; longer than `answer`, as in real runs."""
         return 2 * self.answer
 
 
 def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: Patience) -> RunFiles:
-    """The configuration of a small run of CP=2. Its checkpoints are larger than its curves."""
+    """Write the configuration of a small run with CP=2, whose checkpoints are larger than its curves."""
     config: dict[str, Any] = {
         "run": {"name": name, "directory": str(folder / "runs")},
         "model": {
@@ -83,10 +84,11 @@ def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: P
 def start_run(
     cluster: LocalCluster, files: RunFiles, patience: Patience, *, workers: int, node_wait: float | None = None
 ) -> subprocess.Popen[bytes]:
-    """Its driver, a child of this process.
+    """Start the driver of a run as a child of this process.
 
-    `node_wait` is how many seconds the run waits for a lost node before it goes on without: by default longer than the
-    cluster needs to see that a spare node has the room that the lost one has no more.
+    Args:
+        node_wait: seconds that the run waits for a replacement before it continues with fewer nodes. The default gives
+            the cluster time to move a lost node's ranks to the spare node.
     """
     options = {
         "num-workers": workers,
@@ -109,7 +111,7 @@ def start_run(
 
 
 def finish_run(driver: subprocess.Popen[bytes], files: RunFiles, *, seconds: float) -> None:
-    """Wait for its end. Raises StormError with its last words if it fails, or takes more than `seconds`."""
+    """Wait for the driver. Raises StormError with the end of its log if it fails or exceeds `seconds`."""
     deadline = time.monotonic() + seconds
     while driver.poll() is None:
         if time.monotonic() > deadline:

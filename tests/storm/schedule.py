@@ -1,4 +1,4 @@
-"""Which faults come when: drawn from a seed, known before the run starts.
+"""Schedule of faults, drawn from a seed before the run starts.
 
 Knows kinds of faults and steps; does not know how a fault is made.
 """
@@ -22,7 +22,7 @@ FaultKind = Literal[
 
 FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 
-# How often each comes in a long storm, relative to the others.
+# Relative frequency of each kind in a long storm.
 _WEIGHTS: dict[FaultKind, int] = {
     "worker_killed": 2,
     "first_rank_killed": 1,
@@ -37,7 +37,7 @@ _WEIGHTS: dict[FaultKind, int] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """`step`: it is made once this step is done; of a NaN batch the step that trains on it."""
+    """One fault, made after `step` is done; for a NaN batch, the step that trains on it."""
 
     number: int
     kind: FaultKind
@@ -46,7 +46,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The faults in order, and how many steps the run takes."""
+    """The faults in order, and the steps of the run."""
 
     faults: list[Fault]
     steps: int
@@ -57,11 +57,15 @@ class Schedule:
 
 
 def draw_schedule(*, faults: int, seed: int, interval: int, drain_steps: int) -> Schedule:
-    """`faults` faults, every kind among them if there are enough of them; `interval` is the run's, between checkpoints.
+    """Draw a schedule that has every kind of fault, if `faults` allows it.
 
-    The first comes after two checkpoints. Between two lie enough steps for a checkpoint, so that a fault is not
-    answered by the recovery from the one before; and after the announcement of a node's end the `drain_steps` that the
-    run may do until then.
+    The first fault comes after two checkpoints. The steps between two faults leave time for a checkpoint, so that the
+    recovery from one does not cover the next.
+
+    Args:
+        faults: number of faults.
+        interval: steps between checkpoints of the run.
+        drain_steps: most steps between the announcement of a node's end and that end.
     """
     chance = random.Random(seed)
     kinds = list(FAULT_KINDS[:faults])

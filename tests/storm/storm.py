@@ -1,6 +1,6 @@
-"""The storm: an undisturbed run, the same run under faults one after the other, and what must hold in the end.
+"""The storm: an undisturbed run, the same run under consecutive faults, and the comparison.
 
-Knows the order of things; `trial.py` knows what must follow each fault, `compare.py` when two runs are the same.
+Knows the order of events; does not know the reaction to each fault (`trial.py`) or the comparison (`compare.py`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tests.storm.schedule import Schedule, draw_schedule
 from tests.storm.trial import DRAIN_SECONDS, Outcome, Trial
 from tests.storm.watch import RunWatch
 
-# The run needs two: a lost node's ranks move to the spare one, and the next spare joins meanwhile.
+# The run needs two. The ranks of a lost node move to the spare one, and the next spare joins meanwhile.
 NODES = 3
 
-# Within the cluster, which goes on: nobody else ends what a run has left.
+# Time for a run's processes to end while the cluster continues.
 _END_SECONDS = 30.0
 
 
@@ -51,14 +51,14 @@ class Result:
 
 
 class Storm:
-    """A storm of `faults` faults drawn from `seed`; everything it writes is below `folder`.
+    """A storm of `faults` faults drawn from `seed`, with all its files in `folder`.
 
     Args:
         workers: ranks, 2 (CP=2) or 4 (CP=2 x DP=2); half of them on each of two nodes.
-        step_seconds: how long a step takes at least, so that it can be hit in the middle.
+        step_seconds: minimum time of a step, so that a fault can hit it in the middle.
         interval: steps between checkpoints.
-        fault_seconds: a fault that the run has not recovered from by then ends the storm.
-        say: told what happens.
+        fault_seconds: longest time to recover from a fault before the storm ends.
+        say: receives progress messages.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Storm:
         self._begun = time.monotonic()
 
     def run(self) -> Result:
-        """Raises StormError."""
+        """Run the storm and return its result. Raises StormError."""
         family = Family()
         with family, LocalCluster(self._folder, environment=node_environment(self._hook)) as cluster:
             for _ in range(NODES):
@@ -121,7 +121,7 @@ class Storm:
         return result
 
     def _undisturbed(self, cluster: LocalCluster) -> tuple[RunWatch, Patience]:
-        """The same run without faults, and how patient one must be with this machine."""
+        """Run without faults, and return the run with timeouts that suit this machine."""
         patience = Patience(answer=int(self._fault_seconds))
         files, watch = self._prepare("undisturbed", patience, step_seconds=0.0)
         started = time.time()
@@ -173,7 +173,7 @@ class Storm:
         return files, RunWatch(ranks, files.directory)
 
     def _poison(self, files: RunFiles) -> list[int]:
-        """A sequence of the batch of every step that is to have no finite loss."""
+        """Return the CRC-32 of one sequence for each step whose loss must not be finite."""
         config = load_config(files.config)
         tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
         stream = build_data_stream(
@@ -210,7 +210,7 @@ def node_environment(hook: Path) -> dict[str, str]:
 
 
 def _state(files: RunFiles, watch: RunWatch) -> str:
-    """For whoever must find out why a run did not recover."""
+    """Describe a run that did not recover, for diagnosis."""
     events = "\n".join(str(event) for event in watch.events())
     parts = {
         "the driver": tail(files.log),

@@ -1,6 +1,6 @@
-"""One fault: made at its step, and the run watched until it has recovered.
+"""One fault: its injection at its step, and the observation of the run until it has recovered.
 
-Knows what must follow each kind of fault; `faults.py` knows how one is made.
+Knows the required reaction to each kind of fault; does not know how one is made (`faults.py` does).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ DRAIN_SECONDS = 10
 
 _POLL_SECONDS = 0.05
 
-# What a killed rank leaves half done is done or lost after this time, and the run is not started again before.
+# After this time, work in progress of a killed rank is done or lost. The run is not restarted earlier.
 _SETTLE_SECONDS = 0.3
 
 _STEPS_WHILE_WRITING = 6
 
-# One may be damaged.
+# Two, since one may be damaged.
 _CHECKPOINTS_NEEDED = 2
 
-# The event by which each fault must show, beside "restart" where ranks were lost.
+# The required event of each fault, in addition to "restart" where ranks were lost.
 _EVENTS: dict[FaultKind, EventKind] = {
     "worker_killed": "restart",
     "first_rank_killed": "restart",
@@ -47,16 +47,16 @@ _EVENTS: dict[FaultKind, EventKind] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One fault and what followed.
+    """One fault and the reaction of the run.
 
     Attributes:
-        step: the run had done when it came.
-        what: was done, in words.
-        event: by which the run told of it.
-        resumed_at: step of the checkpoint the run went on from; None where no rank was lost.
-        lost_steps: that had to be done again.
-        recovery_seconds: until the next step was done; for a full disk, from when there was room again until the next
-            checkpoint was complete.
+        step: steps done when the fault was made.
+        what: description of the fault.
+        event: event that the run logged for it.
+        resumed_at: step of the checkpoint that the run resumed from; None if no rank was lost.
+        lost_steps: steps that were done again.
+        recovery_seconds: seconds until the next step was done. For a full disk: from the release of space to the next
+            complete checkpoint.
     """
 
     number: int
@@ -70,13 +70,15 @@ class Outcome:
 
 
 class Trial:
-    """Args:
-    fault: to be made.
-    cluster, driver, watch: of the run.
-    node_cpus: of a node that takes the place of a lost one.
-    chance: decides what the schedule leaves open.
-    interval: steps between checkpoints.
-    seconds: it fails if the run has not come to the fault's step by then, or not recovered in as many again.
+    """Trial of one fault in one run.
+
+    Args:
+        fault: the fault to make.
+        cluster, driver, watch: cluster, driver and observer of the run.
+        node_cpus: CPUs of a node that replaces a lost one.
+        chance: source of the choices that the schedule leaves open.
+        interval: steps between checkpoints.
+        seconds: time limit to reach the fault's step, and again to recover.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class Trial:
         return self._outcome(what, step=reached, resumed_at=resumed_at, seconds=new[0].time - made)
 
     def _drain(self) -> Node:
-        """A node with ranks announces its end; returns it when its time has come."""
+        """Announce the end of a node with ranks, and return the node when its time has come."""
         node = choose_node(self._cluster, self._watch, self._chance)
         begun = time.monotonic()
         self._cluster.drain(node, seconds=DRAIN_SECONDS)
@@ -193,7 +195,7 @@ class Trial:
         return node
 
     def _lose_node(self, node: Node) -> str:
-        """Kill it; another one joins. What runs on the spare meanwhile goes on."""
+        """Kill a node and add another one; the spare node continues meanwhile."""
         ranks = {process.pid: rank for rank, process in self._watch.ranks().items()}
         held = sorted(ranks[process.pid] for process in node.processes() if process.pid in ranks)
         left = self._cluster.lose(node)

@@ -1,6 +1,6 @@
 """Observation of a run under the storm from outside: its ranks, steps, losses, events and checkpoints.
 
-Knows the files that the ranks' hook and the run itself write; does not know why anything happens.
+Knows the files that the ranks' hook and the run write; does not know faults.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.storm.processes import alive
 
 @dataclass(frozen=True)
 class RankStep:
-    """One step of one rank. `time` is in seconds since 1970, at its end."""
+    """One step of one rank. `time` is its end, in seconds since 1970."""
 
     pid: int
     rank: int
@@ -36,9 +36,11 @@ class RankStep:
 
 
 class RunWatch:
-    """Args:
-    ranks: the folder that the ranks' hook writes to.
-    run_directory: the run's own.
+    """Observer of a run.
+
+    Args:
+        ranks: output folder of the ranks' hook.
+        run_directory: folder of the run.
     """
 
     def __init__(self, ranks: Path, run_directory: Path) -> None:
@@ -46,10 +48,10 @@ class RunWatch:
         self._ranks = ranks
         self._offsets: dict[Path, int] = {}
         self.steps: list[RankStep] = []
-        """Everything the ranks recorded so far, as of the last `refresh`; of one process in order."""
+        """Steps recorded until the last `refresh`, in order for each process."""
 
     def refresh(self) -> None:
-        """Read what was recorded since the last call."""
+        """Read the steps recorded since the last call."""
         for path in sorted(self._ranks.glob("*.jsonl")):
             with path.open("rb") as file:
                 file.seek(self._offsets.get(path, 0))
@@ -72,7 +74,7 @@ class RunWatch:
         return latest.step if latest else 0
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """rank -> its process, of those that are alive and have done a step."""
+        """Return rank -> process, for living ranks that have done a step."""
         self.refresh()
         found: dict[int, psutil.Process] = {}
         for record in sorted(self.steps, key=lambda one: one.time):
@@ -90,7 +92,7 @@ class RunWatch:
         return sorted(found, key=lambda one: one.time)
 
     def losses(self) -> dict[int, float]:
-        """step -> loss, as rank 0 had it when it did that step for the last time."""
+        """Return step -> loss of rank 0, from the last time it did the step."""
         self.refresh()
         of_main = sorted((one for one in self.steps if one.rank == 0), key=lambda one: one.time)
         return dict(sorted({one.step: one.loss for one in of_main}.items()))
@@ -99,15 +101,15 @@ class RunWatch:
         return EventLog(self.run_directory).read()
 
     def drawn_events(self) -> dict[str, int]:
-        """kind -> how many of them TensorBoard shows at its last step."""
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every step that a restart took back
+        """Return kind -> number of events that TensorBoard shows at its last step."""
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every step that a restart undid
         curves = EventAccumulator(str(self.run_directory / "tensorboard"), size_guidance={"scalars": 0})
         curves.Reload()
         tags = [tag for tag in curves.Tags()["scalars"] if tag.startswith("fault/")]
         return {tag.removeprefix("fault/"): int(curves.Scalars(tag)[-1].value) for tag in tags}
 
     def wait_until_ended(self, *, seconds: float) -> None:
-        """Return when no rank of any attempt is left. Raises StormError."""
+        """Wait until no rank of any attempt is left. Raises StormError."""
         deadline = time.monotonic() + seconds
         while left := self.ranks():
             if time.monotonic() > deadline:
@@ -115,15 +117,15 @@ class RunWatch:
             time.sleep(0.1)
 
     def checkpoints(self) -> list[Path]:
-        """The complete ones, oldest first."""
+        """Return the complete checkpoints, oldest first."""
         return sorted((self.run_directory / "checkpoints").glob("step_*"))
 
     def saved_steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         return [saved_step(folder) for folder in self.checkpoints()]
 
     def stacks(self) -> str:
-        """The stacks of all ranks that are alive."""
+        """Return the stacks of all living ranks."""
         ranks = self.ranks()
         for process in ranks.values():
             with contextlib.suppress(ProcessLookupError):

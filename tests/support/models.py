@@ -1,4 +1,7 @@
-"""The small model of the layout tests, the ways to compute its steps, and its batches. Nothing of Megatron-core."""
+"""Small model of the layout tests, its batches, and the ways to compute its steps.
+
+Knows configurations and batches; does not know Megatron-core, which it never imports.
+"""
 
 import itertools
 from dataclasses import dataclass, field
@@ -14,7 +17,7 @@ CHUNK_SIZE = 16
 ROUTING_SCALE = 8.0  # sharp enough to leave chunks out
 SEQUENCES = 4
 DOCUMENTS = ((5, 37, 60), (128,), (70, 1, 30), (16, 16, 10, 20, 33))
-"""Tokens of the documents in each packed sequence, which they fill when each is padded to whole chunks."""
+"""Tokens of the documents in each packed sequence; padded to whole chunks, they fill it."""
 STEPS_BEFORE_SAVE = 2
 STEPS_AFTER_LOAD = 3
 MODEL = ModelConfig(
@@ -57,7 +60,7 @@ class Batch:
 
 @dataclass
 class Measured:
-    """One rank's part of a step."""
+    """Measurements of a step at one rank."""
 
     ranks: dict[str, int]
     losses: list[float] = field(default_factory=list)
@@ -74,7 +77,7 @@ class Measured:
 
 
 def global_batch(step: int) -> Batch:
-    """[SEQUENCES, SEQUENCE_LENGTH]; what counts in the loss is uneven over sequences and over the sequence."""
+    """Return a batch [SEQUENCES, SEQUENCE_LENGTH] whose loss mask is uneven over sequences and positions."""
     generator = torch.Generator().manual_seed(step)
     shape = (SEQUENCES, SEQUENCE_LENGTH)
     tokens = torch.randint(VOCAB_SIZE, shape, generator=generator)
@@ -87,13 +90,13 @@ def global_batch(step: int) -> Batch:
 
 
 def packed_borders(sequence: int) -> list[int]:
-    """Where the documents of a packed sequence begin, and SEQUENCE_LENGTH."""
+    """Return the first positions of the documents in a packed sequence, and SEQUENCE_LENGTH."""
     chunks = (-(-length // CHUNK_SIZE) for length in DOCUMENTS[sequence])
     return [0, *(CHUNK_SIZE * end for end in itertools.accumulate(chunks))]
 
 
 def packed_batch(step: int) -> list[Batch]:
-    """The sequences of `global_batch` with their borders; padding does not count in the loss."""
+    """Return the sequences of `global_batch` with their borders; padding does not count in the loss."""
     whole = global_batch(step)
     sequences = []
     for index, lengths in enumerate(DOCUMENTS):
@@ -114,7 +117,7 @@ def packed_batch(step: int) -> list[Batch]:
 
 
 def packed_documents_alone(step: int) -> list[Batch]:
-    """Each document of `packed_batch` as a sequence of its own, [1, its length], without padding."""
+    """Return each document of `packed_batch` as a sequence of its own, [1, its length], without padding."""
     documents = []
     for index, batch in enumerate(packed_batch(step)):
         for start, length in zip(packed_borders(index)[:-1], DOCUMENTS[index], strict=True):

@@ -1,4 +1,7 @@
-"""Processes for tests of several ranks: started together, ended together, results by rank."""
+"""Processes for tests of several ranks, started and ended together, with results by rank.
+
+Knows processes and process groups; does not know their jobs.
+"""
 
 import contextlib
 import functools
@@ -22,8 +25,10 @@ import torch.distributed as dist
 
 @functools.cache
 def _context() -> Any:
-    """Select how processes start. A fork of a server that has imported the slow libraries starts in one second instead
-    of ten. CUDA, which those libraries initialise, does not survive a fork: with it, each process starts on its own.
+    """Select how processes start.
+
+    A fork of a server that has imported the slow libraries starts in one second instead of ten. Those libraries
+    initialise CUDA, which does not survive a fork: with CUDA, each process starts by itself.
     """
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
@@ -33,12 +38,12 @@ def _context() -> Any:
 
 
 def backend_for(world_size: int) -> str:
-    """nccl where every rank can have a GPU of its own."""
+    """Return nccl if every rank can have its own GPU, and gloo otherwise."""
     return "nccl" if torch.cuda.device_count() >= world_size else "gloo"
 
 
 def free_port() -> int:
-    """A port of loopback to listen on later: not one of those that the system gives to connections meanwhile."""
+    """Return a free loopback port, outside the range that the system assigns to connections."""
     while True:
         port = random.randrange(21000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -54,10 +59,15 @@ def run_ranks(
     cpu_only: bool = False,
     dying: Collection[int] = (),
 ) -> list[Any]:
-    """Calls "module:function"(*arguments) in `world_size` processes of one group; one alone is left without a group.
+    """Call "module:function"(*arguments) in `world_size` processes of one group; a single process has no group.
 
-    Returns what each rank returned. The first failure, or the time limit in seconds, ends them all. `cpu_only` hides
-    GPUs from the ranks. The death of a rank in `dying` is no failure; its result is None.
+    Args:
+        time_limit: seconds until all ranks are ended; the first failure ends them as well.
+        cpu_only: hide GPUs from the ranks.
+        dying: ranks that may die. Their result is None.
+
+    Returns:
+        The result of each rank.
     """
     port = free_port()
     context = _context()

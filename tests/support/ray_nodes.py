@@ -1,4 +1,7 @@
-"""Fixtures of tests that start Ray clusters of several raylets on this machine."""
+"""Fixtures of tests that start Ray clusters of several raylets on this machine.
+
+Knows folders and processes; does not know clusters.
+"""
 
 import shutil
 import tempfile
@@ -11,7 +14,7 @@ from tests.storm.processes import Family
 
 @pytest.fixture(scope="module")
 def short_folder():
-    """A folder with a path short enough for Ray's sockets, which the usual ones are not."""
+    """Provide a folder whose path is short enough for Ray's sockets."""
     folder = Path(tempfile.mkdtemp(prefix="cl"))
     yield folder
     shutil.rmtree(folder)

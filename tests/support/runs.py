@@ -1,4 +1,7 @@
-"""A model that trains in milliseconds a step, its runs in child processes, and their curves read back."""
+"""Runs of a model with steps of milliseconds, in child processes, and their curves.
+
+Knows configurations, processes and TensorBoard files; does not know the training code.
+"""
 
 import contextlib
 import os
@@ -37,7 +40,7 @@ TINY = {
 
 
 def write_config(folder: Path) -> Path:
-    """The tiny configuration as a file in `folder`, its runs in `folder / "runs"`."""
+    """Write the tiny configuration to `folder`; its runs are in `folder / "runs"`."""
     config = {**TINY, "run": {"name": "tiny", "directory": str(folder / "runs")}}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -45,13 +48,13 @@ def write_config(folder: Path) -> Path:
 
 
 def cpu_environment(changes: dict[str, str]) -> dict[str, str]:
-    """For child processes: runs are compared closely, and do not share GPUs with other tests."""
+    """Return the environment of child processes, without GPUs, since runs are compared closely."""
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", **changes}
 
 
 @contextlib.contextmanager
 def rank_processes(arguments: Sequence[str], world_size: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """`python ARGUMENTS` as every rank of a world; whatever happens, none outlives the context."""
+    """Run `python ARGUMENTS` as every rank of a world, and kill all ranks on exit from the context."""
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -81,7 +84,7 @@ def rank_processes(arguments: Sequence[str], world_size: int) -> Iterator[list[s
 
 
 def run_rank_processes(arguments: Sequence[str], world_size: int, *, seconds: float = 120) -> list[tuple[int, str]]:
-    """(exit status, output) of every rank of `python ARGUMENTS`."""
+    """Return (exit status, output) of every rank of `python ARGUMENTS`."""
     with rank_processes(arguments, world_size) as processes:
         outputs = [process.communicate(timeout=seconds)[0] for process in processes]
         return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
@@ -90,7 +93,7 @@ def run_rank_processes(arguments: Sequence[str], world_size: int, *, seconds: fl
 def run_command(
     command: Sequence[str], environment: dict[str, str], *, seconds: float = 150
 ) -> subprocess.CompletedProcess[str]:
-    """A launcher and all it starts, ended together after `seconds`."""
+    """Run a launcher, and end it with all its children after `seconds`."""
     process = subprocess.Popen(
         command,
         env=cpu_environment(environment),
@@ -109,12 +112,12 @@ def run_command(
 
 
 def read_curves(run_folder: Path) -> EventAccumulator:
-    """The curves of a run, everything that a resume purged left out."""
+    """Return the curves of a run, without steps that a resume purged."""
     curves = EventAccumulator(str(run_folder / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
     curves.Reload()
     return curves
 
 
 def losses(run_folder: Path) -> dict[int, float]:
-    """step -> train/loss."""
+    """Return step -> train/loss."""
     return {event.step: event.value for event in read_curves(run_folder).Scalars("train/loss")}

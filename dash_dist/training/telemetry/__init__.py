@@ -1,4 +1,4 @@
 """Measurements of a run and the TensorBoard files that hold them.
 
-Knows values and curves; does not know when they are due.
+Knows values and curves; does not know the schedule.
 """

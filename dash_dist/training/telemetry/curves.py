@@ -1,7 +1,7 @@
-"""The MetricsWriter of a run whose disk may be full for a while, and whose steps may be undone.
+"""Curves that survive a full disk and follow the run back to an earlier step.
 
-Knows when the writer is opened; does not know what is written. Rank 0 has one: it writes while the others go on, and
-what it cannot write must not end the run.
+Knows when the writer is opened; does not know the values. Rank 0 writes while the others continue, and a failure to
+write must not end the run.
 """
 
 import time
@@ -10,17 +10,17 @@ from pathlib import Path
 
 from dash_dist.training.telemetry.metrics import MetricsWriter
 
-# A writer that failed is opened again after this long, in seconds; each try leaves a small file where it works.
+# Seconds until a failed writer is opened again; each successful attempt leaves a small file.
 _RETRY_SECONDS = 60.0
 
 
 class Curves:
-    """Curves in `directory` from `start_step` on.
+    """Curves in `directory` from `start_step`.
 
     Args:
         start_step: see MetricsWriter.
-        describe: writes what every file of curves begins with.
-        on_failure: told once, in words, when curves stop being written; it may call `write`.
+        describe: writes the beginning of every file of curves.
+        on_failure: called once with a message when curves cannot be written; it may call `write`.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Curves:
         self._failed_at: float | None = None
 
     def write(self, step: int, write: Callable[[MetricsWriter], None]) -> None:
-        """Let `write` write what belongs to `step`, and make it visible; what the disk refuses is lost."""
+        """Call `write` for the values of `step` and make them visible; values that the disk refuses are lost."""
         if self._failed_at is not None and time.monotonic() - self._failed_at < _RETRY_SECONDS:
             return
         try:
@@ -49,7 +49,7 @@ class Curves:
             write(self._writer)
             self._writer.flush()
         except OSError as error:
-            # Its background thread is gone and the end of its file may be torn: not to be used, nor closed, again.
+            # Neither use nor close it again: its thread has ended, and the end of its file may be torn.
             self._writer = None
             is_news, self._failed_at = self._failed_at is None, time.monotonic()
             if is_news:
@@ -59,7 +59,7 @@ class Curves:
         self._last_step = max(self._last_step, step)
 
     def restart(self, step: int) -> None:
-        """Purge what was written beyond `step` steps: they are undone."""
+        """Purge the curves after `step`, whose steps are undone."""
         self.close()
         self._last_step = step
 

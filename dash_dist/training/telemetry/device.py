@@ -1,11 +1,14 @@
-"""Figures of the device a rank runs on: the memory it used, and the published peak of its arithmetic."""
+"""Memory used on a rank's device, and the published peak of its arithmetic.
+
+Knows devices; does not know steps.
+"""
 
 import resource
 import sys
 
 import torch
 
-# Dense bf16 peak in FLOP/s as published by NVIDIA for the SXM form (L40S: PCIe), by a part of the device's name; the
+# Part of the device's name -> dense bf16 peak in FLOP/s, as published by NVIDIA for the SXM form (L40S: PCIe). The
 # first match counts.
 _PEAK_BF16_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
@@ -13,7 +16,7 @@ _GIB = 1 << 30
 
 
 def memory_used(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GiB: on GPU the peaks since the last call, on CPU the largest resident set so far."""
+    """Return name -> GiB of this process: on a GPU the peaks since the last call, on a CPU the largest resident set."""
     if device.type == "cuda":
         used = {
             "allocated_peak_gib": torch.cuda.max_memory_allocated(device) / _GIB,
@@ -26,7 +29,7 @@ def memory_used(device: torch.device) -> dict[str, float]:
 
 
 def peak_bf16_flops(device: torch.device) -> float | None:
-    """Published dense bf16 peak of the device in FLOP/s; None for a CPU and for a GPU that is not listed here."""
+    """Return the published dense bf16 peak of the device in FLOP/s; None for CPUs and unlisted GPUs."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,6 +1,6 @@
-"""The picture of a layer's routing: query chunks down, key chunks across, coloured by the share that was selected.
+"""Heat map of a layer's routing: query chunks down, key chunks across, coloured by the selected share.
 
-Knows maps of counts and colours; does not know where a picture goes.
+Knows maps of counts and colours; does not know the destination of a picture.
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 
 from dash_dist.engine.selection_map import SelectionMap
 
-# Shares below this are drawn like it: one chunk in a thousand is far to the left of what any layer was seen to select.
+# Smaller shares are drawn in this colour: every layer observed so far selects far more than one chunk in a thousand.
 SMALLEST_SHARE = 1e-3
 
 
 def heat_map(layer: SelectionMap, *, sequence_length: int) -> np.ndarray:
-    """uint8 [height, width, 3] of one layer; what lies in the future of the queries stays white."""
+    """Return a picture of one layer, uint8 [height, width, 3]; the future of the queries stays white."""
     share = layer.share.numpy()
     figure = Figure(figsize=(6.4, 5.4), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -38,5 +38,5 @@ def heat_map(layer: SelectionMap, *, sequence_length: int) -> np.ndarray:
 
 
 def _in_words(tokens: float) -> str:
-    """65536 -> 64Ki, 1000 -> 1000: lengths of sequences are multiples of powers of two."""
+    """Return a number of tokens as a label: 65536 -> 64Ki, 1000 -> 1000."""
     return f"{tokens / 1024:g}Ki" if tokens >= 1024 and tokens % 512 == 0 else f"{tokens:g}"

@@ -1,6 +1,6 @@
-"""The curves, pictures and texts of a run in TensorBoard.
+"""Curves, pictures and texts of a run in TensorBoard.
 
-Knows the names of what it writes; does not know how a step computes what it reports. One process of a run writes.
+Knows the names of the curves; does not know how their values are computed. One process of a run writes.
 """
 
 import time
@@ -24,19 +24,19 @@ _LONGEST_WAIT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step.
+    """Measurements of one optimizer step.
 
     Attributes:
         loss: mean over the tokens of the global batch, in nats.
-        tokens: of all global batches so far, this one included, each counted once.
+        tokens: tokens of all global batches so far, including this one, each counted once.
         tokens_per_second_per_gpu: tokens of the global batch / step_seconds / ranks (processes, where there is no GPU).
-        model_tflops_per_gpu: floating-point operations that the model is worth, in 1e12 a second and GPU.
-        mfu: model FLOPs utilisation, a share of the bf16 peak; None where that peak is unknown.
-        skipped_documents: empty and undecodable ones passed over since the start of the run, at all ranks.
+        model_tflops_per_gpu: floating-point operations of the model, in 1e12 per second and GPU.
+        mfu: model FLOPs utilisation, a share of the bf16 peak; None if that peak is unknown.
+        skipped_documents: empty and undecodable documents since the start of the run, at all ranks.
         padding: share of the tokens of this global batch that are padding.
-        memory: name -> GiB, the largest of all ranks.
-        seconds: part of the step (`dashboard.PARTS`) -> mean over the ranks; they add up to the step, and "save".
-        seconds_max: part -> the slowest rank's.
+        memory: name -> GiB, the maximum over the ranks.
+        seconds: part of the step (`curve_names.PARTS`) -> mean over the ranks. All parts but "save" add up to the step.
+        seconds_max: part -> maximum over the ranks.
     """
 
     step: int
@@ -56,10 +56,10 @@ class StepMetrics:
 
 
 class MetricsWriter:
-    """Writes the curves into `directory`.
+    """Writes curves into `directory`.
 
     Args:
-        start_step: steps done before; what a killed run logged beyond them is purged, and the curves go on from there.
+        start_step: steps done before. Curves that a killed run logged after it are purged.
     """
 
     def __init__(self, directory: Path, *, start_step: int) -> None:
@@ -72,13 +72,13 @@ class MetricsWriter:
         code = "\n".join(f"    {line}" for line in config.splitlines())  # a block of code in Markdown
         self._writer.add_text("config", code, self._start_step)
         self._writer.add_custom_scalars(pages)
-        # add_hparams would make a run of its own out of them. The plugin shows the last values of the metrics' curves.
+        # add_hparams would create a separate run. The plugin shows the last values of the metrics' curves.
         experiment, start, _ = hparams(hyperparameters(settings), dict.fromkeys(FINAL_METRICS))
         for summary in (experiment, start):
             self._writer._get_file_writer().add_summary(summary)
 
     def finished(self) -> None:
-        """Mark the run as one that came to its last step."""
+        """Mark the run as finished."""
         _, _, end = hparams({}, {})
         self._writer._get_file_writer().add_summary(end)
 
@@ -103,7 +103,7 @@ class MetricsWriter:
             self._writer.add_scalar(tag, value, metrics.step)
 
     def routing(self, step: int, layers: Collection[LayerRouting]) -> None:
-        """Per layer the density, and a histogram of how many chunks a (token, KV head) pair selected."""
+        """Write, per layer, the density and a histogram of the chunks that a (token, KV head) pair selected."""
         if layers:
             self._writer.add_scalar("routing/mean_density", fmean(layer.density for layer in layers), step)
         for routing in layers:
@@ -124,7 +124,7 @@ class MetricsWriter:
             )
 
     def heat_maps(self, step: int, maps: Iterable[SelectionMap], *, sequence_length: int) -> None:
-        """A picture per layer of which key chunks the query chunks selected."""
+        """Write one heat map per layer of the key chunks that the query chunks selected."""
         from dash_dist.training.telemetry.heat_map import (
             heat_map,  # loads Matplotlib, which the other ranks have no use for
         )
@@ -134,7 +134,7 @@ class MetricsWriter:
             self._writer.add_image(f"routing/heat_map/layer_{layer.layer}", picture, step, dataformats="HWC")
 
     def exchange(self, step: int, statistics: ExchangeStatistics) -> None:
-        """Write the exchange statistics of a step, over all ranks; values that the step lacks are left out."""
+        """Write the exchange statistics of a step over all ranks; missing values are left out."""
         scalars = {
             "cp/planned_gib": statistics.planned_bytes / _GIB,
             "cp/sent_gib": statistics.sent_bytes / _GIB,
@@ -167,15 +167,15 @@ class MetricsWriter:
 def _wait_for_a_later_name(directory: Path) -> None:
     """Return when a new file's name sorts after those of the files in `directory`.
 
-    Readers go through them by name, which begins with the second they were begun in, and take what the last one purges
-    from those before. The clock of another node may be a little ahead.
+    Readers sort files by name, which begins with the second of their creation, and the last one purges steps of the
+    earlier ones. The clock of another node may be slightly ahead.
     """
     begun = [int(name.split(".")[3]) for name in (file.name for file in directory.glob("events.out.tfevents.[0-9]*.*"))]
     time.sleep(min(max(0.0, max(begun, default=0) + 1 - time.time()), _LONGEST_WAIT_SECONDS))
 
 
 def hyperparameters(settings: Mapping[str, object]) -> dict[str, float | str | bool]:
-    """`section.key` -> value of a configuration as a dict: what the hyperparameters plugin can hold, None left out."""
+    """Flatten a configuration to `section.key` -> value, for the hyperparameters plugin; None is left out."""
     flat: dict[str, float | str | bool] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
 """Measurements of a run other than its loss: seconds of a step by part, and heat maps of its routing.
 
-Knows in which steps to measure and how ranks' figures become one; does not know how an engine measures, nor files.
+Knows which steps to measure and how to combine ranks; does not know files or how an engine measures.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ class Telemetry:
     """Telemetry of one run at one rank.
 
     Args:
-        curves: rank 0's; None at the others.
+        curves: the run's curves at rank 0; None at the other ranks.
     """
 
     def __init__(self, config: RunConfig, engine: StepTelemetry, curves: Curves | None) -> None:
@@ -30,13 +30,13 @@ class Telemetry:
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Count the host's time in the body as `part` of the step."""
+        """Count host time spent in this block as `part` of the step."""
         start = time.perf_counter()
         yield
         self._host_seconds[part] += time.perf_counter() - start
 
     def before_step(self, step: int, *, logged: bool) -> None:
-        """Have the engine measure what this step is asked about."""
+        """Switch on the measurements of the engine that are due at this step."""
         at_an_end = step in (1, self._config.training.steps)
         with_map = at_an_end or step % self._config.logging.heat_map_interval == 0
         self._engine.record_seconds = logged
@@ -44,8 +44,9 @@ class Telemetry:
         self._steps += 1
 
     def own_seconds(self) -> dict[str, float]:
-        """Seconds of this rank by part, of the logged step that just ended; "data" and "save" are means over the steps
-        since the last logged one. Local; waits for the device.
+        """Return part -> seconds of this rank, for the logged step that just ended.
+
+        "data" and "save" are means over the steps since the last logged one. Local; waits for the device.
         """
         of_engine = self._engine.seconds_by_part()
         of_host = {part: seconds / self._steps for part, seconds in self._host_seconds.items()}
@@ -54,7 +55,7 @@ class Telemetry:
         return {"data": 0.0, "save": 0.0, **of_host, **of_engine}
 
     def log_heat_maps(self, step: int) -> None:
-        """Write the maps that this step recorded, if any. A collective in the steps that have them."""
+        """Write the heat maps that this step recorded. A collective in steps that record any."""
         if not self._engine.record_selections:
             return
         maps = self._engine.selection_maps()
@@ -65,17 +66,18 @@ class Telemetry:
 
 
 def heat_map_layers(chosen: Sequence[int] | None, num_layers: int) -> list[int]:
-    """The layers that are drawn: the chosen ones, or the first, the middle and the last."""
+    """Return the layers to draw: the chosen ones, or the first, the middle and the last."""
     return sorted({0, num_layers // 2, num_layers - 1}) if chosen is None else list(chosen)
 
 
 def over_ranks(
     seconds: Sequence[Mapping[str, float]], step_seconds: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(mean, maximum) over the ranks of every part, "rest" included, from what every rank knows.
+    """Return (mean, maximum) over the ranks as part -> seconds, with "rest" for the unmeasured time.
 
     Args:
-        step_seconds: of rank 0, which is the last to begin a step: it writes what the one before has logged.
+        seconds: part -> seconds of each rank.
+        step_seconds: step time of rank 0, which starts a step last because it writes the log of the previous one.
     """
     parts = list(dict.fromkeys(part for of_rank in seconds for part in of_rank))
     by_part = {part: [of_rank.get(part, 0.0) for of_rank in seconds] for part in parts}

@@ -1,11 +1,11 @@
 """Hook of the storm inside the ranks, loaded by PYTHONPATH in every Python process of the cluster.
 
-Wraps `MegatronEngine.train_step` when the engine is imported: steps take a given time, poisoned sequences turn the loss
-into NaN, and every step is recorded with its loss. The code of the run knows nothing of it.
+Knows the engine, whose `train_step` it wraps on import; does not know the run, which has no code for the hook. Steps
+take a minimum time, poisoned sequences turn the loss into NaN, and every step is recorded with its loss.
 
     $DASH_STORM       a file: {"folder": F, "step_seconds": ..., "poisoned": [CRC-32 of the tokens of a sequence, ...]}
     F/PID.jsonl       {"rank", "world_size", "step", "loss", "skipped", "time"} of every step done
-    F/PID.stacks      of all threads, written at SIGUSR2
+    F/PID.stacks      stacks of all threads, written at SIGUSR2
 """
 
 import faulthandler
@@ -27,7 +27,7 @@ _ENGINE = "dash_dist.megatron.engine"
 
 
 class _EngineFinder(importlib.abc.MetaPathFinder):
-    """Finds the engine's module where it is, and wraps its class once it is loaded."""
+    """Finds the engine's module, and wraps its class once it is loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -92,7 +92,7 @@ def _log(folder: Path) -> TextIO:
 
 
 def crc(tokens: Any) -> int:
-    """CRC-32 of a sequence of token ids, as 64-bit numbers."""
+    """Return the CRC-32 of a sequence of token ids, as 64-bit numbers."""
     return zlib.crc32(tokens.to("cpu", copy=True).long().numpy().tobytes())
 
 
