@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from dash_dist.context_parallel import cost
 from dash_dist.context_parallel.allgather import AllGather
 from dash_dist.context_parallel.exchange import Exchange
 from dash_dist.context_parallel.plan import Plan, make_plan
 from dash_dist.context_parallel.ring import Ring
 from dash_dist.context_parallel.selective import Selective
 from dash_dist.context_parallel.shard import Shard
-from dash_dist.context_parallel.topology import Topology
+from dash_dist.cost_model.exchange import MEMORY_BUDGET, cheapest, predict
+from dash_dist.cost_model.links import Links
+from dash_dist.cost_model.topology import Topology
 from dash_kernels.spec import accumulation_dtype
 
 
@@ -34,7 +35,7 @@ def planned_exchange(
     """
     plan = make_plan(reached, shard, topology)
     if name == "auto":
-        costs = cost.predict(
+        costs = predict(
             plan.busiest,
             topology,
             blocks_per_rank=reached.shape[0] * reached.shape[1] * shard.chunks_per_rank,
@@ -44,7 +45,7 @@ def planned_exchange(
             group=group,
             planned=True,
         )
-        other = static_exchange(cost.cheapest(costs, cost.Links(), cost.MEMORY_BUDGET), shard, topology, plan)
+        other = static_exchange(cheapest(costs, Links(), MEMORY_BUDGET), shard, topology, plan)
         if other is not None:
             return other
     return Selective(shard, plan)

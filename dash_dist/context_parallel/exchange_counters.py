@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from dash_dist.context_parallel.plan import Plan
-from dash_dist.context_parallel.topology import Topology
 from dash_dist.context_parallel.transfer import Timing
+from dash_dist.cost_model.topology import Topology
 
 
 @dataclass(frozen=True)

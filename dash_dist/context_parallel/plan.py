@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dash_dist.context_parallel.cost import Busiest
 from dash_dist.context_parallel.errors import exchange_errors
 from dash_dist.context_parallel.shard import Shard
-from dash_dist.context_parallel.topology import Topology
+from dash_dist.cost_model.exchange import Busiest
+from dash_dist.cost_model.topology import Topology
 from dash_kernels.chunks import ChunkGrid
 
 PLANNING = "the plan of the exchange"

@@ -15,8 +15,8 @@ from dash_dist.context_parallel.errors import exchange_errors
 from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.plan import Plan
 from dash_dist.context_parallel.shard import Shard
-from dash_dist.context_parallel.topology import Topology
 from dash_dist.context_parallel.transfer import Steps, Transfer
+from dash_dist.cost_model.topology import Topology
 from dash_kernels.spec import Part
 
 KEYS_AND_VALUES, GRADIENTS = 0, 1  # tags: messages of both kinds travel at the same time

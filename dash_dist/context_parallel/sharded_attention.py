@@ -24,7 +24,8 @@ from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.layout import check_layout, pieces_of
 from dash_dist.context_parallel.recompute import ForwardMemory, RoutedPass
 from dash_dist.context_parallel.shard import Shard
-from dash_dist.context_parallel.topology import Topology
+from dash_dist.context_parallel.topology import find_topology
+from dash_dist.cost_model.topology import Topology
 from dash_kernels import dash_attention as dash_attention_one_device
 from dash_kernels.arguments import check_tensors, sequence_chunks
 from dash_kernels.attention import without_autocast
@@ -127,7 +128,7 @@ def dash_attention(
     call_of_rank = (*shapes, ("dtype", str(q.dtype)), *how.items())
     checked, stages, shard = check_together(check, call_of_rank, cp_group, once=q.is_cuda)
     recomputed = memory.recall() if memory is not None and torch.is_grad_enabled() else None
-    topology = Topology.of(cp_group, ranks_per_node)
+    topology = find_topology(cp_group, ranks_per_node)
     call = _Call(shard, checked, stages, exchange, topology, traffic or Traffic(), recomputed)
     passes: list[RoutedPass] = []  # autograd functions return only tensors
     out, selected = _ContextParallelAttention.apply(q, k, v, summary_query, call, passes)

@@ -1,11 +1,13 @@
-"""GPUs and links: published peaks, and what of them was measured to be reached.
+"""GPUs and machines: published peaks, and the links between GPUs from `dash_dist.cost_model.links`.
 
-Knows rates; does not know what is computed. The one table of the planner's machine constants.
+Knows rates; does not know what is computed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from dash_dist.cost_model.links import LATENCY, NETWORK_RATE, NVLINK_PUBLISHED, NVLINK_SHARE, Links
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Gpu:
         flops: dense bfloat16 peak, FLOP/s, published.
         bandwidth: of its memory, bytes/s, published.
         memory: GiB that `torch.cuda` reports, measured; of a GPU that was not, 99 % of what it is sold with.
-        nvlink: bytes/s that one GPU sends to the others of its node, see `NVLINK_SHARE`.
+        nvlink: bytes/s that one GPU sends to the others of its node, `NVLINK_SHARE` of the published rate.
         attention_time: of the DashAttention kernels, relative to an H200, where they were tuned and measured; of GPUs
             on which they were not measured, the ratio of the peaks.
         measured: the kernels were measured on it (docs/results).
@@ -32,19 +34,15 @@ class Gpu:
     measured: bool
 
 
-NVLINK_SHARE = 0.71
-"""Of NVLink's published rate per direction: 320 of 450 GB/s, an all-to-all of two H200 with NCCL's default blocks
-(docs/context-parallelism.md: 317 to 324 GB/s)."""
-
 # Peaks: NVIDIA's data sheets of the SXM form (H100, H200, A100 80GB, B200: HGX B200), dense, without sparsity.
 GPUS = {
     gpu.name: gpu
     for gpu in (
         # attention_time: rows of h100_64k.json over those of h200_64k.json, stage 3 forward.
-        Gpu("H100", 989e12, 3.35e12, 79.2, NVLINK_SHARE * 450e9, 1.02, measured=True),
-        Gpu("H200", 989e12, 4.8e12, 139.8, NVLINK_SHARE * 450e9, 1.0, measured=True),
-        Gpu("A100", 312e12, 2.039e12, 79.2, NVLINK_SHARE * 300e9, 989 / 312, measured=False),
-        Gpu("B200", 2250e12, 8.0e12, 178.0, NVLINK_SHARE * 900e9, 989 / 2250, measured=False),
+        Gpu("H100", 989e12, 3.35e12, 79.2, NVLINK_SHARE * NVLINK_PUBLISHED["H100"], 1.02, measured=True),
+        Gpu("H200", 989e12, 4.8e12, 139.8, NVLINK_SHARE * NVLINK_PUBLISHED["H200"], 1.0, measured=True),
+        Gpu("A100", 312e12, 2.039e12, 79.2, NVLINK_SHARE * NVLINK_PUBLISHED["A100"], 989 / 312, measured=False),
+        Gpu("B200", 2250e12, 8.0e12, 178.0, NVLINK_SHARE * NVLINK_PUBLISHED["B200"], 989 / 2250, measured=False),
     )
 }
 
@@ -57,8 +55,7 @@ class Machine:
         gpus: of the whole run.
         gpus_per_node: GPUs with NVLink between them.
         memory: bytes of one GPU.
-        network: bytes/s that one GPU sends to other nodes: 80 % of a 400 Gb/s adapter for each GPU, as
-            `dash_dist.context_parallel.cost.Links` assumes.
+        network: bytes/s that one GPU sends to other nodes.
         latency: seconds of starting a collective.
     """
 
@@ -66,8 +63,12 @@ class Machine:
     gpus: int
     gpus_per_node: int
     memory: float
-    network: float = 40e9
-    latency: float = 20e-6
+    network: float = NETWORK_RATE
+    latency: float = LATENCY
+
+    @property
+    def links(self) -> Links:
+        return Links(self.latency, self.gpu.nvlink, self.network, self.gpu.bandwidth)
 
     def ranks_per_node(self, size: int, stride: int) -> int:
         """Return the number of ranks that share a node, in a group of `size` ranks that lie `stride` apart."""

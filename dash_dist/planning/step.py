@@ -14,9 +14,9 @@ launch it. In the code as it is,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dash_dist.cost_model.exchange import exposed
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.attention_time import AttentionTime
 from dash_dist.planning.hardware import Machine
@@ -80,11 +80,6 @@ class StepTime:
         return StepTime(*(mine * times for mine in vars(self).values()))
 
 
-def exposed(transfers: Sequence[float], beside: Sequence[float]) -> float:
-    """Return the part of each transfer that its concurrent computation does not hide."""
-    return sum(max(0.0, transfer - hides) for transfer, hides in zip(transfers, beside, strict=True))
-
-
 @dataclass(frozen=True)
 class Pace:
     """Rates of a rank."""
@@ -104,11 +99,7 @@ class Pace:
         return seconds * self.machine.gpu.attention_time * self.assumptions.attention_factor
 
     def send(self, size: Bytes, messages: int = 1) -> float:
-        return (
-            size.nvlink / self.machine.gpu.nvlink
-            + size.network / self.machine.network
-            + messages * self.machine.latency
-        )
+        return self.machine.links.seconds(size.nvlink, size.network, messages=messages)
 
     def reduce(self, size: Bytes) -> float:
         """A ring over all links at once: the slower kind is what it takes."""

@@ -1,16 +1,17 @@
 """Bytes that one rank sends in a step, by what they are for and by link, and how K and V travel.
 
-Knows groups of ranks and Megatron-core's collectives. Does not know seconds, but for the choice of an exchange, which
-is that of `dash_dist.context_parallel.cost`.
+Knows groups of ranks and Megatron-core's collectives. Does not know seconds: `dash_dist.cost_model`
+chooses the exchange.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from dash_dist.context_parallel import cost
-from dash_dist.context_parallel.cost import Busiest
-from dash_dist.context_parallel.topology import Topology
+from dash_dist.cost_model.exchange import MEMORY_BUDGET, cheapest, expected_busiest, forward_share, predict
+from dash_dist.cost_model.links import Links
+from dash_dist.cost_model.topology import Topology
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout, Sizes
@@ -60,35 +61,17 @@ class ExchangePlan:
 NO_EXCHANGE = ExchangePlan("none", Bytes(), Bytes(), Bytes(), 0, 0.0, 0.0, 0.0)
 
 
-def expected_busiest(sizes: Sizes, topology: Topology, assumptions: Assumptions) -> Busiest:
-    """Predict the busiest rank of a selective exchange's plan.
-
-    The busiest rank holds the last tokens of the sequence, or sends what they need: of all blocks, the (P - 1) / P of
-    other ranks at most. In two levels a block crosses to a node once for all its ranks, which share the fetching.
-    """
-    ranks, node = topology.size, topology.ranks_per_node
-    blocks = sizes.batch * sizes.kv_heads * sizes.chunks
-    piece = sizes.shard / 2  # the late one of a rank's two in the zigzag layout
-    received = shard_coverage(piece, assumptions) * blocks * (ranks - 1) / ranks
-    if topology.nodes == 1:
-        return Busiest(fast=round(received), slow=0, held=round(received))
-    elsewhere = (ranks - node) / ranks
-    if not topology.is_two_level:
-        return Busiest(fast=0, slow=round(received), held=round(received))
-    slow = shard_coverage(piece * node, assumptions) * blocks * elsewhere / node
-    # What the network brought to the rank of a node's column goes on to those that need it.
-    return Busiest(fast=round(received), slow=round(slow), held=round(received + slow))
-
-
 def plan_exchange(sizes: Sizes, layout: Layout, machine: Machine, assumptions: Assumptions) -> ExchangePlan:
     """The exchange that a layer would use: the layout's, or with "auto" the one that the run's rule would choose."""
     if layout.context == 1:
         return NO_EXCHANGE
     topology = cp_topology(layout, machine)
-    busiest = expected_busiest(sizes, topology, assumptions)
-    blocks_per_rank = sizes.batch * sizes.kv_heads * sizes.chunks // layout.context
+    blocks = sizes.batch * sizes.kv_heads * sizes.chunks
+    late_piece = sizes.shard / 2  # of a rank's two in the zigzag layout
+    busiest = expected_busiest(blocks, late_piece, topology, partial(shard_coverage, assumptions=assumptions))
+    blocks_per_rank = blocks // layout.context
     block_size = 2 * sizes.chunk_size * sizes.head_dim
-    costs = cost.predict(
+    costs = predict(
         busiest,
         topology,
         blocks_per_rank=blocks_per_rank,
@@ -100,12 +83,12 @@ def plan_exchange(sizes: Sizes, layout: Layout, machine: Machine, assumptions: A
     )
     name = layout.exchange
     if name == "auto":
-        name = cost.cheapest(costs, cost.Links(), cost.MEMORY_BUDGET)
+        name = cheapest(costs, Links(), MEMORY_BUDGET)
     chosen = costs[name]
     both = Bytes(chosen.fast_bytes, chosen.slow_bytes)
-    forward = forward_share(name, layout.context)
+    forward = forward_share(name, layout.context, BF16, FP32)
     shard_summaries = sizes.batch * sizes.chunks / layout.context * sizes.kv * FP32
-    blocks = blocks_per_rank * (layout.context - 1)
+    remote = blocks_per_rank * (layout.context - 1)
     return ExchangePlan(
         name=name,
         forward=both * forward,
@@ -113,16 +96,9 @@ def plan_exchange(sizes: Sizes, layout: Layout, machine: Machine, assumptions: A
         summaries=gather(shard_summaries, topology),
         messages=chosen.messages,
         merged=chosen.merged_bytes,
-        received={"selective": busiest.held, "allgather": blocks + blocks_per_rank, "ring": blocks_per_rank}[name],
-        coverage=busiest.held / blocks if blocks else 0.0,
+        received={"selective": busiest.held, "allgather": remote + blocks_per_rank, "ring": blocks_per_rank}[name],
+        coverage=busiest.held / remote if remote else 0.0,
     )
-
-
-def forward_share(exchange: str, ranks: int) -> float:
-    """Return the share of an exchange's bytes that the forward pass sends."""
-    if exchange == "ring":
-        return (ranks - 1) * BF16 / (3 * (ranks - 1) * BF16 + ranks * FP32)
-    return BF16 / (2 * BF16 + FP32)
 
 
 def cp_topology(layout: Layout, machine: Machine) -> Topology:

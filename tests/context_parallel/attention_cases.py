@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dash_dist import dash_attention, join_sequence, split_sequence
 from dash_dist.context_parallel.layout import shard_chunks
-from dash_dist.context_parallel.topology import Topology
+from dash_dist.cost_model.topology import Topology
 from dash_kernels import dash_attention as dash_attention_one_device
 from dash_kernels.chunks import ChunkGrid
 

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 
 from dash_dist import DashAttention, join_sequence, shard_positions, split_sequence
-from dash_dist.context_parallel import blocks, choice, cost
+from dash_dist.context_parallel import blocks, choice
 from dash_dist.context_parallel.exchange_counters import Traffic
-from dash_dist.context_parallel.topology import Topology
+from dash_dist.cost_model.exchange import MEMORY_BUDGET, cheapest, predict
+from dash_dist.cost_model.links import Links
+from dash_dist.cost_model.topology import Topology
 from dash_kernels import dash_attention as dash_attention_one_device
 from tests.context_parallel.attention_cases import (
     CHUNK,
@@ -203,7 +205,7 @@ def automatic_choices() -> dict[str, list[str]]:
     inputs = same_inputs(4 * size)
     shun(inputs, slice(1, None, 2))  # every other chunk is needed
     alone = same_inputs(4 * size, batch=1, bounds=tuple(range(4 * size + 1)))
-    links, budget = cost.Links, cost.MEMORY_BUDGET
+    links, budget = Links, MEMORY_BUDGET
     constants: dict[str, tuple[Any, int, Inputs, int]] = {
         "default": (links, budget, inputs, size),
         "bandwidth is scarce": (partial(links, fast_bandwidth=1.0), budget, inputs, size),
@@ -215,8 +217,8 @@ def automatic_choices() -> dict[str, list[str]]:
     for name, (chosen_links, chosen_budget, given, ranks_per_node) in constants.items():
         traffic = Traffic()
         with (
-            replaced(cost, "Links", chosen_links),
-            replaced(cost, "MEMORY_BUDGET", chosen_budget),
+            replaced(choice, "Links", chosen_links),
+            replaced(choice, "MEMORY_BUDGET", chosen_budget),
             recorded(choice, "make_plan") as plans,
         ):
             for layout in LAYOUTS:
@@ -228,7 +230,7 @@ def automatic_choices() -> dict[str, list[str]]:
         for _, plan in plans:
             heads, chunks = given.k.shape[2], given.k.shape[0] * 4
             size_of_a_block = 2 * CHUNK * HEAD_DIM
-            costs = cost.predict(
+            costs = predict(
                 plan.busiest,
                 Topology(size, ranks_per_node),
                 blocks_per_rank=heads * chunks,
@@ -238,7 +240,7 @@ def automatic_choices() -> dict[str, list[str]]:
                 group=4,
                 planned=True,
             )
-            expected.append(cost.cheapest(costs, chosen_links(), chosen_budget))
+            expected.append(cheapest(costs, chosen_links(), chosen_budget))
         assert sorted(set(names)) == sorted(set(expected)), (names, expected)
         found[name] = names
     return found

@@ -16,7 +16,8 @@ from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.context_parallel.plan import Plan, make_plan
 from dash_dist.context_parallel.selective import fetch, send_home
 from dash_dist.context_parallel.shard import Shard
-from dash_dist.context_parallel.topology import Topology
+from dash_dist.context_parallel.topology import find_topology
+from dash_dist.cost_model.topology import Topology
 from dash_kernels.chunks import ChunkGrid
 from tests.context_parallel.attention_cases import counted, device
 
@@ -130,7 +131,7 @@ def exchanges() -> list[str]:
     found = []
     divisors = [count for count in range(1, size + 1) if size % count == 0]
     for kind, layout, ranks_per_node in itertools.product(KINDS, ("zigzag", "contiguous"), divisors):
-        wrong = one_exchange(kind, layout, Topology.of(dist.group.WORLD, ranks_per_node), generator)
+        wrong = one_exchange(kind, layout, find_topology(dist.group.WORLD, ranks_per_node), generator)
         found += [f"{kind}, {layout}, {ranks_per_node} ranks per node: {what}" for what in wrong]
     return found
 
@@ -213,7 +214,7 @@ def one_rank_alone() -> dict[str, Any]:
     """A group of one: nothing travels, and the own gradient is what it was."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     shard = shard_of(groups[dist.get_rank()], "zigzag")
-    topology = Topology.of(shard.group)
+    topology = find_topology(shard.group)
     with pytest.raises(ValueError, match="reached has 5 chunks, but 1 ranks hold 4 each"):
         make_plan(torch.ones(1, HEADS, 5, dtype=torch.bool), shard, topology)
     plan = make_plan(torch.ones(1, HEADS, CHUNKS_PER_RANK, dtype=torch.bool), shard, topology)
@@ -227,8 +228,8 @@ def one_rank_alone() -> dict[str, Any]:
 
 def topology_by_host_name() -> list[Any]:
     """All ranks are on this machine."""
-    found = Topology.of(dist.group.WORLD)
-    return [found.ranks_per_node, found.is_two_level, Topology.of(dist.group.WORLD) is found]
+    found = find_topology(dist.group.WORLD)
+    return [found.ranks_per_node, found.is_two_level, find_topology(dist.group.WORLD) is found]
 
 
 def timing_of_a_transfer() -> list[float]:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_dist import DashAttention, split_sequence
 from dash_dist.context_parallel.exchange_counters import TrafficSummary
-from dash_dist.context_parallel.topology import Topology
+from dash_dist.cost_model.topology import Topology
 from tests.context_parallel.attention_cases import (
     HEAD_DIM,
     SETTINGS,

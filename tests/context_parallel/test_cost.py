@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dash_dist.context_parallel.cost import Cost, Links, cheapest, predict
-from dash_dist.context_parallel.plan import Busiest
-from dash_dist.context_parallel.topology import Topology
+from dash_dist.cost_model.exchange import Busiest, Cost, cheapest, predict
+from dash_dist.cost_model.links import Links
+from dash_dist.cost_model.topology import Topology
 
 LINKS = Links()
 BLOCKS = 8 * 1024  # of a rank: 8 KV heads, 64K tokens

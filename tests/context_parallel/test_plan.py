@@ -10,8 +10,9 @@ from dash_dist.context_parallel import blocks
 from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.layout import shard_chunks
 from dash_dist.context_parallel.plan import reachable_chunks
-from dash_dist.context_parallel.topology import Topology, _ranks_per_node
+from dash_dist.context_parallel.topology import _ranks_per_node
 from dash_dist.context_parallel.transfer import Timing
+from dash_dist.cost_model.topology import Topology
 from dash_kernels.chunks import ChunkGrid
 from tests.support.ranks import backend_for, run_ranks
 

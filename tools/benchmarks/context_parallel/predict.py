@@ -11,9 +11,11 @@ per (query head, summary) pair; both from the row with the longest sequence. own
 rank's own shard, 1 / P of it. 3 travel: K and V again, and their gradients in float32. coverage(m): the share of all
 chunks that m neighbouring tokens select between them.
 
-Between nodes of NODE ranks there is a second, slower link. Flat, a rank fetches what lies in other nodes over it. In
-two levels a block crosses it once for all ranks of a node, each of which brings 1 / NODE of what the node needs, and
-then goes on over the fast link: the two times are added.
+Between nodes of NODE ranks there is a second, slower link. Flat, a rank fetches the blocks of other nodes over it. In
+two levels a block crosses it once for all ranks of a node, which share the fetching, and then travels over the fast
+link: the two times are added. `dash_dist.cost_model` counts the blocks and the seconds.
+
+Knows results files and the cost model; does not know how the rows were measured.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ import bisect
 import math
 from dataclasses import dataclass
 
+from dash_dist.cost_model.exchange import expected_busiest, forward_share
+from dash_dist.cost_model.exchange import exposed as unhidden
+from dash_dist.cost_model.links import ADAPTER_PUBLISHED, Links
+from dash_dist.cost_model.topology import Topology
 from tools.benchmarks.common.inputs import DTYPES, Case
 from tools.benchmarks.common.markdown import number, table
 from tools.benchmarks.context_parallel.results import ExchangeRow, Results
@@ -29,7 +35,7 @@ from tools.benchmarks.context_parallel.results import ExchangeRow, Results
 DEFAULT_RANKS = (8, 16, 32, 64, 128, 256, 512)
 DEFAULT_SEQ_LENS = (2**20, 2**22, 2**24)
 NODE = 8  # ranks with fast links between them
-NETWORK = 50.0  # GB/s per GPU between nodes: 400 Gbit/s
+NETWORK = ADAPTER_PUBLISHED / 1e9  # GB/s per GPU between nodes
 GRADIENT_BYTES = 4  # float32
 # Neighbouring tokens that select alike, where coverage was not measured: the correlation length of the "smooth" inputs.
 ALIKE = 100
@@ -109,40 +115,43 @@ def constants_of(row: ExchangeRow, link: float) -> Constants:
 
 
 def predict(constants: Constants, ranks: int, seq_len: int, network: float = NETWORK) -> Prediction:
-    """See the module's docstring. network: GB/s per GPU between nodes."""
+    """Predict one layer as the module's docstring states. network: GB/s per GPU between nodes.
+
+    Nodes hold the largest number of ranks that divides both `ranks` and NODE.
+    """
     case = constants.case
     pairs = seq_len * (seq_len // case.chunk_size + 1) / 2 / ranks  # (token, chunk) of a rank
     attention = constants.pair_ns * constants.density * case.kv_heads * pairs * constants.imbalance / 1e6
     routing = constants.routing_ns * case.query_heads * pairs / 1e6
     tokens = seq_len / (2 * ranks)  # of the rank's late piece, which can reach nearly every chunk
-    coverage = constants.coverage_of(tokens)
+    blocks = case.kv_heads * seq_len / case.chunk_size
     item = DTYPES[case.dtype].itemsize
-    kv_bytes = 2 * seq_len * case.kv_heads * case.head_dim * item
-    summary_bytes = seq_len // case.chunk_size * case.kv_heads * case.head_dim * 4 * (ranks - 1) / ranks
-    passes = (1.0, 1.0 + GRADIENT_BYTES / item)  # times K and V travel, forward and backward
+    summary_bytes = blocks * case.head_dim * 4 * (ranks - 1) / ranks
+    forward = forward_share("selective", ranks, item, GRADIENT_BYTES)
+    block_bytes = 2 * case.chunk_size * case.head_dim * (2 * item + GRADIENT_BYTES)  # in both passes
     own = [attention * share / ranks for share in (constants.forward_share, 1 - constants.forward_share)]
+    links = Links(0.0, constants.link * 1e9, network * 1e9)
 
-    def exposed(bytes_once: float, link: float, then: float = 0.0) -> float:
-        """bytes_once over a link, followed by what takes `then` ms, in both passes."""
-        times = [times_kv * (bytes_once / link / 1e6 + then) for times_kv in passes]
-        hidden = sum(max(0.0, time - beside) for time, beside in zip(times, own, strict=True))
-        return hidden + 2 * summary_bytes / link / 1e6
+    def exposed(fast: float, slow: float) -> float:
+        """Milliseconds that nothing hides of so many blocks by link, and of the summaries over the slower one."""
+        travel = links.seconds(fast * block_bytes, slow * block_bytes) * 1e3
+        summaries = links.seconds(*((0.0, summary_bytes) if slow else (summary_bytes, 0.0))) * 1e3
+        return unhidden([travel * forward, travel * (1 - forward)], own) + 2 * summaries
 
-    travel = coverage * kv_bytes * (ranks - 1) / ranks
-    fast = exposed(travel, constants.link)
-    elsewhere = max(ranks - NODE, 0) / ranks  # share of the chunks in other nodes
-    if not elsewhere:
-        return Prediction(ranks, seq_len, coverage, routing, attention + routing, fast, fast, fast)
-    per_rail = constants.coverage_of(tokens * NODE) * kv_bytes * elsewhere / NODE
+    node = math.gcd(ranks, NODE)
+    one_domain = expected_busiest(blocks, tokens, Topology(ranks, ranks), constants.coverage_of)
+    fast = exposed(one_domain.fast, 0)
+    two_level = expected_busiest(blocks, tokens, Topology(ranks, node), constants.coverage_of)
+    coverage = constants.coverage_of(tokens)
     return Prediction(
         ranks,
         seq_len,
         coverage,
         routing,
         attention + routing,
-        fast,
-        exposed(coverage * kv_bytes * elsewhere, network),
-        exposed(per_rail, network, travel / constants.link / 1e6),
+        exposed_fast=fast,
+        exposed_flat=exposed(0, coverage * blocks * (ranks - node) / ranks) if ranks > node else fast,
+        exposed_two_level=exposed(two_level.fast, two_level.slow),
     )
 
 

@@ -1,19 +1,21 @@
 """Predicted cost of an exchange: `exchange="auto"` takes the cheapest one that fits in memory.
 
-Knows byte counts and links; does not know tensors, nor import torch. One line (`Cost.seconds`) holds the model:
+Knows byte counts and links; does not know tensors, nor import torch. One line (`Links.seconds`) holds the model:
 
     seconds = messages x latency + fast bytes / fast bandwidth + slow bytes / slow bandwidth + merged / memory bandwidth
 
 for the busiest rank, over the forward and the backward pass: K and V travel in both, their gradients in the second.
-What computation hides of it is not subtracted, for any exchange: all hide alike. All inputs are equal at every rank of
-the group, so that the choice is, too.
+The choice compares whole transfers; planner and benchmarks subtract the hidden part by `exposed`. All inputs are equal
+at every rank of the group, so the choice is, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dash_dist.context_parallel.topology import Topology
+from dash_dist.cost_model.links import Links
+from dash_dist.cost_model.topology import Topology
 
 MEMORY_BUDGET = 8 * 2**30
 """Bytes that "auto" lets K, V and gradients of other ranks take: a constant, since all ranks must decide alike."""
@@ -21,8 +23,10 @@ MEMORY_BUDGET = 8 * 2**30
 
 @dataclass(frozen=True)
 class Busiest:
-    """Over the ranks of the group, and equal at all of them: the most blocks that one rank sends, or receives, over
-    links of a kind, and that it holds at once of what it received.
+    """Largest number of blocks of any rank of the group; equal at all ranks.
+
+    fast, slow: blocks that one rank sends, or receives, over links within its node, and to other nodes
+    held:       received blocks that one rank holds at once
     """
 
     fast: int
@@ -30,21 +34,27 @@ class Busiest:
     held: int
 
 
-@dataclass(frozen=True)
-class Links:
-    """Rates of the links, per rank and direction. The defaults stand for Hopper GPUs on NVLink (two H200 exchanged 324
-    GB/s each way in an all-to-all, see docs/results), and a 400 Gb/s network adapter for each.
+def expected_busiest(blocks: float, tokens: float, topology: Topology, coverage: Callable[[float], float]) -> Busiest:
+    """Predict the busiest rank of a selective exchange's plan.
 
-    latency:          seconds from issuing a collective, or a step of the ring, to its first byte
-    fast_bandwidth:   bytes/s that a rank sends within its node in an all-to-all
-    slow_bandwidth:   bytes/s that a rank sends to other nodes
-    memory_bandwidth: bytes/s of reads and writes of a copy
+    The busiest rank holds the last tokens of the sequence, or sends the blocks that they need: of all blocks, the
+    (P - 1) / P of other ranks at most. In two levels a block crosses to a node once for all its ranks, which share the
+    fetching.
+
+    Args:
+        blocks: blocks of the whole sequence.
+        tokens: tokens of the late piece of a rank's shard, T / 2P in the zigzag layout.
+        coverage: share of the chunks of other ranks that so many neighbouring tokens select.
     """
-
-    latency: float = 20e-6
-    fast_bandwidth: float = 300e9
-    slow_bandwidth: float = 40e9
-    memory_bandwidth: float = 1.5e12
+    ranks, node = topology.size, topology.ranks_per_node
+    received = coverage(tokens) * blocks * (ranks - 1) / ranks
+    if topology.nodes == 1:
+        return Busiest(fast=round(received), slow=0, held=round(received))
+    if not topology.is_two_level:
+        return Busiest(fast=0, slow=round(received), held=round(received))
+    slow = coverage(tokens * node) * blocks * ((ranks - node) / ranks) / node
+    # A rank forwards blocks that came over the network to those ranks of its node that need them.
+    return Busiest(fast=round(received), slow=round(slow), held=round(received + slow))
 
 
 @dataclass(frozen=True)
@@ -65,12 +75,7 @@ class Cost:
     held_bytes: int
 
     def seconds(self, links: Links) -> float:
-        return (
-            self.messages * links.latency
-            + self.fast_bytes / links.fast_bandwidth
-            + self.slow_bytes / links.slow_bandwidth
-            + self.merged_bytes / links.memory_bandwidth
-        )
+        return links.seconds(self.fast_bytes, self.slow_bytes, messages=self.messages, merged=self.merged_bytes)
 
 
 def predict(
@@ -141,3 +146,16 @@ def cheapest(costs: dict[str, Cost], links: Links, memory_budget: int) -> str:
     """
     allowed = [name for name, cost in costs.items() if name == "ring" or cost.held_bytes <= memory_budget]
     return min(allowed, key=lambda name: costs[name].seconds(links))
+
+
+def forward_share(exchange: str, ranks: int, element_size: int, gradient_element_size: int) -> float:
+    """Return the share of an exchange's bytes that the forward pass sends."""
+    if exchange == "ring":
+        rounds = (ranks - 1) * element_size
+        return rounds / (3 * rounds + ranks * gradient_element_size)
+    return element_size / (2 * element_size + gradient_element_size)
+
+
+def exposed(transfers: Sequence[float], beside: Sequence[float]) -> float:
+    """Return the part of each transfer that its concurrent computation does not hide, summed."""
+    return sum(max(0.0, transfer - hides) for transfer, hides in zip(transfers, beside, strict=True))
