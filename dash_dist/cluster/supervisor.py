@@ -11,17 +11,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from dash_dist.checkpoints.folders import step_of, visible_checkpoints
 from dash_dist.cluster.capacity import model_ranks, usable_workers
+from dash_dist.cluster.failures import FailureLog
 from dash_dist.cluster.group import AttemptFailed, NodeLost
 from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.rank import Ended, Job, News
 from dash_dist.cluster.retries import Retries
 from dash_dist.config.run import RunConfig
 from dash_dist.errors import RunError
-from dash_dist.run.events import EventLog
 from dash_dist.run.messages import ProgressReporter, RunSummary
 from dash_dist.run.requests import Asked, Request
 
@@ -121,14 +120,15 @@ class Supervisor:
         self._console = console
         self._stop_requested = stop_requested
         self._clock = clock
-        self._run_directory = directory / config.run.path
-        if config.run.resume == "never" and not self._saved_step():
+        self._log = FailureLog(directory / config.run.path, console.note)
+        saved_step = self._log.saved_step()
+        if config.run.resume == "never" and not saved_step:
             # What is there later is this run's own: an attempt after the first must go on from it.
             config = config.going_on()
         self._job = Job(config=config, directory=str(directory), join_seconds=limits.start_timeout_seconds)
         self._asked_for_nodes = False
         self._fewest = limits.min_workers or model_ranks(config)
-        self._retries = Retries(limits.max_failures, saved_step=self._saved_step())
+        self._retries = Retries(limits.max_failures, saved_step=saved_step)
         self._trained = False
 
     def run(self) -> RunSummary | None:
@@ -143,21 +143,26 @@ class Supervisor:
             while True:
                 workers = self._wait_for_room(wanted)
                 if previous not in (0, workers):
-                    self._resized(previous, workers)
+                    resized = f"{workers} workers instead of {previous}, with the same global batch"
+                    self._console.note(resized)
+                    self._log.record("resized", resized)
                 previous = wanted = workers
+                self._log.begin()
                 try:
                     summary = self._attempt(workers)
                 except NodeLost as loss:  # nothing has run: no failure of the run
                     self._console.note(str(loss))
                 except AttemptFailed as failure:
-                    self._failed(failure)
+                    pause = self._pause_after(failure)
+                    self._log.restart(str(failure))
+                    self._wait(pause)
                 else:
                     if summary is not None:
                         return summary
                     wanted = 0  # it ended so as to grow: whatever has room now is more
         except Stopped:
             self._console.note(
-                f"stopped while no worker was running; the newest checkpoint is of step {self._saved_step()}"
+                f"stopped while no worker was running; the newest checkpoint is of step {self._log.saved_step()}"
             )
             return None
         finally:
@@ -175,12 +180,13 @@ class Supervisor:
                 if workers >= self._fewest:
                     break
                 room = self._cluster.look().room
-                self._failed(
+                pause = self._pause_after(
                     AttemptFailed(
                         f"the cluster has room for {room} workers and the run needs at least {self._fewest}; "
                         f"waited {patience:.0f} s for more (--node-wait-seconds)"
                     )
                 )
+                self._wait(pause)
                 begun = self._clock.monotonic()
             if not noted:
                 noted = True
@@ -241,40 +247,30 @@ class Supervisor:
             self._clock.sleep(_POLL_SECONDS)
         return growing
 
-    def _failed(self, failure: AttemptFailed) -> None:
-        """Wait before the next attempt. Raises RunError if there is to be none."""
-        step = self._saved_step()
+    def _pause_after(self, failure: AttemptFailed) -> float:
+        """Seconds to wait before the next attempt. Raises RunError, and records it, if there is to be none."""
+        step = self._log.saved_step()
         pause = self._retries.pause_after_failure(step, trained=self._trained)
         where = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
         if self._stop_requested():
-            raise RunError(f"asked to stop, the run failed before it had saved: {failure}\n{where}")
+            self._give_up(f"asked to stop, the run failed before it had saved: {failure}\n{where}")
         if pause is None:
             times = (
                 f" {self._retries.in_a_row} times in a row without a new checkpoint"
                 if self._retries.in_a_row > 1
                 else ""
             )
-            raise RunError(
+            self._give_up(
                 f"the run failed{times}, and is not started again (--max-failures {self._limits.max_failures}): "
                 f"{failure}\n"
                 f"{where}; the same command goes on from there"
             )
         self._console.note(f"{failure}\n{where}: starting again in {pause:.0f} s")
-        self._wait(pause)
+        return pause
 
-    def _resized(self, previous: int, workers: int) -> None:
-        text = f"{workers} workers instead of {previous}, with the same global batch"
-        self._console.note(text)
-        try:
-            self._run_directory.mkdir(parents=True, exist_ok=True)
-            EventLog(self._run_directory).append("resized", text, step=self._saved_step())
-        except OSError as error:  # a full disk does not keep the run from going on
-            self._console.note(f"the event could not be written: {error}")
-
-    def _saved_step(self) -> int:
-        """Step of the newest complete checkpoint, 0 for none."""
-        found = visible_checkpoints(self._run_directory / "checkpoints")
-        return max((step_of(folder) or 0 for folder in found), default=0)
+    def _give_up(self, reason: str) -> NoReturn:
+        self._log.record("failed", reason)
+        raise RunError(reason)
 
     def _wait(self, seconds: float) -> None:
         until = self._clock.monotonic() + seconds

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from dash_dist.cluster.failures import FailureLog
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.errors import CheckpointError, RunError
 from dash_dist.run.events import EventLog
@@ -341,6 +342,27 @@ def test_an_attempt_that_did_not_end_by_itself_is_told_by_the_next(tmp_path, con
     fourth = attempt(tmp_path, control, log, origin)
     assert (third.number, fourth.number) == (3, 4)
     assert EventLog(tmp_path).read()[-1].message.endswith("steps done again: 4")
+
+
+def test_a_loss_that_the_supervisor_recorded_is_not_recorded_again(tmp_path, control, log):
+    first = attempt(tmp_path, control, log)
+    first.reached(64)  # and is killed
+    failures = FailureLog(tmp_path, pytest.fail)
+    failures.restart("rank 1 died")
+    origin = tmp_path / "checkpoints" / "step_00000060"
+    attempt(tmp_path, control, log, origin)
+    restart, resumed = EventLog(tmp_path).read()
+    assert (restart.kind, restart.attempt) == ("restart", 1)
+    assert (resumed.kind, resumed.step) == ("resumed", 60)
+    assert resumed.message == f"attempt 2 (1 processes) goes on from {origin}; steps done again: 4"
+    log.curves = curves_in(tmp_path, pytest.fail)
+    log.draw(61)
+    log.curves.close()
+    assert scalars(tmp_path, "fault/restart") == [(61, 1)]
+    (text,) = read_curves(tmp_path).Tensors("fault/restart/text_summary")
+    assert text.tensor_proto.string_val == [b"attempt 1 (1 processes) was lost: rank 1 died"]
+    attempt(tmp_path, control, log)  # the second was lost together with its supervisor
+    assert [event.kind for event in EventLog(tmp_path).read()] == ["restart", "resumed", "restart"]
 
 
 def test_an_error_that_says_what_to_change_is_an_end_by_itself(tmp_path, control, log):

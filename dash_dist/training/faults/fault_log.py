@@ -44,6 +44,18 @@ class FaultLog:
         if self._is_main:
             self._reporter.note(text)
 
+    def has_restart_after(self, attempt: int) -> bool:
+        """Return whether the supervisor has recorded the loss of `attempt`; if so, draw its text with the next counts.
+
+        Called at the main rank.
+        """
+        with contextlib.suppress(OSError):
+            for event in self._events.read():
+                if event.kind == "restart" and event.attempt == attempt:
+                    self._texts.append((event.kind, event.message))
+                    return True
+        return False
+
     def draw(self, step: int) -> None:
         """Draw how many events of each kind there were in all attempts of the run, others' included, by `step`."""
         if not self._is_main:
