@@ -3,6 +3,7 @@
 Knows the run's folder; does not know how a cause is found nor what follows it.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class FailureLog:
         self._run_directory = run_directory
         self._note = note
         self._before = 0
+        self._failed_before = 0
 
     def saved_step(self) -> int:
         """Return the step of the newest complete checkpoint, 0 for none."""
@@ -31,14 +33,24 @@ class FailureLog:
         return max((step_of(folder) or 0 for folder in found), default=0)
 
     def begin(self) -> None:
-        """Remember the newest attempt: later ones belong to what is started now."""
+        """Remember the newest attempt and the errors so far: later ones belong to the attempt that is started now.
+
+        Makes the run's folder, in which that attempt leaves a permanent error.
+        """
+        with contextlib.suppress(OSError):
+            self._run_directory.mkdir(parents=True, exist_ok=True)
         newest = self._newest()
         self._before = newest.attempt if newest is not None else 0
+        self._failed_before = self._count_failed()
 
     def attempt(self) -> AttemptRecord | None:
         """Return the attempt that began since `begin`; None for a failure before training."""
         newest = self._newest()
         return newest if newest is not None and newest.attempt > self._before else None
+
+    def failed_for_good(self) -> bool:
+        """Return whether a permanent error was recorded since `begin`."""
+        return self._count_failed() > self._failed_before
 
     def restart(self, cause: str) -> None:
         """Record that the attempt was lost for `cause`, and another follows."""
@@ -57,6 +69,12 @@ class FailureLog:
             EventLog(self._run_directory).append(kind, message, step=self.saved_step(), attempt=attempt)
         except OSError as error:  # a full disk does not keep the run from going on
             self._note(f"the event could not be written: {error}")
+
+    def _count_failed(self) -> int:
+        try:
+            return sum(event.kind == "failed" for event in EventLog(self._run_directory).read())
+        except OSError:
+            return 0
 
     def _newest(self) -> AttemptRecord | None:
         try:

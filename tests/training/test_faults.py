@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from dash_dist.run.requests import Asked, Request, RequestsOfRank
 from dash_dist.run.state import RunState
 from dash_dist.training import saving
 from dash_dist.training.checkpoints import Saved
-from dash_dist.training.faults.attempt import begin_attempt, went_on_before
+from dash_dist.training.faults.attempt import begin_attempt
 from dash_dist.training.faults.fault_log import FaultLog
 from dash_dist.training.faults.skipped import SkippedBatches, SkipRecord
 from dash_dist.training.faults.watchdog import hang_folder
@@ -377,19 +376,6 @@ def test_an_error_that_may_pass_is_no_end_and_the_next_attempt_tells_of_it(tmp_p
         raise RunError("the file server does not answer", may_pass=True)
     attempt(tmp_path, control, log)
     assert [event.kind for event in EventLog(tmp_path).read()] == ["restart"]
-
-
-def test_a_script_that_restarts_a_run_takes_only_its_own_attempts_for_the_runs(tmp_path, control, log, monkeypatch):
-    def since(moment):
-        monkeypatch.setenv("DASH_DIST_SINCE", str(moment))
-        return went_on_before(tmp_path, control)
-
-    assert not since(0)
-    attempt(tmp_path, control, log)
-    assert since(time.time() - 100)
-    assert not since(time.time() + 100)
-    monkeypatch.delenv("DASH_DIST_SINCE")
-    assert not went_on_before(tmp_path, control)
 
 
 # Requests and skipped batches

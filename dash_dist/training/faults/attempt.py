@@ -16,7 +16,6 @@ from dash_dist.checkpoints.folders import step_of
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.errors import RunError
 from dash_dist.run.attempts import AttemptRecord, last_attempt
-from dash_dist.run.restarts import script_started_at
 from dash_dist.training.faults.fault_log import FaultLog
 from dash_dist.training.faults.watchdog import describe_hang, hang_folder
 
@@ -80,20 +79,6 @@ def begin_attempt(run_directory: Path, control: ControlGroup, log: FaultLog, ori
                 record = replace(record, step=max(last.step, record.step))
             record.write(run_directory)
     return Attempt(run_directory if control.is_main else None, control.from_main(record))
-
-
-def went_on_before(run_directory: Path, control: ControlGroup) -> bool:
-    """Return whether the script that restarts this run has begun an earlier attempt. Called at every rank.
-
-    What is in the folder then is this run's own, whatever `run.resume` says of an earlier one's.
-    """
-    since = script_started_at()
-    found = False
-    with control.together(f"cannot read {run_directory}", RunError):
-        if control.is_main and since is not None:
-            last = last_attempt(run_directory)
-            found = last is not None and last.started >= since
-    return control.from_main(found)
 
 
 def _tell_of(last: AttemptRecord, now: AttemptRecord, origin: Path | None, log: FaultLog, hang: str | None) -> None:
