@@ -1,10 +1,10 @@
-"""A run that can be left alone: attempt after attempt, on as many workers as the cluster can hold, until it is done.
+"""Supervision of one run on Ray: attempts on as many workers as the cluster can hold, until the run is complete.
 
 Knows why attempts end and what follows; does not know Ray (`Cluster` does) nor what a training step is.
 
-An attempt ends because the run is complete or was asked to stop, because of what a person must mend (RunError), because
-workers were lost, or because it was asked to save and start again on more workers. After the latter two the run
-resumes by itself from its newest checkpoint, with the same global batch whatever the number of workers.
+An attempt ends in one of four ways: the run is complete or was told to stop; a permanent RunError; lost workers; a
+command to save and start again on more workers. After the last two the run resumes from its newest checkpoint. The
+global batch stays the same for every number of workers.
 """
 
 import time
@@ -17,18 +17,18 @@ from dash_dist.cluster.capacity import model_ranks, usable_workers
 from dash_dist.cluster.failures import FailureLog
 from dash_dist.cluster.group import AttemptFailed, NodeLost
 from dash_dist.cluster.limits import Limits
-from dash_dist.cluster.rank import Ended, Job, News
+from dash_dist.cluster.rank import Job, ProgressMessage, RankResult
 from dash_dist.cluster.retries import Retries
 from dash_dist.config.run import RunConfig
 from dash_dist.errors import RunError
 from dash_dist.run.messages import ProgressReporter, RunSummary
-from dash_dist.run.requests import Asked, Request
+from dash_dist.run.requests import Command, Request
 
-# How often the driver looks for news of the run, and for those of the cluster, in seconds.
+# Seconds between two looks at the run's messages, and at the cluster.
 _POLL_SECONDS = 0.2
 _CLUSTER_POLL_SECONDS = 2.0
 
-# Nodes that come back come one after the other: the room for more workers must have stayed the same for this long.
+# Nodes come back one by one: the room for more workers must have been constant for this many seconds.
 _STEADY_SECONDS = 15.0
 
 
@@ -46,9 +46,9 @@ class Group(Protocol):
 
     def start(self, job: Job) -> None: ...
 
-    def poll(self, asked: Asked) -> list[News]: ...
+    def poll(self, command: Command) -> list[ProgressMessage]: ...
 
-    def results(self) -> tuple[list[Ended], list[News]]: ...
+    def results(self) -> tuple[list[RankResult], list[ProgressMessage]]: ...
 
     def end(self) -> None: ...
 
@@ -57,8 +57,9 @@ class Group(Protocol):
 class View:
     """State of a cluster as a run sees it.
 
-    `room` counts the workers that would find a place on nodes that stay, those of the run included. `notice` says
-    which of the run's nodes are about to be taken away, in words that stay the same while it holds; "" for none.
+    Attributes:
+        room: workers that fit on nodes that stay, those of the run included.
+        notice: text that names the run's nodes about to be taken away, constant while it holds; "" for none.
     """
 
     room: int
@@ -72,10 +73,10 @@ class Cluster(Protocol):
         """Return the current view; `held` are the node ids of the current workers, one for each."""
 
     def place(self, num_workers: int, keep_waiting: Callable[[], None]) -> Group:
-        """Workers, each a process that waits for its job. Raises AttemptFailed, and what `keep_waiting` raises."""
+        """Start worker processes that wait for their job. Raises AttemptFailed and the errors of `keep_waiting`."""
 
     def ask_for(self, workers: int) -> None:
-        """Say how many workers there is work for, where someone may add nodes."""
+        """Tell an autoscaler, if there is one, how many workers the run could use."""
 
 
 class Clock(Protocol):
@@ -87,19 +88,19 @@ class Clock(Protocol):
 
 
 class Stopped(Exception):
-    """Asked to stop while no worker was running."""
+    """Raised after a request to stop while no worker is running."""
 
 
 class Supervisor:
-    """The attempts of one run.
+    """Attempts of one run.
 
     Args:
         config: of the run.
-        directory: that the relative paths in `config` start from.
-        limits: what may be done.
+        directory: base of the relative paths in `config`.
+        limits: of workers, failures and waiting.
         cluster: where workers are placed.
-        console: told how the run goes.
-        stop_requested: whether the driver was asked to end the run; the run then saves and ends.
+        console: receives the run's progress.
+        stop_requested: returns True once the driver was told to end the run, which then saves and ends.
         clock: `time`.
     """
 
@@ -132,9 +133,9 @@ class Supervisor:
         self._trained = False
 
     def run(self) -> RunSummary | None:
-        """Bring the run to its end. Returns its summary, None if it was asked to stop before any worker ran.
+        """Bring the run to its end. Returns its summary, None for a run stopped before any worker ran.
 
-        Raises RunError for what trying again cannot mend, or has not.
+        Raises RunError for a permanent error, and after too many failures in a row.
         """
         previous = 0
         # The first attempt waits for all it may have, a later one for what its predecessor had.
@@ -170,7 +171,7 @@ class Supervisor:
                 self._cluster.ask_for(0)
 
     def _wait_for_room(self, wanted: int) -> int:
-        """The number of workers for the next attempt; waits for nodes while fewer than `wanted` have room."""
+        """Return the number of workers for the next attempt; waits for nodes while fewer than `wanted` have room."""
         wanted = max(wanted, self._fewest)
         patience = self._limits.node_wait_seconds
         begun = self._clock.monotonic()
@@ -201,14 +202,17 @@ class Supervisor:
         return usable_workers(self._config, room if most is None else min(room, most))
 
     def _attempt(self, workers: int) -> RunSummary | None:
-        """One attempt: the run's summary, or None to start again on more. Raises AttemptFailed and RunError."""
+        """Run one attempt. Returns the run's summary, None to start again on more workers.
+
+        Raises AttemptFailed and RunError.
+        """
         self._trained = False
         group = self._cluster.place(workers, self._check_stop)
         try:
             group.start(self._job)
             growing = self._watch(group)
-            ended, news = group.results()
-            self._show(news)
+            ended, messages = group.results()
+            self._show(messages)
         finally:
             group.end()
         refusal = next((one.refusal for one in ended if one.refusal is not None), None)
@@ -221,28 +225,28 @@ class Supervisor:
         return summary
 
     def _watch(self, group: Group) -> bool:
-        """Follow an attempt until a rank ends by itself; returns whether it was asked to, so as to start larger."""
+        """Follow an attempt until a rank ends by itself; returns True if it was told to, so as to start larger."""
         growth = _Growth(group.size, self._clock.monotonic(), self._limits.grow_interval_seconds)
-        asked = Asked()
+        command = Command()
         growing = stopping = False
         looked_at = float("-inf")
         while not group.ended:
-            self._show(group.poll(asked))
+            self._show(group.poll(command))
             now = self._clock.monotonic()
             if self._stop_requested() and not stopping:
                 stopping, growing = True, False
-                asked = Asked(Request.STOP)
+                command = Command(Request.STOP)
                 self._console.note("asked to stop: the run finishes its step and saves; once more ends it at once")
             if not stopping and not growing and now - looked_at > _CLUSTER_POLL_SECONDS:
                 looked_at = now
                 view = self._cluster.look(group.node_ids)
-                if view.notice and view.notice != asked.reason:
-                    asked = Asked(Request.SAVE, view.notice)
+                if view.notice and view.notice != command.reason:
+                    command = Command(Request.SAVE, view.notice)
                     self._console.note(f"{view.notice}: the run saves, and goes on until then")
                 fitting = self._usable(view.room)
                 if growth.due(fitting, now) and not view.notice:
                     growing = True
-                    asked = Asked(Request.STOP)
+                    command = Command(Request.STOP)
                     self._console.note(f"room for {fitting} workers: the run saves, and goes on with them")
             self._clock.sleep(_POLL_SECONDS)
         return growing
@@ -282,8 +286,8 @@ class Supervisor:
         if self._stop_requested():
             raise Stopped
 
-    def _show(self, news: Sequence[News]) -> None:
-        for kind, content in news:
+    def _show(self, messages: Sequence[ProgressMessage]) -> None:
+        for kind, content in messages:
             # Checkpoints that came without this are not of this attempt: another run is at work in the folder.
             self._trained |= kind == "start"
             if kind != "finish":  # shown when no further attempt follows

@@ -11,7 +11,7 @@ from typing import Literal
 
 from dash_dist.run.files import read_json, replace_json
 
-Ended = Literal["finished", "stopped", "error"]
+AttemptEnd = Literal["finished", "stopped", "error"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AttemptRecord:
     pid: int
     world_size: int
     step: int
-    ended: Ended | None = None
+    ended: AttemptEnd | None = None
 
     def write(self, run_directory: Path) -> None:
         """Replace the record of the run. Raises OSError."""

@@ -8,11 +8,11 @@ import pytest
 
 from dash_dist.cluster import ray_cluster
 from dash_dist.cluster.capacity import check_local_gpus, default_num_workers, usable_workers
-from dash_dist.cluster.group import AttemptFailed, NodeLost, rank_order, seats
+from dash_dist.cluster.group import AttemptFailed, NodeLost, rank_envs, rank_order
 from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.nodes import CPU_WORKER, GPU_WORKER, Node, preemption_notice, room_for_workers
 from dash_dist.cluster.processes import ProcessId
-from dash_dist.cluster.rank import Ended, Job, News, Place
+from dash_dist.cluster.rank import Job, Place, ProgressMessage, RankResult
 from dash_dist.cluster.retries import Retries
 from dash_dist.cluster.supervisor import Supervisor, View
 from dash_dist.config.file import load_config
@@ -20,7 +20,7 @@ from dash_dist.errors import ConfigError, RunError
 from dash_dist.run.attempts import AttemptRecord, last_attempt
 from dash_dist.run.events import Event, EventLog
 from dash_dist.run.messages import RunStart, RunSummary
-from dash_dist.run.requests import Asked, Request
+from dash_dist.run.requests import Command, Request
 from dash_dist.training.faults.watchdog import hang_folder
 from tests.support.runs import write_config
 
@@ -70,7 +70,7 @@ class Workers:
     def __init__(self, cluster: "FakeCluster", size: int, step: int, outcome: str, seconds: float) -> None:
         self.size = size
         self.node_ids = ["a"] * size
-        self.asked = Asked()
+        self.asked = Command()
         self._cluster, self._step, self._outcome = cluster, step, outcome
         self._until = cluster.clock.now + seconds
         self._started = False
@@ -89,7 +89,7 @@ class Workers:
         if self._outcome != "shut out":
             begin_attempt(self._cluster.run_directory, self.size)
 
-    def poll(self, asked: Asked) -> list[News]:
+    def poll(self, asked: Command) -> list[ProgressMessage]:
         self.asked = asked
         self._cluster.asked.append(asked)
         if self._over:
@@ -101,14 +101,14 @@ class Workers:
         self._started = True
         return [("start", RunStart("tiny", "2 x cpu", 0, 20, 512, None))]
 
-    def results(self) -> tuple[list[Ended], list[News]]:
+    def results(self) -> tuple[list[RankResult], list[ProgressMessage]]:
         self._save()
         if self._outcome == "refuse":
-            return [Ended(refusal=RunError("lower optimizer.lr"))] * self.size, []
+            return [RankResult(refusal=RunError("lower optimizer.lr"))] * self.size, []
         completed = self._cluster.clock.now >= self._until
         run = self._cluster.run_directory
         summary = RunSummary(self._step, completed, 5.0, 4.0, 0, 1.0, run / "tensorboard", run / "checkpoints")
-        return [Ended(summary=summary)] * self.size, []
+        return [RankResult(summary=summary)] * self.size, []
 
     def end(self) -> None:
         self._cluster.running.remove(self)
@@ -145,7 +145,7 @@ class FakeCluster:
         self.attempts = list(attempts)
         self.sizes: list[int] = []
         self.started_at: list[float] = []
-        self.asked: list[Asked] = []
+        self.asked: list[Command] = []
         self.jobs: list[Job] = []
         self.running: list[Workers] = []
         self.asked_for: list[int] = []
@@ -357,8 +357,8 @@ def test_a_preemption_notice_is_passed_on_as_a_request_to_save(tmp_path):
     case.at(29, "notice", "")
     case.supervisor.run()
     saves = {asked for asked in case.cluster.asked if asked.request is Request.SAVE}
-    assert saves == {Asked(Request.SAVE, "node 10.0.0.7 is about to be taken away")}
-    assert case.cluster.asked[-1] == Asked()  # a new attempt is not asked for what the last one was
+    assert saves == {Command(Request.SAVE, "node 10.0.0.7 is about to be taken away")}
+    assert case.cluster.asked[-1] == Command()  # a new attempt is not asked for what the last one was
 
 
 def test_a_node_lost_while_workers_are_placed_is_no_failure(tmp_path):
@@ -474,10 +474,10 @@ def test_workers_are_ordered_by_node_and_gpu(gpus):
 
 def test_ranks_of_a_node_are_neighbours_and_see_its_gpus():
     places = [Place(node, f"10.0.0.{node}", ProcessId(1, 1), gpu) for node, gpu in [("1", "0"), ("1", "2"), ("2", "1")]]
-    found = seats(places, 29400)
-    assert [(seat.rank, seat.local_rank, seat.local_world_size, seat.gpus) for seat in found] == [
+    found = rank_envs(places, 29400)
+    assert [(env.rank, env.local_rank, env.local_world_size, env.gpus) for env in found] == [
         (0, 0, 2, ("0", "2")),
         (1, 1, 2, ("0", "2")),
         (2, 0, 1, ("1",)),
     ]
-    assert {(seat.master_address, seat.master_port, seat.world_size) for seat in found} == {("10.0.0.1", 29400, 3)}
+    assert {(env.master_address, env.master_port, env.world_size) for env in found} == {("10.0.0.1", 29400, 3)}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dash_dist.cluster.rank import end_of
+from dash_dist.cluster.rank import result_of
 from dash_dist.errors import CheckpointError, ConfigError, RunError, may_pass
 from dash_dist.run.events import EventLog
 from dash_dist.training.faults.lock import RunLock
@@ -77,9 +77,9 @@ def test_a_rank_gives_the_run_up_only_for_what_will_not_pass():
         raise error
 
     refusal = RunError("lower optimizer.lr")
-    assert end_of(lambda: refuse(refusal)).refusal is refusal
+    assert result_of(lambda: refuse(refusal)).refusal is refusal
     with pytest.raises(RunError, match="no answer"):
-        end_of(lambda: refuse(RunError("no answer", may_pass=True)))
+        result_of(lambda: refuse(RunError("no answer", may_pass=True)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dash_dist.cluster.failures import FailureLog
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.errors import CheckpointError, RunError
 from dash_dist.run.events import EventLog
-from dash_dist.run.requests import Asked, Request, RequestsOfRank
+from dash_dist.run.requests import Command, Request, RequestsOfRank
 from dash_dist.run.state import RunState
 from dash_dist.training import saving
 from dash_dist.training.checkpoints import Saved
@@ -382,16 +382,16 @@ def test_an_error_that_may_pass_is_no_end_and_the_next_attempt_tells_of_it(tmp_p
 
 
 def test_a_reason_to_save_is_heeded_once_at_every_rank():
-    notice = Asked(Request.SAVE, "node a goes")
-    asked = [RequestsOfRank(lambda: notice, lambda: False), RequestsOfRank(Asked, lambda: False)]
+    notice = Command(Request.SAVE, "node a goes")
+    asked = [RequestsOfRank(lambda: notice, lambda: False), RequestsOfRank(Command, lambda: False)]
     polled = [one.poll() for one in asked]
     assert [one.heed([*polled, notice]) for one in asked] == [["node a goes"]] * 2
-    assert asked[0].poll() == Asked()
-    assert asked[1].heed([notice, Asked(Request.SAVE, "node b goes")]) == ["node b goes"]
+    assert asked[0].poll() == Command()
+    assert asked[1].heed([notice, Command(Request.SAVE, "node b goes")]) == ["node b goes"]
 
 
 def test_a_signal_stops_whatever_else_is_asked():
-    asked = RequestsOfRank(lambda: Asked(Request.SAVE, "node a goes"), lambda: True)
+    asked = RequestsOfRank(lambda: Command(Request.SAVE, "node a goes"), lambda: True)
     assert asked.poll().request is Request.STOP
 
 
