@@ -28,7 +28,8 @@ from dash_dist.checkpoints.folders import sync
 from dash_dist.checkpoints.integrity import FileChecksum, checksum_of
 from dash_dist.deepspeed_engine.slices import OwnedSlice, owned_slices, parameter_shapes
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
-from dash_dist.megatron.checkpoint import EngineState, check_fit, create_directory, raise_at_every_rank
+from dash_dist.distributed.agreement import Agreement
+from dash_dist.megatron.checkpoint import EngineState, check_fit, create_directory
 from dash_dist.megatron.parallel import ParallelDims
 
 INDEX = "deepspeed.json"
@@ -50,7 +51,7 @@ class ZeroSave:
     ) -> None:
         self._directory, self._index, self._dims = directory, index, dims
         self._checksums: dict[str, FileChecksum] = {}
-        self._problem: str | None = None
+        self._problem: OSError | None = None
         # Copies: the optimizer goes on while they are written.
         tensors = {
             f"{key}/{one.parameter}": tensor.to("cpu", copy=True)
@@ -77,14 +78,15 @@ class ZeroSave:
             OSError: at every rank: some rank could not write.
         """
         self._writer.join()
-        _raise_first(self._problem, self._dims)
+        agreement = Agreement()
+        agreement.raise_first(self._problem)
         problem = None
         if self._dims.rank == 0:
             try:
                 _write_json(self._directory / INDEX, self._index)
             except OSError as error:
-                problem = f"cannot write {self._directory / INDEX}: {error}"
-        _raise_first(problem, self._dims)
+                problem = OSError(f"cannot write {self._directory / INDEX}: {error}")
+        agreement.raise_from_main(problem)
         return self._checksums
 
     def abandon(self) -> None:
@@ -101,7 +103,7 @@ class ZeroSave:
             sync(path)
             self._checksums[path.name] = checksum_of(path)
         except Exception as error:  # whatever it is: `finish` must not complete a checkpoint without this file
-            self._problem = f"cannot write {path}: {error}"
+            self._problem = OSError(f"cannot write {path}: {error}")
 
 
 def start_save(
@@ -123,7 +125,7 @@ def start_save(
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
     """
-    raise_at_every_rank(create_directory(directory) if dims.rank == 0 else None, dims)
+    Agreement().raise_from_main(create_directory(directory) if dims.rank == 0 else None)
     slices = owned_slices(model, optimizer)
     places: list[Any] = [None] * dims.world_size
     dist.all_gather_object(places, [(one.parameter, one.start, len(one)) for one in slices])
@@ -151,34 +153,25 @@ def load_checkpoint(
         ValueError: at every rank: the checkpoint is of another engine or model; or a file cannot be read, and what the
             weights are then is undefined. Names what.
     """
-    found: list[Any] = [None]
-    if dims.rank == 0:  # storage may look different to other ranks for a while: rank 0 decides for all
+    agreement = Agreement()
+    index: Any = None
+    problem: Exception | None = None
+    if agreement.is_main:  # storage may look different to other ranks for a while: the main rank decides for all
         try:
-            found[0] = _read_index(directory, identity, parameter_shapes(model))
+            index = _read_index(directory, identity, parameter_shapes(model))
         except (OSError, ValueError) as error:
-            found[0] = error
-    dist.broadcast_object_list(found, src=0, device=dims.device)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    index = found[0]
+            problem = error
+    agreement.raise_from_main(problem)
+    index = agreement.from_main(index)
     problem = None
     try:
         _read_slices(directory, index["slices"], owned_slices(model, optimizer))
     except ValueError as error:
-        problem = str(error)
-    _raise_first(problem, dims, error_type=ValueError)
+        problem = error
+    agreement.raise_first(problem)
     optimizer.updates = index["updates"]
     optimizer.share_weights()
     return EngineState(**index["run"])
-
-
-def _raise_first(problem: str | None, dims: ParallelDims, *, error_type: type[Exception] = OSError) -> None:
-    """Raise the first rank's problem at every rank, if there is any. A collective."""
-    problems: list[str | None] = [None] * dims.world_size
-    dist.all_gather_object(problems, problem)
-    for one in problems:
-        if one is not None:
-            raise error_type(one)
 
 
 def _read_index(directory: Path, identity: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:

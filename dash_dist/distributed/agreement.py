@@ -4,7 +4,7 @@ Knows torch.distributed; does not know what is agreed on, nor the model's parall
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,17 +16,17 @@ from dash_dist.errors import RunError, may_pass
 T = TypeVar("T")
 
 
-class ControlGroup:
-    """All ranks of the run, over gloo: on GPU too, so that a flag never waits for the stream of kernels.
+class Agreement:
+    """Small Python objects that the ranks of a process group exchange. Every method is a collective: all ranks call it.
 
     Args:
-        timeout: after this long without an answer a rank gives its peers up for lost and raises.
+        group: the default process group by default.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
 
     @property
     def is_main(self) -> bool:
@@ -34,16 +34,39 @@ class ControlGroup:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """`value` of every rank, in rank order, at every rank."""
+        """Return `value` of every rank, in rank order, at every rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
     def from_main(self, value: T) -> T:
-        """Rank 0's `value`, at every rank."""
+        """Return the main rank's `value` at every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
+
+    def raise_from_main(self, problem: Exception | None) -> None:
+        """Raise the main rank's `problem`, if there is one, at every rank: it decides where storage looks different."""
+        found = self.from_main(problem)
+        if found is not None:
+            raise found
+
+    def raise_first(self, problem: Exception | None) -> None:
+        """Raise the first rank's `problem`, if any rank has one, at every rank."""
+        for found in self.gather(problem):
+            if found is not None:
+                raise found
+
+
+class ControlGroup(Agreement):
+    """All ranks of the run, over gloo: on GPU too, so that a flag never waits for the stream of kernels.
+
+    Args:
+        timeout: after this long without an answer a rank gives its peers up for lost and raises.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        super().__init__(dist.new_group(backend="gloo", timeout=timeout))
 
     def maximum(self, values: list[float]) -> list[float]:
         """Element-wise maximum over the ranks."""
@@ -60,18 +83,37 @@ class ControlGroup:
         Without this a rank that fails alone leaves the others waiting in their next collective. The body may be a
         collective only if that collective itself fails at every rank.
         """
-        failure: tuple[str, bool] | None = None
-        cause: Exception | None = None
+        failure, cause = None, None
         try:
             yield
         except Exception as error:
             failure, cause = (_reason(error), may_pass(error)), error
-        failures = [one for one in self.gather(failure) if one is not None]
-        if failures:
-            passing = all(passes for _, passes in failures)
-            if cause is not None and not passing and not isinstance(cause, RunError | ValueError | OSError):
-                raise cause  # a defect, not bad input: its traceback is wanted
-            raise error_type(f"{what}: {failures[0][0]}", may_pass=passing) from cause
+        _raise_together(what, error_type, [one for one in self.gather(failure) if one is not None], cause)
+
+    def on_main(self, what: str, error_type: type[RunError], function: Callable[[], T]) -> T:
+        """Call `function` at the main rank and return its value at every rank; raises as `together` does."""
+        value: Any = None
+        failure, cause = None, None
+        if self.is_main:
+            try:
+                value = function()
+            except Exception as error:
+                failure, cause = (_reason(error), may_pass(error)), error
+        value, failure = self.from_main((value, failure))
+        _raise_together(what, error_type, [] if failure is None else [failure], cause)
+        return value
+
+
+def _raise_together(
+    what: str, error_type: type[RunError], failures: list[tuple[str, bool]], cause: Exception | None
+) -> None:
+    """Raise the first of the ranks' failures, (reason, may pass) each; `cause` is this rank's own."""
+    if not failures:
+        return
+    passing = all(passes for _, passes in failures)
+    if cause is not None and not passing and not isinstance(cause, RunError | ValueError | OSError):
+        raise cause  # a defect, not bad input: its traceback is wanted
+    raise error_type(f"{what}: {failures[0][0]}", may_pass=passing) from cause
 
 
 def _reason(error: Exception) -> str:

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from dash_dist.checkpoints.background import FinishedCall, ForkedCall
 from dash_dist.checkpoints.engine_state import COMMON, RUN, EngineState, read_engine_state
 from dash_dist.checkpoints.integrity import FileChecksum
+from dash_dist.distributed.agreement import Agreement
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.optimizer import Optimizer
 from dash_dist.megatron.parallel import ParallelDims
@@ -160,7 +161,7 @@ class MegatronSave:
                 problem = error
             except Exception as error:  # whatever it is: the other ranks wait for what this one says
                 problem = OSError(f"{type(error).__name__}: {error}")
-        raise_at_every_rank(problem, self._dims)
+        Agreement().raise_from_main(problem)
         return written.checksums
 
     def abandon(self) -> None:
@@ -190,7 +191,7 @@ def start_save(
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
     """
-    raise_at_every_rank(create_directory(directory) if dims.rank == 0 else None, dims)
+    Agreement().raise_from_main(create_directory(directory) if dims.rank == 0 else None)
     state = _sharded_state(model, optimizer, dims, is_loading=False)
     if state["optimizer"].get("param_state") is None:
         # The distributed optimizer's state is gathered on one rank; the others' empty entry would look to
@@ -230,7 +231,7 @@ def load_checkpoint(
             check_fit(directory, read_engine_state(directory), identity)
         except (OSError, ValueError) as error:
             problem = error
-    raise_at_every_rank(problem, dims)
+    Agreement().raise_from_main(problem)
     run: EngineState | None = None
     failure: tuple[str, int | None] | None = None
     try:
@@ -243,9 +244,7 @@ def load_checkpoint(
         failure = text, next((_errno(reason[0]) for reason in error.failures.values()), None)
     except Exception as error:  # a checkpoint whose inside is not what Megatron expects fails in many ways
         failure = f"{type(error).__name__}: {error}", _errno(error)
-    failures: list[tuple[str, int | None] | None] = [None] * dims.world_size
-    dist.all_gather_object(failures, failure)
-    if found := [one for one in failures if one is not None]:
+    if found := [one for one in Agreement().gather(failure) if one is not None]:
         reason, number = found[0]
         if number is not None:
             raise OSError(number, f"{directory} cannot be read: {reason}")
@@ -309,11 +308,3 @@ def _of_ranks(failures: dict[int, OSError]) -> OSError:
     rank, first = next(iter(failures.items()))
     others = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
     return OSError(first.errno, f"rank {rank} could not write{others}: {first.strerror or first}", first.filename)
-
-
-def raise_at_every_rank(problem_of_rank_0: Exception | None, dims: ParallelDims) -> None:
-    """A collective. Storage may look different to other ranks for a while: rank 0 decides for all."""
-    problem = [problem_of_rank_0]
-    dist.broadcast_object_list(problem, src=0, device=dims.device)
-    if problem[0] is not None:
-        raise problem[0]

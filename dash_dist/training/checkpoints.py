@@ -173,9 +173,9 @@ class CheckpointManager:
                     self._complete(started, files)
         not_dropped = ""
         try:
-            with self._control.together(f"{final} is written, but older ones cannot be removed", CheckpointError):
-                if self._control.is_main:
-                    self._drop_old()
+            self._control.on_main(
+                f"{final} is written, but older ones cannot be removed", CheckpointError, self._drop_old
+            )
         except CheckpointError as error:  # this one is there all the same
             not_dropped = str(error)
         blocked = started.blocked_seconds + time.monotonic() - began
@@ -216,9 +216,7 @@ class CheckpointManager:
 
     def clean(self) -> None:
         """Remove what a killed run left half written."""
-        with self._control.together(f"cannot clean {self.directory}", CheckpointError):
-            if self._control.is_main:
-                folders.clean(self.directory)
+        self._control.on_main(f"cannot clean {self.directory}", CheckpointError, lambda: folders.clean(self.directory))
 
     def resume_from(self, resume: str) -> Path | None:
         """The checkpoint this run goes on from under `run.resume`, verified; None for a start from scratch.
@@ -258,11 +256,11 @@ class CheckpointManager:
         return given
 
     def _visible(self) -> list[Path]:
-        found: list[Path] = []
-        with self._control.together(f"cannot look for checkpoints in {self.directory}", CheckpointError):
-            if self._control.is_main:
-                found = visible_checkpoints(self.directory)
-        return self._control.from_main(found)
+        return self._control.on_main(
+            f"cannot look for checkpoints in {self.directory}",
+            CheckpointError,
+            lambda: visible_checkpoints(self.directory),
+        )
 
     def _latest_whole(self, found: Sequence[Path]) -> Path | None:
         for folder in reversed(found):
@@ -286,17 +284,8 @@ class CheckpointManager:
 
     def _verify(self, folder: Path) -> list[str]:
         """Return the damage to the files of `folder`, which the ranks read in shares; the same at every rank."""
-        metadata: CheckpointMetadata | None = None
-        messages: list[str] = []
         failure = f"cannot read checkpoint {folder}"
-        with self._control.together(failure, CheckpointError):
-            if self._control.is_main:
-                try:
-                    metadata = read_metadata(folder)
-                    messages = list(integrity.find_unlisted(folder, metadata).values())
-                except DamagedCheckpoint as error:
-                    messages = [str(error)]
-        metadata, messages = self._control.from_main((metadata, messages))
+        metadata, messages = self._control.on_main(failure, CheckpointError, lambda: _read_listing(folder))
         if metadata is None or messages:
             return messages
         by_size = sorted(metadata.files, key=lambda name: (metadata.files[name].size, name))
@@ -305,10 +294,10 @@ class CheckpointManager:
         suspect = [name for of_rank in self._control.gather(mine) for name in of_rank]
         if suspect:
             # Storage may look different to other ranks for a while: no good checkpoint is given up for that.
-            with self._control.together(failure, CheckpointError):
-                if self._control.is_main:
-                    messages = sorted(integrity.find_damage(folder, metadata, suspect).values())
-            messages = self._control.from_main(messages)
+            listed = metadata
+            messages = self._control.on_main(
+                failure, CheckpointError, lambda: sorted(integrity.find_damage(folder, listed, suspect).values())
+            )
         return messages
 
     def _checksums(self, state: RunState, known: dict[str, FileChecksum]) -> dict[str, FileChecksum]:
@@ -379,6 +368,15 @@ def _distributed_checkpoint(verb: str) -> Iterator[None]:
         raise CheckpointError(
             f"the ranks could not {verb}: {reasons}" if reasons else f"a rank could not {verb}"
         ) from error
+
+
+def _read_listing(folder: Path) -> tuple[CheckpointMetadata | None, list[str]]:
+    """Return a checkpoint's metadata, and messages about files that it does not list; None if it is damaged."""
+    try:
+        metadata = read_metadata(folder)
+        return metadata, list(integrity.find_unlisted(folder, metadata).values())
+    except DamagedCheckpoint as error:
+        return None, [str(error)]
 
 
 def _saved_at(folder: Path) -> float | None:

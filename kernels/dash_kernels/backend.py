@@ -15,7 +15,7 @@ import torch
 
 from dash_kernels import eager
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.device import INTERPRETER, Device
+from dash_kernels.device import Device
 from dash_kernels.limits import MAX_TRITON_SHARPNESS
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries, QueryGradient, Routing
 from dash_kernels.support import obstacle
@@ -103,7 +103,7 @@ def _triton_obstacle(q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> str
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     device = Device.of(q.device)
-    if not q.is_cuda and device.architecture != INTERPRETER:
+    if device.architecture == q.device.type:  # neither a GPU nor the interpreter
         return f"tensors are on {q.device}, which needs TRITON_INTERPRET=1 set before Triton is imported"
     query_heads, head_dim = q.shape[2:]
     unsupported = obstacle(device, q.dtype, head_dim, spec.chunk_size, query_heads // kv_heads)

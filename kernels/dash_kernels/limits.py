@@ -17,7 +17,7 @@ MAX_SMALL_CHUNK = 64 * 128
 MAX_SLAB_BYTES = 256 * 2**20
 """Selection bits, one per token and chunk, that the key gradients hold at a time."""
 TILE_ROWS = 64
-"""Rows of a tile: one warp group's matrix instruction on Hopper."""
+"""Rows of a tile. Hopper: the rows of one warp group's matrix instruction."""
 
 
 def padded(size: int) -> int:

@@ -28,8 +28,8 @@ from dash_dist.deepspeed_engine.checkpoint import load_checkpoint, start_save
 from dash_dist.deepspeed_engine.engine import DeepSpeedEngine
 from dash_dist.deepspeed_engine.slices import owned_slices
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
-from dash_dist.megatron import engine as megatron_module
 from dash_dist.megatron import loss as loss_module
+from dash_dist.megatron import trained_model as model_module
 from dash_dist.megatron.checkpoint import EngineState
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.loss import summed_loss as megatron_summed_loss
@@ -54,12 +54,12 @@ def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
         "sequence_length": SEQUENCE_LENGTH,
         "total_steps": STEPS,
     }
-    real = megatron_module.transformer_config
+    real = model_module.transformer_config
 
     def config(*args: Any, dtype: torch.dtype, **kwargs: Any) -> Any:
         return real(*args, dtype=torch.bfloat16 if run.bfloat16 else dtype, **kwargs)
 
-    with mock.patch.object(megatron_module, "transformer_config", config):
+    with mock.patch.object(model_module, "transformer_config", config):
         try:
             if run.zero_stage is None:
                 yield MegatronEngine(**arguments)

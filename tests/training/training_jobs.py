@@ -22,6 +22,7 @@ from dash_dist.config.file import load_config
 from dash_dist.data.stream import DataStream
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.protocol import StepResult
+from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.errors import CheckpointError
 from dash_dist.megatron.checkpoint import _Plan
 from dash_dist.megatron.engine import MegatronEngine
@@ -77,9 +78,9 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
     with (
         mock.patch.object(MegatronEngine, "train_step", diverged),
         # No forward pass recorded any.
-        mock.patch.object(MegatronEngine, "routing_statistics", return_value=[]),
-        mock.patch.object(MegatronEngine, "selection_maps", return_value=[]),
-        mock.patch.object(MegatronEngine, "seconds_by_part", return_value={}),
+        mock.patch.object(StepTelemetry, "routing_statistics", return_value=[]),
+        mock.patch.object(StepTelemetry, "selection_maps", return_value=[]),
+        mock.patch.object(StepTelemetry, "seconds_by_part", return_value={}),
     ):
         outcomes["diverged"] = alone("nan", "training.steps=10", "faults.max_skipped_steps=3")
     return outcomes

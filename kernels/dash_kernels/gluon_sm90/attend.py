@@ -60,9 +60,8 @@ def attend_pairs(
     batch_heads = q.shape[0] * tile.kv_heads
     programs = min(resident_programs(q.device, 1), len(chunks) * tile.per_chunk // 2 * batch_heads)
     before_out, before_lse = (out, lse) if before is None else before
-    shape = PairShape(
-        tile, options.ring, spec.prior_sigma is not None, keys.blocks, options.block, first=before is None, last=False
-    )
+    has_sigma, is_first_part = spec.prior_sigma is not None, before is None
+    shape = PairShape(tile, options.ring, has_sigma, keys.blocks, options.block, is_first_part, is_last_part=False)
     attend_pairs_kernel[(programs,)](
         q.contiguous(), chunks.on(q.device), *pair_maps(keys, tile), keys.starts, *split_summaries(summaries, q.dtype),
         routing.tau, routing.log_mean, routing.masks, two_lists(programs, 2 * n, q.device), work_counter(q.device),
@@ -89,7 +88,7 @@ def attend_pairs_kernel(
     keys = (grid_ptr, starts_ptr, mask_ptr, list_ptr, next_ptr, k_map, v_map)
     routed = (high_ptr, low_ptr, tau_ptr, log_mean_ptr)
     rows = (q_ptr, routed, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr)
-    buffers = (k_ring, v_ring, summaries, biases)
+    buffers = ((k_ring, v_ring), (summaries, biases))
     barriers = ring_barriers(SHAPE.ring)
     sizes = (T, S, n, slots, batch_heads)
     factors = (factor, scale2, prior_exponent)
@@ -128,7 +127,9 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
     by_out_row: gl.constexpr = gl.SliceLayout(1, of_out)
     grid_ptr, starts_ptr, _mask_ptr, list_ptr, _next_ptr, _k_map, _v_map = keys
     q_ptr, routed, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr = rows
-    k_ring, v_ring, summaries, biases = buffers
+    chunk_rings, tile_buffers = buffers
+    k_ring, v_ring = chunk_rings
+    summaries, biases = tile_buffers
     _ready, free, listed, done = barriers
     T, _S, n, slots, _batch_heads = sizes
     factor, scale2, prior_exponent = factors
@@ -143,7 +144,7 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
         q = gl.load(tile_pointers(q_ptr, start, step, batch_head, T, shape.factor(C), shape))
         tau, log2_mean = load_thresholds(routed, start, step, batch_head, T, shape)
         place, row_at = row_offsets(start, step, batch_head, T, by_score_row, shape)
-        if shape.first:
+        if shape.is_first_part:
             top = gl.full([M], NOTHING, gl.float32, by_score_row)
             total = gl.zeros([M], gl.float32, by_score_row)
             out = gl.zeros([M, D], gl.float32, of_out)
@@ -166,10 +167,10 @@ def attend_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.conste
         count = gl.load(list_at)
         for block in range(0, count, BN):
             entries = load_entries(list_at, block, count, shape)
-            u, _high = routing_slopes(
+            slopes, _high = routing_slopes(
                 q, entries, count - block, tau, routed, summaries, batch_head, n, factor, shape, WHICH
             )
-            _prior, log_prior = log_priors(u, shape)
+            _prior, log_prior = log_priors(slopes, shape)
             bias = (log_prior - gl.expand_dims(log2_mean, 1)) * prior_exponent
             biases.index(WHICH).store(gl.permute(bias, (1, 0)))
             word = selected_word(entries, shape, WHICH)

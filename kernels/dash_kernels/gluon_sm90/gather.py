@@ -45,7 +45,8 @@ def lister(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.cons
     PER_CHUNK: gl.constexpr = C // 32
     grid_ptr, query_slots_ptr, key_table_ptr, words_ptr, list_ptr, turns_ptr = tables
     _T, _S, n, slots, slab_begin, slab_end, piece_slots, pieces, met, key_slots, key_rows = sizes
-    _ready, _free, listed, done, _keys_ready, _keys_free = barriers[0]
+    of_ring, _of_scores, _of_chunk = barriers
+    _ready, _free, listed, done, _keys_ready, _keys_free = of_ring
     piece_words = piece_slots * C // 32
     chunks = met * key_rows
     turn = 0
@@ -117,10 +118,13 @@ def gatherer(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.co
     """Partition: K and V of each chunk, and the rows of its queries."""
     C: gl.constexpr = shape.tile.chunk_size
     BT: gl.constexpr = shape.tile.tokens
-    list_ptr = tables[4]
-    k_map, v_map = keys[0], keys[1]
+    _grid_ptr, _query_slots_ptr, _key_table_ptr, _words_ptr, list_ptr, _turns_ptr = tables
+    k_map, v_map, _query_ptr, _dk_ptr, _dv_ptr, _share_ptr = keys
+    chunk_keys, _tile_rings, _product_buffers, _summary_buffers = buffers
+    k, v = chunk_keys
     T, S, _n, _slots, _slab_begin, _slab_end, piece_slots, _pieces, _met, _key_slots, _key_rows = sizes
-    _ready, _free, listed, done, keys_ready, keys_free = barriers[0]
+    of_ring, _of_scores, _of_chunk = barriers
+    _ready, _free, listed, done, keys_ready, keys_free = of_ring
     turn = 0
     used = 0
     met = 0
@@ -137,8 +141,8 @@ def gatherer(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.co
                 column = (batch_head % shape.tile.kv_heads) * shape.tile.head_dim
             mbarrier.wait(keys_free.index(0), (used & 1) ^ 1)
             mbarrier.expect(keys_ready.index(0), k_map.block_type.nbytes + v_map.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_map, [row, column], keys_ready.index(0), buffers[0])
-            tma.async_copy_global_to_shared(v_map, [row, column], keys_ready.index(0), buffers[1])
+            tma.async_copy_global_to_shared(k_map, [row, column], keys_ready.index(0), k)
+            tma.async_copy_global_to_shared(v_map, [row, column], keys_ready.index(0), v)
             used += 1
             own_start = gl.load(list_at + 5)
             for tile in range(own_tiles):
@@ -165,9 +169,11 @@ def fetch_tile(
     M: gl.constexpr = shape.rows
     HK: gl.constexpr = shape.tile.kv_heads
     one_each: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
-    _grad_ptr, _q_ptr, tau_ptr, lse_ptr, delta_ptr, ratio_ptr, log_mean_ptr = rows
-    vectors = buffers[4]
-    ready, free = barriers[0][0], barriers[0][1]
+    grad_ptr, q_ptr, tau_ptr, lse_ptr, delta_ptr, ratio_ptr, log_mean_ptr = rows
+    _chunk_keys, tile_rings, _product_buffers, _summary_buffers = buffers
+    q_ring, grad_ring, vectors = tile_rings
+    of_ring, _of_scores, _of_chunk = barriers
+    ready, free, _listed, _done, _keys_ready, _keys_free = of_ring
     row = gl.arange(0, M // 2, gl.SliceLayout(1, GATHER_LAYOUT))
     # All tokens first, so that the wait hides that they come from memory.
     token_1 = token_of(tokens, first, row, count, OWN, shape)
@@ -175,8 +181,8 @@ def fetch_tile(
     each = token_of(tokens, first, gl.arange(0, M, one_each), count, OWN, shape)
     slot = met % shape.ring
     mbarrier.wait(free.index(slot), ((met // shape.ring) & 1) ^ 1)
-    fetch_half(rows, buffers, token_1, batch_head, T, slot, 0, shape)
-    fetch_half(rows, buffers, token_2, batch_head, T, slot, 1, shape)
+    fetch_half(q_ptr, grad_ptr, q_ring, grad_ring, token_1, batch_head, T, slot, 0, shape)
+    fetch_half(q_ptr, grad_ptr, q_ring, grad_ring, token_2, batch_head, T, slot, 1, shape)
     row_at = row_index(each, gl.arange(0, M, one_each), batch_head, T, shape)
     async_copy.async_copy_global_to_shared(vectors.index(slot * VECTORS), tau_ptr + row_at)
     async_copy.async_copy_global_to_shared(vectors.index(slot * VECTORS + 1), lse_ptr + row_at)
@@ -196,17 +202,16 @@ def token_of(tokens, first, row, count, OWN: gl.constexpr, shape: gl.constexpr):
 
 
 @gluon.jit
-def fetch_half(rows, buffers, token, batch_head, T, slot, HALF: gl.constexpr, shape: gl.constexpr):
+def fetch_half(q_ptr, grad_ptr, q_ring, grad_ring, token, batch_head, T, slot, HALF: gl.constexpr, shape: gl.constexpr):
     """Starts the copies of q and the gradient of the output for half of a tile's rows, 64 columns at a time."""
     D: gl.constexpr = shape.tile.head_dim
     M: gl.constexpr = shape.rows
     PANELS: gl.constexpr = D // 64
-    grad_ptr, q_ptr = rows[0], rows[1]
-    of_panel: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M // 2, 64], buffers[2].dtype)
+    of_panel: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M // 2, 64], q_ring.dtype)
     # A tile lies in shared memory as panels of 64 columns, of which half the rows are in one piece.
     panels: gl.constexpr = [shape.ring * PANELS * 2, M // 2, 64]
-    q_panels = buffers[2]._reinterpret(buffers[2].dtype, panels, of_panel)
-    grad_panels = buffers[3]._reinterpret(buffers[3].dtype, panels, of_panel)
+    q_panels = q_ring._reinterpret(q_ring.dtype, panels, of_panel)
+    grad_panels = grad_ring._reinterpret(grad_ring.dtype, panels, of_panel)
     row = row_index(token, gl.arange(0, M // 2, gl.SliceLayout(1, GATHER_LAYOUT)), batch_head, T, shape)
     column = gl.arange(0, 64, gl.SliceLayout(0, GATHER_LAYOUT))
     offsets = gl.expand_dims(row * D, 1) + gl.expand_dims(column, 0)

@@ -114,7 +114,9 @@ def key_gradient_gathered_kernel(
     tables = (grid_ptr, query_slots_ptr, key_table_ptr, words_ptr, list_ptr, turns_ptr)
     rows = (grad_ptr, q_ptr, tau_ptr, lse_ptr, delta_ptr, ratio_ptr, log_mean_ptr)
     keys = (k_map, v_map, query_ptr, dk_ptr, dv_ptr, share_ptr)
-    buffers = (k, v, q_ring, grad_ring, vectors, weights, dscores, of_summary, along_keys, dlogits, dquery)
+    buffers = (
+        (k, v), (q_ring, grad_ring, vectors), (weights, dscores), (of_summary, along_keys, dlogits, dquery)
+    )  # fmt: skip
     of_ring = (ready, free, listed, done, keys_ready, keys_free)
     of_scores = (weights_ready, weights_free, dscores_ready, dscores_free)
     of_chunk = (along_ready, along_free, dlogits_ready, dlogits_free)
@@ -141,14 +143,18 @@ def adder(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.const
     D: gl.constexpr = shape.tile.head_dim
     of_sum: gl.constexpr = shape.product(D)
     by_key: gl.constexpr = gl.SliceLayout(1, of_sum)
-    list_ptr, turns_ptr = tables[4], tables[5]
+    _grid_ptr, _query_slots_ptr, _key_table_ptr, _words_ptr, list_ptr, turns_ptr = tables
     _k_map, _v_map, query_ptr, dk_ptr, dv_ptr, share_ptr = keys
-    _k, _v, q_ring, grad_ring, _vectors, weights, dscores, _of_summary, _along_keys, dlogits, dquery = buffers
+    _chunk_keys, tile_rings, product_buffers, summary_buffers = buffers
+    q_ring, grad_ring, _vectors = tile_rings
+    weights, dscores = product_buffers
+    _of_summary, _along_keys, dlogits, dquery = summary_buffers
     _T, S, n, _slots, _slab_begin, _slab_end, piece_slots, _pieces, chunks_met, _key_slots, key_rows = sizes
-    _ready, free, listed, done, _keys_ready, _keys_free = barriers[0]
-    weights_ready, weights_free, dscores_ready, dscores_free = barriers[1]
-    _along_ready, _along_free, dlogits_ready, dlogits_free = barriers[2]
-    scale = factors[3]
+    of_ring, of_scores, of_chunk = barriers
+    _ready, free, listed, done, _keys_ready, _keys_free = of_ring
+    weights_ready, weights_free, dscores_ready, dscores_free = of_scores
+    _along_ready, _along_free, dlogits_ready, dlogits_free = of_chunk
+    _factor, _scale2, _prior_exponent, scale, _logit_scale, _prior_floor = factors
     chunks = chunks_met * key_rows
     turn = 0
     used = 0
@@ -227,13 +233,16 @@ def walk_queries(tables, rows, keys, buffers, barriers, sizes, factors, shape: g
         [4, 8, C],
     )
     by_key: gl.constexpr = gl.SliceLayout(0, shape.product(C))
-    list_ptr = tables[4]
-    query_ptr = keys[2]
-    along_keys, dlogits_buffer, dquery_buffer = buffers[8], buffers[9], buffers[10]
-    piece_slots = sizes[6]
-    _ready, _free, listed, done, keys_ready, keys_free = barriers[0]
-    along_ready, along_free, dlogits_ready, dlogits_free = barriers[2]
-    scale, logit_scale = factors[3], factors[4]
+    _grid_ptr, _query_slots_ptr, _key_table_ptr, _words_ptr, list_ptr, _turns_ptr = tables
+    _k_map, _v_map, query_ptr, _dk_ptr, _dv_ptr, _share_ptr = keys
+    chunk_keys, _tile_rings, _product_buffers, summary_buffers = buffers
+    k_buffer, _v = chunk_keys
+    of_summary, along_keys, dlogits_buffer, dquery_buffer = summary_buffers
+    _T, _S, _n, _slots, _slab_begin, _slab_end, piece_slots, _pieces, _chunks_met, _key_slots, _key_rows = sizes
+    of_ring, _of_scores, of_chunk = barriers
+    _ready, _free, listed, done, keys_ready, keys_free = of_ring
+    along_ready, along_free, dlogits_ready, dlogits_free = of_chunk
+    _factor, _scale2, _prior_exponent, scale, logit_scale, _prior_floor = factors
     turn = 0
     used = 0
     met = 0
@@ -245,7 +254,7 @@ def walk_queries(tables, rows, keys, buffers, barriers, sizes, factors, shape: g
         mbarrier.arrive(done.index(turn & 1), count=1)
         if own_tiles + tiles > 0:
             mbarrier.wait(keys_ready.index(0), used & 1)
-            write_summary_weights(buffers, query_ptr, batch_head, scale, shape, WHICH)
+            write_summary_weights(k_buffer, of_summary, query_ptr, batch_head, scale, shape, WHICH)
             along = gl.zeros([4, 8, C], gl.float32, of_along)
             for tile in range((met ^ WHICH) & 1, own_tiles, 2):
                 along = score_tile(buffers, barriers, factors, along, tile, C, met + tile, True, shape, WHICH)
@@ -265,11 +274,11 @@ def walk_queries(tables, rows, keys, buffers, barriers, sizes, factors, shape: g
                 mbarrier.wait(along_ready.index(0), used & 1)
                 along_key = (along_keys.load(by_key) + of_half) * logit_scale
                 mbarrier.arrive(along_free.index(0), count=1)
-                of_key = buffers[7].index(WHICH).load(by_key)
+                of_key = of_summary.index(WHICH).load(by_key)
                 dlogits = of_key * (along_key - gl.sum(of_key * along_key, 0)) * scale
                 mbarrier.wait(dlogits_free.index(0), (used & 1) ^ 1)
                 dlogits_buffer.store(dlogits)
-                k = buffers[0].load(KEY_LAYOUT).to(gl.float32)
+                k = k_buffer.load(KEY_LAYOUT).to(gl.float32)
                 by_row: gl.constexpr = gl.SliceLayout(1, KEY_LAYOUT)
                 dquery_buffer.store(gl.sum(gl.expand_dims(gl.convert_layout(dlogits, by_row), 1) * k, 0))
                 fence_async_shared()
@@ -301,13 +310,12 @@ def key_pointers(pointer, key_start, batch_head, S, layout: gl.constexpr, shape:
 
 
 @gluon.jit
-def write_summary_weights(buffers, query_ptr, batch_head, scale, shape: gl.constexpr, WHICH: gl.constexpr):
+def write_summary_weights(k_buffer, of_summary, query_ptr, batch_head, scale, shape: gl.constexpr, WHICH: gl.constexpr):
     """The weights of a chunk's keys in its summary, as `summary_weights`, into shared memory."""
     D: gl.constexpr = shape.tile.head_dim
-    of_summary = buffers[7]
     column = gl.arange(0, D, gl.SliceLayout(0, KEY_LAYOUT))
     query = gl.load(query_ptr + (batch_head % shape.tile.kv_heads) * D + column).to(gl.float32)
-    k = buffers[0].load(KEY_LAYOUT).to(gl.float32)
+    k = k_buffer.load(KEY_LAYOUT).to(gl.float32)
     logits = gl.sum(k * gl.expand_dims(query, 0), 1) * scale
     exponentials = gl.exp(logits - gl.max(logits, 0))
     of_summary.index(WHICH).store(exponentials / gl.sum(exponentials, 0))
@@ -327,9 +335,14 @@ def score_tile(
     of_scores: gl.constexpr = shape.product(C)
     by_row: gl.constexpr = gl.SliceLayout(1, of_scores)
     by_key: gl.constexpr = gl.SliceLayout(0, of_scores)
-    k, v, q_ring, grad_ring, vectors, weights_buffer, dscores_buffer, of_summary, _along, _dlogits, _dquery = buffers
-    ready = barriers[0][0]
-    weights_ready, weights_free, dscores_ready, dscores_free = barriers[1]
+    chunk_keys, tile_rings, product_buffers, summary_buffers = buffers
+    k, v = chunk_keys
+    q_ring, grad_ring, vectors = tile_rings
+    weights_buffer, dscores_buffer = product_buffers
+    of_summary, _along_keys, _dlogits, _dquery = summary_buffers
+    of_ring, of_partitions, _of_chunk = barriers
+    ready, _free, _listed, _done, _keys_ready, _keys_free = of_ring
+    weights_ready, weights_free, dscores_ready, dscores_free = of_partitions
     factor, scale2, prior_exponent, scale, logit_scale, prior_floor = factors
     slot = met % shape.ring
     phase = (met >> 1) & 1
@@ -351,8 +364,8 @@ def score_tile(
     else:
         tau = vectors.index(first_vector).load(by_row)
         of_key = gl.expand_dims(of_summary.index(WHICH).load(by_key), 0)
-        u = gl.where(real, gl.maximum(gl.sum(raw * of_key, 1) * factor - tau, 0.0), 0.0)
-        prior = mean_of_token(u * u, shape)
+        slopes = gl.where(real, gl.maximum(gl.sum(raw * of_key, 1) * factor - tau, 0.0), 0.0)
+        prior = mean_of_token(slopes * slopes, shape)
         bias = gl.log2(gl.maximum(prior, LEAST_PRIOR))
         if shape.has_sigma:
             bias -= vectors.index(first_vector + 4).load(by_row) / LN_2
@@ -365,8 +378,9 @@ def score_tile(
     dscores = weights * (dweights - gl.expand_dims(delta, 1))
     if not OWN:
         ratio = vectors.index(first_vector + 3).load(by_row)
-        dprior = mean_of_token(gl.sum(dscores, 1), shape)
-        dz = (dprior * prior_exponent / gl.maximum(prior, prior_floor) - ratio) * u
+        dbias = mean_of_token(gl.sum(dscores, 1), shape)  # dB / G
+        dp = dbias * prior_exponent / gl.maximum(prior, prior_floor)
+        dz = (dp - ratio) * slopes
         of_fragments = gl.sum(gl.reshape(raw * gl.expand_dims(dz, 1), [4, 2, 8, C]), 1)
         along += gl.convert_layout(of_fragments, along.type.layout)
         of_key = gl.expand_dims(of_summary.index(WHICH).load(by_key), 0)

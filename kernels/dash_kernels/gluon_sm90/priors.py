@@ -29,8 +29,8 @@ def load_thresholds(routed, start, step, batch_head, T, shape: gl.constexpr):
 def routing_slopes(
     q, entries, inside, tau, routed, summaries, batch_head, n, factor, shape: gl.constexpr, WHICH: gl.constexpr
 ):
-    """(u = sqrt(p) of a tile for a block of its list, zero where a token did not select the chunk, [M, BN]; the high
-    part of the summaries in shared memory, [BN, D]).
+    """(slopes u = sqrt(p) of a tile for a block of its list, zero where a token did not select the chunk, [M, BN]; the
+    high part of the summaries in shared memory, [BN, D]).
 
     inside: how many of the entries there are.
     """
@@ -58,14 +58,14 @@ def routing_slopes(
 
 
 @gluon.jit
-def log_priors(u, shape: gl.constexpr):
+def log_priors(slopes, shape: gl.constexpr):
     """(prior, its logarithm in base 2, -inf where a token did not select the chunk), the same in all rows of a token.
     [M, BN] each
     """
     G: gl.constexpr = shape.tile.group
     BT: gl.constexpr = shape.tile.tokens
     BN: gl.constexpr = shape.block
-    by_head = gl.reshape(u * u, [BT, G, BN])
+    by_head = gl.reshape(slopes * slopes, [BT, G, BN])
     prior = gl.sum(by_head, 1) / G
     log_prior = gl.where(prior > 0, gl.log2(gl.where(prior > 0, prior, 1.0)), -float("inf"))
     return to_rows(prior, by_head, shape), to_rows(log_prior, by_head, shape)

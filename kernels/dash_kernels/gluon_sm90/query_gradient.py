@@ -60,12 +60,12 @@ def walk_pairs(
     n = summaries.shape[1]
     batch_heads = q.shape[0] * tile.kv_heads
     programs = min(resident_programs(q.device, 1), len(chunks) * tile.per_chunk // 2 * batch_heads)
-    dprior = torch.empty(programs, 2, n, tile.tokens, dtype=torch.float32, device=q.device)
+    dp = torch.empty(programs, 2, n, tile.tokens, dtype=torch.float32, device=q.device)
     shape = PairShape(tile, options.ring, spec.prior_sigma is not None, keys.blocks, options.block, first, last)
     query_gradient_pairs_kernel[(programs,)](
         upstream.grad.contiguous(), q.contiguous(), chunks.on(q.device), *pair_maps(keys, tile), keys.starts,
         *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean, routing.masks, upstream.lse,
-        upstream.delta, two_lists(programs, 2 * n, q.device), work_counter(q.device), dprior, before.dq,
+        upstream.delta, two_lists(programs, 2 * n, q.device), work_counter(q.device), dp, before.dq,
         before.weighted_sum, before.slope_sum, result.dq, result.weighted_sum, result.slope_sum, q.shape[1],
         keys.tokens, n, len(chunks), batch_heads, routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent,
         spec.scale, spec.routing_logit_scale, PRIOR_FLOOR, SHAPE=shape, TILE_REGISTERS=options.tile_registers,
@@ -76,7 +76,7 @@ def walk_pairs(
 @gluon.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
 def query_gradient_pairs_kernel(
     grad_ptr, q_ptr, grid_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr, mask_ptr, lse_ptr,
-    delta_ptr, list_ptr, next_ptr, dprior_ptr, before_dq_ptr, before_weighted_ptr, before_slope_ptr, dq_ptr,
+    delta_ptr, list_ptr, next_ptr, dp_ptr, before_dq_ptr, before_weighted_ptr, before_slope_ptr, dq_ptr,
     weighted_ptr, slope_ptr, T, S, n, slots, batch_heads, factor, scale2, prior_exponent, scale, logit_scale,
     prior_floor, SHAPE: gl.constexpr, TILE_REGISTERS: gl.constexpr, HELPER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -93,10 +93,10 @@ def query_gradient_pairs_kernel(
     sums = gl.allocate_shared_memory(gl.float32, [2, BN, SHAPE.rows], by_chunk)
     keys = (grid_ptr, starts_ptr, mask_ptr, list_ptr, next_ptr, k_map, v_map)
     routed = (high_ptr, low_ptr, tau_ptr, log_mean_ptr)
-    of_rows = (grad_ptr, q_ptr, lse_ptr, delta_ptr, dprior_ptr)
+    of_rows = (grad_ptr, q_ptr, lse_ptr, delta_ptr, dp_ptr)
     results = (before_dq_ptr, before_weighted_ptr, before_slope_ptr, dq_ptr, weighted_ptr, slope_ptr)
     rows = (routed, of_rows, results)
-    buffers = (k_ring, v_ring, summaries, biases, sums)
+    buffers = ((k_ring, v_ring), (summaries, biases, sums))
     barriers = ring_barriers(SHAPE.ring)
     sizes = (T, S, n, slots, batch_heads)
     factors = (factor, scale2, prior_exponent, scale, logit_scale, prior_floor)
@@ -139,16 +139,18 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
     by_column: gl.constexpr = gl.SliceLayout(0, of_routing)
     grid_ptr, starts_ptr, _mask_ptr, list_ptr, _next_ptr, _k_map, _v_map = keys
     routed, of_rows, results = rows
-    grad_ptr, q_ptr, lse_ptr, delta_ptr, dprior_ptr = of_rows
+    grad_ptr, q_ptr, lse_ptr, delta_ptr, dp_ptr = of_rows
     before_dq_ptr, before_weighted_ptr, before_slope_ptr, dq_ptr, weighted_ptr, slope_ptr = results
-    k_ring, v_ring, summaries, biases, sums = buffers
+    chunk_rings, tile_buffers = buffers
+    k_ring, v_ring = chunk_rings
+    summaries, biases, sums = tile_buffers
     _ready, free, listed, done = barriers
     T, _S, n, slots, _batch_heads = sizes
     factor, scale2, prior_exponent, scale, logit_scale, prior_floor = factors
     by_row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bias_rows = biases._reinterpret(gl.float32, [2 * BN, M], by_row)
     sum_rows = sums._reinterpret(gl.float32, [2 * BN, M], by_row)
-    own_dprior = dprior_ptr + (gl.program_id(0) * 2 + WHICH).to(gl.int64) * n * BT
+    own_dp = dp_ptr + (gl.program_id(0) * 2 + WHICH).to(gl.int64) * n * BT
     turn = 0
     met = 0
     work = wait_listed(list_ptr, listed, turn, 2 * n)
@@ -177,10 +179,10 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
         count = gl.load(list_at)
         for block in range(0, count, BN):
             entries = load_entries(list_at, block, count, shape)
-            u, _high = routing_slopes(
+            slopes, _high = routing_slopes(
                 q, entries, count - block, tau, routed, summaries, batch_head, n, factor, shape, WHICH
             )
-            prior, log_prior = log_priors(u, shape)
+            prior, log_prior = log_priors(slopes, shape)
             bias = (log_prior - gl.expand_dims(log2_mean, 1)) * prior_exponent
             biases.index(WHICH).store(gl.permute(bias, (1, 0)))
             word = selected_word(entries, shape, WHICH)
@@ -202,46 +204,46 @@ def walk_tiles(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexp
             of_heads = gl.reshape(of_heads, [BT, G, BN])
             mean = gl.expand_dims(gl.sum(of_heads, 1) / G, 1) + gl.zeros_like(of_heads)
             mean = gl.convert_layout(gl.reshape(mean, [M, BN]), of_routing)
-            dprior = mean * prior_exponent / gl.maximum(prior, prior_floor)
-            weighted_sum += gl.sum(u * dprior, 1)
-            slope_sum += gl.sum(u, 1)
-            pointers, of_first_head = dprior_pointers(own_dprior, block, shape)
+            dp = mean * prior_exponent / gl.maximum(prior, prior_floor)
+            weighted_sum += gl.sum(slopes * dp, 1)
+            slope_sum += gl.sum(slopes, 1)
+            pointers, of_first_head = dp_pointers(own_dp, block, shape)
             inside = gl.expand_dims(block + column < count, 0)
-            gl.store(pointers, dprior, mask=inside & of_first_head)
+            gl.store(pointers, dp, mask=inside & of_first_head)
         barrier()  # other threads read what this one wrote
 
         # The routing's share, dz . s with dz = u (dp - ratio): ratio is known only when all parts have been met.
         dq *= scale
         _place, routing_row_at = row_offsets(start, step, batch_head, T, by_routing_row, shape)
-        if not shape.first:
+        if not shape.is_first_part:
             weighted_sum += gl.load(before_weighted_ptr + routing_row_at)
             slope_sum += gl.load(before_slope_ptr + routing_row_at)
         ratio = gl.zeros([M], gl.float32, by_routing_row)
-        if shape.last:
+        if shape.is_last_part:
             ratio = weighted_sum / gl.where(slope_sum > 0, slope_sum, 1.0)
         for block in range(0, count, BN):
             entries = load_entries(list_at, block, count, shape)
-            u, high = routing_slopes(
+            slopes, high = routing_slopes(
                 q, entries, count - block, tau, routed, summaries, batch_head, n, factor, shape, WHICH
             )
-            pointers, _of_first_head = dprior_pointers(own_dprior, block, shape)
+            pointers, _of_first_head = dp_pointers(own_dp, block, shape)
             inside = gl.expand_dims(block + gl.arange(0, BN, by_column) < count, 0)
-            dp = gl.load(pointers, mask=inside, other=0.0) - gl.expand_dims(ratio, 1)
-            dq = add_routing_gradient(dq, u * dp * logit_scale, high, shape)
-        if shape.last and not shape.first:
+            centred = gl.load(pointers, mask=inside, other=0.0) - gl.expand_dims(ratio, 1)
+            dq = add_routing_gradient(dq, slopes * centred * logit_scale, high, shape)
+        if shape.is_last_part and not shape.is_first_part:
             # The chunks of the parts before have had their share of dp, and wait for that of the ratio.
             lacking = gl.load(list_at + 2)
             for block in range(0, lacking, BN):
                 entries = load_lacking(list_at, block, lacking, n, shape)
-                u, high = routing_slopes(
+                slopes, high = routing_slopes(
                     q, entries, lacking - block, tau, routed, summaries, batch_head, n, factor, shape, WHICH
                 )
-                dq = add_routing_gradient(dq, -u * gl.expand_dims(ratio, 1) * logit_scale, high, shape)
+                dq = add_routing_gradient(dq, -slopes * gl.expand_dims(ratio, 1) * logit_scale, high, shape)
         mbarrier.arrive(done.index(turn & 1), count=1)
         turn += 1
-        if not shape.first:
+        if not shape.is_first_part:
             dq += gl.load(tile_pointers(before_dq_ptr, start, step, batch_head, T, of_dq, shape))
-        if shape.last:
+        if shape.is_last_part:
             gl.store(weighted_ptr + routing_row_at, ratio)
         else:
             gl.store(weighted_ptr + routing_row_at, weighted_sum)
@@ -284,10 +286,10 @@ def add_routing_gradient(dq, dz, high, shape: gl.constexpr):
 
 
 @gluon.jit
-def dprior_pointers(own_dprior, block, shape: gl.constexpr):
+def dp_pointers(own_dp, block, shape: gl.constexpr):
     """(pointers to the gradients of the priors of a block of a list, whether a row is a token's first head)."""
     layout: gl.constexpr = shape.product(shape.block)
     M: gl.constexpr = shape.rows
     row = gl.expand_dims(gl.arange(0, M, gl.SliceLayout(1, layout)), 1)
     listed = gl.expand_dims(block + gl.arange(0, shape.block, gl.SliceLayout(0, layout)), 0)
-    return own_dprior + listed * shape.tile.tokens + row // shape.tile.group, row % shape.tile.group == 0
+    return own_dp + listed * shape.tile.tokens + row // shape.tile.group, row % shape.tile.group == 0

@@ -62,13 +62,17 @@ class RingShape:
 
 @dataclass(frozen=True)
 class PairShape(RingShape):
-    """ring: chunks that K and V are held of; block: chunks whose biases are computed at a time; first: no part has been
-    met before; last: nor will another, and the chunks that the part lacks are listed unless it is also the first.
+    """Compile-time shape of a kernel on pairs of tiles.
+
+    ring:          chunks of K and V in flight.
+    block:         chunks whose biases are computed at a time.
+    is_first_part, is_last_part: position of this part in the sequence of parts. The last part that is not also the
+                   first lists the selected chunks of earlier parts as well.
     """
 
     block: int
-    first: bool
-    last: bool
+    is_first_part: bool
+    is_last_part: bool
 
     def factor(self, columns: int) -> gl.DotOperandLayout:
         """Layout of the first factor, in registers, of such a product."""
@@ -194,7 +198,7 @@ def lister(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
             gl.store(list_at + place, ids | (selected << SELECTED_BIT), mask=keep > 0)
             gl.store(list_at + n + place, starts, mask=keep > 0)
             count += gl.sum(keep, 0)
-            if shape.last and not shape.first:
+            if shape.is_last_part and not shape.is_first_part:
                 lacks = on.to(gl.int32) - keep
                 place = lacking + gl.associative_scan(lacks, 0, add) - lacks
                 gl.store(list_at + LIST_HEADER + n - 1 - place, ids | (selected << SELECTED_BIT), mask=lacks > 0)
@@ -218,6 +222,8 @@ def add(a, b):
 def loader(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
     """Partition: K and V of each pair's own chunk, where the part holds it, and of the chunks in its list."""
     grid_ptr, starts_ptr, _mask_ptr, list_ptr, _next_ptr, k_map, v_map = keys
+    chunk_rings, _tile_buffers = buffers
+    k_ring, v_ring = chunk_rings
     _ready, _free, listed, done = barriers
     _T, S, n, slots, _batch_heads = sizes
     turn = 0
@@ -232,13 +238,13 @@ def loader(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
             column = (batch_head % shape.tile.kv_heads) * shape.tile.head_dim
         own = gl.load(starts_of_head(starts_ptr, batch_head, n, shape) + gl.load(grid_ptr + slot))
         if own >= 0:
-            fetch(k_map, v_map, row + own, column, buffers, barriers, met, shape)
+            fetch(k_map, v_map, row + own, column, k_ring, v_ring, barriers, met, shape)
             met += 1
         list_at = list_of(list_ptr, turn, 2 * n)
         count = gl.load(list_at)
         for index in range(count):
             start = gl.load(list_at + LIST_HEADER + n + index)
-            fetch(k_map, v_map, row + start, column, buffers, barriers, met, shape)
+            fetch(k_map, v_map, row + start, column, k_ring, v_ring, barriers, met, shape)
             met += 1
         mbarrier.arrive(done.index(turn & 1), count=1)
         turn += 1
@@ -246,22 +252,23 @@ def loader(keys, rows, buffers, barriers, sizes, factors, shape: gl.constexpr):
 
 
 @gluon.jit
-def fetch(k_map, v_map, row, column, buffers, barriers, met, shape: gl.constexpr):
+def fetch(k_map, v_map, row, column, k_ring, v_ring, barriers, met, shape: gl.constexpr):
     """K and V of a chunk, the met-th of the ring."""
     ready, free, _listed, _done = barriers
     slot = met % shape.ring
     filled = ready.index(slot)
     mbarrier.wait(free.index(slot), ((met // shape.ring) & 1) ^ 1)
     mbarrier.expect(filled, k_map.block_type.nbytes + v_map.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_map, [row, column], filled, buffers[0].index(slot))
-    tma.async_copy_global_to_shared(v_map, [row, column], filled, buffers[1].index(slot))
+    tma.async_copy_global_to_shared(k_map, [row, column], filled, k_ring.index(slot))
+    tma.async_copy_global_to_shared(v_map, [row, column], filled, v_ring.index(slot))
 
 
 @gluon.jit
 def wait_filled(barriers, met, shape: gl.constexpr):
     """The slot of the met-th chunk of the ring, once it is there."""
     slot = met % shape.ring
-    mbarrier.wait(barriers[0].index(slot), (met // shape.ring) & 1)
+    ready, _free, _listed, _done = barriers
+    mbarrier.wait(ready.index(slot), (met // shape.ring) & 1)
     return slot
 
 

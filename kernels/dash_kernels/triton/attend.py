@@ -67,7 +67,7 @@ def attend(
         q.shape[1], keys.tokens, n, len(chunks), q.shape[0] * kv_heads,
         routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent,
         BC=triton.next_power_of_2(spec.chunk_size), BN=options.block, HAS_SIGMA=spec.prior_sigma is not None,
-        MAPS=maps, BLOCKS=keys.blocks, FIRST=before is None, **tile.constants, **options.launch,
+        MAPS=maps, BLOCKS=keys.blocks, IS_FIRST_PART=before is None, **tile.constants, **options.launch,
     )  # fmt: skip
     return out, lse
 
@@ -79,7 +79,7 @@ def attend_kernel(
     prior_exponent,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
-    MAPS: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr,
+    MAPS: tl.constexpr, BLOCKS: tl.constexpr, IS_FIRST_PART: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = BT * GP
     STEPS: tl.constexpr = C // BT
@@ -101,7 +101,7 @@ def attend_kernel(
             starts = starts_of(starts_ptr, batch_head, n, BLOCKS)
             count = list_chunks(mask_row, words, starts, ids_ptr, list_starts_ptr, first, chunk, True, 1)
 
-            if FIRST:
+            if IS_FIRST_PART:
                 top = tl.full([M], NOTHING, tl.float32)
                 total = tl.zeros([M], tl.float32)
                 out = tl.zeros([M, BD], tl.float32)
@@ -121,7 +121,7 @@ def attend_kernel(
             for block in range(0, count, BN):
                 listed = block + tl.arange(0, BN)
                 ids = tl.load(ids_ptr + listed, mask=listed < count, other=0)
-                _u, _prior, bias = routing_block(
+                _slopes, _prior, bias = routing_block(
                     q, high_ptr, low_ptr, ids, listed < count, batch_head, n, tau, log2_mean, factor, prior_exponent,
                     HK, G, GP, BT, D, BD, BN,
                 )  # fmt: skip
@@ -162,13 +162,13 @@ def routing_block(
     HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """(u = sqrt(p) [M, BN], prior [BT, BN], bias in base 2 [M, BN], -inf where a token did not select the chunk) of the
-    tile for BN chunks.
+    """(slopes u = sqrt(p) [M, BN], prior [BT, BN], bias in base 2 [M, BN], -inf where a token did not select the chunk)
+    of the tile for BN chunks.
     """
     y, _high = routing_scores(q, high_ptr, low_ptr, ids, mask, batch_head, n, HK, D, BD, True)
-    u = tl.where(mask[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0)
-    prior = mean_over_group(u * u, G, GP, BT, BN)
-    return u, prior, to_rows(prior_bias(prior, log2_mean[:, None], prior_exponent), GP, BT, BN)
+    slopes = tl.where(mask[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0)
+    prior = mean_over_group(slopes * slopes, G, GP, BT, BN)
+    return slopes, prior, to_rows(prior_bias(prior, log2_mean[:, None], prior_exponent), GP, BT, BN)
 
 
 @triton.jit

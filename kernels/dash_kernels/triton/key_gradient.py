@@ -170,7 +170,7 @@ def key_gradient_kernel(
 ):  # fmt: skip
     column = tl.arange(0, BD)
     row = tl.arange(0, BT * GP)
-    HALF: tl.constexpr = BT * GP // 16
+    HALF: tl.constexpr = BT * GP // 16  # Hopper: a warp's fragment has 16 rows, of which a thread holds 2
     my_tokens_ptr = tokens_ptr + tl.program_id(0).to(tl.int64) * piece_slots * C
     piece_words = piece_slots * C // 32
     chunks = met * key_rows
@@ -191,7 +191,7 @@ def key_gradient_kernel(
         if own_here | (count > 0):
             k, v = load_own_keys(k_ptr, v_ptr, key_start, length, batch_head, S, HK, BC, D, BD, BLOCKS)
             query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
-            weights = summary_weights(k.to(tl.float32), query, scale, C, BC)
+            summary_weight = summary_weights(k.to(tl.float32), query, scale, C, BC)
             dk = tl.zeros([BD, BC], tl.float32)
             dv = tl.zeros([BD, BC], tl.float32)
             # Reduced over the rows of a warp's fragment only: the last sum, over HALF x 8 rows, waits until the end.
@@ -206,11 +206,11 @@ def key_gradient_kernel(
                     delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
                     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
                     visible = tl.arange(0, BC)[None, :] <= place[:, None]
-                    p = tl.exp2(tl.where(visible, scores, -float("inf")) - lse2[:, None])
-                    dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
-                    ds = p * (dp - delta[:, None])
-                    dv = tl.dot(tl.trans(grad), p.to(grad.dtype), dv, input_precision="tf32x3")
-                    dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision="tf32x3")
+                    weights = tl.exp2(tl.where(visible, scores, -float("inf")) - lse2[:, None])
+                    dweights = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
+                    dscores = weights * (dweights - delta[:, None])
+                    dv = tl.dot(tl.trans(grad), weights.to(grad.dtype), dv, input_precision="tf32x3")
+                    dk = tl.dot(tl.trans(q), dscores.to(q.dtype), dk, input_precision="tf32x3")
             # Read a step ahead: what the loads of the next step address must be at hand when they start.
             next_token = tl.load(my_tokens_ptr + row // GP, mask=row // GP < count, other=0)
             for at in range(0, count, BT):
@@ -225,8 +225,8 @@ def key_gradient_kernel(
                 lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * LOG2_E  # weigh nothing
                 delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
                 raw = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [M, BC]
-                u = tl.maximum(tl.sum(raw * weights[None, :], axis=1) * factor - tau, 0.0)
-                prior = _mean_of_token(u * u, G, GP, BT)
+                slopes = tl.maximum(tl.sum(raw * summary_weight[None, :], axis=1) * factor - tau, 0.0)
+                prior = _mean_of_token(slopes * slopes, G, GP, BT)
                 bias = tl.log2(tl.maximum(prior, LEAST_PRIOR))
                 if HAS_SIGMA:
                     group_offset = token_offsets(token, batch_head, T, HK)
@@ -234,16 +234,16 @@ def key_gradient_kernel(
                 scores = raw * scale2 + (bias * prior_exponent - lse2)[:, None]
                 if BC != C:
                     scores = tl.where((tl.arange(0, BC) < C)[None, :], scores, -float("inf"))
-                p = tl.exp2(scores)
-                dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
-                ds = p * (dp - delta[:, None])
-                dprior = _mean_of_token(tl.sum(ds, axis=1), G, GP, BT)
-                dz = dprior * prior_exponent / tl.maximum(prior, prior_floor)
-                dz = (dz - tl.load(ratio_ptr + rows, mask=real, other=0.0)) * u
+                weights = tl.exp2(scores)
+                dweights = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
+                dscores = weights * (dweights - delta[:, None])
+                dbias = _mean_of_token(tl.sum(dscores, axis=1), G, GP, BT)  # dB / G
+                dp = dbias * prior_exponent / tl.maximum(prior, prior_floor)
+                dz = (dp - tl.load(ratio_ptr + rows, mask=real, other=0.0)) * slopes
                 along += tl.sum(tl.reshape(raw * dz[:, None], [HALF, 2, 8, BC]), axis=1)
-                ds += weights[None, :] * (dz * (logit_scale / scale))[:, None]
-                dv = tl.dot(tl.trans(grad), p.to(grad.dtype), dv, input_precision="tf32x3")
-                dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision="tf32x3")
+                dscores += summary_weight[None, :] * (dz * (logit_scale / scale))[:, None]
+                dv = tl.dot(tl.trans(grad), weights.to(grad.dtype), dv, input_precision="tf32x3")
+                dk = tl.dot(tl.trans(q), dscores.to(q.dtype), dk, input_precision="tf32x3")
             tl.debug_barrier()  # the list is written anew for the next chunk
             # Read again, so that neither keys nor addresses occupy registers during the loop.
             batch_head, chunk, key_start, length = load_key_slot(
@@ -253,11 +253,11 @@ def key_gradient_kernel(
             k = tl.load(k_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
             along_key = tl.sum(tl.sum(along, axis=0), axis=0) * logit_scale
-            dlogits = weights * (along_key - tl.sum(weights * along_key, axis=0)) * scale
+            dlogits = summary_weight * (along_key - tl.sum(summary_weight * along_key, axis=0)) * scale
             dk = tl.trans(dk) * scale + dlogits[:, None] * query[None, :]
             dv = tl.trans(dv)
             _wait_for_turn(turn_ptr, piece)
-            # Other multiprocessors wrote these: not from the first-level cache.
+            # Hopper: .cg, because other multiprocessors wrote these and the first-level cache would not know.
             dk += tl.load(dk_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
             dv += tl.load(dv_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
             tl.store(dk_ptr + offsets, dk, mask=mask)
@@ -290,7 +290,8 @@ def load_key_slot(table_ptr, key_slots, key_row, key_slot, n, C: tl.constexpr, B
 
 @triton.jit
 def _wait_for_turn(turn_ptr, piece):
-    """Until all earlier pieces have been added to a chunk: the order of additions never varies."""
+    """Waits until all earlier pieces have been added to a chunk: the order of additions never varies."""
+    # Hopper: spinning is safe, because a program that has started keeps running.
     turn = tl.atomic_add(turn_ptr, 0)
     while turn < piece:
         turn = tl.atomic_add(turn_ptr, 0)

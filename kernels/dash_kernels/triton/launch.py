@@ -22,8 +22,8 @@ class LaunchOptions:
     block:         summaries per step.
     rows:          rows of a program's tile, where a kernel has the choice.
     resident:      programs of a persistent kernel per multiprocessor.
-    tensor_maps:   load K and V through Hopper's bulk copy engine (TMA).
-    max_registers: registers per thread, where fewer let another program share the multiprocessor.
+    tensor_maps:   Hopper: load K and V through the bulk copy engine (TMA).
+    max_registers: Hopper: registers per thread (maxnreg), where fewer let another program share the multiprocessor.
     """
 
     num_warps: int

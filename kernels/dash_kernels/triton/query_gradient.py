@@ -62,7 +62,7 @@ def _walk(
     first: bool,
     last: bool,
 ) -> None:
-    """first: `before` is not read. last: the result is complete, and its weighted_sum takes sum(u dp) / sum(u)."""
+    """first: `before` is not read. last: the result is complete, and its weighted_sum takes the ratio."""
     q, chunks, summaries, routing = queries.q, queries.chunks, queries.summaries, queries.routing
     n, kv_heads = summaries.shape[1:3]
     tile = TileShape.of(q, kv_heads, spec)
@@ -77,28 +77,28 @@ def _walk(
     k_map, v_map, maps = keys.maps(tile, options)
     tiles = len(chunks) * tile.per_chunk
     programs = min(resident_programs(q.device, options.resident), tiles * q.shape[0] * kv_heads)
-    dprior = torch.empty(programs, n, tile.tokens, dtype=torch.float32, device=q.device)
+    dp = torch.empty(programs, n, tile.tokens, dtype=torch.float32, device=q.device)
     query_gradient_kernel[(programs,)](
         upstream.grad.contiguous(), q.contiguous(), chunks.on(q.device), keys.k, keys.v, k_map, v_map, keys.starts,
         *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean, routing.masks, upstream.lse,
-        upstream.delta, chunk_lists(programs, n, q.device), work_counter(q.device), dprior,
+        upstream.delta, chunk_lists(programs, n, q.device), work_counter(q.device), dp,
         before.dq, before.weighted_sum, before.slope_sum, result.dq, result.weighted_sum, result.slope_sum,
         q.shape[1], keys.tokens, n, len(chunks), q.shape[0] * kv_heads, routing_factor(spec),
         spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale, spec.routing_logit_scale, PRIOR_FLOOR, 1.0,
         BC=triton.next_power_of_2(spec.chunk_size), BN=options.block, HAS_SIGMA=spec.prior_sigma is not None,
-        MAPS=maps, BLOCKS=keys.blocks, FIRST=first, LAST=last, **tile.constants, **options.launch,
+        MAPS=maps, BLOCKS=keys.blocks, IS_FIRST_PART=first, IS_LAST_PART=last, **tile.constants, **options.launch,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
 def query_gradient_kernel(
     grad_ptr, q_ptr, grid_ptr, k_ptr, v_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr,
-    mask_ptr, lse_ptr, delta_ptr, list_ptr, next_ptr, dprior_ptr, before_dq_ptr, before_weighted_ptr,
+    mask_ptr, lse_ptr, delta_ptr, list_ptr, next_ptr, dp_ptr, before_dq_ptr, before_weighted_ptr,
     before_slope_ptr, dq_ptr, weighted_ptr, slope_ptr,
     T, S, n, slots, batch_heads, factor, scale2, prior_exponent, scale, logit_scale, prior_floor, one,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
-    MAPS: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    MAPS: tl.constexpr, BLOCKS: tl.constexpr, IS_FIRST_PART: tl.constexpr, IS_LAST_PART: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = BT * GP
     STEPS: tl.constexpr = C // BT
@@ -106,7 +106,7 @@ def query_gradient_kernel(
     words = (n + 31) // 32
     ids_ptr = list_ptr + tl.program_id(0).to(tl.int64) * 2 * n
     list_starts_ptr = ids_ptr + n
-    my_dprior_ptr = dprior_ptr + tl.program_id(0).to(tl.int64) * n * BT
+    my_dp_ptr = dp_ptr + tl.program_id(0).to(tl.int64) * n * BT
     work = tl.atomic_add(next_ptr, 1)  # handed out one by one: lists differ in length
     while work < tiles * batch_heads:
         batch_head = work // tiles
@@ -137,7 +137,7 @@ def query_gradient_kernel(
             for block in range(0, count, BN):
                 listed = block + tl.arange(0, BN)
                 ids = tl.load(ids_ptr + listed, mask=listed < count, other=0)
-                u, prior, bias = routing_block(
+                slopes, prior, bias = routing_block(
                     q, high_ptr, low_ptr, ids, listed < count, batch_head, n, tau, log2_mean, factor, prior_exponent,
                     HK, G, GP, BT, D, BD, BN,
                 )  # fmt: skip
@@ -153,50 +153,52 @@ def query_gradient_kernel(
                     dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="tf32x3")
                     dq *= one  # ends the product here: in flight, it makes ptxas serialise the next ones
                     sums = tl.where(tl.arange(0, BN)[None, :] == index, tl.sum(dscores, axis=1)[:, None], sums)
-                dprior = mean_over_group(sums, G, GP, BT, BN) * prior_exponent / tl.maximum(prior, prior_floor)
-                weighted_sum += tl.sum(u * to_rows(dprior, GP, BT, BN), axis=1)
-                slope_sum += tl.sum(u, axis=1)
-                at_dprior = listed[None, :] * BT + tl.arange(0, BT)[:, None]
-                tl.store(my_dprior_ptr + at_dprior, dprior, mask=(listed < count)[None, :])
+                dp = mean_over_group(sums, G, GP, BT, BN) * prior_exponent / tl.maximum(prior, prior_floor)
+                weighted_sum += tl.sum(slopes * to_rows(dp, GP, BT, BN), axis=1)
+                slope_sum += tl.sum(slopes, axis=1)
+                at_dp = listed[None, :] * BT + tl.arange(0, BT)[:, None]
+                tl.store(my_dp_ptr + at_dp, dp, mask=(listed < count)[None, :])
             tl.debug_barrier()  # other threads read what this one wrote
 
             # The routing's share, dz . s with dz = u (dp - ratio): ratio is known only when all parts have been met.
             dq *= scale
-            if not FIRST:
+            if not IS_FIRST_PART:
                 weighted_sum += tl.load(before_weighted_ptr + rows, mask=real, other=0.0)
                 slope_sum += tl.load(before_slope_ptr + rows, mask=real, other=0.0)
             ratio = tl.zeros([M], tl.float32)
-            if LAST:
+            if IS_LAST_PART:
                 ratio = weighted_sum / tl.where(slope_sum > 0, slope_sum, 1.0)
             for block in range(0, count, BN):
                 listed = block + tl.arange(0, BN)
                 inside = listed < count
                 ids = tl.load(ids_ptr + listed, mask=inside, other=0)
-                at_dprior = listed[None, :] * BT + tl.arange(0, BT)[:, None]
-                dprior = tl.load(my_dprior_ptr + at_dprior, mask=inside[None, :], other=0.0)
-                dp = to_rows(dprior, GP, BT, BN) - ratio[:, None]
+                at_dp = listed[None, :] * BT + tl.arange(0, BT)[:, None]
+                dp = tl.load(my_dp_ptr + at_dp, mask=inside[None, :], other=0.0)
+                centred = to_rows(dp, GP, BT, BN) - ratio[:, None]
                 dq = add_routing_gradient(
-                    dq, dp, q, high_ptr, low_ptr, ids, inside, batch_head, n, tau, factor, logit_scale, HK, D, BD
-                )
+                    dq, centred, q, high_ptr, low_ptr, ids, inside, batch_head, n, tau, factor, logit_scale,
+                    HK, D, BD,
+                )  # fmt: skip
             tl.debug_barrier()  # the list is written anew
-            if LAST and not FIRST:
+            if IS_LAST_PART and not IS_FIRST_PART:
                 # The chunks of the parts before have had their share of dp, and wait for that of the ratio.
                 count = list_chunks(mask_row, words, starts, ids_ptr, list_starts_ptr, first, chunk, False, 1)
                 for block in range(0, count, BN):
                     listed = block + tl.arange(0, BN)
                     inside = listed < count
                     ids = tl.load(ids_ptr + listed, mask=inside, other=0)
-                    dp = tl.zeros([M, BN], tl.float32) - ratio[:, None]
+                    centred = tl.zeros([M, BN], tl.float32) - ratio[:, None]
                     dq = add_routing_gradient(
-                        dq, dp, q, high_ptr, low_ptr, ids, inside, batch_head, n, tau, factor, logit_scale, HK, D, BD
-                    )
+                        dq, centred, q, high_ptr, low_ptr, ids, inside, batch_head, n, tau, factor, logit_scale,
+                        HK, D, BD,
+                    )  # fmt: skip
                 tl.debug_barrier()
             # Read again, so that no address occupies registers during the loops.
             _chunk, start, length, _first = load_slot(grid_ptr, slots, tile // STEPS)
             _place, rows, real = tile_rows(start, length, tile % STEPS, batch_head, T, HQ, HK, G, GP, BT)
-            if not FIRST:
+            if not IS_FIRST_PART:
                 dq += load_rows(before_dq_ptr, rows, real, D, BD)
-            if LAST:
+            if IS_LAST_PART:
                 tl.store(weighted_ptr + rows, ratio, mask=real)
             else:
                 tl.store(weighted_ptr + rows, weighted_sum, mask=real)
@@ -214,12 +216,12 @@ def score_gradient(scores, grad, v, lse2, delta):
 
 @triton.jit
 def add_routing_gradient(
-    dq, dp, q, high_ptr, low_ptr, ids, mask, batch_head, n, tau, factor, logit_scale,
+    dq, centred, q, high_ptr, low_ptr, ids, mask, batch_head, n, tau, factor, logit_scale,
     HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dq [M, BD] plus the share of u dp, [M, BN], through the scores of the chunks `ids` [BN]."""
+    """dq [M, BD] plus the share of u (dp - ratio), `centred` [M, BN], through the scores of the chunks `ids` [BN]."""
     y, high = routing_scores(q, high_ptr, low_ptr, ids, mask, batch_head, n, HK, D, BD, True)
-    dz = tl.where(mask[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0) * dp * logit_scale
+    dz = tl.where(mask[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0) * centred * logit_scale
     if q.dtype == tl.bfloat16:
         dq = tl.dot(dz.to(tl.bfloat16), high, dq)
     else:  # float16 has too small a range for dz

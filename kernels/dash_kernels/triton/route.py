@@ -241,6 +241,7 @@ def _fold(x):
     """[M, BN] -> [M, 4]: sums over the columns of a thread in a matrix product's layout, those of a row's four threads
     kept apart: adding them up for every block would cost more than all else.
     """
+    # Hopper: a row's 8 neighbouring columns lie in 4 threads, 2 each.
     return tl.sum(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2]), axis=1), axis=2)
 
 
@@ -255,6 +256,7 @@ def _sweep(
     row of a group, int32 [blocks, GROUPS, 4]: bit 2 j + e of word i is for place 8 j + 2 i + e of the block.
     """
     M: tl.constexpr = q.shape[0]
+    # Hopper: 8 columns, 4 threads, 2 columns each is the fragment layout, as in `_fold`.
     tl.static_assert(BN <= 64)  # a thread's share of a row's bits is a word's lower half
     column = tl.arange(0, BN)
     bit = 1 << (column // 8 * 2 + column % 2)
