@@ -1,7 +1,7 @@
 """Event log of a run: faults, recoveries and skipped batches, one line of JSON each.
 
-Knows the file and the kinds of events; does not know who notices them. The processes of the run and the launcher that
-starts them again write to the same file, which is therefore what counts over all attempts of a run.
+Knows the file and the kinds of events; does not know how they are detected. The ranks and the supervisor write to the
+same file, which therefore covers all attempts of a run.
 
     <run directory>/events.jsonl
 """
@@ -56,7 +56,7 @@ class EventLog:
     def append(self, kind: EventKind, message: str, *, step: int | None = None, attempt: int | None = None) -> Event:
         """Write one event, which is on disk when this returns. Raises OSError."""
         event = Event(time=time.time(), kind=kind, step=step, message=message, attempt=attempt)
-        # A line that a killed process left unfinished must not swallow this one.
+        # Start a new line after one that a killed process left unfinished.
         line = json.dumps(asdict(event)) + "\n"
         with self.path.open("ab+") as file:
             if file.tell():
@@ -68,7 +68,7 @@ class EventLog:
         return event
 
     def read(self) -> list[Event]:
-        """All events, oldest first; lines cut short by a killed process are left out. Raises OSError."""
+        """Return all events, oldest first, without lines cut short by a killed process. Raises OSError."""
         try:
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
