@@ -30,12 +30,9 @@ def run_app(command: typer.Typer) -> None:
         command()
     except Exception as error:
         from dash_dist.errors import ConfigError, RunError
-        from dash_dist.run.restarts import tell_refused
 
         if not isinstance(error, RunError):
             raise
-        if not error.may_pass:
-            tell_refused()
         # Such an error is raised at every rank; one of them says it.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

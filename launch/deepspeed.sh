@@ -9,10 +9,11 @@
 #
 #   HOSTFILE=hosts NODE_RANK=0 MASTER_ADDR=node0 launch/deepspeed.sh configs/llama_1b_128k.yaml data.paths=DATA
 #
-# RESTARTS=N starts it again after a failure, at most N times and on every node alike; it goes on from its newest checkpoint.
+# RESTARTS=N restarts the run from its newest checkpoint after up to N failures in a row without a new checkpoint. Set it on
+# every node where this script runs.
 #
-# Environment: NPROC (processes on this node; all GPUs), RESTARTS (0), HOSTFILE, NODE_RANK, MASTER_ADDR, MASTER_PORT (29500),
-# OMP_NUM_THREADS (cores / NPROC), DS_ACCELERATOR (cpu where there is no GPU).
+# Environment: NPROC (processes on this node; all GPUs), RESTARTS (0), RESTART_PAUSE (10 s), HOSTFILE, NODE_RANK, MASTER_ADDR,
+# MASTER_PORT (29500), OMP_NUM_THREADS (cores / NPROC), DS_ACCELERATOR (cpu where there is no GPU).
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -* ]]; then
@@ -36,10 +37,6 @@ else
     where+=(--num_accelerators "$nproc_per_node")
 fi
 
-attempt() {
-    # The rank comes from the environment, as under torchrun, so the script's own --local_rank argument is left out.
-    exec deepspeed "${where[@]}" --no_local_rank --module dash_dist.cli train "${@:2}"
-}
-
-source "$(dirname "${BASH_SOURCE[0]}")/restarts.sh"
-run_with_restarts "$@"
+# The rank comes from the environment, as under torchrun, so the script's own --local_rank argument is left out.
+launcher=(deepspeed "${where[@]}" --no_local_rank --module dash_dist.cli train)
+exec python -m dash_dist.cluster.local_supervisor "${launcher[@]}" -- "$@"

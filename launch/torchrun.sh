@@ -8,11 +8,11 @@
 #
 #   NNODES=4 RENDEZVOUS=node0:29400 launch/torchrun.sh configs/llama_1b_128k.yaml data.paths=DATA
 #
-# RESTARTS=N starts it again after a failure, at most N times and on every node alike; it goes on from its newest checkpoint.
-# Each time with a new torchrun: its own --max-restarts keeps the store of the attempt before, where the ranks of the next
-# one may read what the last one left.
+# RESTARTS=N restarts the run from its newest checkpoint after up to N failures in a row without a new checkpoint. Set it on
+# every node. Each attempt gets a new torchrun: its own --max-restarts keeps the store of the attempt before, where ranks of
+# the next one may read old entries.
 #
-# Environment: NPROC (processes on this node), NNODES (1), RENDEZVOUS (loopback), RESTARTS (0),
+# Environment: NPROC (processes on this node), NNODES (1), RENDEZVOUS (loopback), RESTARTS (0), RESTART_PAUSE (10 s),
 # OMP_NUM_THREADS (cores / NPROC).
 set -euo pipefail
 
@@ -31,15 +31,10 @@ if [[ -z ${RENDEZVOUS:-} && ${NNODES:-1} != 1 ]]; then
     exit 2
 fi
 
-attempt() {
-    local launcher=(python "$launch/local_torchrun.py")
-    if [[ -n ${RENDEZVOUS:-} ]]; then
-        launcher=(torchrun --nnodes "${NNODES:-1}" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS")
-        launcher+=(--rdzv-id "dash-dist-$1")
-    fi
-    exec "${launcher[@]}" --nproc-per-node "$nproc_per_node" -m dash_dist.cli train "${@:2}"
-}
-
-launch=$(dirname "${BASH_SOURCE[0]}")
-source "$launch/restarts.sh"
-run_with_restarts "$@"
+launcher=(python "$(dirname "${BASH_SOURCE[0]}")/local_torchrun.py")
+if [[ -n ${RENDEZVOUS:-} ]]; then
+    launcher=(torchrun --nnodes "${NNODES:-1}" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS")
+    launcher+=(--rdzv-id "dash-dist-{attempt}")
+fi
+launcher+=(--nproc-per-node "$nproc_per_node" -m dash_dist.cli train)
+exec python -m dash_dist.cluster.local_supervisor "${launcher[@]}" -- "$@"

@@ -1,7 +1,7 @@
-"""The workers of one attempt: placed together, watched together, and gone together.
+"""Workers of one attempt: placed, watched and ended as a group.
 
-Knows Ray's placement groups and actors, and when a worker is to be given up for lost; does not know what an attempt
-is for nor what follows it.
+Knows Ray's placement groups and actors, and when a worker counts as lost; does not know what an attempt computes nor
+what follows it.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ from itertools import groupby
 from typing import Any, NoReturn
 
 from dash_dist.cluster.processes import signal_all, wait_until_gone
-from dash_dist.cluster.rank import Ended, Job, News, Place, RankProcess, Seat
-from dash_dist.run.requests import Asked
+from dash_dist.cluster.rank import Job, Place, ProgressMessage, RankEnv, RankProcess, RankResult
+from dash_dist.run.requests import Command
 
 # How often a rank other than the first is asked whether it is there, in seconds.
 _HEARTBEAT_SECONDS = 5.0
@@ -93,25 +93,25 @@ class WorkerGroup:
         """Let every rank join the others and train. Raises AttemptFailed."""
         port = self._answers([self._actors[0].listen.remote()])[0]
         self._runs = [
-            actor.train.remote(job, seat) for actor, seat in zip(self._actors, seats(self.places, port), strict=True)
+            actor.train.remote(job, env) for actor, env in zip(self._actors, rank_envs(self.places, port), strict=True)
         ]
 
-    def poll(self, asked: Asked) -> list[News]:
-        """Pass on what the run is asked for, and fetch the news of rank 0; returns at once.
+    def poll(self, command: Command) -> list[ProgressMessage]:
+        """Pass the command on to rank 0 and fetch its messages; returns at once.
 
         Raises AttemptFailed if a rank has failed, died, or does not answer.
         """
         import ray
 
         now = time.monotonic()
-        news: list[News] = []
+        messages: list[ProgressMessage] = []
         answers = [answer for _, answer in self._polls.values()]
         answered = set(ray.wait(answers, num_returns=len(answers), timeout=0)[0]) if answers else set()
         for rank, (since, answer) in list(self._polls.items()):
             if answer in answered:
                 del self._polls[rank]
                 with contextlib.suppress(ray.exceptions.RayError):  # its run ends too, and says why
-                    news += ray.get(answer)
+                    messages += ray.get(answer)
             elif now - since > self._answer_seconds:
                 # What the others wait in, and where this one is if it can be interrupted, before all of them are ended.
                 signal_all(((place.node_id, place.process) for place in self.places), signal.SIGUSR1)
@@ -122,11 +122,11 @@ class WorkerGroup:
         for rank, actor in enumerate(self._actors):
             if rank not in self._polls and (rank == 0 or now - self._asked_at.get(rank, 0.0) > _HEARTBEAT_SECONDS):
                 self._asked_at[rank] = now
-                self._polls[rank] = (now, actor.poll.remote(asked if rank == 0 else Asked()))
+                self._polls[rank] = (now, actor.poll.remote(command if rank == 0 else Command()))
         done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
         if any(isinstance(self._outcome(run), BaseException) for run in done):
             self._raise_failure()
-        return news
+        return messages
 
     @property
     def ended(self) -> bool:
@@ -135,15 +135,15 @@ class WorkerGroup:
 
         return bool(ray.wait(self._runs, num_returns=1, timeout=0)[0])
 
-    def results(self) -> tuple[list[Ended], list[News]]:
-        """Return the end of each rank and the last messages; waits for ranks that are still ending.
+    def results(self) -> tuple[list[RankResult], list[ProgressMessage]]:
+        """Return the result of each rank and the last messages; waits for ranks that are still ending.
 
         Raises AttemptFailed if one of them does not end by itself.
         """
         import ray
 
         deadline = time.monotonic() + self._start_seconds
-        outcomes: list[Ended] = []
+        outcomes: list[RankResult] = []
         running = list(self._runs)
         while running:
             done, running = ray.wait(running, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
@@ -155,15 +155,15 @@ class WorkerGroup:
             else:
                 outcomes.append(outcome)
         earlier = [self._polls[0][1]] if 0 in self._polls else []
-        answers = self._answers([*earlier, self._actors[0].poll.remote(Asked())])
-        news = [one for answer in answers for one in answer]
-        return outcomes, news
+        answers = self._answers([*earlier, self._actors[0].poll.remote(Command())])
+        messages = [one for answer in answers for one in answer]
+        return outcomes, messages
 
     def end(self) -> None:
-        """Kill every process of the group and give its places back; returns when they are gone.
+        """Kill every process of the group and release its places; returns when the processes are gone.
 
-        Ray asks a process to leave and kills it after 5 s, as a stopped one needs. One on a node that cannot be
-        reached ends with that node's Ray daemon, which ends itself when it notices that it is cut off.
+        Ray asks a process to leave and kills it after 5 s, which also ends a stopped one. A process on an unreachable
+        node ends with that node's Ray daemon, which exits when it notices that it is cut off.
         """
         import ray
         from ray.util.placement_group import remove_placement_group
@@ -185,7 +185,7 @@ class WorkerGroup:
                 )
 
     def _take_places(self) -> None:
-        """Learn where every process is, and order them: by node, and on a node by GPU."""
+        """Fetch the location of every process, and sort the processes by node and GPU."""
         places: list[Place] = self._answers([actor.place.remote() for actor in self._actors])
         workers = sorted(zip(self._actors, places, strict=True), key=rank_order(places))
         self._actors = [actor for actor, _ in workers]
@@ -204,7 +204,7 @@ class WorkerGroup:
         except ray.exceptions.RayError as error:
             raise AttemptFailed(f"a worker process ended while it started: {_reason(error)}") from None
 
-    def _outcome(self, run: Any) -> Ended | BaseException:
+    def _outcome(self, run: Any) -> RankResult | BaseException:
         import ray
 
         try:
@@ -213,7 +213,7 @@ class WorkerGroup:
             return error
 
     def _raise_failure(self) -> NoReturn:
-        """Raise AttemptFailed for the rank that failed first, as far as can be told: one that died before others."""
+        """Raise AttemptFailed for the likely first failure: a rank that died, before ranks that raised an error."""
         import ray
 
         ray.wait(self._runs, num_returns=len(self._runs), timeout=_AFTERMATH_SECONDS)
@@ -233,9 +233,9 @@ class WorkerGroup:
 
 
 def rank_order(places: Sequence[Place]) -> Callable[[tuple[Any, Place]], tuple[int, int, str]]:
-    """The key that sorts workers at `places`, each given with its place: by node, and on a node by GPU.
+    """Return the sort key of (worker, place) pairs: by node, and on a node by GPU.
 
-    GPUs have numbers, or names ("GPU-1f...", "MIG-...") where the node's CUDA_VISIBLE_DEVICES has.
+    GPUs have numbers, or names ("GPU-1f...", "MIG-...") where the node's CUDA_VISIBLE_DEVICES has names.
     """
     nodes = list(dict.fromkeys(place.node_id for place in places))
 
@@ -247,14 +247,14 @@ def rank_order(places: Sequence[Place]) -> Callable[[tuple[Any, Place]], tuple[i
     return key
 
 
-def seats(places: Sequence[Place], master_port: int) -> list[Seat]:
-    """The seat of each rank, for processes at `places`, which are in rank order; they meet at the first one's node."""
-    found: list[Seat] = []
+def rank_envs(places: Sequence[Place], master_port: int) -> list[RankEnv]:
+    """Return the environment of each rank for processes at `places`, in rank order. They meet at the first node."""
+    found: list[RankEnv] = []
     for _, of_node in groupby(places, key=lambda place: place.node_id):
         ranks = list(of_node)
         gpus = tuple(place.gpu for place in ranks if place.gpu is not None)
         found += [
-            Seat(
+            RankEnv(
                 rank=len(found) + local_rank,
                 world_size=len(places),
                 local_rank=local_rank,

@@ -18,17 +18,17 @@ from dash_dist.config.run import RunConfig
 from dash_dist.distributed.loopback import is_loopback, keep_to_loopback, listen, meet
 from dash_dist.errors import RunError
 from dash_dist.run.messages import RunStart, RunSummary, StepReport
-from dash_dist.run.requests import Asked
+from dash_dist.run.requests import Command
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-News = tuple[str, Any]
-"""What rank 0 has to tell: the ProgressReporter method that was called, and its argument."""
+ProgressMessage = tuple[str, Any]
+"""A call at rank 0 for the driver's console: the name of a ProgressReporter method, and its argument."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker runs: Ray's node id, the node's address, the process, and the GPU it was given, None on CPUs."""
+    """Location of a worker: Ray's node id, the node's address, the process, and its GPU, None on CPUs."""
 
     node_id: str
     address: str
@@ -37,8 +37,8 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Seat:
-    """One rank among all, as torchrun would put it into the environment; `gpus` are its node's, by local rank."""
+class RankEnv:
+    """Environment of one rank, with torchrun's meanings. `gpus` are those of its node, by local rank."""
 
     rank: int
     world_size: int
@@ -65,38 +65,38 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """End of a rank that ended by itself: the summary of its run, or a permanent error."""
+class RankResult:
+    """Result of a rank that ended by itself: the summary of its run, or a permanent error."""
 
     summary: RunSummary | None = None
     refusal: RunError | None = None
 
 
-def end_of(run: Callable[[], RunSummary]) -> Ended:
-    """Return the end of `run`. Re-raises errors that may pass on another attempt."""
+def result_of(run: Callable[[], RunSummary]) -> RankResult:
+    """Return the result of `run`. Re-raises errors that another attempt may avoid."""
     try:
-        return Ended(summary=run())
+        return RankResult(summary=run())
     except RunError as error:  # raised at every rank
         if error.may_pass:
             raise
-        return Ended(refusal=error)
+        return RankResult(refusal=error)
 
 
 class RankProcess:
     """The actor of one rank. `train` runs in one thread, `poll` answers in another.
 
-    The process ends with its raylet, the Ray daemon of its node that started it, even when it is stopped (SIGSTOP)
-    and could not notice: no rank is left over from a lost node.
+    The system kills the process together with its raylet, the Ray daemon of its node, even while it is stopped by
+    SIGSTOP. No rank outlives its node.
     """
 
     def __init__(self) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
-        self._asked = Asked()
+        self._messages: queue.SimpleQueue[ProgressMessage] = queue.SimpleQueue()
+        self._command = Command()
         self._listener: socket.socket | None = None
 
     def place(self) -> Place:
-        """Where this process is."""
+        """Return the location of this process."""
         import ray
 
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
@@ -106,15 +106,15 @@ class RankProcess:
     def listen(self) -> int:
         """Open the port at which the ranks will meet, at the node's address only; called at the first rank.
 
-        Returns the port. It stays open until the ranks have met there, so that nobody else can take it in between.
+        Returns the port, which stays open until the ranks have met: no other process can take it in between.
         """
         import ray
 
         self._listener = listen(ray.util.get_node_ip_address())
         return self._listener.getsockname()[1]
 
-    def train(self, job: Job, seat: Seat) -> Ended:
-        """Join the others and run the job to its end. Raises what a run raises that may succeed when tried again."""
+    def train(self, job: Job, env: RankEnv) -> RankResult:
+        """Join the other ranks and run the job to its end. Raises errors that another attempt may avoid."""
         import ray
         import torch
         import torch.distributed as dist
@@ -122,77 +122,79 @@ class RankProcess:
         # In a submitted job the working directory is a copy of the tree that was packed, and Ray has set it already.
         if not ray.get_runtime_context().runtime_env.get("working_dir"):
             os.chdir(job.directory)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // seat.local_world_size))
-        self._join(job, seat)
-        # Imported with the environment of the seat in place.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // env.local_world_size))
+        self._join(job, env)
+        # Imported with the rank's environment in place.
         from dash_dist.training.run import train
 
-        ended = end_of(lambda: train(job.config, reporter=_NewsReporter(self._news), requests=lambda: self._asked))
+        ended = result_of(
+            lambda: train(job.config, reporter=_MessageReporter(self._messages), requests=lambda: self._command)
+        )
         # Not after any other error: the others may be gone, and leaving together would wait for them.
         dist.destroy_process_group()
         return ended
 
-    def poll(self, asked: Asked) -> list[News]:
-        """Say what the run is asked for from now on; returns the news since the last call."""
-        self._asked = asked
-        news = []
-        while not self._news.empty():
-            news.append(self._news.get())
-        return news
+    def poll(self, command: Command) -> list[ProgressMessage]:
+        """Replace the command to the run; returns the messages since the last call."""
+        self._command = command
+        messages = []
+        while not self._messages.empty():
+            messages.append(self._messages.get())
+        return messages
 
-    def _join(self, job: Job, seat: Seat) -> None:
+    def _join(self, job: Job, env: RankEnv) -> None:
         import torch
         import torch.distributed as dist
 
         os.environ |= {
-            "RANK": str(seat.rank),
-            "WORLD_SIZE": str(seat.world_size),
-            "LOCAL_RANK": str(seat.local_rank),
-            "LOCAL_WORLD_SIZE": str(seat.local_world_size),
-            "MASTER_ADDR": seat.master_address,
-            "MASTER_PORT": str(seat.master_port),
+            "RANK": str(env.rank),
+            "WORLD_SIZE": str(env.world_size),
+            "LOCAL_RANK": str(env.local_rank),
+            "LOCAL_WORLD_SIZE": str(env.local_world_size),
+            "MASTER_ADDR": env.master_address,
+            "MASTER_PORT": str(env.master_port),
         }
-        if is_loopback(seat.master_address):
+        if is_loopback(env.master_address):
             keep_to_loopback()
         group: dict[str, Any] = {"backend": "gloo"}
-        if seat.gpus:
+        if env.gpus:
             # As torchrun does: every rank sees the GPUs of its node's ranks, which NCCL needs for direct copies
             # between them.
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seat.gpus)
-            device = torch.device("cuda", seat.local_rank)
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(env.gpus)
+            device = torch.device("cuda", env.local_rank)
             torch.cuda.set_device(device)
             group = {"backend": "nccl", "device_id": device}
         store = meet(
-            seat.master_address,
-            seat.master_port,
-            seat.world_size,
+            env.master_address,
+            env.master_port,
+            env.world_size,
             listener=self._listener,
             timeout=timedelta(seconds=job.join_seconds),
         )
         # Store operations of the group wait as long as the group; that all have arrived is awaited for less.
-        store.set(f"arrived/{seat.rank}", "")
-        store.wait([f"arrived/{rank}" for rank in range(seat.world_size)])
+        store.set(f"arrived/{env.rank}", "")
+        store.wait([f"arrived/{rank}" for rank in range(env.world_size)])
         timeout = job.config.training.distributed_timeout
-        dist.init_process_group(**group, store=store, rank=seat.rank, world_size=seat.world_size, timeout=timeout)
+        dist.init_process_group(**group, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
 
 
-class _NewsReporter:
-    """The ProgressReporter of rank 0: what it is told waits for the driver to fetch it."""
+class _MessageReporter:
+    """ProgressReporter of rank 0 that queues its calls until the driver fetches them."""
 
-    def __init__(self, news: "queue.SimpleQueue[News]") -> None:
-        self._news = news
+    def __init__(self, messages: "queue.SimpleQueue[ProgressMessage]") -> None:
+        self._messages = messages
 
     def start(self, run: RunStart) -> None:
-        self._news.put(("start", run))
+        self._messages.put(("start", run))
 
     def update(self, report: StepReport) -> None:
-        self._news.put(("update", report))
+        self._messages.put(("update", report))
 
     def note(self, text: str) -> None:
-        self._news.put(("note", text))
+        self._messages.put(("note", text))
 
     def finish(self, summary: RunSummary) -> None:
-        self._news.put(("finish", summary))
+        self._messages.put(("finish", summary))
 
     def close(self) -> None:
-        """Nothing is open here: the driver closes its console."""
+        """Do nothing: the driver closes its console."""

@@ -1,17 +1,17 @@
-"""When a run that failed is started again, and how soon.
+"""Decision to restart a failed run, and the pause before it.
 
-Knows steps and counts; does not know what failed.
+Knows steps and counts; does not know causes.
 """
 
 
 class Retries:
-    """The failures of a run that brought it nothing, in a row.
+    """Counter of failures in a row without a new checkpoint.
 
-    An attempt that saved a new step before it failed is no reason to give up: a run of weeks loses many nodes. One
-    that saved none is, when it happens often enough: then something is wrong that trying again does not mend.
+    A run of weeks loses many nodes: an attempt that saved a new step before it failed resets the count. Several
+    attempts in a row that saved none point to a fault that restarting does not remove.
 
     Args:
-        most: attempts in a row that may fail without a new checkpoint and be followed by another; 0: never start again.
+        most: failures in a row without a new checkpoint that are followed by another attempt; 0: never restart.
         saved_step: of the newest checkpoint before the first attempt; 0 for none.
     """
 
@@ -22,15 +22,15 @@ class Retries:
 
     @property
     def in_a_row(self) -> int:
-        """Attempts that failed one after the other without a new checkpoint."""
+        """Failures so far since the newest checkpoint."""
         return self._in_a_row
 
     def pause_after_failure(self, saved_step: int, *, trained: bool = True) -> float | None:
-        """Seconds to wait before the next attempt, None to give up.
+        """Return the seconds to wait before the next attempt, None to give up.
 
         Args:
             saved_step: of the newest checkpoint after the failed attempt; 0 for none.
-            trained: whether the attempt came so far; if not, a newer checkpoint is another run's.
+            trained: False for an attempt that failed before training: a newer checkpoint is then another run's.
         """
         self._in_a_row = 0 if trained and saved_step > self._saved_step else self._in_a_row + 1
         self._saved_step = saved_step  # also a lower one: a checkpoint may have been set aside as damaged

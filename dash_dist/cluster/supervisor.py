@@ -1,35 +1,34 @@
-"""A run that can be left alone: attempt after attempt, on as many workers as the cluster can hold, until it is done.
+"""Supervision of one run on Ray: attempts on as many workers as the cluster can hold, until the run is complete.
 
 Knows why attempts end and what follows; does not know Ray (`Cluster` does) nor what a training step is.
 
-An attempt ends because the run is complete or was asked to stop, because of what a person must mend (RunError), because
-workers were lost, or because it was asked to save and start again on more workers. After the latter two the run
-resumes by itself from its newest checkpoint, with the same global batch whatever the number of workers.
+An attempt ends in one of four ways: the run is complete or was told to stop; a permanent RunError; lost workers; a
+command to save and start again on more workers. After the last two the run resumes from its newest checkpoint. The
+global batch stays the same for every number of workers.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from dash_dist.checkpoints.folders import step_of, visible_checkpoints
 from dash_dist.cluster.capacity import model_ranks, usable_workers
+from dash_dist.cluster.failures import FailureLog
 from dash_dist.cluster.group import AttemptFailed, NodeLost
 from dash_dist.cluster.limits import Limits
-from dash_dist.cluster.rank import Ended, Job, News
+from dash_dist.cluster.rank import Job, ProgressMessage, RankResult
 from dash_dist.cluster.retries import Retries
 from dash_dist.config.run import RunConfig
 from dash_dist.errors import RunError
-from dash_dist.run.events import EventLog
 from dash_dist.run.messages import ProgressReporter, RunSummary
-from dash_dist.run.requests import Asked, Request
+from dash_dist.run.requests import Command, Request
 
-# How often the driver looks for news of the run, and for those of the cluster, in seconds.
+# Seconds between two looks at the run's messages, and at the cluster.
 _POLL_SECONDS = 0.2
 _CLUSTER_POLL_SECONDS = 2.0
 
-# Nodes that come back come one after the other: the room for more workers must have stayed the same for this long.
+# Nodes come back one by one: the room for more workers must have been constant for this many seconds.
 _STEADY_SECONDS = 15.0
 
 
@@ -47,9 +46,9 @@ class Group(Protocol):
 
     def start(self, job: Job) -> None: ...
 
-    def poll(self, asked: Asked) -> list[News]: ...
+    def poll(self, command: Command) -> list[ProgressMessage]: ...
 
-    def results(self) -> tuple[list[Ended], list[News]]: ...
+    def results(self) -> tuple[list[RankResult], list[ProgressMessage]]: ...
 
     def end(self) -> None: ...
 
@@ -58,8 +57,9 @@ class Group(Protocol):
 class View:
     """State of a cluster as a run sees it.
 
-    `room` counts the workers that would find a place on nodes that stay, those of the run included. `notice` says
-    which of the run's nodes are about to be taken away, in words that stay the same while it holds; "" for none.
+    Attributes:
+        room: workers that fit on nodes that stay, those of the run included.
+        notice: text that names the run's nodes about to be taken away, constant while it holds; "" for none.
     """
 
     room: int
@@ -73,10 +73,10 @@ class Cluster(Protocol):
         """Return the current view; `held` are the node ids of the current workers, one for each."""
 
     def place(self, num_workers: int, keep_waiting: Callable[[], None]) -> Group:
-        """Workers, each a process that waits for its job. Raises AttemptFailed, and what `keep_waiting` raises."""
+        """Start worker processes that wait for their job. Raises AttemptFailed and the errors of `keep_waiting`."""
 
     def ask_for(self, workers: int) -> None:
-        """Say how many workers there is work for, where someone may add nodes."""
+        """Tell an autoscaler, if there is one, how many workers the run could use."""
 
 
 class Clock(Protocol):
@@ -88,19 +88,19 @@ class Clock(Protocol):
 
 
 class Stopped(Exception):
-    """Asked to stop while no worker was running."""
+    """Raised after a request to stop while no worker is running."""
 
 
 class Supervisor:
-    """The attempts of one run.
+    """Attempts of one run.
 
     Args:
         config: of the run.
-        directory: that the relative paths in `config` start from.
-        limits: what may be done.
+        directory: base of the relative paths in `config`.
+        limits: of workers, failures and waiting.
         cluster: where workers are placed.
-        console: told how the run goes.
-        stop_requested: whether the driver was asked to end the run; the run then saves and ends.
+        console: receives the run's progress.
+        stop_requested: returns True once the driver was told to end the run, which then saves and ends.
         clock: `time`.
     """
 
@@ -121,20 +121,21 @@ class Supervisor:
         self._console = console
         self._stop_requested = stop_requested
         self._clock = clock
-        self._run_directory = directory / config.run.path
-        if config.run.resume == "never" and not self._saved_step():
+        self._log = FailureLog(directory / config.run.path, console.note)
+        saved_step = self._log.saved_step()
+        if config.run.resume == "never" and not saved_step:
             # What is there later is this run's own: an attempt after the first must go on from it.
             config = config.going_on()
         self._job = Job(config=config, directory=str(directory), join_seconds=limits.start_timeout_seconds)
         self._asked_for_nodes = False
         self._fewest = limits.min_workers or model_ranks(config)
-        self._retries = Retries(limits.max_failures, saved_step=self._saved_step())
+        self._retries = Retries(limits.max_failures, saved_step=saved_step)
         self._trained = False
 
     def run(self) -> RunSummary | None:
-        """Bring the run to its end. Returns its summary, None if it was asked to stop before any worker ran.
+        """Bring the run to its end. Returns its summary, None for a run stopped before any worker ran.
 
-        Raises RunError for what trying again cannot mend, or has not.
+        Raises RunError for a permanent error, and after too many failures in a row.
         """
         previous = 0
         # The first attempt waits for all it may have, a later one for what its predecessor had.
@@ -143,21 +144,26 @@ class Supervisor:
             while True:
                 workers = self._wait_for_room(wanted)
                 if previous not in (0, workers):
-                    self._resized(previous, workers)
+                    resized = f"{workers} workers instead of {previous}, with the same global batch"
+                    self._console.note(resized)
+                    self._log.record("resized", resized)
                 previous = wanted = workers
+                self._log.begin()
                 try:
                     summary = self._attempt(workers)
                 except NodeLost as loss:  # nothing has run: no failure of the run
                     self._console.note(str(loss))
                 except AttemptFailed as failure:
-                    self._failed(failure)
+                    pause = self._pause_after(failure)
+                    self._log.restart(str(failure))
+                    self._wait(pause)
                 else:
                     if summary is not None:
                         return summary
                     wanted = 0  # it ended so as to grow: whatever has room now is more
         except Stopped:
             self._console.note(
-                f"stopped while no worker was running; the newest checkpoint is of step {self._saved_step()}"
+                f"stopped while no worker was running; the newest checkpoint is of step {self._log.saved_step()}"
             )
             return None
         finally:
@@ -165,7 +171,7 @@ class Supervisor:
                 self._cluster.ask_for(0)
 
     def _wait_for_room(self, wanted: int) -> int:
-        """The number of workers for the next attempt; waits for nodes while fewer than `wanted` have room."""
+        """Return the number of workers for the next attempt; waits for nodes while fewer than `wanted` have room."""
         wanted = max(wanted, self._fewest)
         patience = self._limits.node_wait_seconds
         begun = self._clock.monotonic()
@@ -175,12 +181,13 @@ class Supervisor:
                 if workers >= self._fewest:
                     break
                 room = self._cluster.look().room
-                self._failed(
+                pause = self._pause_after(
                     AttemptFailed(
                         f"the cluster has room for {room} workers and the run needs at least {self._fewest}; "
                         f"waited {patience:.0f} s for more (--node-wait-seconds)"
                     )
                 )
+                self._wait(pause)
                 begun = self._clock.monotonic()
             if not noted:
                 noted = True
@@ -195,14 +202,17 @@ class Supervisor:
         return usable_workers(self._config, room if most is None else min(room, most))
 
     def _attempt(self, workers: int) -> RunSummary | None:
-        """One attempt: the run's summary, or None to start again on more. Raises AttemptFailed and RunError."""
+        """Run one attempt. Returns the run's summary, None to start again on more workers.
+
+        Raises AttemptFailed and RunError.
+        """
         self._trained = False
         group = self._cluster.place(workers, self._check_stop)
         try:
             group.start(self._job)
             growing = self._watch(group)
-            ended, news = group.results()
-            self._show(news)
+            ended, messages = group.results()
+            self._show(messages)
         finally:
             group.end()
         refusal = next((one.refusal for one in ended if one.refusal is not None), None)
@@ -215,66 +225,56 @@ class Supervisor:
         return summary
 
     def _watch(self, group: Group) -> bool:
-        """Follow an attempt until a rank ends by itself; returns whether it was asked to, so as to start larger."""
+        """Follow an attempt until a rank ends by itself; returns True if it was told to, so as to start larger."""
         growth = _Growth(group.size, self._clock.monotonic(), self._limits.grow_interval_seconds)
-        asked = Asked()
+        command = Command()
         growing = stopping = False
         looked_at = float("-inf")
         while not group.ended:
-            self._show(group.poll(asked))
+            self._show(group.poll(command))
             now = self._clock.monotonic()
             if self._stop_requested() and not stopping:
                 stopping, growing = True, False
-                asked = Asked(Request.STOP)
+                command = Command(Request.STOP)
                 self._console.note("asked to stop: the run finishes its step and saves; once more ends it at once")
             if not stopping and not growing and now - looked_at > _CLUSTER_POLL_SECONDS:
                 looked_at = now
                 view = self._cluster.look(group.node_ids)
-                if view.notice and view.notice != asked.reason:
-                    asked = Asked(Request.SAVE, view.notice)
+                if view.notice and view.notice != command.reason:
+                    command = Command(Request.SAVE, view.notice)
                     self._console.note(f"{view.notice}: the run saves, and goes on until then")
                 fitting = self._usable(view.room)
                 if growth.due(fitting, now) and not view.notice:
                     growing = True
-                    asked = Asked(Request.STOP)
+                    command = Command(Request.STOP)
                     self._console.note(f"room for {fitting} workers: the run saves, and goes on with them")
             self._clock.sleep(_POLL_SECONDS)
         return growing
 
-    def _failed(self, failure: AttemptFailed) -> None:
-        """Wait before the next attempt. Raises RunError if there is to be none."""
-        step = self._saved_step()
+    def _pause_after(self, failure: AttemptFailed) -> float:
+        """Seconds to wait before the next attempt. Raises RunError, and records it, if there is to be none."""
+        step = self._log.saved_step()
         pause = self._retries.pause_after_failure(step, trained=self._trained)
         where = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
         if self._stop_requested():
-            raise RunError(f"asked to stop, the run failed before it had saved: {failure}\n{where}")
+            self._give_up(f"asked to stop, the run failed before it had saved: {failure}\n{where}")
         if pause is None:
             times = (
                 f" {self._retries.in_a_row} times in a row without a new checkpoint"
                 if self._retries.in_a_row > 1
                 else ""
             )
-            raise RunError(
+            self._give_up(
                 f"the run failed{times}, and is not started again (--max-failures {self._limits.max_failures}): "
                 f"{failure}\n"
                 f"{where}; the same command goes on from there"
             )
         self._console.note(f"{failure}\n{where}: starting again in {pause:.0f} s")
-        self._wait(pause)
+        return pause
 
-    def _resized(self, previous: int, workers: int) -> None:
-        text = f"{workers} workers instead of {previous}, with the same global batch"
-        self._console.note(text)
-        try:
-            self._run_directory.mkdir(parents=True, exist_ok=True)
-            EventLog(self._run_directory).append("resized", text, step=self._saved_step())
-        except OSError as error:  # a full disk does not keep the run from going on
-            self._console.note(f"the event could not be written: {error}")
-
-    def _saved_step(self) -> int:
-        """Step of the newest complete checkpoint, 0 for none."""
-        found = visible_checkpoints(self._run_directory / "checkpoints")
-        return max((step_of(folder) or 0 for folder in found), default=0)
+    def _give_up(self, reason: str) -> NoReturn:
+        self._log.record("failed", reason)
+        raise RunError(reason)
 
     def _wait(self, seconds: float) -> None:
         until = self._clock.monotonic() + seconds
@@ -286,8 +286,8 @@ class Supervisor:
         if self._stop_requested():
             raise Stopped
 
-    def _show(self, news: Sequence[News]) -> None:
-        for kind, content in news:
+    def _show(self, messages: Sequence[ProgressMessage]) -> None:
+        for kind, content in messages:
             # Checkpoints that came without this are not of this attempt: another run is at work in the folder.
             self._trained |= kind == "start"
             if kind != "finish":  # shown when no further attempt follows

@@ -30,6 +30,7 @@ NEARLY_EVERYTHING = 0.95
 
 _EVENTS_IN_WORDS: dict[EventKind, tuple[str, str]] = {
     "restart": ("restart", "restarts"),
+    "failed": ("end with an error", "ends with an error"),
     "preemption": ("preemption notice", "preemption notices"),
     "hang": ("hang", "hangs"),
     "save_failed": ("checkpoint could not be written", "checkpoints could not be written"),

@@ -1,7 +1,7 @@
 """Event log of a run: faults, recoveries and skipped batches, one line of JSON each.
 
-Knows the file and the kinds of events; does not know who notices them. The processes of the run and the launcher that
-starts them again write to the same file, which is therefore what counts over all attempts of a run.
+Knows the file and the kinds of events; does not know how they are detected. The ranks and the supervisor write to the
+same file, which therefore covers all attempts of a run.
 
     <run directory>/events.jsonl
 """
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 EventKind = Literal[
-    "restart",  # the run was started again after an end that was none of its own
+    "restart",  # an attempt was lost, and the run is started again; the message names the cause
+    "resumed",  # the attempt after a `restart` began; the message names the checkpoint and the steps done again
+    "failed",  # the run ended with an error, and is not started again
     "preemption",  # a node is about to be taken away
     "hang",  # no progress for longer than allowed
     "save_failed",  # a checkpoint could not be written
@@ -30,12 +32,19 @@ EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 
 @dataclass(frozen=True)
 class Event:
-    """One event. `time` is in seconds since 1970; `step` the optimizer steps done by then, None where unknown."""
+    """One event.
+
+    Attributes:
+        time: seconds since 1970.
+        step: optimizer steps done by then; None where unknown.
+        attempt: number of the lost attempt; None for events other than `restart`, and where no attempt had begun.
+    """
 
     time: float
     kind: EventKind
     step: int | None
     message: str
+    attempt: int | None = None
 
 
 class EventLog:
@@ -44,10 +53,10 @@ class EventLog:
     def __init__(self, run_directory: Path) -> None:
         self.path = run_directory / "events.jsonl"
 
-    def append(self, kind: EventKind, message: str, *, step: int | None = None) -> Event:
+    def append(self, kind: EventKind, message: str, *, step: int | None = None, attempt: int | None = None) -> Event:
         """Write one event, which is on disk when this returns. Raises OSError."""
-        event = Event(time=time.time(), kind=kind, step=step, message=message)
-        # A line that a killed process left unfinished must not swallow this one.
+        event = Event(time=time.time(), kind=kind, step=step, message=message, attempt=attempt)
+        # Start a new line after one that a killed process left unfinished.
         line = json.dumps(asdict(event)) + "\n"
         with self.path.open("ab+") as file:
             if file.tell():
@@ -59,7 +68,7 @@ class EventLog:
         return event
 
     def read(self) -> list[Event]:
-        """All events, oldest first; lines cut short by a killed process are left out. Raises OSError."""
+        """Return all events, oldest first, without lines cut short by a killed process. Raises OSError."""
         try:
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:

@@ -13,8 +13,10 @@ from typing import Protocol
 class RunStart:
     """Facts of a run before its first step.
 
-    `layout` says the parallel layout in words; `start_step` counts the steps done before, `tokens_per_step` the tokens
-    of a global batch, padding included.
+    Attributes:
+        layout: description of the parallel layout.
+        start_step: steps done before.
+        tokens_per_step: tokens of a global batch, padding included.
     """
 
     name: str
@@ -45,13 +47,13 @@ class RunSummary:
         steps: optimizer steps the run has done, those before a resume included.
         completed: False if the run was asked to stop before its last step.
         first_loss, last_loss: mean loss per token in nats at step 1 and at the last step; None for no step at all.
-        tokens: tokens of all global batches so far, each counted once, padding left out.
+        tokens: tokens of all global batches so far, each counted once, without padding.
         tokens_per_second: of all ranks together, since this process started; 0.0 if it ran no step.
         density: per layer (0-based), the last recorded share of causally available chunks that were selected; empty if
             this process ran no step.
-        skipped_documents: empty and undecodable ones passed over so far, at all ranks.
+        skipped_documents: empty and undecodable documents so far, at all ranks.
         padding: share of the tokens of all global batches so far that are padding.
-        tensorboard_directory, checkpoint_directory: where the run's curves and checkpoints are.
+        tensorboard_directory, checkpoint_directory: folders of the run's curves and checkpoints.
     """
 
     steps: int
@@ -68,7 +70,7 @@ class RunSummary:
 
 
 class ProgressReporter(Protocol):
-    """Whoever is told how the run goes; called at rank 0 only."""
+    """Receiver of a run's progress; called at rank 0 only."""
 
     def start(self, run: RunStart) -> None: ...
 

@@ -24,9 +24,10 @@ from dash_dist.run.state import RunState
 from dash_dist.training.checkpoints import CheckpointManager
 from dash_dist.training.console import ConsoleProgress
 from dash_dist.training.engines import build_engine
-from dash_dist.training.faults.attempt import begin_attempt, went_on_before
+from dash_dist.training.faults.attempt import begin_attempt
 from dash_dist.training.faults.fault_log import FaultLog
 from dash_dist.training.faults.lock import RunLock
+from dash_dist.training.faults.permanent import permanent_failures_recorded
 from dash_dist.training.faults.recovery import LossRecovery
 from dash_dist.training.faults.watchdog import Watchdog, hang_folder
 from dash_dist.training.pace import Pace
@@ -64,7 +65,7 @@ def train(
         RunError: the data cannot be read, or the loss is no longer finite.
     """
     reporter = reporter or ConsoleProgress()
-    with contextlib.ExitStack() as cleanup:
+    with permanent_failures_recorded(config.run.path), contextlib.ExitStack() as cleanup:
         # Left last: it also ends a process that hangs while it leaves.
         watchdog = cleanup.enter_context(Watchdog(config.faults.hang_timeout_seconds))
         try:
@@ -114,8 +115,7 @@ class _Run:
         )
         cleanup.callback(self._checkpoints.close)
         self._checkpoints.clean()  # brings back what was being replaced, which may be what the run goes on from
-        resume = config.going_on().run.resume if went_on_before(config.run.path, self._control) else config.run.resume
-        origin = self._checkpoints.resume_from(resume)
+        origin = self._checkpoints.resume_from(config.run.resume)
         self._log = FaultLog(config.run.path, reporter, is_main=self._control.is_main)
         with self._control.together(f"cannot prepare {config.run.path}", RunError):
             if self._control.is_main:

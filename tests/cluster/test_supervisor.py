@@ -1,5 +1,6 @@
 """What the supervisor does next: a cluster, a clock and workers that only say what they are told to."""
 
+import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,18 +8,20 @@ import pytest
 
 from dash_dist.cluster import ray_cluster
 from dash_dist.cluster.capacity import check_local_gpus, default_num_workers, usable_workers
-from dash_dist.cluster.group import AttemptFailed, NodeLost, rank_order, seats
+from dash_dist.cluster.group import AttemptFailed, NodeLost, rank_envs, rank_order
 from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.nodes import CPU_WORKER, GPU_WORKER, Node, preemption_notice, room_for_workers
 from dash_dist.cluster.processes import ProcessId
-from dash_dist.cluster.rank import Ended, Job, News, Place
+from dash_dist.cluster.rank import Job, Place, ProgressMessage, RankResult
 from dash_dist.cluster.retries import Retries
 from dash_dist.cluster.supervisor import Supervisor, View
 from dash_dist.config.file import load_config
 from dash_dist.errors import ConfigError, RunError
-from dash_dist.run.events import EventLog
+from dash_dist.run.attempts import AttemptRecord, last_attempt
+from dash_dist.run.events import Event, EventLog
 from dash_dist.run.messages import RunStart, RunSummary
-from dash_dist.run.requests import Asked, Request
+from dash_dist.run.requests import Command, Request
+from dash_dist.training.faults.watchdog import hang_folder
 from tests.support.runs import write_config
 
 DEATH = "rank 1 died"
@@ -67,7 +70,7 @@ class Workers:
     def __init__(self, cluster: "FakeCluster", size: int, step: int, outcome: str, seconds: float) -> None:
         self.size = size
         self.node_ids = ["a"] * size
-        self.asked = Asked()
+        self.asked = Command()
         self._cluster, self._step, self._outcome = cluster, step, outcome
         self._until = cluster.clock.now + seconds
         self._started = False
@@ -83,27 +86,29 @@ class Workers:
     def start(self, job: Job) -> None:
         self._cluster.running.append(self)
         self._cluster.jobs.append(job)
+        if self._outcome != "shut out":
+            begin_attempt(self._cluster.run_directory, self.size)
 
-    def poll(self, asked: Asked) -> list[News]:
+    def poll(self, asked: Command) -> list[ProgressMessage]:
         self.asked = asked
         self._cluster.asked.append(asked)
         if self._over:
             self._save()
         if self._over and self._outcome in ("die", "shut out"):
-            raise AttemptFailed(DEATH)
+            raise AttemptFailed(self._cluster.cause)
         if self._outcome == "shut out" or self._started:
             return []
         self._started = True
         return [("start", RunStart("tiny", "2 x cpu", 0, 20, 512, None))]
 
-    def results(self) -> tuple[list[Ended], list[News]]:
+    def results(self) -> tuple[list[RankResult], list[ProgressMessage]]:
         self._save()
         if self._outcome == "refuse":
-            return [Ended(refusal=RunError("lower optimizer.lr"))] * self.size, []
+            return [RankResult(refusal=RunError("lower optimizer.lr"))] * self.size, []
         completed = self._cluster.clock.now >= self._until
         run = self._cluster.run_directory
         summary = RunSummary(self._step, completed, 5.0, 4.0, 0, 1.0, run / "tensorboard", run / "checkpoints")
-        return [Ended(summary=summary)] * self.size, []
+        return [RankResult(summary=summary)] * self.size, []
 
     def end(self) -> None:
         self._cluster.running.remove(self)
@@ -111,6 +116,13 @@ class Workers:
     def _save(self) -> None:
         if self._step:
             save(self._cluster.run_directory, self._step)
+
+
+def begin_attempt(run_directory: Path, size: int) -> None:
+    """What rank 0 writes at the beginning of an attempt."""
+    run_directory.mkdir(parents=True, exist_ok=True)
+    last = last_attempt(run_directory)
+    AttemptRecord(last.attempt + 1 if last else 1, 0.0, "a", 1, size, 0).write(run_directory)
 
 
 def save(run_directory: Path, step: int) -> None:
@@ -128,11 +140,12 @@ class FakeCluster:
         self.run_directory = run_directory
         self.room = room
         self.notice = ""
+        self.cause = DEATH
         self.lost_while_placing = 0
         self.attempts = list(attempts)
         self.sizes: list[int] = []
         self.started_at: list[float] = []
-        self.asked: list[Asked] = []
+        self.asked: list[Command] = []
         self.jobs: list[Job] = []
         self.running: list[Workers] = []
         self.asked_for: list[int] = []
@@ -182,8 +195,11 @@ class Case:
             clock=self.clock,
         )
 
-    def events(self) -> list[str]:
-        return [event.message for event in EventLog(self.cluster.run_directory).read() if event.kind == "resized"]
+    def events(self, kind: str = "resized") -> list[str]:
+        return [event.message for event in self.log() if event.kind == kind]
+
+    def log(self) -> list[Event]:
+        return EventLog(self.cluster.run_directory).read()
 
     def at(self, seconds: float, name: str, value: object, of_cluster: bool = True) -> None:
         self.clock.events.append((seconds, lambda: setattr(self.cluster if of_cluster else self, name, value)))
@@ -198,6 +214,54 @@ def test_a_run_that_loses_a_worker_is_started_again_on_all(tmp_path):
     assert case.cluster.sizes == [8, 8]
     assert case.events() == []
     assert any(DEATH in note and "newest checkpoint is of step 4" in note for note in case.console.notes)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "rank 3 (process 812 on 10.0.0.7) died: Worker unexpectedly exits, signal SIGKILL",
+        "rank 2 (process 811 on 10.0.0.7) died: The actor died because its node has died.",
+        "rank 1 (process 810 on 10.0.0.6) has not answered for 120 s: the process is stopped",
+        "rank 0 (process 809 on 10.0.0.6) failed: RunError: cannot read the data: Stale file handle: part-0.parquet",
+    ],
+)
+def test_one_line_of_the_event_log_says_why_a_run_was_started_again(tmp_path, cause):
+    case = Case(tmp_path, 8, [(4, "die", 10), (12, "done", 10)])
+    case.cluster.cause = cause
+    case.supervisor.run()
+    (event,) = case.log()
+    assert (event.kind, event.step, event.attempt) == ("restart", 4, 1)
+    assert event.message == f"attempt 1 (8 processes) was lost: {cause}"
+
+
+def test_the_line_names_the_stacks_of_a_hang(tmp_path):
+    case = Case(tmp_path, 8, [(4, "die", 10), (12, "done", 10)])
+    stacks = hang_folder(case.cluster.run_directory, 1)
+    stacks.mkdir(parents=True)
+    (stacks / "rank_00003.txt").write_text("File ...")
+    case.supervisor.run()
+    (event,) = case.log()
+    assert event.message.startswith(f"attempt 1 (8 processes) was lost: {DEATH}; no progress; 1 of the ranks")
+    assert str(stacks) in event.message
+
+
+def test_a_start_that_fails_is_a_restart_of_no_attempt(tmp_path):
+    case = Case(tmp_path, 8, [(0, "shut out", 10), (12, "done", 10)])
+    begin_attempt(case.cluster.run_directory, 8)  # of another command, which died
+    case.supervisor.run()
+    (event,) = case.log()
+    assert (event.kind, event.attempt) == ("restart", None)
+    assert event.message == f"the start of an attempt failed: {DEATH}"
+
+
+def test_a_full_disk_costs_the_event_and_nothing_else(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    case = Case(tmp_path, 8, [(4, "die", 10), (12, "done", 10)])
+    monkeypatch.setattr(EventLog, "append", refuse)
+    assert case.supervisor.run() is not None
+    assert any("the event could not be written" in note for note in case.console.notes)
 
 
 def test_lost_nodes_are_waited_for_and_then_done_without(tmp_path):
@@ -241,6 +305,8 @@ def test_failures_without_progress_end_the_run_after_longer_and_longer_pauses(tm
         RunError, match=r"3 times in a row without a new checkpoint.*max-failures 2.*rank 1 died\n.*step 4"
     ):
         case.supervisor.run()
+    assert [event.kind for event in case.log()] == ["restart"] * 3 + ["failed"]
+    assert "3 times in a row without a new checkpoint" in case.log()[-1].message
     assert [round(b - a - 10) for a, b in zip(case.cluster.started_at, case.cluster.started_at[1:], strict=False)] == [
         1,
         2,
@@ -291,8 +357,8 @@ def test_a_preemption_notice_is_passed_on_as_a_request_to_save(tmp_path):
     case.at(29, "notice", "")
     case.supervisor.run()
     saves = {asked for asked in case.cluster.asked if asked.request is Request.SAVE}
-    assert saves == {Asked(Request.SAVE, "node 10.0.0.7 is about to be taken away")}
-    assert case.cluster.asked[-1] == Asked()  # a new attempt is not asked for what the last one was
+    assert saves == {Command(Request.SAVE, "node 10.0.0.7 is about to be taken away")}
+    assert case.cluster.asked[-1] == Command()  # a new attempt is not asked for what the last one was
 
 
 def test_a_node_lost_while_workers_are_placed_is_no_failure(tmp_path):
@@ -408,10 +474,10 @@ def test_workers_are_ordered_by_node_and_gpu(gpus):
 
 def test_ranks_of_a_node_are_neighbours_and_see_its_gpus():
     places = [Place(node, f"10.0.0.{node}", ProcessId(1, 1), gpu) for node, gpu in [("1", "0"), ("1", "2"), ("2", "1")]]
-    found = seats(places, 29400)
-    assert [(seat.rank, seat.local_rank, seat.local_world_size, seat.gpus) for seat in found] == [
+    found = rank_envs(places, 29400)
+    assert [(env.rank, env.local_rank, env.local_world_size, env.gpus) for env in found] == [
         (0, 0, 2, ("0", "2")),
         (1, 1, 2, ("0", "2")),
         (2, 0, 1, ("1",)),
     ]
-    assert {(seat.master_address, seat.master_port, seat.world_size) for seat in found} == {("10.0.0.1", 29400, 3)}
+    assert {(env.master_address, env.master_port, env.world_size) for env in found} == {("10.0.0.1", 29400, 3)}

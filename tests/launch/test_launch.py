@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dash_dist.run.events import EventLog
 from tests.support.ranks import free_port
 from tests.support.runs import cpu_environment, losses, run_command, write_config
 
@@ -131,6 +132,11 @@ def test_ray_gives_the_losses_of_torchrun_although_a_worker_is_killed(folder):
     assert re.search(r"^resumed from .*step_00000004 at step 4$", output, re.MULTILINE), output
     assert f"finished, step {STEPS}" in output
     assert losses(folder / "runs" / "ray") == pytest.approx(losses(folder / "runs" / "torchrun"), rel=1e-5)
+    restart, resumed = EventLog(folder / "runs" / "ray").read()
+    assert (restart.kind, restart.step, restart.attempt, resumed.kind) == ("restart", 4, 1, "resumed")
+    named = r"attempt 1 \(2 processes\) was lost: rank \d \(process \d+ on [\d.]+\) died: "
+    assert re.match(named, restart.message), restart.message
+    assert re.search(r"attempt 2 .*step_00000004; steps done again: \d$", resumed.message), resumed.message
 
 
 @pytest.mark.ray

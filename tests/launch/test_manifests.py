@@ -14,7 +14,6 @@ import yaml
 
 from dash_dist.cluster.__main__ import app
 from dash_dist.config.file import load_config
-from tests.support.runs import run_command
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -147,49 +146,3 @@ def test_a_slurm_job_that_is_cancelled_lets_the_run_save_and_ends(slurm):
     status, calls = run_batch(slurm, "run.yaml", notice=signal.SIGTERM)
     assert status == 0
     assert "requeue" not in calls
-
-
-@pytest.mark.parametrize(
-    ("script", "launcher", "given"),
-    [("torchrun.sh", "torchrun", "--rdzv-endpoint node0:1"), ("deepspeed.sh", "deepspeed", "--num_accelerators 1")],
-)
-@pytest.mark.parametrize(("restarts", "status", "starts"), [(0, 3, 1), (1, 3, 2), (2, 0, 3), (5, 0, 3)])
-def test_a_launcher_is_started_again_until_the_run_succeeds(
-    tmp_path, script, launcher, given, restarts, status, starts
-):
-    """A launcher that fails twice."""
-    calls = tmp_path / "calls"
-    path = tmp_path / launcher
-    path.write_text(f'#!/usr/bin/env bash\necho "$*" >> {calls}\n[[ $(wc -l < {calls}) -ge 3 ]] || exit 3\n')
-    path.chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "NPROC": "1",
-        "RENDEZVOUS": "node0:1",
-        "RESTART_PAUSE": "0",
-    }
-    done = run_command([str(ROOT / "launch" / script), "x.yaml"], environment | {"RESTARTS": str(restarts)}, seconds=60)
-    assert done.returncode == status, done.stdout
-    assert len(calls.read_text().splitlines()) == starts
-    assert all(given in call and call.endswith("dash_dist.cli train x.yaml") for call in calls.read_text().splitlines())
-
-
-@pytest.mark.parametrize(("script", "launcher"), [("torchrun.sh", "torchrun"), ("deepspeed.sh", "deepspeed")])
-def test_a_launcher_is_not_started_again_for_what_trying_again_cannot_mend(tmp_path, script, launcher):
-    """A launcher that dies once and is then refused, as `dash-dist train` tells."""
-    calls = tmp_path / "calls"
-    path = tmp_path / launcher
-    path.write_text(
-        f"#!/usr/bin/env bash\necho $DASH_DIST_SINCE >> {calls}\n"
-        f"[[ $(wc -l < {calls}) -eq 1 ]] || touch $DASH_DIST_REFUSED\n"
-        f"echo $DASH_DIST_REFUSED > {tmp_path}/told\nexit 1\n"
-    )
-    path.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "1", "RENDEZVOUS": "node0:1"}
-    environment |= {"RESTART_PAUSE": "0", "RESTARTS": "9"}
-    begun = time.time()
-    done = run_command([str(ROOT / "launch" / script), "x.yaml"], environment, seconds=60)
-    assert done.returncode == 1, done.stdout
-    first, second = calls.read_text().splitlines()
-    assert int(begun) <= int(first) == int(second) <= time.time()
-    assert not Path((tmp_path / "told").read_text().strip()).parent.exists()  # nothing is left in the temporary folder

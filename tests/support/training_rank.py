@@ -9,7 +9,7 @@ import sys
 import torch.distributed as dist
 
 from dash_dist.config.file import load_config
-from dash_dist.run.requests import Asked, Request
+from dash_dist.run.requests import Command, Request
 from dash_dist.training.run import train
 
 
@@ -20,8 +20,8 @@ def main(arguments: list[str]) -> None:
         config, stop_after, *overrides = run
         asked = itertools.count()  # asked once before each step
 
-        def requests(asked=asked, stop_after=int(stop_after)) -> Asked:
-            return Asked(Request.STOP if next(asked) >= stop_after else Request.GO_ON)
+        def requests(asked=asked, stop_after=int(stop_after)) -> Command:
+            return Command(Request.STOP if next(asked) >= stop_after else Request.GO_ON)
 
         train(load_config(config, overrides), requests=requests)
 

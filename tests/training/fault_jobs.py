@@ -20,7 +20,7 @@ from dash_dist.data.stream import DataStream
 from dash_dist.engine.protocol import StepResult
 from dash_dist.megatron.checkpoint import _Plan
 from dash_dist.megatron.engine import MegatronEngine
-from dash_dist.run.requests import Asked, Request
+from dash_dist.run.requests import Command, Request
 from dash_dist.training.faults.skipped import SkippedBatches, SkipRecord
 from tests.training.training_jobs import Outcome, attempt
 
@@ -36,7 +36,7 @@ class FaultyRun:
     trained: list[int]
 
 
-def faulty_run(config: Path, *overrides: str, train_step: Callable[[Steps], Steps], requests=Asked) -> FaultyRun:
+def faulty_run(config: Path, *overrides: str, train_step: Callable[[Steps], Steps], requests=Command) -> FaultyRun:
     """One run whose engines train by `train_step(the real one)`."""
     engines: list[MegatronEngine] = []
     trained: list[int] = []
@@ -103,10 +103,10 @@ def runs_with_bad_losses(config: Path, folder: Path) -> dict[str, FaultyRun]:
 
 
 def runs_with_other_faults(config: Path, folder: Path) -> dict[str, FaultyRun]:
-    def notice() -> Asked:
+    def notice() -> Command:
         """A notice that rank 1 has from before step 3 on, and rank 0 never."""
         polled.append(None)
-        return Asked(Request.SAVE, "node b goes") if dist.get_rank() == 1 and len(polled) > 2 else Asked()
+        return Command(Request.SAVE, "node b goes") if dist.get_rank() == 1 and len(polled) > 2 else Command()
 
     def full_disk(real: Steps) -> Steps:
         """From step 4 to step 8 rank 0 can write no file of more than 2 KiB."""

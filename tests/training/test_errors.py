@@ -1,4 +1,4 @@
-"""Which errors may pass when a run is tried again, and who is told of those that will not."""
+"""Which errors may pass when a run is tried again, and where those that will not are recorded."""
 
 import errno
 import os
@@ -7,11 +7,12 @@ import socket
 from types import SimpleNamespace
 
 import pytest
-import typer
 
-from dash_dist import cli
-from dash_dist.cluster.rank import end_of
+from dash_dist.cluster.rank import result_of
 from dash_dist.errors import CheckpointError, ConfigError, RunError, may_pass
+from dash_dist.run.events import EventLog
+from dash_dist.training.faults.lock import RunLock
+from dash_dist.training.faults.permanent import permanent_failures_recorded
 
 
 class AnswerError(OSError):
@@ -76,9 +77,9 @@ def test_a_rank_gives_the_run_up_only_for_what_will_not_pass():
         raise error
 
     refusal = RunError("lower optimizer.lr")
-    assert end_of(lambda: refuse(refusal)).refusal is refusal
+    assert result_of(lambda: refuse(refusal)).refusal is refusal
     with pytest.raises(RunError, match="no answer"):
-        end_of(lambda: refuse(RunError("no answer", may_pass=True)))
+        result_of(lambda: refuse(RunError("no answer", may_pass=True)))
 
 
 @pytest.mark.parametrize(
@@ -86,15 +87,21 @@ def test_a_rank_gives_the_run_up_only_for_what_will_not_pass():
     [(ConfigError("x"), True), (RunError("x"), True), (RunError("x", may_pass=True), False), (KeyError("x"), False)],
     ids=repr,
 )
-def test_a_script_that_restarts_is_told_of_what_will_not_pass(tmp_path, monkeypatch, error, told):
-    app = typer.Typer()
+def test_the_event_log_tells_of_what_will_not_pass(tmp_path, monkeypatch, error, told):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(type(error)), permanent_failures_recorded(tmp_path):
+            raise error
+    assert [(event.kind, event.message) for event in EventLog(tmp_path).read()] == [("failed", "x")] * told
 
-    @app.command()
-    def fail():
-        raise error
 
-    monkeypatch.setenv("DASH_DIST_REFUSED", str(tmp_path / "refused"))
-    monkeypatch.setattr("sys.argv", ["dash-dist"])
-    with pytest.raises((SystemExit, KeyError)):
-        cli.run_app(app)
-    assert (tmp_path / "refused").exists() == told
+def test_a_second_run_in_a_folder_leaves_nothing_in_the_log_of_the_first(tmp_path):
+    with RunLock(tmp_path, pytest.fail), pytest.raises(ConfigError), permanent_failures_recorded(tmp_path):
+        raise ConfigError("x")
+    assert EventLog(tmp_path).read() == []
+
+
+def test_a_refused_run_makes_no_folder(tmp_path):
+    with pytest.raises(ConfigError), permanent_failures_recorded(tmp_path / "run"):
+        raise ConfigError("x")
+    assert not (tmp_path / "run").exists()

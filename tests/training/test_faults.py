@@ -2,21 +2,21 @@
 
 import errno
 import os
-import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from dash_dist.cluster.failures import FailureLog
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.errors import CheckpointError, RunError
 from dash_dist.run.events import EventLog
-from dash_dist.run.requests import Asked, Request, RequestsOfRank
+from dash_dist.run.requests import Command, Request, RequestsOfRank
 from dash_dist.run.state import RunState
 from dash_dist.training import saving
 from dash_dist.training.checkpoints import Saved
-from dash_dist.training.faults.attempt import begin_attempt, went_on_before
+from dash_dist.training.faults.attempt import begin_attempt
 from dash_dist.training.faults.fault_log import FaultLog
 from dash_dist.training.faults.skipped import SkippedBatches, SkipRecord
 from dash_dist.training.faults.watchdog import hang_folder
@@ -343,6 +343,27 @@ def test_an_attempt_that_did_not_end_by_itself_is_told_by_the_next(tmp_path, con
     assert EventLog(tmp_path).read()[-1].message.endswith("steps done again: 4")
 
 
+def test_a_loss_that_the_supervisor_recorded_is_not_recorded_again(tmp_path, control, log):
+    first = attempt(tmp_path, control, log)
+    first.reached(64)  # and is killed
+    failures = FailureLog(tmp_path, pytest.fail)
+    failures.restart("rank 1 died")
+    origin = tmp_path / "checkpoints" / "step_00000060"
+    attempt(tmp_path, control, log, origin)
+    restart, resumed = EventLog(tmp_path).read()
+    assert (restart.kind, restart.attempt) == ("restart", 1)
+    assert (resumed.kind, resumed.step) == ("resumed", 60)
+    assert resumed.message == f"attempt 2 (1 processes) goes on from {origin}; steps done again: 4"
+    log.curves = curves_in(tmp_path, pytest.fail)
+    log.draw(61)
+    log.curves.close()
+    assert scalars(tmp_path, "fault/restart") == [(61, 1)]
+    (text,) = read_curves(tmp_path).Tensors("fault/restart/text_summary")
+    assert text.tensor_proto.string_val == [b"attempt 1 (1 processes) was lost: rank 1 died"]
+    attempt(tmp_path, control, log)  # the second was lost together with its supervisor
+    assert [event.kind for event in EventLog(tmp_path).read()] == ["restart", "resumed", "restart"]
+
+
 def test_an_error_that_says_what_to_change_is_an_end_by_itself(tmp_path, control, log):
     with pytest.raises(RunError), attempt(tmp_path, control, log):
         raise RunError("lower optimizer.lr")
@@ -357,33 +378,20 @@ def test_an_error_that_may_pass_is_no_end_and_the_next_attempt_tells_of_it(tmp_p
     assert [event.kind for event in EventLog(tmp_path).read()] == ["restart"]
 
 
-def test_a_script_that_restarts_a_run_takes_only_its_own_attempts_for_the_runs(tmp_path, control, log, monkeypatch):
-    def since(moment):
-        monkeypatch.setenv("DASH_DIST_SINCE", str(moment))
-        return went_on_before(tmp_path, control)
-
-    assert not since(0)
-    attempt(tmp_path, control, log)
-    assert since(time.time() - 100)
-    assert not since(time.time() + 100)
-    monkeypatch.delenv("DASH_DIST_SINCE")
-    assert not went_on_before(tmp_path, control)
-
-
 # Requests and skipped batches
 
 
 def test_a_reason_to_save_is_heeded_once_at_every_rank():
-    notice = Asked(Request.SAVE, "node a goes")
-    asked = [RequestsOfRank(lambda: notice, lambda: False), RequestsOfRank(Asked, lambda: False)]
+    notice = Command(Request.SAVE, "node a goes")
+    asked = [RequestsOfRank(lambda: notice, lambda: False), RequestsOfRank(Command, lambda: False)]
     polled = [one.poll() for one in asked]
     assert [one.heed([*polled, notice]) for one in asked] == [["node a goes"]] * 2
-    assert asked[0].poll() == Asked()
-    assert asked[1].heed([notice, Asked(Request.SAVE, "node b goes")]) == ["node b goes"]
+    assert asked[0].poll() == Command()
+    assert asked[1].heed([notice, Command(Request.SAVE, "node b goes")]) == ["node b goes"]
 
 
 def test_a_signal_stops_whatever_else_is_asked():
-    asked = RequestsOfRank(lambda: Asked(Request.SAVE, "node a goes"), lambda: True)
+    asked = RequestsOfRank(lambda: Command(Request.SAVE, "node a goes"), lambda: True)
     assert asked.poll().request is Request.STOP
 
 

@@ -1,6 +1,6 @@
-"""Faults and recoveries where people look for them: the run's event file, its progress, its curves.
+"""Log of faults and recoveries in three places: the run's event file, its progress output, its curves.
 
-Knows what was noticed and tells it on; does not know what is done about it.
+Knows events; does not know how they are detected nor what is done about them.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from dash_dist.training.telemetry.metrics import MetricsWriter
 
 
 class FaultLog:
-    """Fault log of one process; silent at every rank but the main one, so that all ranks can call it.
+    """Fault log of one process. All ranks call it; only the main one writes.
 
     Attributes:
-        curves: where the counts are drawn; None until it is known at which step they begin.
+        curves: receive the counts; None until the first step of the curves is known.
     """
 
     def __init__(self, run_directory: Path, reporter: ProgressReporter, *, is_main: bool) -> None:
@@ -31,7 +31,7 @@ class FaultLog:
         self._counts: Counter[str] = Counter()
 
     def record(self, kind: EventKind, message: str, *, step: int, drawn_at: int | None = None) -> None:
-        """Tell that `kind` happened when `step` steps were done; it is drawn there, or where the curves go on since."""
+        """Record an event after `step` steps; draw it at that step, or at `drawn_at` after a rollback."""
         if not self._is_main:
             return
         self._reporter.note(f"{kind}: {message}")
@@ -40,12 +40,24 @@ class FaultLog:
         self.draw(step if drawn_at is None else drawn_at)
 
     def note(self, text: str) -> None:
-        """Tell what is no event."""
+        """Print a text that is no event."""
         if self._is_main:
             self._reporter.note(text)
 
+    def has_restart_after(self, attempt: int) -> bool:
+        """Return whether the supervisor has recorded the loss of `attempt`; if so, draw its text with the next counts.
+
+        Called at the main rank.
+        """
+        with contextlib.suppress(OSError):
+            for event in self._events.read():
+                if event.kind == "restart" and event.attempt == attempt:
+                    self._texts.append((event.kind, event.message))
+                    return True
+        return False
+
     def draw(self, step: int) -> None:
-        """Draw how many events of each kind there were in all attempts of the run, others' included, by `step`."""
+        """Draw the count of every kind of event over all attempts and writers, as of `step`."""
         if not self._is_main:
             return
         self._append_unwritten()
@@ -60,7 +72,7 @@ class FaultLog:
         self._texts.clear()
 
     def _append_unwritten(self) -> None:
-        """Events that the disk refused are tried again: a full one is what most of them are about."""
+        """Retry the events that the disk refused, as a full one does."""
         with contextlib.suppress(OSError):
             while self._unwritten:
                 kind, message, step = self._unwritten[0]

@@ -2,7 +2,7 @@
 
 Knows one small file and the system's lock on it; does not know what a run does.
 
-    <run directory>/run.lock        locked while a run goes on; says by which process
+    <run directory>/run.lock        locked while a run is active; holds the host and pid of its rank 0
 """
 
 import contextlib
@@ -19,22 +19,22 @@ from typing import IO, Self
 
 from dash_dist.errors import RunError
 
-# A rank 0 whose node was cut off may keep the lock until the file server gives it up for lost, 90 s at Linux's.
+# A rank 0 whose node was cut off may keep the lock until the file server declares it dead, after 90 s on Linux.
 _PATIENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.5
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class RunLock:
-    """Context in which no other run of the folder gets beyond this point; entered at rank 0 alone.
+    """Context that holds the folder's lock; entered at rank 0 alone.
 
-    The system gives the lock back when the process ends, however it ends. Entering raises RunError if another process
-    keeps it, and OSError if the folder cannot be written.
+    The system releases the lock when the process ends in any way. Entering raises RunError if another process keeps
+    it, and OSError if the folder cannot be written.
 
     Args:
         run_directory: an existing folder.
-        note: told if its file system has no locks, and the run goes on without.
-        patience: seconds to wait for one that is about to end.
+        note: receives a warning on a file system without locks, where the run continues without one.
+        patience: seconds to wait for another run that is about to end.
     """
 
     def __init__(self, run_directory: Path, note: Callable[[str], None], *, patience: float = _PATIENCE_SECONDS):

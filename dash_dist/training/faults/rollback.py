@@ -1,6 +1,6 @@
-"""From which checkpoint a run starts over when its weights are in doubt.
+"""Choice of the checkpoint that a rollback loads.
 
-Knows the run's checkpoint folders and step numbers; does not know why the weights are in doubt.
+Knows the run's checkpoint folders and step numbers; does not know the reason of a rollback.
 """
 
 from pathlib import Path
@@ -14,11 +14,11 @@ from dash_dist.training.checkpoints import CheckpointManager
 def checkpoint_before(
     checkpoints: CheckpointManager, control: ControlGroup, newest_step: int, *, start: tuple[Path, int] | None
 ) -> Path | None:
-    """The newest whole checkpoint of at most `newest_step` steps; None if there is none. Called at every rank.
+    """Return the newest whole checkpoint of at most `newest_step` steps, None without one. Called at every rank.
 
-    Newer ones are set aside under a name that no run goes on from: a crash must not bring back what is undone here.
-    `start` is the checkpoint of another run, with its step, that this one began from: it serves while the run has none
-    of its own. Raises CheckpointError at every rank.
+    Newer ones are renamed so that no run resumes from them: a crash must not bring back the undone steps. `start` is
+    the checkpoint of another run, with its step, that this one began from. It serves while the run has none of its
+    own. Raises CheckpointError at every rank.
     """
     own = from_start = False
     with control.together(f"cannot look for checkpoints in {checkpoints.directory}", CheckpointError):

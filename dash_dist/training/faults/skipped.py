@@ -1,7 +1,7 @@
-"""The batches that a run does not train on, remembered over rollbacks and restarts.
+"""Record of skipped batches, kept over rollbacks and restarts.
 
-Knows step numbers and one file; does not know why a batch is left out. A run that goes on from an older checkpoint
-reads the same batches again, and must leave out the same ones.
+Knows step numbers and one file; does not know why a batch is skipped. A run that resumes from an older checkpoint
+reads the same batches again, and must skip the same ones.
 
     <run directory>/skipped_batches.json      rollbacks so far; per entry the steps, the reason, and the position in the
                                               data before the first of them, from which its batch can be read again
@@ -25,11 +25,11 @@ class SkippedBatches:
 
 
 class SkipRecord:
-    """Every rank holds one; rank 0's is written.
+    """Skipped batches and rollbacks of a run. Every rank holds one; rank 0's is written.
 
     Attributes:
-        rollbacks: how often the run was set back, over all attempts.
-        batches: in the order in which they were left out.
+        rollbacks: count over all attempts.
+        batches: in the order in which they were skipped.
     """
 
     FILE = "skipped_batches.json"
@@ -48,7 +48,7 @@ class SkipRecord:
 
     @classmethod
     def read(cls, run_directory: Path) -> "SkipRecord":
-        """The record of the run, an empty one if it has none. Raises OSError, and ValueError that names a bad file."""
+        """Return the record of the run, an empty one if it has none. Raises OSError; ValueError names a bad file."""
         path = run_directory / cls.FILE
         try:
             value = read_json(path)

@@ -1,7 +1,7 @@
-"""Ends a process that makes no progress, and leaves the stacks of all its threads.
+"""Kills a process that makes no progress, after writing the stacks of all its threads.
 
-Knows time and stacks; does not know what a step is. Works in any thread, and also while Python stands still: where a
-collective waits with the interpreter lock held, no Python code would run.
+Knows time and stacks; does not know what a step is. Works in any thread, and also while a collective waits with the
+interpreter lock held, where no Python code can run.
 
     <run directory>/hangs/attempt_0002/rank_00003.txt      empty, unless that rank hung
 """
@@ -23,16 +23,16 @@ _FILES_NAMED = 4
 
 
 class Watchdog:
-    """Context in which every `beat` puts off the end of this process by `timeout` seconds.
+    """Context in which every `beat` restarts a timer of `timeout` seconds that kills this process.
 
-    While it watches, SIGUSR1 has the stacks written at once: whoever gives the run up for another reason asks for them.
+    SIGUSR1 writes the stacks at once: the supervisor sends it before it ends an attempt for another reason.
 
-    Two timers of the system run out: faulthandler's thread, which writes the stacks, and, a few seconds later, the
-    process's interval timer, whose SIGALRM ends the process because nobody handles it. Both work without the
-    interpreter, and forked processes inherit neither.
+    Two timers expire: faulthandler's thread, which writes the stacks, and a few seconds later the process's interval
+    timer, whose unhandled SIGALRM ends the process. Both work without the interpreter, and forked processes inherit
+    neither.
 
     Args:
-        timeout: None never ends anything.
+        timeout: seconds; None disables the watchdog.
     """
 
     def __init__(self, timeout: float | None) -> None:
@@ -44,7 +44,7 @@ class Watchdog:
         return self
 
     def start(self, folder: Path, rank: int) -> None:
-        """Begin to watch; stacks go to a file in `folder`, which is made. Raises OSError."""
+        """Start the timer; stacks go to a file in `folder`, which is created. Raises OSError."""
         if self._timeout is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Watchdog:
         self._arm(self._file, self._timeout)
 
     def beat(self) -> None:
-        """There was progress."""
+        """Restart the timer after progress."""
         if self._file is None or self._timeout is None:
             return
         if time.monotonic() - self._last >= self._timeout:
@@ -85,7 +85,7 @@ class Watchdog:
 
 
 def hang_folder(run_directory: Path, attempt: int) -> Path:
-    """Where the ranks of an attempt leave their stacks."""
+    """Return the folder of the stacks of an attempt's ranks."""
     return run_directory / "hangs" / f"attempt_{attempt:04d}"
 
 
