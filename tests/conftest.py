@@ -13,6 +13,7 @@ TESTS = Path(__file__).parent
 WITH_DEADLINES = {"checkpoints", "doctor", "report", "training"}
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Assign tests to pytest-xdist workers. Long tests with deadlines share a worker: they start whole runs, kill ranks
     or open a browser. Kernel tests go anywhere. The others stay together by file, with the fixtures of their module.
