@@ -10,11 +10,12 @@ inside, nor when a checkpoint is due.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -33,6 +34,8 @@ from dash_dist.engine.pending import PendingSave
 from dash_dist.errors import CheckpointError
 from dash_dist.run.events import EventLog
 from dash_dist.run.state import RunState
+
+T = TypeVar("T")
 
 __all__ = ["CheckpointManager", "PendingSave", "RunState", "Saveable", "Saved"]
 
@@ -139,15 +142,9 @@ class CheckpointManager:
         began, saved_at = time.monotonic(), time.time()
         partial = partial_folder(self._folder(state))
         with self._removing_partial(state):
-            with self._together_writing(state):
-                if self._control.is_main:
-                    folders.remove(partial)
-                    partial.mkdir(parents=True)
+            self._on_main_writing(state, lambda: folders.create_anew(partial))
             gathered = self._control.gather(list(data_states))
-            data_state = None
-            with self._together_writing(state):
-                if self._control.is_main:
-                    data_state = merge([one for states in gathered for one in states])
+            data_state = self._on_main_writing(state, lambda: merge([one for states in gathered for one in states]))
             with self._together_writing(state), _distributed_checkpoint("write"):
                 save = engine.start_save(partial / ENGINE, background=self._asynchronous)
                 self._started = _Started(state, saved_at, save, data_state)
@@ -168,9 +165,7 @@ class CheckpointManager:
                 known = {f"{ENGINE}/{name}": checksum for name, checksum in started.save.finish().items()}
             self._started = None
             files = self._checksums(started.state, known)
-            with self._together_writing(started.state):
-                if self._control.is_main:
-                    self._complete(started, files)
+            self._on_main_writing(started.state, lambda: self._complete(started, files))
         not_dropped = ""
         try:
             self._control.on_main(
@@ -240,12 +235,14 @@ class CheckpointManager:
         if given is None:
             return own
         if own is not None:
-            with self._control.together(f"cannot read checkpoint {own}", CheckpointError):
-                if self._control.is_main and read_metadata(own).state.origin != str(given):
-                    raise CheckpointError(
-                        f"run.resume={resume}, but the run already has {own}: give the new run another run.name, "
-                        f"or set run.resume=auto to go on from the latest"
-                    )
+            origin = self._control.on_main(
+                f"cannot read checkpoint {own}", CheckpointError, lambda: read_metadata(own).state.origin
+            )
+            if origin != str(given):
+                raise CheckpointError(
+                    f"cannot read checkpoint {own}: run.resume={resume}, but the run already has {own}: give the new "
+                    f"run another run.name, or set run.resume=auto to go on from the latest"
+                )
             return own
         messages = self._verify(given)
         if messages:
@@ -268,19 +265,21 @@ class CheckpointManager:
             if not messages:
                 self._verified = folder
                 return folder
-            with self._control.together(f"cannot set {folder} aside", CheckpointError):
-                if self._control.is_main:
-                    place = folders.set_aside(folder, "damaged")
-                    message = f"{_in_short(messages)}; {folder.name} is set aside as {place.name}"
-                    self._events.append("checkpoint_damaged", message, step=step_of(folder))
-                    self.stepped_over.append(message)
-        self.stepped_over = self._control.from_main(self.stepped_over)
+            set_aside = functools.partial(self._set_damaged_aside, folder, messages)
+            self.stepped_over.append(self._control.on_main(f"cannot set {folder} aside", CheckpointError, set_aside))
         if found:
             raise CheckpointError(
                 f"no checkpoint of the run is whole: {'; '.join(self.stepped_over)}. To begin anew, give the run "
                 f"another run.name, with run.resume=PATH to begin from a checkpoint of another run"
             )
         return None
+
+    def _set_damaged_aside(self, folder: Path, messages: Sequence[str]) -> str:
+        """Rename a damaged checkpoint and record the event; returns its message."""
+        place = folders.set_aside(folder, "damaged")
+        message = f"{_in_short(messages)}; {folder.name} is set aside as {place.name}"
+        self._events.append("checkpoint_damaged", message, step=step_of(folder))
+        return message
 
     def _verify(self, folder: Path) -> list[str]:
         """Return the damage to the files of `folder`, which the ranks read in shares; the same at every rank."""
@@ -304,12 +303,7 @@ class CheckpointManager:
         """Return the checksum of every file written; all ranks read and flush those that are not `known`."""
         partial = partial_folder(self._folder(state))
         known = {name: checksum for of_rank in self._control.gather(known) for name, checksum in of_rank.items()}
-        unknown: list[str] = []
-        with self._together_writing(state):
-            if self._control.is_main:
-                written = (str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-                unknown = sorted(set(written) - known.keys())
-        unknown = self._control.from_main(unknown)
+        unknown = self._on_main_writing(state, lambda: sorted(_files_in(partial) - known.keys()))
         mine: dict[str, FileChecksum] = {}
         with self._together_writing(state):
             for name in unknown[self._control.rank :: self._control.size]:
@@ -335,11 +329,14 @@ class CheckpointManager:
         return self.directory / step_folder(state.step)
 
     def _together_writing(self, state: RunState) -> contextlib.AbstractContextManager[None]:
-        return self._control.together(
-            f"cannot write checkpoint {self._folder(state)} (earlier ones are kept; is there space, and may it be "
-            f"written?)",
-            CheckpointError,
-        )
+        return self._control.together(self._cannot_write(state), CheckpointError)
+
+    def _on_main_writing(self, state: RunState, function: Callable[[], T]) -> T:
+        return self._control.on_main(self._cannot_write(state), CheckpointError, function)
+
+    def _cannot_write(self, state: RunState) -> str:
+        folder = self._folder(state)
+        return f"cannot write checkpoint {folder} (earlier ones are kept; is there space, and may it be written?)"
 
     @contextlib.contextmanager
     def _removing_partial(self, state: RunState) -> Iterator[None]:
@@ -377,6 +374,10 @@ def _read_listing(folder: Path) -> tuple[CheckpointMetadata | None, list[str]]:
         return metadata, list(integrity.find_unlisted(folder, metadata).values())
     except DamagedCheckpoint as error:
         return None, [str(error)]
+
+
+def _files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def _saved_at(folder: Path) -> float | None:

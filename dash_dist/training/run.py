@@ -4,7 +4,8 @@ Knows the parts by what they promise; does not know how its processes were start
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import fmean
 
 from dash_dist.config.file import to_yaml
@@ -97,10 +98,8 @@ class _Run:
         with self._control.together("the run cannot start", ConfigError):
             config.check_world_size(dims.world_size)
             vocab_size, data = _open_data(config, dims)
-        with self._control.together(f"cannot prepare {config.run.path}", RunError):
-            if self._control.is_main:
-                config.run.path.mkdir(parents=True, exist_ok=True)
-                cleanup.enter_context(RunLock(config.run.path, reporter.note))
+        cannot_prepare = f"cannot prepare {config.run.path}"
+        self._control.on_main(cannot_prepare, RunError, lambda: _lock_folder(config.run.path, reporter.note, cleanup))
         self._checkpoints = CheckpointManager(
             config.run.path,
             self._control,
@@ -113,11 +112,11 @@ class _Run:
         resume = config.going_on().run.resume if went_on_before(config.run.path, self._control) else config.run.resume
         origin = self._checkpoints.resume_from(resume)
         self._log = FaultLog(config.run.path, reporter, is_main=self._control.is_main)
-        with self._control.together(f"cannot prepare {config.run.path}", RunError):
-            if self._control.is_main:
-                replace_text(config.run.path / "config.yaml", to_yaml(config))
+        self._control.on_main(
+            cannot_prepare, RunError, lambda: replace_text(config.run.path / "config.yaml", to_yaml(config))
+        )
         self._attempt = cleanup.enter_context(begin_attempt(config.run.path, self._control, self._log, origin))
-        with self._control.together(f"cannot prepare {config.run.path}", RunError):
+        with self._control.together(cannot_prepare, RunError):
             watchdog.start(hang_folder(config.run.path, self._attempt.number), dims.rank)
         with self._control.together("the model cannot be built", ConfigError):
             self._engine = build_engine(config, dims, vocab_size)
@@ -359,6 +358,12 @@ class _Run:
             skipped_documents=sum(self._control.gather(self._own_skipped_documents())),
             padding=padding,
         )
+
+
+def _lock_folder(folder: Path, note: Callable[[str], None], cleanup: contextlib.ExitStack) -> None:
+    """Create the run's folder and lock it until `cleanup`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cleanup.enter_context(RunLock(folder, note))
 
 
 def _open_data(config: RunConfig, dims: ParallelDims) -> tuple[int, DataStream]:

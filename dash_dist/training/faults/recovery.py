@@ -58,7 +58,7 @@ class LossRecovery:
         self._beat = beat
         self._undone = undone
         self._guard = LossGuard(config.faults, position.state)
-        self._skipped = _read(config.run.path, control)
+        self._skipped = control.on_main("the run cannot start", RunError, lambda: SkipRecord.read(config.run.path))
         if self._skipped.batches:
             log.note(f"batches that are not trained on: see {config.run.path / SkipRecord.FILE}")
 
@@ -118,11 +118,3 @@ class LossRecovery:
                 self._skipped.write(self._run_directory)
             except OSError as error:
                 self._log.note(f"a restarted run will not know which batches were left out: {error}")
-
-
-def _read(run_directory: Path, control: ControlGroup) -> SkipRecord:
-    record = SkipRecord()
-    with control.together("the run cannot start", RunError):
-        if control.is_main:
-            record = SkipRecord.read(run_directory)
-    return control.from_main(record)
