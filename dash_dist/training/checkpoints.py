@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -30,30 +30,12 @@ from dash_dist.checkpoints.integrity import (
     read_metadata,
 )
 from dash_dist.distributed.agreement import ControlGroup
-from dash_dist.engine.pending import PendingSave
+from dash_dist.engine.saveable import PendingSave, Saveable
 from dash_dist.errors import CheckpointError
 from dash_dist.run.events import EventLog
 from dash_dist.run.state import RunState
 
 T = TypeVar("T")
-
-__all__ = ["CheckpointManager", "PendingSave", "RunState", "Saveable", "Saved"]
-
-
-class Saveable(Protocol):
-    """The part of an engine that a checkpoint needs; both calls are made at every rank."""
-
-    def start_save(self, directory: Path, *, background: bool) -> PendingSave:
-        """Begin to write the state of the last step, which later steps do not change, to a new folder.
-
-        With `background` it returns as soon as it can let training go on; otherwise when this rank has written. Raises
-        OSError at every rank.
-        """
-        ...
-
-    def load(self, directory: Path) -> list[str]:
-        """Take the state from a folder; says, in words, what differs from the run that saved although it may."""
-        ...
 
 
 @dataclass(frozen=True)

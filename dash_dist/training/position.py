@@ -12,8 +12,8 @@ from dash_dist.data.stream import Batch, DataStream, merge_states
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.batch import BatchError
 from dash_dist.engine.protocol import Engine, StepResult
+from dash_dist.engine.ranks import Dims
 from dash_dist.errors import CheckpointError, RunError
-from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.state import RunState
 from dash_dist.training.checkpoints import CheckpointManager
 from dash_dist.training.faults.guard import LossGuard
@@ -26,7 +26,7 @@ class RunPosition:
         state: the counters after the last step.
     """
 
-    def __init__(self, engine: Engine, data: DataStream, dims: ParallelDims, control: ControlGroup) -> None:
+    def __init__(self, engine: Engine, data: DataStream, dims: Dims, control: ControlGroup) -> None:
         self.state = RunState()
         self._engine = engine
         self._data = data

@@ -14,6 +14,7 @@ from dash_dist.data.stream import Batch, DataStream, build_data_stream
 from dash_dist.data.tokenizer import load_tokenizer
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.protocol import StepResult
+from dash_dist.engine.ranks import Dims
 from dash_dist.errors import ConfigError, RunError
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.curve_names import pages
@@ -366,7 +367,7 @@ def _lock_folder(folder: Path, note: Callable[[str], None], cleanup: contextlib.
     cleanup.enter_context(RunLock(folder, note))
 
 
-def _open_data(config: RunConfig, dims: ParallelDims) -> tuple[int, DataStream]:
+def _open_data(config: RunConfig, dims: Dims) -> tuple[int, DataStream]:
     """The vocabulary's size and this data-parallel rank's stream."""
     tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
     stream = build_data_stream(

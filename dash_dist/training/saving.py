@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from dash_dist.data.stream import merge_states
+from dash_dist.engine.saveable import Saveable
 from dash_dist.errors import CheckpointError
 from dash_dist.run.state import RunState
-from dash_dist.training.checkpoints import CheckpointManager, Saveable, Saved
+from dash_dist.training.checkpoints import CheckpointManager, Saved
 from dash_dist.training.faults.fault_log import FaultLog
 
 # After a failure the next try comes after this part of the interval.
