@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -30,6 +29,7 @@ from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.megatron.checkpoint import EngineState, check_fit, create_directory
 from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.run.files import replace_text
 
 INDEX = "deepspeed.json"
 _FORMAT = 1
@@ -92,7 +92,7 @@ class ZeroSave:
     def _write_index(self) -> None:
         path = self._directory / INDEX
         try:
-            _write_json(path, self._index)
+            replace_text(path, json.dumps(self._index))
         except OSError as error:
             raise OSError(f"cannot write {path}: {error}") from None
 
@@ -238,9 +238,3 @@ def _overlaps(one: OwnedSlice, places: Sequence[tuple[int, int, str]]) -> Iterat
 
 def _file_of(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(partial, path)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from dash_dist.run.files import replace_text
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -57,8 +59,7 @@ def meet_in(folder: Path, rank: int, world_size: int, *, timeout: timedelta) -> 
     if rank == 0:
         listener = listen("127.0.0.1")
         port = listener.getsockname()[1]
-        told.with_suffix(".new").write_text(str(port))
-        told.with_suffix(".new").replace(told)
+        replace_text(told, str(port))
         return meet("127.0.0.1", port, world_size, listener=listener, timeout=timeout)
     deadline = time.monotonic() + timeout.total_seconds()
     while not told.exists():

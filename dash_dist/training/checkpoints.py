@@ -33,6 +33,7 @@ from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.saveable import PendingSave, Saveable
 from dash_dist.errors import CheckpointError
 from dash_dist.run.events import EventLog
+from dash_dist.run.files import write_json
 from dash_dist.run.state import RunState
 
 T = TypeVar("T")
@@ -297,7 +298,7 @@ class CheckpointManager:
     def _complete(self, started: _Started, files: dict[str, FileChecksum]) -> None:
         final = self._folder(started.state)
         partial = partial_folder(final)
-        integrity.write_json(partial / DATA_STATE, started.data_state)
+        write_json(partial / DATA_STATE, started.data_state)
         files[DATA_STATE] = integrity.checksum_of(partial / DATA_STATE)
         integrity.write_metadata(partial, CheckpointMetadata(started.state, started.started_at, files))
         folders.publish(partial, final)
