@@ -290,7 +290,7 @@ def _complete(plan: _Plan, outcomes: list[tuple[list[WriteResult], OSError | Non
     """Write the index of what all ranks have written. Raises OSError: they have not, or the index cannot be written."""
     failures = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
     if failures:
-        raise _of_ranks(failures)
+        raise _joined_error(failures)
     try:
         plan.write_index([results for results, _ in outcomes])
     except OSError:
@@ -299,7 +299,7 @@ def _complete(plan: _Plan, outcomes: list[tuple[list[WriteResult], OSError | Non
         raise OSError(f"{type(error).__name__}: {error}") from None
 
 
-def _of_ranks(failures: dict[int, OSError]) -> OSError:
+def _joined_error(failures: dict[int, OSError]) -> OSError:
     """Join the errors of several ranks into one, with the first one's errno, by which a full disk is known."""
     rank, first = next(iter(failures.items()))
     others = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""

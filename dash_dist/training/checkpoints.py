@@ -1,7 +1,7 @@
-"""The checkpoints of one run: how its ranks write one while training goes on, and agree which one to go on from.
+"""The checkpoints of one run: its ranks write them during training, and agree on the one to resume from.
 
-Knows the order of writing and reading, and how the ranks agree on it; does not know what engine and data stream put
-inside, nor when a checkpoint is due.
+Knows the order of writing and reading, and the ranks' agreement on it; does not know the content of the files, nor when
+a checkpoint is due.
 
     <run directory>/checkpoints/step_00000010/      see `dash_dist.checkpoints.folders` for what else may be beside it
         engine/                     what the engine wrote: weights, optimizer, schedule
@@ -44,9 +44,9 @@ class Saved:
     """A checkpoint that is complete and on disk.
 
     Attributes:
-        blocked_seconds: how long training stood still for it.
-        seconds: from the step it is of to its being complete.
-        not_dropped: why older checkpoints could not be removed; empty if they were.
+        blocked_seconds: time that training waited for it.
+        seconds: time from its step to its completion.
+        not_dropped: the error that kept older checkpoints from being removed; empty without one.
     """
 
     step: int
@@ -75,9 +75,9 @@ class CheckpointManager:
     Args:
         run_directory: folder of the run, on a filesystem that all ranks share.
         control: the ranks that write together.
-        keep: how many complete checkpoints stay; the oldest go first.
-        keep_every_hours: of those that would go, one per so many hours stays for good.
-        asynchronous: let training go on while a checkpoint is written.
+        keep: number of complete checkpoints that stay; the oldest are removed first.
+        keep_every_hours: hours between checkpoints that are never removed; None for no such checkpoint.
+        asynchronous: write in the background while training continues.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class CheckpointManager:
     ) -> None:
         self.directory = run_directory / "checkpoints"
         self.stepped_over: list[str] = []
-        """What was wrong with the checkpoints that the last `resume_from` set aside, a message each."""
+        """Messages about the checkpoints that the last `resume_from` set aside, one each."""
         self._events = EventLog(run_directory)
         self._control = control
         self._keep = keep
@@ -106,8 +106,9 @@ class CheckpointManager:
         return self._started is not None
 
     def writing(self) -> bool:
-        """Return whether this rank still writes. Asks no other rank and answers at once: the loop takes the
-        maximum over the ranks together with its other flags, and calls `finish` when it is False.
+        """Return at once whether this rank still writes. Local.
+
+        The loop takes the maximum over the ranks together with its other flags, and calls `finish` when it is False.
         """
         return self._started is not None and not self._started.save.done()
 
@@ -116,9 +117,13 @@ class CheckpointManager:
     ) -> None:
         """Begin one checkpoint, which is complete when `finish` has returned.
 
-        `data_states` holds this rank's data stream states (none on a rank that reads no data of its own); `merge`
-        turns those of all ranks into one. Raises CheckpointError at every rank if any rank fails: earlier checkpoints
-        are untouched then, and another one can be started.
+        Args:
+            data_states: this rank's data stream states; none at a rank that reads no data of its own.
+            merge: joins those of all ranks into one.
+
+        Raises:
+            CheckpointError: at every rank, if any rank fails. Earlier checkpoints are untouched, and another one can
+                be started.
         """
         if self._started is not None:
             raise RuntimeError(f"the checkpoint of step {self._started.state.step} is not finished")
@@ -134,10 +139,10 @@ class CheckpointManager:
         self._started.blocked_seconds = time.monotonic() - began
 
     def finish(self) -> Saved | None:
-        """Make the started checkpoint complete and drop older ones; waits for what is not yet written.
+        """Wait until the started checkpoint is written, complete it, and drop older ones. None if none was started.
 
-        None if none was started. Raises CheckpointError at every rank if any rank failed to write: what there is of the
-        checkpoint is removed, earlier ones are untouched, and another one can be started.
+        Raises CheckpointError at every rank if any rank failed to write. The partial checkpoint is removed, earlier
+        ones are untouched, and another one can be started.
         """
         if self._started is None:
             return None
@@ -160,12 +165,12 @@ class CheckpointManager:
         return Saved(started.state.step, final, blocked, time.time() - started.started_at, not_dropped)
 
     def abandon(self) -> None:
-        """Give up the started checkpoint at every rank, and remove what there is of it."""
+        """Give up the started checkpoint at every rank, and remove its files."""
         if self._started is not None:
             self._give_up(self._started.state)
 
     def close(self) -> None:
-        """Abandon what this rank is still writing, without a word to the others: the run is over."""
+        """Abandon this rank's writing at the end of the run. Local."""
         if self._started is not None:
             self._started.save.abandon()
             self._started = None
@@ -173,10 +178,10 @@ class CheckpointManager:
     def load(self, folder: Path, engine: Saveable) -> tuple[RunState, Any, list[str]]:
         """Load `folder` into `engine`, after verifying it unless `resume_from` just has.
 
-        Returns the run's state, the merged data stream state, and what `engine.load` says.
+        Returns the run's state, the merged data stream state, and the messages of `engine.load`.
 
-        Raises CheckpointError at every rank if a file is missing or damaged, would run code that a checkpoint has no
-        need of, or does not fit the engine.
+        Raises CheckpointError at every rank if a file is missing, damaged or unsafe to unpickle, or does not fit the
+        engine.
         """
         if folder != self._verified:
             messages = self._verify(folder)
@@ -193,18 +198,17 @@ class CheckpointManager:
         return state, data_state, changes
 
     def clean(self) -> None:
-        """Remove what a killed run left half written."""
+        """Remove the partial checkpoints of a killed run."""
         self._control.on_main(f"cannot clean {self.directory}", CheckpointError, lambda: folders.clean(self.directory))
 
     def resume_from(self, resume: str) -> Path | None:
-        """The checkpoint this run goes on from under `run.resume`, verified; None for a start from scratch.
+        """Choose and verify the checkpoint to start from under `run.resume`; None for a start from scratch.
 
-        "auto" takes the run's latest checkpoint that is whole; damaged ones after it are set aside, with an event each.
-        "never" refuses a run folder that holds any. A path begins a new run from that checkpoint, which must be whole;
-        a run begun that way goes on from its own latest checkpoint, so that the same command can be repeated after a
-        failure.
+        "auto" takes the run's latest whole checkpoint; damaged ones after it are set aside, with an event each. "never"
+        refuses a run folder that holds any. A path begins a new run from that checkpoint, which must be whole. When
+        the same command is repeated, the run resumes from its own latest checkpoint.
 
-        Raises CheckpointError at every rank: see above, or the run has checkpoints and none of them is whole.
+        Raises CheckpointError at every rank: see above, or no checkpoint of the run is whole.
         """
         self.stepped_over = []
         found = self._visible()
@@ -265,7 +269,7 @@ class CheckpointManager:
         return message
 
     def _verify(self, folder: Path) -> list[str]:
-        """Return the damage to the files of `folder`, which the ranks read in shares; the same at every rank."""
+        """Divide the files of `folder` among the ranks, and return messages about damage, the same at every rank."""
         failure = f"cannot read checkpoint {folder}"
         metadata, messages = self._control.on_main(failure, CheckpointError, lambda: _read_listing(folder))
         if metadata is None or messages:
@@ -283,7 +287,7 @@ class CheckpointManager:
         return messages
 
     def _checksums(self, state: RunState, known: dict[str, FileChecksum]) -> dict[str, FileChecksum]:
-        """Return the checksum of every file written; all ranks read and flush those that are not `known`."""
+        """Return the checksum of every file; the ranks share the reading and flushing of those not in `known`."""
         partial = partial_folder(self._folder(state))
         known = {name: checksum for of_rank in self._control.gather(known) for name, checksum in of_rank.items()}
         unknown = self._on_main_writing(state, lambda: sorted(_files_in(partial) - known.keys()))
@@ -323,7 +327,7 @@ class CheckpointManager:
 
     @contextlib.contextmanager
     def _removing_partial(self, state: RunState) -> Iterator[None]:
-        """Leave nothing of a checkpoint that any rank could not write."""
+        """Remove a checkpoint that any rank could not write."""
         try:
             yield
         except Exception:  # at every rank, from `together`: CheckpointError, or a defect at the rank that has it
@@ -332,9 +336,9 @@ class CheckpointManager:
 
     def _give_up(self, state: RunState) -> None:
         self.close()
-        self._control.gather(None)  # nobody writes into the folder any more
+        self._control.gather(None)  # a barrier: no rank writes into the folder any more
         if self._control.is_main:
-            with contextlib.suppress(OSError):  # what brought us here is the thing to report
+            with contextlib.suppress(OSError):  # the first error is the one to report
                 folders.remove(partial_folder(self._folder(state)))
 
 
@@ -371,6 +375,6 @@ def _saved_at(folder: Path) -> float | None:
 
 
 def _in_short(messages: Sequence[str]) -> str:
-    """The first messages of what may be thousands."""
+    """Join the first three messages, and count the others."""
     shown = "; ".join(messages[:3])
     return shown if len(messages) <= 3 else f"{shown}; and {len(messages) - 3} more files"

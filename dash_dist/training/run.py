@@ -186,22 +186,22 @@ class _Run:
         if self._is_new and self._config.faults.spike_z_score is not None:
             # A spike may come before the first regular checkpoint.
             with self._saving():
-                self._saver.start(self._state, self._position.own_in_data())
+                self._saver.start(self._state, self._position.own_data_state())
                 self._saver.settle(self._state.step)
         while self._state.step < steps:
             self._watchdog.beat()
             micro_batches = self._next_batches()
             if micro_batches is None:
                 break
-            if self._recovery.leaves_out(self._state.step + 1):
-                self._position.pass_over(micro_batches)
+            if self._recovery.should_skip(self._state.step + 1):
+                self._position.skip_batch(micro_batches)
                 self._pace.go_to(self._state.step)
             else:
                 self._step(micro_batches)
             if self._saver.is_due(self._state):
                 with self._saving():
-                    self._saver.start(self._state, self._position.own_in_data())
-        self._saver.save_at_the_end(self._state, self._position.own_in_data())
+                    self._saver.start(self._state, self._position.own_data_state())
+        self._saver.save_at_the_end(self._state, self._position.own_data_state())
         summary = self._summary()
         self._attempt.completed(self._state.step, stopped=not summary.completed)
         if self._curves is not None and summary.completed:
@@ -239,12 +239,12 @@ class _Run:
         for reason in reasons:
             self._log.record("preemption", reason, step=self._state.step)
         with self._saving():
-            self._saver.save_now(self._state, self._position.own_in_data())
+            self._saver.save_now(self._state, self._position.own_data_state())
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
         """Exclude time spent in this block from the step time."""
-        with self._pace.leaving_out(), self._telemetry.measure("save"):
+        with self._pace.excluded(), self._telemetry.measure("save"):
             yield
 
     def _step(self, micro_batches: list[Batch]) -> None:
@@ -258,13 +258,13 @@ class _Run:
         seconds = self._pace.step(result.tokens)
         if not self._recovery.check(result):
             return
-        self._position.batch_read()
+        self._position.advance_data()
         if with_routing:
             self._log_routing(step)
         if logged:
             self._log_step(result, seconds, [batch.document_length for batch in micro_batches])
         self._telemetry.log_heat_maps(step)
-        self._pace.leave_out_since_step()
+        self._pace.exclude_since_step()
 
     def _describe(self, writer: MetricsWriter) -> None:
         writer.describe(
@@ -342,7 +342,7 @@ class _Run:
         return self._position.state
 
     def _own_skipped_documents(self) -> int:
-        return self._position.of_own_rows(lambda: self._data.skipped_documents)
+        return self._position.count_own_rows(lambda: self._data.skipped_documents)
 
     def _summary(self) -> RunSummary:
         padding = 1.0 - self._state.tokens / (self._state.step * self._tokens_per_step) if self._state.step else 0.0
