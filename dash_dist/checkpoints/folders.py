@@ -137,6 +137,12 @@ def drop(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def create_anew(folder: Path) -> None:
+    """Create an empty folder, in place of an existing one. Raises OSError."""
+    remove(folder)
+    folder.mkdir(parents=True)
+
+
 def remove(folder: Path) -> None:
     """Remove a folder with all that is in it, if it is there. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):

@@ -5,7 +5,6 @@ Knows sizes, checksums and the run's state; does not know which of several check
 
 import errno
 import json
-import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dash_dist.checkpoints.folders import step_of
 from dash_dist.checkpoints.pickles import find_unsafe_content
+from dash_dist.run.files import write_json
 from dash_dist.run.state import STRICT, RunState
 
 METADATA = "metadata.json"
@@ -153,14 +153,6 @@ def find_unlisted(folder: Path, metadata: CheckpointMetadata) -> dict[str, str]:
 def read_data_state(folder: Path) -> dict[str, Any]:
     """The data position in `folder`, whose files are verified. Raises OSError."""
     return json.loads((folder / DATA_STATE).read_text())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value`, which is on disk when this returns. Raises OSError."""
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _checksum_of_json(content: dict[str, Any]) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -31,6 +29,7 @@ from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.megatron.checkpoint import EngineState, check_fit, create_directory
 from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.run.files import replace_text
 
 INDEX = "deepspeed.json"
 _FORMAT = 1
@@ -80,13 +79,7 @@ class ZeroSave:
         self._writer.join()
         agreement = Agreement()
         agreement.raise_first(self._problem)
-        problem = None
-        if self._dims.rank == 0:
-            try:
-                _write_json(self._directory / INDEX, self._index)
-            except OSError as error:
-                problem = OSError(f"cannot write {self._directory / INDEX}: {error}")
-        agreement.raise_from_main(problem)
+        agreement.call_on_main(self._write_index)
         return self._checksums
 
     def abandon(self) -> None:
@@ -95,6 +88,13 @@ class ZeroSave:
         What this rank is writing may still be written to its end; without the index, which only `finish` writes, it is
         no checkpoint.
         """
+
+    def _write_index(self) -> None:
+        path = self._directory / INDEX
+        try:
+            replace_text(path, json.dumps(self._index))
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error}") from None
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         path = self._directory / _file_of(self._dims.rank)
@@ -125,10 +125,10 @@ def start_save(
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
     """
-    Agreement().raise_from_main(create_directory(directory) if dims.rank == 0 else None)
+    agreement = Agreement()
+    agreement.call_on_main(lambda: create_directory(directory))
     slices = owned_slices(model, optimizer)
-    places: list[Any] = [None] * dims.world_size
-    dist.all_gather_object(places, [(one.parameter, one.start, len(one)) for one in slices])
+    places = agreement.gather([(one.parameter, one.start, len(one)) for one in slices])
     index = {
         "format": _FORMAT,
         "engine": "deepspeed",
@@ -154,16 +154,8 @@ def load_checkpoint(
             weights are then is undefined. Names what.
     """
     agreement = Agreement()
-    index: Any = None
-    problem: Exception | None = None
-    if agreement.is_main:  # storage may look different to other ranks for a while: the main rank decides for all
-        try:
-            index = _read_index(directory, identity, parameter_shapes(model))
-        except (OSError, ValueError) as error:
-            problem = error
-    agreement.raise_from_main(problem)
-    index = agreement.from_main(index)
-    problem = None
+    index = agreement.call_on_main(lambda: _read_index(directory, identity, parameter_shapes(model)))
+    problem: ValueError | None = None
     try:
         _read_slices(directory, index["slices"], owned_slices(model, optimizer))
     except ValueError as error:
@@ -246,9 +238,3 @@ def _overlaps(one: OwnedSlice, places: Sequence[tuple[int, int, str]]) -> Iterat
 
 def _file_of(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(partial, path)

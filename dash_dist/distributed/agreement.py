@@ -45,11 +45,22 @@ class Agreement:
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
-    def raise_from_main(self, problem: Exception | None) -> None:
-        """Raise the main rank's `problem`, if there is one, at every rank: it decides where storage looks different."""
-        found = self.from_main(problem)
-        if found is not None:
-            raise found
+    def call_on_main(self, function: Callable[[], T]) -> T:
+        """Call `function` at the main rank alone; return its value, or raise its OSError or ValueError, at every rank.
+
+        Storage may look different to other ranks for a while: the main rank decides for all.
+        """
+        value: Any = None
+        problem: Exception | None = None
+        if self.is_main:
+            try:
+                value = function()
+            except (OSError, ValueError) as error:
+                problem = error
+        value, problem = self.from_main((value, problem))
+        if problem is not None:
+            raise problem
+        return value
 
     def raise_first(self, problem: Exception | None) -> None:
         """Raise the first rank's `problem`, if any rank has one, at every rank."""

@@ -1,6 +1,6 @@
-"""The part of the network that no other machine can reach.
+"""The loopback interface, which no other machine can reach, and the store through which ranks meet.
 
-Knows addresses and interfaces, and how the ranks of one machine meet there; does not know what started them.
+Knows addresses, interfaces and ports; does not know what started the ranks.
 """
 
 import ipaddress
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from dash_dist.run.files import replace_text
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 
 MEETING_FOLDER = "DASH_DIST_MEETING"
-"""Environment variable with the folder for `meet_in`, where the ranks of one machine were started for that."""
+"""Environment variable with the folder for `meet_in`, set by launchers on one machine."""
 
 
 def is_loopback(address: str) -> bool:
@@ -30,7 +32,7 @@ def is_loopback(address: str) -> bool:
 
 
 def loopback_interface() -> str:
-    """Raises OSError if there is none."""
+    """Return the interface with the address 127.0.0.1. Raises OSError without one."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.family == socket.AF_INET and one.address == "127.0.0.1" for one in addresses):
             return name
@@ -45,20 +47,19 @@ def keep_to_loopback() -> None:
 
 
 def listen(address: str, port: int = 0) -> socket.socket:
-    """A socket for `meet`; port 0 takes a free one. Raises OSError if the port is taken."""
+    """Open a listening socket for `meet`; port 0 takes a free one. Raises OSError if the port is taken."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     # Every rank connects at about the same time.
     return socket.create_server((address, port), family=family, backlog=4096)
 
 
 def meet_in(folder: Path, rank: int, world_size: int, *, timeout: timedelta) -> "Store":
-    """`meet` at a port that rank 0 takes when it arrives, and tells in `folder`, which is of this start alone."""
+    """Call `meet` at a port that rank 0 chooses and writes into `folder`, which belongs to this start alone."""
     told = folder / "port"
     if rank == 0:
         listener = listen("127.0.0.1")
         port = listener.getsockname()[1]
-        told.with_suffix(".new").write_text(str(port))
-        told.with_suffix(".new").replace(told)
+        replace_text(told, str(port))
         return meet("127.0.0.1", port, world_size, listener=listener, timeout=timeout)
     deadline = time.monotonic() + timeout.total_seconds()
     while not told.exists():
@@ -69,9 +70,9 @@ def meet_in(folder: Path, rank: int, world_size: int, *, timeout: timedelta) -> 
 
 
 def meet(address: str, port: int, world_size: int, *, listener: socket.socket | None, timeout: timedelta) -> "Store":
-    """The store by which ranks find each other, at an address of rank 0, which gives its `listener`.
+    """Return the store through which the ranks find each other, at rank 0's address. Rank 0 passes its `listener`.
 
-    As PyTorch makes it from MASTER_ADDR and MASTER_PORT, but for the addresses it listens on, which would be all.
+    PyTorch's own store at MASTER_ADDR and MASTER_PORT would listen on every address of the machine.
     """
     from torch.distributed import TCPStore
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from dash_dist.engine.batch import MicroBatch
-from dash_dist.engine.pending import PendingSave
+from dash_dist.engine.saveable import Saveable
 from dash_dist.engine.telemetry import StepTelemetry
 
 
@@ -34,7 +33,7 @@ class StepResult:
     skipped: bool
 
 
-class Engine(Protocol):
+class Engine(Saveable, Protocol):
     """The model of one run with its optimizer. All methods but `flops_per_step` are collectives: every rank calls them.
 
     Attributes:
@@ -67,33 +66,5 @@ class Engine(Protocol):
         """Return the floating-point operations of a step on `tokens` tokens, over all ranks, padding excluded.
 
         See `flops_per_token`; a density of 1.0 counts attention as if it were full.
-        """
-        ...
-
-    def start_save(self, directory: Path, *, background: bool) -> PendingSave:
-        """Begin to write model, optimizer and step as they are now; later steps do not change the files.
-
-        Args:
-            directory: new or empty, on storage that all ranks share.
-            background: return as soon as training can continue; otherwise when this rank has written. Either way the
-                checkpoint is complete when `finish` of the result has returned.
-
-        Raises:
-            OSError: at every rank: the directory cannot be created, or is not empty.
-        """
-        ...
-
-    def load(self, directory: Path) -> list[str]:
-        """Load a checkpoint, written at this layout or another.
-
-        The model's shape must be that of the checkpoint. The learning rate follows this run's configuration from the
-        checkpoint's step on.
-
-        Returns:
-            In words, each setting by which the weights now compute another function than the one they were trained in.
-
-        Raises:
-            FileNotFoundError: there is no complete checkpoint in the directory.
-            ValueError: it is of another engine or model, or damaged; names the difference.
         """
         ...

@@ -150,18 +150,7 @@ class MegatronSave:
             failure = error
         outcomes: list[Any] | None = [None] * self._dims.world_size if self._dims.rank == 0 else None
         dist.gather_object((written.results, failure), outcomes)
-        problem: OSError | None = None
-        if outcomes is not None:
-            failures = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
-            try:
-                if failures:
-                    raise _of_ranks(failures)
-                plan.write_index([results for results, _ in outcomes])
-            except OSError as error:
-                problem = error
-            except Exception as error:  # whatever it is: the other ranks wait for what this one says
-                problem = OSError(f"{type(error).__name__}: {error}")
-        Agreement().raise_from_main(problem)
+        Agreement().call_on_main(lambda: _complete(plan, outcomes or []))
         return written.checksums
 
     def abandon(self) -> None:
@@ -191,7 +180,7 @@ def start_save(
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
     """
-    Agreement().raise_from_main(create_directory(directory) if dims.rank == 0 else None)
+    Agreement().call_on_main(lambda: create_directory(directory))
     state = _sharded_state(model, optimizer, dims, is_loading=False)
     if state["optimizer"].get("param_state") is None:
         # The distributed optimizer's state is gathered on one rank; the others' empty entry would look to
@@ -225,13 +214,7 @@ def load_checkpoint(
         ValueError: at every rank: the checkpoint's identity is not `identity`, and names what differs; or what it holds
             is not what this model needs.
     """
-    problem: Exception | None = None
-    if dims.rank == 0:
-        try:
-            check_fit(directory, read_engine_state(directory), identity)
-        except (OSError, ValueError) as error:
-            problem = error
-    Agreement().raise_from_main(problem)
+    Agreement().call_on_main(lambda: check_fit(directory, read_engine_state(directory), identity))
     run: EngineState | None = None
     failure: tuple[str, int | None] | None = None
     try:
@@ -281,15 +264,15 @@ def _sharded_state(
     }
 
 
-def create_directory(directory: Path) -> OSError | None:
-    """Create the directory of a new checkpoint, or say why not."""
+def create_directory(directory: Path) -> None:
+    """Create the directory of a new checkpoint. Raises OSError, also for a directory that is not empty."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            return OSError(f"{directory} is not empty: save to a new directory")
+        is_empty = not any(directory.iterdir())
     except OSError as error:
-        return OSError(f"cannot create the checkpoint directory {directory}: {error}")
-    return None
+        raise OSError(f"cannot create the checkpoint directory {directory}: {error}") from None
+    if not is_empty:
+        raise OSError(f"{directory} is not empty: save to a new directory")
 
 
 def check_fit(directory: Path, run: EngineState, identity: dict[str, Any]) -> None:
@@ -303,8 +286,21 @@ def check_fit(directory: Path, run: EngineState, identity: dict[str, Any]) -> No
         raise ValueError(f"{directory} does not fit this run: {'; '.join(differing)}")
 
 
-def _of_ranks(failures: dict[int, OSError]) -> OSError:
-    """One error for those of several ranks; has the number of the first one's, by which a full disk is known."""
+def _complete(plan: _Plan, outcomes: list[tuple[list[WriteResult], OSError | None]]) -> None:
+    """Write the index of what all ranks have written. Raises OSError: they have not, or the index cannot be written."""
+    failures = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
+    if failures:
+        raise _joined_error(failures)
+    try:
+        plan.write_index([results for results, _ in outcomes])
+    except OSError:
+        raise
+    except Exception as error:  # of any kind: the other ranks wait for this one's answer
+        raise OSError(f"{type(error).__name__}: {error}") from None
+
+
+def _joined_error(failures: dict[int, OSError]) -> OSError:
+    """Join the errors of several ranks into one, with the first one's errno, by which a full disk is known."""
     rank, first = next(iter(failures.items()))
     others = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
     return OSError(first.errno, f"rank {rank} could not write{others}: {first.strerror or first}", first.filename)

@@ -20,8 +20,8 @@ from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.engine.batch import MicroBatch
-from dash_dist.engine.pending import PendingSave
 from dash_dist.engine.protocol import StepResult
+from dash_dist.engine.saveable import PendingSave
 from dash_dist.megatron.checkpoint import load_checkpoint, start_save
 from dash_dist.megatron.loss import loss_of_batch
 from dash_dist.megatron.optimizer import Optimizer, wrap_model

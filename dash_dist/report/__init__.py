@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dash_dist.report.page import render
 from dash_dist.report.record import read_run
+from dash_dist.run.files import replace_text
 
 __all__ = ["write_report"]
 
@@ -31,11 +32,9 @@ def write_report(run_directory: Path, output: Path | None = None) -> Path:
     require_extra("report", "dash-dist report")
     record = read_run(run_directory)
     output = output or run_directory / "report.html"
-    partial = output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(render(record), encoding="utf-8")
-        partial.replace(output)
+        replace_text(output, render(record))
     except OSError as error:
         raise RunError(f"cannot write {output}: {error.strerror or error}: name another file with --output") from error
     return output

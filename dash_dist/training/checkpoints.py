@@ -1,7 +1,7 @@
-"""The checkpoints of one run: how its ranks write one while training goes on, and agree which one to go on from.
+"""The checkpoints of one run: its ranks write them during training, and agree on the one to resume from.
 
-Knows the order of writing and reading, and how the ranks agree on it; does not know what engine and data stream put
-inside, nor when a checkpoint is due.
+Knows the order of writing and reading, and the ranks' agreement on it; does not know the content of the files, nor when
+a checkpoint is due.
 
     <run directory>/checkpoints/step_00000010/      see `dash_dist.checkpoints.folders` for what else may be beside it
         engine/                     what the engine wrote: weights, optimizer, schedule
@@ -10,11 +10,12 @@ inside, nor when a checkpoint is due.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -29,28 +30,13 @@ from dash_dist.checkpoints.integrity import (
     read_metadata,
 )
 from dash_dist.distributed.agreement import ControlGroup
-from dash_dist.engine.pending import PendingSave
+from dash_dist.engine.saveable import PendingSave, Saveable
 from dash_dist.errors import CheckpointError
 from dash_dist.run.events import EventLog
+from dash_dist.run.files import write_json
 from dash_dist.run.state import RunState
 
-__all__ = ["CheckpointManager", "PendingSave", "RunState", "Saveable", "Saved"]
-
-
-class Saveable(Protocol):
-    """The part of an engine that a checkpoint needs; both calls are made at every rank."""
-
-    def start_save(self, directory: Path, *, background: bool) -> PendingSave:
-        """Begin to write the state of the last step, which later steps do not change, to a new folder.
-
-        With `background` it returns as soon as it can let training go on; otherwise when this rank has written. Raises
-        OSError at every rank.
-        """
-        ...
-
-    def load(self, directory: Path) -> list[str]:
-        """Take the state from a folder; says, in words, what differs from the run that saved although it may."""
-        ...
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,9 +44,9 @@ class Saved:
     """A checkpoint that is complete and on disk.
 
     Attributes:
-        blocked_seconds: how long training stood still for it.
-        seconds: from the step it is of to its being complete.
-        not_dropped: why older checkpoints could not be removed; empty if they were.
+        blocked_seconds: time that training waited for it.
+        seconds: time from its step to its completion.
+        not_dropped: the error that kept older checkpoints from being removed; empty without one.
     """
 
     step: int
@@ -89,9 +75,9 @@ class CheckpointManager:
     Args:
         run_directory: folder of the run, on a filesystem that all ranks share.
         control: the ranks that write together.
-        keep: how many complete checkpoints stay; the oldest go first.
-        keep_every_hours: of those that would go, one per so many hours stays for good.
-        asynchronous: let training go on while a checkpoint is written.
+        keep: number of complete checkpoints that stay; the oldest are removed first.
+        keep_every_hours: hours between checkpoints that are never removed; None for no such checkpoint.
+        asynchronous: write in the background while training continues.
     """
 
     def __init__(
@@ -105,7 +91,7 @@ class CheckpointManager:
     ) -> None:
         self.directory = run_directory / "checkpoints"
         self.stepped_over: list[str] = []
-        """What was wrong with the checkpoints that the last `resume_from` set aside, a message each."""
+        """Messages about the checkpoints that the last `resume_from` set aside, one each."""
         self._events = EventLog(run_directory)
         self._control = control
         self._keep = keep
@@ -120,8 +106,9 @@ class CheckpointManager:
         return self._started is not None
 
     def writing(self) -> bool:
-        """Return whether this rank still writes. Asks no other rank and answers at once: the loop takes the
-        maximum over the ranks together with its other flags, and calls `finish` when it is False.
+        """Return at once whether this rank still writes. Local.
+
+        The loop takes the maximum over the ranks together with its other flags, and calls `finish` when it is False.
         """
         return self._started is not None and not self._started.save.done()
 
@@ -130,34 +117,32 @@ class CheckpointManager:
     ) -> None:
         """Begin one checkpoint, which is complete when `finish` has returned.
 
-        `data_states` holds this rank's data stream states (none on a rank that reads no data of its own); `merge`
-        turns those of all ranks into one. Raises CheckpointError at every rank if any rank fails: earlier checkpoints
-        are untouched then, and another one can be started.
+        Args:
+            data_states: this rank's data stream states; none at a rank that reads no data of its own.
+            merge: joins those of all ranks into one.
+
+        Raises:
+            CheckpointError: at every rank, if any rank fails. Earlier checkpoints are untouched, and another one can
+                be started.
         """
         if self._started is not None:
             raise RuntimeError(f"the checkpoint of step {self._started.state.step} is not finished")
         began, saved_at = time.monotonic(), time.time()
         partial = partial_folder(self._folder(state))
         with self._removing_partial(state):
-            with self._together_writing(state):
-                if self._control.is_main:
-                    folders.remove(partial)
-                    partial.mkdir(parents=True)
+            self._on_main_writing(state, lambda: folders.create_anew(partial))
             gathered = self._control.gather(list(data_states))
-            data_state = None
-            with self._together_writing(state):
-                if self._control.is_main:
-                    data_state = merge([one for states in gathered for one in states])
+            data_state = self._on_main_writing(state, lambda: merge([one for states in gathered for one in states]))
             with self._together_writing(state), _distributed_checkpoint("write"):
                 save = engine.start_save(partial / ENGINE, background=self._asynchronous)
                 self._started = _Started(state, saved_at, save, data_state)
         self._started.blocked_seconds = time.monotonic() - began
 
     def finish(self) -> Saved | None:
-        """Make the started checkpoint complete and drop older ones; waits for what is not yet written.
+        """Wait until the started checkpoint is written, complete it, and drop older ones. None if none was started.
 
-        None if none was started. Raises CheckpointError at every rank if any rank failed to write: what there is of the
-        checkpoint is removed, earlier ones are untouched, and another one can be started.
+        Raises CheckpointError at every rank if any rank failed to write. The partial checkpoint is removed, earlier
+        ones are untouched, and another one can be started.
         """
         if self._started is None:
             return None
@@ -168,9 +153,7 @@ class CheckpointManager:
                 known = {f"{ENGINE}/{name}": checksum for name, checksum in started.save.finish().items()}
             self._started = None
             files = self._checksums(started.state, known)
-            with self._together_writing(started.state):
-                if self._control.is_main:
-                    self._complete(started, files)
+            self._on_main_writing(started.state, lambda: self._complete(started, files))
         not_dropped = ""
         try:
             self._control.on_main(
@@ -182,12 +165,12 @@ class CheckpointManager:
         return Saved(started.state.step, final, blocked, time.time() - started.started_at, not_dropped)
 
     def abandon(self) -> None:
-        """Give up the started checkpoint at every rank, and remove what there is of it."""
+        """Give up the started checkpoint at every rank, and remove its files."""
         if self._started is not None:
             self._give_up(self._started.state)
 
     def close(self) -> None:
-        """Abandon what this rank is still writing, without a word to the others: the run is over."""
+        """Abandon this rank's writing at the end of the run. Local."""
         if self._started is not None:
             self._started.save.abandon()
             self._started = None
@@ -195,10 +178,10 @@ class CheckpointManager:
     def load(self, folder: Path, engine: Saveable) -> tuple[RunState, Any, list[str]]:
         """Load `folder` into `engine`, after verifying it unless `resume_from` just has.
 
-        Returns the run's state, the merged data stream state, and what `engine.load` says.
+        Returns the run's state, the merged data stream state, and the messages of `engine.load`.
 
-        Raises CheckpointError at every rank if a file is missing or damaged, would run code that a checkpoint has no
-        need of, or does not fit the engine.
+        Raises CheckpointError at every rank if a file is missing, damaged or unsafe to unpickle, or does not fit the
+        engine.
         """
         if folder != self._verified:
             messages = self._verify(folder)
@@ -215,18 +198,17 @@ class CheckpointManager:
         return state, data_state, changes
 
     def clean(self) -> None:
-        """Remove what a killed run left half written."""
+        """Remove the partial checkpoints of a killed run."""
         self._control.on_main(f"cannot clean {self.directory}", CheckpointError, lambda: folders.clean(self.directory))
 
     def resume_from(self, resume: str) -> Path | None:
-        """The checkpoint this run goes on from under `run.resume`, verified; None for a start from scratch.
+        """Choose and verify the checkpoint to start from under `run.resume`; None for a start from scratch.
 
-        "auto" takes the run's latest checkpoint that is whole; damaged ones after it are set aside, with an event each.
-        "never" refuses a run folder that holds any. A path begins a new run from that checkpoint, which must be whole;
-        a run begun that way goes on from its own latest checkpoint, so that the same command can be repeated after a
-        failure.
+        "auto" takes the run's latest whole checkpoint; damaged ones after it are set aside, with an event each. "never"
+        refuses a run folder that holds any. A path begins a new run from that checkpoint, which must be whole. When
+        the same command is repeated, the run resumes from its own latest checkpoint.
 
-        Raises CheckpointError at every rank: see above, or the run has checkpoints and none of them is whole.
+        Raises CheckpointError at every rank: see above, or no checkpoint of the run is whole.
         """
         self.stepped_over = []
         found = self._visible()
@@ -240,12 +222,14 @@ class CheckpointManager:
         if given is None:
             return own
         if own is not None:
-            with self._control.together(f"cannot read checkpoint {own}", CheckpointError):
-                if self._control.is_main and read_metadata(own).state.origin != str(given):
-                    raise CheckpointError(
-                        f"run.resume={resume}, but the run already has {own}: give the new run another run.name, "
-                        f"or set run.resume=auto to go on from the latest"
-                    )
+            origin = self._control.on_main(
+                f"cannot read checkpoint {own}", CheckpointError, lambda: read_metadata(own).state.origin
+            )
+            if origin != str(given):
+                raise CheckpointError(
+                    f"cannot read checkpoint {own}: run.resume={resume}, but the run already has {own}: give the new "
+                    f"run another run.name, or set run.resume=auto to go on from the latest"
+                )
             return own
         messages = self._verify(given)
         if messages:
@@ -268,13 +252,8 @@ class CheckpointManager:
             if not messages:
                 self._verified = folder
                 return folder
-            with self._control.together(f"cannot set {folder} aside", CheckpointError):
-                if self._control.is_main:
-                    place = folders.set_aside(folder, "damaged")
-                    message = f"{_in_short(messages)}; {folder.name} is set aside as {place.name}"
-                    self._events.append("checkpoint_damaged", message, step=step_of(folder))
-                    self.stepped_over.append(message)
-        self.stepped_over = self._control.from_main(self.stepped_over)
+            set_aside = functools.partial(self._set_damaged_aside, folder, messages)
+            self.stepped_over.append(self._control.on_main(f"cannot set {folder} aside", CheckpointError, set_aside))
         if found:
             raise CheckpointError(
                 f"no checkpoint of the run is whole: {'; '.join(self.stepped_over)}. To begin anew, give the run "
@@ -282,8 +261,15 @@ class CheckpointManager:
             )
         return None
 
+    def _set_damaged_aside(self, folder: Path, messages: Sequence[str]) -> str:
+        """Rename a damaged checkpoint and record the event; returns its message."""
+        place = folders.set_aside(folder, "damaged")
+        message = f"{_in_short(messages)}; {folder.name} is set aside as {place.name}"
+        self._events.append("checkpoint_damaged", message, step=step_of(folder))
+        return message
+
     def _verify(self, folder: Path) -> list[str]:
-        """Return the damage to the files of `folder`, which the ranks read in shares; the same at every rank."""
+        """Divide the files of `folder` among the ranks, and return messages about damage, the same at every rank."""
         failure = f"cannot read checkpoint {folder}"
         metadata, messages = self._control.on_main(failure, CheckpointError, lambda: _read_listing(folder))
         if metadata is None or messages:
@@ -301,15 +287,10 @@ class CheckpointManager:
         return messages
 
     def _checksums(self, state: RunState, known: dict[str, FileChecksum]) -> dict[str, FileChecksum]:
-        """Return the checksum of every file written; all ranks read and flush those that are not `known`."""
+        """Return the checksum of every file; the ranks share the reading and flushing of those not in `known`."""
         partial = partial_folder(self._folder(state))
         known = {name: checksum for of_rank in self._control.gather(known) for name, checksum in of_rank.items()}
-        unknown: list[str] = []
-        with self._together_writing(state):
-            if self._control.is_main:
-                written = (str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-                unknown = sorted(set(written) - known.keys())
-        unknown = self._control.from_main(unknown)
+        unknown = self._on_main_writing(state, lambda: sorted(_files_in(partial) - known.keys()))
         mine: dict[str, FileChecksum] = {}
         with self._together_writing(state):
             for name in unknown[self._control.rank :: self._control.size]:
@@ -321,7 +302,7 @@ class CheckpointManager:
     def _complete(self, started: _Started, files: dict[str, FileChecksum]) -> None:
         final = self._folder(started.state)
         partial = partial_folder(final)
-        integrity.write_json(partial / DATA_STATE, started.data_state)
+        write_json(partial / DATA_STATE, started.data_state)
         files[DATA_STATE] = integrity.checksum_of(partial / DATA_STATE)
         integrity.write_metadata(partial, CheckpointMetadata(started.state, started.started_at, files))
         folders.publish(partial, final)
@@ -335,15 +316,18 @@ class CheckpointManager:
         return self.directory / step_folder(state.step)
 
     def _together_writing(self, state: RunState) -> contextlib.AbstractContextManager[None]:
-        return self._control.together(
-            f"cannot write checkpoint {self._folder(state)} (earlier ones are kept; is there space, and may it be "
-            f"written?)",
-            CheckpointError,
-        )
+        return self._control.together(self._cannot_write(state), CheckpointError)
+
+    def _on_main_writing(self, state: RunState, function: Callable[[], T]) -> T:
+        return self._control.on_main(self._cannot_write(state), CheckpointError, function)
+
+    def _cannot_write(self, state: RunState) -> str:
+        folder = self._folder(state)
+        return f"cannot write checkpoint {folder} (earlier ones are kept; is there space, and may it be written?)"
 
     @contextlib.contextmanager
     def _removing_partial(self, state: RunState) -> Iterator[None]:
-        """Leave nothing of a checkpoint that any rank could not write."""
+        """Remove a checkpoint that any rank could not write."""
         try:
             yield
         except Exception:  # at every rank, from `together`: CheckpointError, or a defect at the rank that has it
@@ -352,9 +336,9 @@ class CheckpointManager:
 
     def _give_up(self, state: RunState) -> None:
         self.close()
-        self._control.gather(None)  # nobody writes into the folder any more
+        self._control.gather(None)  # a barrier: no rank writes into the folder any more
         if self._control.is_main:
-            with contextlib.suppress(OSError):  # what brought us here is the thing to report
+            with contextlib.suppress(OSError):  # the first error is the one to report
                 folders.remove(partial_folder(self._folder(state)))
 
 
@@ -379,6 +363,10 @@ def _read_listing(folder: Path) -> tuple[CheckpointMetadata | None, list[str]]:
         return None, [str(error)]
 
 
+def _files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
 def _saved_at(folder: Path) -> float | None:
     try:
         return read_metadata(folder).saved_at
@@ -387,6 +375,6 @@ def _saved_at(folder: Path) -> float | None:
 
 
 def _in_short(messages: Sequence[str]) -> str:
-    """The first messages of what may be thousands."""
+    """Join the first three messages, and count the others."""
     shown = "; ".join(messages[:3])
     return shown if len(messages) <= 3 else f"{shown}; and {len(messages) - 3} more files"

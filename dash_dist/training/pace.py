@@ -32,21 +32,21 @@ class Pace:
             self._counted += 1
         return seconds
 
-    def leave_out_since_step(self) -> None:
-        """Exclude the time since the last step, such as logging, from the next step."""
+    def exclude_since_step(self) -> None:
+        """Exclude the time since the last step, such as that of logging."""
         self._last = time.perf_counter()
 
     @contextlib.contextmanager
-    def leaving_out(self) -> Iterator[None]:
-        """Exclude time spent in this block from the step time."""
+    def excluded(self) -> Iterator[None]:
+        """Exclude the time spent in this block."""
         start = time.perf_counter()
         yield
         self._last += time.perf_counter() - start
 
     def go_to(self, step: int) -> None:
-        """Continue from `step`, and exclude the time it took to get there."""
+        """Continue from `step`, and exclude the time since the last step."""
         self._step = step
-        self.leave_out_since_step()
+        self.exclude_since_step()
 
     @property
     def tokens_per_second(self) -> float:

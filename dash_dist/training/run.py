@@ -5,7 +5,8 @@ step is computed.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import fmean
 
 from dash_dist.config.file import to_yaml
@@ -14,6 +15,7 @@ from dash_dist.data.stream import Batch, DataStream, build_data_stream
 from dash_dist.data.tokenizer import load_tokenizer
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.protocol import StepResult
+from dash_dist.engine.ranks import Dims
 from dash_dist.errors import ConfigError, RunError
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.curve_names import pages
@@ -102,10 +104,8 @@ class _Run:
         with self._control.together("the run cannot start", ConfigError):
             config.check_world_size(dims.world_size)
             vocab_size, data = _open_data(config, dims)
-        with self._control.together(f"cannot prepare {config.run.path}", RunError):
-            if self._control.is_main:
-                config.run.path.mkdir(parents=True, exist_ok=True)
-                cleanup.enter_context(RunLock(config.run.path, reporter.note))
+        cannot_prepare = f"cannot prepare {config.run.path}"
+        self._control.on_main(cannot_prepare, RunError, lambda: _lock_folder(config.run.path, reporter.note, cleanup))
         self._checkpoints = CheckpointManager(
             config.run.path,
             self._control,
@@ -117,11 +117,11 @@ class _Run:
         self._checkpoints.clean()  # brings back what was being replaced, which may be what the run goes on from
         origin = self._checkpoints.resume_from(config.run.resume)
         self._log = FaultLog(config.run.path, reporter, is_main=self._control.is_main)
-        with self._control.together(f"cannot prepare {config.run.path}", RunError):
-            if self._control.is_main:
-                replace_text(config.run.path / "config.yaml", to_yaml(config))
+        self._control.on_main(
+            cannot_prepare, RunError, lambda: replace_text(config.run.path / "config.yaml", to_yaml(config))
+        )
         self._attempt = cleanup.enter_context(begin_attempt(config.run.path, self._control, self._log, origin))
-        with self._control.together(f"cannot prepare {config.run.path}", RunError):
+        with self._control.together(cannot_prepare, RunError):
             watchdog.start(hang_folder(config.run.path, self._attempt.number), dims.rank)
         with self._control.together("the model cannot be built", ConfigError):
             self._engine = build_engine(config, dims, vocab_size)
@@ -190,22 +190,22 @@ class _Run:
         if self._is_new and self._config.faults.spike_z_score is not None:
             # A spike may come before the first regular checkpoint.
             with self._saving():
-                self._saver.start(self._state, self._position.own_in_data())
+                self._saver.start(self._state, self._position.own_data_state())
                 self._saver.settle(self._state.step)
         while self._state.step < steps:
             self._watchdog.beat()
             micro_batches = self._next_batches()
             if micro_batches is None:
                 break
-            if self._recovery.leaves_out(self._state.step + 1):
-                self._position.pass_over(micro_batches)
+            if self._recovery.should_skip(self._state.step + 1):
+                self._position.skip_batch(micro_batches)
                 self._pace.go_to(self._state.step)
             else:
                 self._step(micro_batches)
             if self._saver.is_due(self._state):
                 with self._saving():
-                    self._saver.start(self._state, self._position.own_in_data())
-        self._saver.save_at_the_end(self._state, self._position.own_in_data())
+                    self._saver.start(self._state, self._position.own_data_state())
+        self._saver.save_at_the_end(self._state, self._position.own_data_state())
         summary = self._summary()
         self._attempt.completed(self._state.step, stopped=not summary.completed)
         if self._curves is not None and summary.completed:
@@ -243,12 +243,12 @@ class _Run:
         for reason in reasons:
             self._log.record("preemption", reason, step=self._state.step)
         with self._saving():
-            self._saver.save_now(self._state, self._position.own_in_data())
+            self._saver.save_now(self._state, self._position.own_data_state())
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
         """Exclude time spent in this block from the step time."""
-        with self._pace.leaving_out(), self._telemetry.measure("save"):
+        with self._pace.excluded(), self._telemetry.measure("save"):
             yield
 
     def _step(self, micro_batches: list[Batch]) -> None:
@@ -262,13 +262,13 @@ class _Run:
         seconds = self._pace.step(result.tokens)
         if not self._recovery.check(result):
             return
-        self._position.batch_read()
+        self._position.advance_data()
         if with_routing:
             self._log_routing(step)
         if logged:
             self._log_step(result, seconds, [batch.document_length for batch in micro_batches])
         self._telemetry.log_heat_maps(step)
-        self._pace.leave_out_since_step()
+        self._pace.exclude_since_step()
 
     def _describe(self, writer: MetricsWriter) -> None:
         writer.describe(
@@ -346,7 +346,7 @@ class _Run:
         return self._position.state
 
     def _own_skipped_documents(self) -> int:
-        return self._position.of_own_rows(lambda: self._data.skipped_documents)
+        return self._position.count_own_rows(lambda: self._data.skipped_documents)
 
     def _summary(self) -> RunSummary:
         padding = 1.0 - self._state.tokens / (self._state.step * self._tokens_per_step) if self._state.step else 0.0
@@ -365,7 +365,13 @@ class _Run:
         )
 
 
-def _open_data(config: RunConfig, dims: ParallelDims) -> tuple[int, DataStream]:
+def _lock_folder(folder: Path, note: Callable[[str], None], cleanup: contextlib.ExitStack) -> None:
+    """Create the run's folder and lock it until `cleanup`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cleanup.enter_context(RunLock(folder, note))
+
+
+def _open_data(config: RunConfig, dims: Dims) -> tuple[int, DataStream]:
     """The vocabulary's size and this data-parallel rank's stream."""
     tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
     stream = build_data_stream(

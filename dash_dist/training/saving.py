@@ -1,7 +1,7 @@
-"""When a run writes checkpoints, and what becomes of one that cannot be written.
+"""The schedule of a run's checkpoints, and the handling of failed ones.
 
-Knows steps and failures; does not know how a checkpoint is written. The training goes on without it for a while: a full
-disk may be emptied, and take the next one. Every method is called at every rank.
+Knows steps and failures; does not know how a checkpoint is written. Training continues after a failure for a while: a
+full disk may be emptied, and take the next checkpoint. Every method is called at every rank.
 """
 
 import time
@@ -9,34 +9,33 @@ from collections.abc import Callable
 from typing import Any
 
 from dash_dist.data.stream import merge_states
+from dash_dist.engine.saveable import Saveable
 from dash_dist.errors import CheckpointError
 from dash_dist.run.state import RunState
-from dash_dist.training.checkpoints import CheckpointManager, Saveable, Saved
+from dash_dist.training.checkpoints import CheckpointManager, Saved
 from dash_dist.training.faults.fault_log import FaultLog
 
-# After a failure the next try comes after this part of the interval.
+# A failed checkpoint is tried again after this fraction of the interval.
 _RETRY_PART = 10
 
-# Pauses before the checkpoint at the end of a run is tried again, in seconds: short, as whoever sends SIGTERM often
-# sends SIGKILL half a minute later.
+# Pauses before the checkpoint at the end of a run is tried again, in seconds. Short, because SIGKILL often follows
+# SIGTERM half a minute later.
 _PAUSES_AT_THE_END = (2.0, 8.0)
 
 
 class Saver:
-    """The checkpoints that one process of a run writes.
+    """Schedule of the checkpoints at one rank.
 
     Args:
-        checkpoints: of the run.
-        engine: what is saved.
-        log: told of failures.
-        beat: called before what may take long.
-        interval: a checkpoint every so many steps.
-        max_failures: more in a row end the run.
-        time_limit: seconds that a checkpoint may take beside the training; None for any number.
-        saved_step: of the checkpoint the run goes on from; None without one.
+        log: receives failures.
+        beat: called before long operations, for the watchdog.
+        interval: steps between checkpoints.
+        max_failures: consecutive failures that a run survives.
+        time_limit: seconds to write a checkpoint in the background; None for no limit.
+        saved_step: step of the checkpoint that the run starts from; None without one.
 
     Attributes:
-        saved_step: of the newest complete checkpoint; 0 without one.
+        saved_step: step of the newest complete checkpoint; 0 without one.
     """
 
     def __init__(
@@ -65,15 +64,15 @@ class Saver:
         self._next_step = self._next_regular(self.saved_step)
 
     def go_back_to(self, step: int) -> None:
-        """The run goes on from the checkpoint of `step`."""
+        """Continue the schedule from the checkpoint of `step`."""
         self.saved_step = step
         self._next_step = self._next_regular(step)
 
     def is_due(self, state: RunState) -> bool:
         """Return whether to `start` a checkpoint of `state`.
 
-        None is written within a row of steps that changed no weight: if the row grows too long, these weights are not
-        worth keeping, and they would push out older ones.
+        No checkpoint is due while consecutive steps change no weight. If too many do, these weights are in doubt, and
+        their checkpoints would push out older ones.
         """
         return state.step >= self._next_step and not state.skipped_in_a_row and not self._checkpoints.pending
 
@@ -98,7 +97,7 @@ class Saver:
         )
 
     def poll(self, step: int, *, any_writing: bool, any_overdue: bool) -> None:
-        """Complete a checkpoint that all ranks have written by now, or give up one that takes too long."""
+        """Complete a checkpoint that all ranks have written, or abandon one that takes too long."""
         if not any_writing:
             self.settle(step)
         elif any_overdue:
@@ -110,7 +109,7 @@ class Saver:
             )
 
     def settle(self, step: int) -> None:
-        """Wait for the checkpoint that is being written, if there is one."""
+        """Wait for the checkpoint that is being written, if any."""
         if not self._checkpoints.pending:
             return
         self._beat()
@@ -124,14 +123,14 @@ class Saver:
                 self._take(saved)
 
     def save_now(self, state: RunState, positions: list[Any]) -> None:
-        """Have a complete checkpoint of `state` on return, if the disk takes it."""
+        """Write a checkpoint of `state` and wait for it. A failure is counted."""
         self.settle(state.step)
         if state.step > self.saved_step:
             self.start(state, positions)
             self.settle(state.step)
 
     def save_at_the_end(self, state: RunState, positions: list[Any]) -> None:
-        """`save_now`, tried several times; raises CheckpointError if the disk does not take it."""
+        """Write a checkpoint of `state` in up to three attempts. Raises CheckpointError after the last."""
         for pause in (*_PAUSES_AT_THE_END, None):
             self._beat()
             try:

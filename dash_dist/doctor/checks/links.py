@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from dash_dist.distributed.agreement import Agreement
 from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, warning
 from dash_dist.doctor.site import Site
 
@@ -44,8 +45,7 @@ def collectives(site: Site) -> list[Finding]:
     dist.all_to_all_single(received, sent)
     expected = rank + 100.0 * torch.arange(size, device=device).repeat_interleave(count // size).float()
     results = {"all-reduce": torch.equal(reduced, expected_sum), "all-to-all": torch.equal(received, expected)}
-    verdicts: list[dict[str, bool]] = [{} for _ in range(size)]
-    dist.all_gather_object(verdicts, results)
+    verdicts = Agreement().gather(results)
     findings = []
     for name in results:
         wrong = [index for index, verdict in enumerate(verdicts) if not verdict[name]]

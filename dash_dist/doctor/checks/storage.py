@@ -14,11 +14,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
 from dash_dist.config.model import padded_vocab_size
 from dash_dist.config.run import RunConfig
 from dash_dist.data.tokenizer import load_tokenizer
+from dash_dist.distributed.agreement import Agreement
 from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, warning
 from dash_dist.doctor.site import Site
 
@@ -144,23 +143,25 @@ def _parameters(config: RunConfig) -> int:
 def shared(site: Site) -> list[Finding]:
     """Check that every rank sees a file that another rank wrote."""
     name = "directory seen by all ranks"
-    rank, size = dist.get_rank(), dist.get_world_size()
+    agreement = Agreement()
     with contextlib.ExitStack() as cleanup:
-        place: list[str | None] = [None]
-        if rank == 0:
+        place: Path | None = None
+        if agreement.is_main:
             with contextlib.suppress(OSError):  # the ranks, which see no file, say so
                 folder = cleanup.enter_context(_trial_folder(site.directory))
                 word = secrets.token_hex(8)
                 (folder / word).write_text(word)
-                place = [str(folder / word)]
-        dist.broadcast_object_list(place)
-        sees = place[0] is not None and _holds(Path(place[0]))
-        verdicts = [False] * size
-        dist.all_gather_object(verdicts, sees)
+                place = folder / word
+        place = agreement.from_main(place)
+        verdicts = agreement.gather(place is not None and _holds(place))
     blind = [index for index, verdict in enumerate(verdicts) if not verdict]
     if blind:
-        return [failure(name, f"ranks {blind} of {size} do not see what rank 0 wrote in {site.directory}", _ELSEWHERE)]
-    return [ok(name, f"{size} ranks")]
+        return [
+            failure(
+                name, f"ranks {blind} of {agreement.size} do not see what rank 0 wrote in {site.directory}", _ELSEWHERE
+            )
+        ]
+    return [ok(name, f"{agreement.size} ranks")]
 
 
 def _holds(path: Path) -> bool:

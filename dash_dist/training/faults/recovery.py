@@ -58,19 +58,19 @@ class LossRecovery:
         self._beat = beat
         self._undone = undone
         self._guard = LossGuard(config.faults, position.state)
-        self._skipped = _read(config.run.path, control)
+        self._skipped = control.on_main("the run cannot start", RunError, lambda: SkipRecord.read(config.run.path))
         if self._skipped.batches:
             log.note(f"batches that are not trained on: see {config.run.path / SkipRecord.FILE}")
 
-    def leaves_out(self, step: int) -> bool:
+    def should_skip(self, step: int) -> bool:
         """Return whether the batch of `step` is to be skipped."""
         return step in self._skipped
 
     def check(self, result: StepResult) -> bool:
-        """Take in the step that was just trained; whether the run can go on from it.
+        """Judge the step that was just trained; return True if the run can continue from it.
 
-        If not, the run is at an earlier step on return, or RunError is raised where that is of no use. To be called
-        while the position in the data is still the one before the step's batch.
+        Otherwise the run is rolled back to an earlier step. Raises RunError where that cannot help. Call it before
+        `RunPosition.advance_data`.
         """
         step = self._position.state.step
         rollback = self._guard.judge(step, result.loss, result.grad_norm, skipped=result.skipped)
@@ -80,7 +80,7 @@ class LossRecovery:
         self._position.remember(self._guard)
         if result.skipped:
             reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
-            self._leave_out(SkippedBatches(step, step, reason, self._position.in_data()))
+            self._skip(SkippedBatches(step, step, reason, self._position.data_state()))
             self._log.record("batch_skipped", f"step {step} changed no weight: {reason}", step=step)
         return True
 
@@ -95,34 +95,26 @@ class LossRecovery:
             raise RunError(
                 f"{rollback.reason}, and no checkpoint is of step {rollback.newest_step} or before: {_ADVICE}"
             )
-        first, in_data = rollback.first, self._position.in_data()
+        first, data_state = rollback.first, self._position.data_state()
         self._beat()
         self._position.load(self._checkpoints, origin)
         self._beat()
         here = self._position.state.step
         if first is None:
-            first, in_data = here + 1, self._position.in_data()
+            first, data_state = here + 1, self._position.data_state()
         self._guard = LossGuard(self._faults, self._position.state)
         self._saver.go_back_to(here)
         self._undone(here)
         self._skipped.rollbacks += 1
-        self._leave_out(SkippedBatches(first, rollback.last, rollback.reason, in_data))
+        self._skip(SkippedBatches(first, rollback.last, rollback.reason, data_state))
         batches = f"the batch of step {first}" if first == rollback.last else f"the batches of steps {first} to {step}"
         self._log.record("batch_skipped", f"{batches} will not be trained on", step=step, drawn_at=here)
         self._log.record("rollback", f"{rollback.reason}; back to {origin}", step=step, drawn_at=here)
 
-    def _leave_out(self, batches: SkippedBatches) -> None:
+    def _skip(self, batches: SkippedBatches) -> None:
         self._skipped.batches.append(batches)
         if self._control.is_main:
             try:
                 self._skipped.write(self._run_directory)
             except OSError as error:
                 self._log.note(f"a restarted run will not know which batches were left out: {error}")
-
-
-def _read(run_directory: Path, control: ControlGroup) -> SkipRecord:
-    record = SkipRecord()
-    with control.together("the run cannot start", RunError):
-        if control.is_main:
-            record = SkipRecord.read(run_directory)
-    return control.from_main(record)

@@ -20,17 +20,20 @@ def checkpoint_before(
     the checkpoint of another run, with its step, that this one began from. It serves while the run has none of its
     own. Raises CheckpointError at every rank.
     """
-    own = from_start = False
-    with control.together(f"cannot look for checkpoints in {checkpoints.directory}", CheckpointError):
-        if control.is_main:
-            found = visible_checkpoints(checkpoints.directory)
-            in_doubt = [folder for folder in found if (step_of(folder) or 0) > newest_step]
-            own = len(in_doubt) < len(found)
-            from_start = start is not None and start[1] <= newest_step and start[0].is_dir()
-            if own or from_start:
-                for folder in in_doubt:
-                    set_aside(folder, "rolled_back")
-    own, from_start = control.from_main((own, from_start))
+
+    def set_newer_aside() -> tuple[bool, bool]:
+        found = visible_checkpoints(checkpoints.directory)
+        in_doubt = [folder for folder in found if (step_of(folder) or 0) > newest_step]
+        own = len(in_doubt) < len(found)
+        from_start = start is not None and start[1] <= newest_step and start[0].is_dir()
+        if own or from_start:
+            for folder in in_doubt:
+                set_aside(folder, "rolled_back")
+        return own, from_start
+
+    own, from_start = control.on_main(
+        f"cannot look for checkpoints in {checkpoints.directory}", CheckpointError, set_newer_aside
+    )
     if own:
         return checkpoints.resume_from("auto")
     return start[0] if start is not None and from_start else None

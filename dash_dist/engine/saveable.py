@@ -1,0 +1,62 @@
+"""Interfaces through which a run saves and loads an engine.
+
+Knows the calls and their order; does not know the files.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from dash_dist.checkpoints.integrity import FileChecksum
+
+
+class PendingSave(Protocol):
+    """Checkpoint that an engine is writing, at one rank."""
+
+    def done(self) -> bool:
+        """Return at once whether this rank's writing has ended, well or not."""
+        ...
+
+    def finish(self) -> Mapping[str, FileChecksum]:
+        """Wait for the writing at every rank, and complete the files; every rank calls it.
+
+        Returns the checksums of the files that this rank took while it wrote them, by path relative to the engine's
+        folder; those of other files are taken by reading them. Raises OSError at every rank if any could not write.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """End this rank's writing and leave the files incomplete. Waits for no other rank."""
+        ...
+
+
+class Saveable(Protocol):
+    """The part of an engine that a checkpoint needs; both calls are collectives."""
+
+    def start_save(self, directory: Path, *, background: bool) -> PendingSave:
+        """Begin to write model, optimizer and step as they are now; later steps do not change the files.
+
+        Args:
+            directory: new or empty, on storage that all ranks share.
+            background: return as soon as training can continue; otherwise when this rank has written. Either way the
+                checkpoint is complete when `finish` of the result has returned.
+
+        Raises:
+            OSError: at every rank: the directory cannot be created, or is not empty.
+        """
+        ...
+
+    def load(self, directory: Path) -> list[str]:
+        """Load a checkpoint, written at this layout or another.
+
+        The model's shape must be that of the checkpoint. The learning rate follows this run's configuration from the
+        checkpoint's step on.
+
+        Returns:
+            In words, each setting by which the weights now compute another function than the one they were trained in.
+
+        Raises:
+            FileNotFoundError: there is no complete checkpoint in the directory.
+            ValueError: it is of another engine or model, or damaged; names the difference.
+        """
+        ...
