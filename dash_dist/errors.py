@@ -28,12 +28,12 @@ class RunError(Exception):
     """Failure of a run to start or continue; the message gives the value and the change to make.
 
     Attributes:
-        may_pass: storage or a server did not answer, and the same command may succeed later.
+        retryable: storage or a server did not answer, and the same command may succeed later.
     """
 
-    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
         super().__init__(message)
-        self.may_pass = may_pass
+        self.retryable = retryable
 
 
 class ConfigError(RunError):
@@ -44,7 +44,7 @@ class CheckpointError(RunError):
     """Failure to write, find or read a checkpoint."""
 
 
-def may_pass(error: BaseException) -> bool:
+def retryable(error: BaseException) -> bool:
     """Return whether the operation that raised `error` may succeed when tried again.
 
     Checks the errors that caused it as well, because libraries wrap network errors in their own.
@@ -54,7 +54,7 @@ def may_pass(error: BaseException) -> bool:
     while one is not None and id(one) not in seen:
         seen.add(id(one))
         if isinstance(one, RunError):
-            return one.may_pass
+            return one.retryable
         if isinstance(one, ConnectionError | TimeoutError):
             return True
         if isinstance(one, socket.gaierror):

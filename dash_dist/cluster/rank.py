@@ -77,7 +77,7 @@ def result_of(run: Callable[[], RunSummary]) -> RankResult:
     try:
         return RankResult(summary=run())
     except RunError as error:  # raised at every rank
-        if error.may_pass:
+        if error.retryable:
             raise
         return RankResult(refusal=error)
 
@@ -144,7 +144,9 @@ class RankProcess:
 
     def _join(self, job: Job, env: RankEnv) -> None:
         import torch
-        import torch.distributed as dist
+
+        # Imports torch, which the driver does without.
+        from dash_dist.distributed.process_group import join_process_group
 
         os.environ |= {
             "RANK": str(env.rank),
@@ -156,14 +158,13 @@ class RankProcess:
         }
         if is_loopback(env.master_address):
             keep_to_loopback()
-        group: dict[str, Any] = {"backend": "gloo"}
+        device = torch.device("cpu")
         if env.gpus:
             # As torchrun does: every rank sees the GPUs of its node's ranks, which NCCL needs for direct copies
             # between them.
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(env.gpus)
             device = torch.device("cuda", env.local_rank)
             torch.cuda.set_device(device)
-            group = {"backend": "nccl", "device_id": device}
         store = meet(
             env.master_address,
             env.master_port,
@@ -175,7 +176,7 @@ class RankProcess:
         store.set(f"arrived/{env.rank}", "")
         store.wait([f"arrived/{rank}" for rank in range(env.world_size)])
         timeout = job.config.training.distributed_timeout
-        dist.init_process_group(**group, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
+        join_process_group(device, store, env.rank, env.world_size, timeout=timeout)
 
 
 class _MessageReporter:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dash_dist.errors import RunError, may_pass
+from dash_dist.errors import RunError, retryable
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class ControlGroup(Agreement):
     def together(self, what: str, error_type: type[RunError]) -> Iterator[None]:
         """Run the body at every rank; if it raises at any, raise `error_type` with the first one's reason at all.
 
-        The error `may_pass` if every reason may.
+        The error is retryable if every rank's is.
 
         Without this a rank that fails alone leaves the others waiting in their next collective. The body may be a
         collective only if that collective itself fails at every rank.
@@ -98,7 +98,7 @@ class ControlGroup(Agreement):
         try:
             yield
         except Exception as error:
-            failure, cause = (_reason(error), may_pass(error)), error
+            failure, cause = (_reason(error), retryable(error)), error
         _raise_together(what, error_type, [one for one in self.gather(failure) if one is not None], cause)
 
     def on_main(self, what: str, error_type: type[RunError], function: Callable[[], T]) -> T:
@@ -109,7 +109,7 @@ class ControlGroup(Agreement):
             try:
                 value = function()
             except Exception as error:
-                failure, cause = (_reason(error), may_pass(error)), error
+                failure, cause = (_reason(error), retryable(error)), error
         value, failure = self.from_main((value, failure))
         _raise_together(what, error_type, [] if failure is None else [failure], cause)
         return value
@@ -118,13 +118,13 @@ class ControlGroup(Agreement):
 def _raise_together(
     what: str, error_type: type[RunError], failures: list[tuple[str, bool]], cause: Exception | None
 ) -> None:
-    """Raise the first of the ranks' failures, (reason, may pass) each; `cause` is this rank's own."""
+    """Raise the first of the ranks' failures, (reason, retryable) each; `cause` is this rank's own."""
     if not failures:
         return
-    passing = all(passes for _, passes in failures)
-    if cause is not None and not passing and not isinstance(cause, RunError | ValueError | OSError):
+    can_retry = all(one for _, one in failures)
+    if cause is not None and not can_retry and not isinstance(cause, RunError | ValueError | OSError):
         raise cause  # a defect, not bad input: its traceback is wanted
-    raise error_type(f"{what}: {failures[0][0]}", may_pass=passing) from cause
+    raise error_type(f"{what}: {failures[0][0]}", retryable=can_retry) from cause
 
 
 def _reason(error: Exception) -> str:

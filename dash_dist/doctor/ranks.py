@@ -42,16 +42,15 @@ def _rank(
     import torch
     import torch.distributed as dist
 
+    from dash_dist.distributed.process_group import join_process_group
+
     torch.set_num_threads(1)
+    device = torch.device("cpu")
     if backend == "nccl":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        backend,
-        store=dist.FileStore(str(store), ranks),
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=time_limit),
-    )
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    meeting = dist.FileStore(str(store), ranks)
+    join_process_group(device, meeting, rank, ranks, timeout=timedelta(seconds=time_limit))
     try:
         return function(site)
     finally:

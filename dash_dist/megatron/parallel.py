@@ -6,11 +6,8 @@ Knows the process group and Megatron-core's parallel state. Does not know models
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from dash_dist.config.parallel import ParallelConfig
-from dash_dist.distributed.loopback import MEETING_FOLDER, is_loopback, keep_to_loopback, listen, meet, meet_in
+from dash_dist.distributed.process_group import choose_device, join_from_environment
 from dash_dist.megatron.cpu import run_megatron_on_cpu
 
 
@@ -47,10 +44,8 @@ class ParallelDims:
     def initialise(cls, parallel: ParallelConfig, *, timeout: timedelta) -> ParallelDims:
         """Join the run's process group, build Megatron-core's groups in it, and choose this process's device.
 
-        An initialised `torch.distributed` is used as it is. Otherwise the environment's RANK, WORLD_SIZE, MASTER_ADDR
-        and MASTER_PORT start one, and without RANK the process is a world of its own. With a MASTER_ADDR of this
-        machine only, nothing listens beyond it unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME say so. The backend is
-        nccl with CUDA and gloo without; the CUDA device is the only one visible, or LOCAL_RANK's, or else the current.
+        An initialised `torch.distributed` is used as it is. Otherwise the environment describes the group
+        (`distributed/process_group.py`).
 
         Args:
             timeout: after which a collective that some rank never joins fails.
@@ -62,10 +57,10 @@ class ParallelDims:
         if parallel_state.model_parallel_is_initialized():
             raise RuntimeError("Megatron-core's groups exist already in this process: close() the earlier ParallelDims")
         run_megatron_on_cpu()
-        device = _choose_device()
+        device = choose_device()
         owns_process_group = not dist.is_initialized()
         if owns_process_group:
-            _join_process_group(device, timeout)
+            join_from_environment(device, timeout=timeout)
         try:
             dp_size = parallel.data_parallel_size(dist.get_world_size())
             parallel_state.initialize_model_parallel(
@@ -133,31 +128,3 @@ class ParallelDims:
         parallel_state.destroy_model_parallel()
         if self.owns_process_group:
             dist.destroy_process_group()
-
-
-def _choose_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    index = 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _join_process_group(device: torch.device, timeout: timedelta) -> None:
-    options: dict[str, Any] = {"backend": "gloo", "timeout": timeout}
-    if device.type == "cuda":
-        options |= {"backend": "nccl", "device_id": device}
-    if "RANK" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    elif is_loopback(address := os.environ.get("MASTER_ADDR", "")):
-        keep_to_loopback()
-        port, rank, world_size = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
-        if folder := os.environ.get(MEETING_FOLDER):  # launch/local_torchrun.py
-            store = meet_in(Path(folder), rank, world_size, timeout=timeout)
-            options |= {"store": store, "rank": rank, "world_size": world_size}
-        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun may have one already
-            listener = listen(address, port) if rank == 0 else None
-            store = meet(address, port, world_size, listener=listener, timeout=timeout)
-            options |= {"store": store, "rank": rank, "world_size": world_size}
-    dist.init_process_group(**options)

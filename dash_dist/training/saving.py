@@ -147,7 +147,7 @@ class Saver:
                     raise CheckpointError(
                         f"{error}. The run ends at step {state.step}, {self._lost(state.step)}: make space, and the "
                         f"same command goes on from there",
-                        may_pass=error.may_pass,
+                        retryable=error.retryable,
                     ) from error
                 self._beat()
                 time.sleep(pause)
@@ -164,7 +164,7 @@ class Saver:
             raise CheckpointError(
                 f"{error}. More than faults.max_failed_saves = {self._max_failures} in a row failed; the run ends at "
                 f"step {step}, {self._lost(step)}: make space, and the same command goes on from there",
-                may_pass=error.may_pass,
+                retryable=error.retryable,
             ) from error
         self._next_step = min(self._next_step, step + max(1, self._interval // _RETRY_PART))
         self._log.record("save_failed", f"{error}; the next try is at step {self._next_step}", step=step)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dash_dist.cluster.rank import result_of
-from dash_dist.errors import CheckpointError, ConfigError, RunError, may_pass
+from dash_dist.errors import CheckpointError, ConfigError, RunError, retryable
 from dash_dist.run.events import EventLog
 from dash_dist.training.faults.lock import RunLock
 from dash_dist.training.faults.permanent import permanent_failures_recorded
@@ -30,11 +30,11 @@ def of(number):
 @pytest.mark.parametrize(
     "error",
     [of(errno.ESTALE), of(errno.EIO), of(errno.ETIMEDOUT), of(errno.ECONNRESET), AnswerError(503), AnswerError(429)]
-    + [TimeoutError("read"), socket.gaierror(socket.EAI_AGAIN, "try again"), CheckpointError("x", may_pass=True)],
+    + [TimeoutError("read"), socket.gaierror(socket.EAI_AGAIN, "try again"), CheckpointError("x", retryable=True)],
     ids=repr,
 )
 def test_storage_or_a_server_that_does_not_answer_may_answer_later(error):
-    assert may_pass(error)
+    assert retryable(error)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_storage_or_a_server_that_does_not_answer_may_answer_later(error):
     ids=repr,
 )
 def test_what_a_person_must_mend_does_not_pass(error):
-    assert not may_pass(error)
+    assert not retryable(error)
 
 
 def test_the_errors_that_led_to_one_count():
@@ -58,18 +58,18 @@ def test_the_errors_that_led_to_one_count():
         except ValueError as error:
             return error
 
-    assert may_pass(wrapped(of(errno.ESTALE)))
-    assert not may_pass(wrapped(of(errno.ESTALE), hidden=True))
-    assert not may_pass(wrapped(of(errno.ENOENT)))
+    assert retryable(wrapped(of(errno.ESTALE)))
+    assert not retryable(wrapped(of(errno.ESTALE), hidden=True))
+    assert not retryable(wrapped(of(errno.ENOENT)))
     itself = ValueError("raised from itself")
     itself.__cause__ = itself
-    assert not may_pass(itself)
+    assert not retryable(itself)
 
 
 def test_an_error_keeps_it_from_process_to_process():
     for passes in (True, False):
-        error = pickle.loads(pickle.dumps(CheckpointError("no answer", may_pass=passes)))
-        assert (str(error), error.may_pass) == ("no answer", passes)
+        error = pickle.loads(pickle.dumps(CheckpointError("no answer", retryable=passes)))
+        assert (str(error), error.retryable) == ("no answer", passes)
 
 
 def test_a_rank_gives_the_run_up_only_for_what_will_not_pass():
@@ -79,12 +79,12 @@ def test_a_rank_gives_the_run_up_only_for_what_will_not_pass():
     refusal = RunError("lower optimizer.lr")
     assert result_of(lambda: refuse(refusal)).refusal is refusal
     with pytest.raises(RunError, match="no answer"):
-        result_of(lambda: refuse(RunError("no answer", may_pass=True)))
+        result_of(lambda: refuse(RunError("no answer", retryable=True)))
 
 
 @pytest.mark.parametrize(
     ("error", "told"),
-    [(ConfigError("x"), True), (RunError("x"), True), (RunError("x", may_pass=True), False), (KeyError("x"), False)],
+    [(ConfigError("x"), True), (RunError("x"), True), (RunError("x", retryable=True), False), (KeyError("x"), False)],
     ids=repr,
 )
 def test_the_event_log_tells_of_what_will_not_pass(tmp_path, monkeypatch, error, told):

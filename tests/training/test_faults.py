@@ -371,9 +371,9 @@ def test_an_error_that_says_what_to_change_is_an_end_by_itself(tmp_path, control
     assert EventLog(tmp_path).read() == []
 
 
-def test_an_error_that_may_pass_is_no_end_and_the_next_attempt_tells_of_it(tmp_path, control, log):
+def test_a_retryable_error_is_no_end_and_the_next_attempt_tells_of_it(tmp_path, control, log):
     with pytest.raises(RunError), attempt(tmp_path, control, log):
-        raise RunError("the file server does not answer", may_pass=True)
+        raise RunError("the file server does not answer", retryable=True)
     attempt(tmp_path, control, log)
     assert [event.kind for event in EventLog(tmp_path).read()] == ["restart"]
 

@@ -41,7 +41,7 @@ def holder(tmp_path):
 def test_a_second_run_is_refused_in_words_that_name_the_first(tmp_path, holder):
     with pytest.raises(RunError, match=rf"process {holder.pid} on .* is running in {tmp_path}.*run\.name") as refusal:
         lock(tmp_path).__enter__()
-    assert refusal.value.may_pass  # the first may be about to end
+    assert refusal.value.retryable  # the first may be about to end
 
 
 def test_a_killed_run_holds_nothing_and_is_waited_for(tmp_path, holder):

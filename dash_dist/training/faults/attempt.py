@@ -50,7 +50,7 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, RunError) and not error.may_pass:
+        if isinstance(error, RunError) and not error.retryable:
             self._update(replace(self._record, ended="error"))
 
     def _update(self, record: AttemptRecord) -> None:

@@ -74,7 +74,7 @@ class RunLock:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() >= until:
-                    raise RunError(self._refusal(), may_pass=True) from None
+                    raise RunError(self._refusal(), retryable=True) from None
                 time.sleep(_POLL_SECONDS)
             except OSError as error:
                 if error.errno not in _NO_LOCKS:

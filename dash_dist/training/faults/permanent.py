@@ -22,7 +22,7 @@ def permanent_failures_recorded(run_directory: Path) -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        if not error.may_pass and os.environ.get("RANK", "0") == "0":
+        if not error.retryable and os.environ.get("RANK", "0") == "0":
             mark_permanent_failure(run_directory, error)
         raise
 
