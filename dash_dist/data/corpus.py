@@ -1,268 +1,301 @@
-"""A corpus: an ordered collection of documents, read as a stream.
+"""A prepared corpus: the tokens of every document of every source, by number.
 
-Knows files, their formats and the hub. Does not know tokens, rows or ranks. Local files go through
-`IterableDataset.from_generator` with readers that hand on raw bytes: the loaders of `datasets` decode a file or a whole
-batch of rows at once and do not say which file failed, so one bad document would take its neighbours along.
+Knows shards and their files; does not know where the documents came from nor their order. `corpora/FINGERPRINT/` in the
+cache holds corpus.json, the list of shards, and the lengths of all documents in one file for each source, which the
+processes of a machine share in memory.
 """
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import uuid
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import IterableDataset, load_dataset_builder
-from datasets import config as datasets_config
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from dash_dist.config.data import DataConfig
-from dash_dist.data.files import (
-    files_fingerprint,
-    format_of,
-    printable,
-    resolve_paths,
-    size_of_readable_file,
-    standard_library_files,
-)
+from dash_dist.data.readers import name_of
+from dash_dist.data.sources import Shard, Source
+from dash_dist.data.token_shard import read_counts
+from dash_dist.run.files import read_json, write_json
+
+_OPEN_SHARDS = 128  # each holds three file descriptors
 
 
-class UndecodableDocument(Exception):
-    """The bytes of one document are not UTF-8."""
+@dataclass(frozen=True)
+class SourceRecord:
+    """One source of a corpus as corpus.json holds it.
 
-
-class Corpus(Protocol):
-    """Documents in a fixed order per epoch."""
-
-    description: str
-    """For messages."""
-    fingerprint: str
-    """Equal for two corpora only if a position in one is the same position in the other."""
-    order_changes: bool
-    """Whether each epoch has an order of its own."""
-
-    def stream(self, epoch: int) -> IterableDataset:
-        """References to the documents, in the order of this epoch; cheap to step over."""
-
-    def read(self, reference: dict[str, Any]) -> str:
-        """The document's text, "" if it has none.
-
-        Raises UndecodableDocument for bytes that are not UTF-8, ValueError naming the place for a missing
-        column or a line that is not JSON, OSError for a file that cannot be read.
-        """
-
-    def name(self, reference: dict[str, Any]) -> str:
-        """Where the document is, for messages: its file, and its line or row if it shares the file."""
-
-    def file(self, reference: dict[str, Any]) -> str:
-        """The file the document is in, or the dataset's name."""
-
-
-def open_corpus(config: DataConfig) -> Corpus:
-    """The corpus that `config` names.
-
-    Raises FileNotFoundError for paths that match nothing, PermissionError for files that may not be read,
-    ValueError for files of mixed or damaged formats and for missing columns.
+    Attributes:
+        shards: paths of the datasets, without .bin and .idx, relative to the cache where they are in it.
+        documents: of each shard.
+        digest: of all documents in order, wherever shards begin.
+        named: the first damaged documents, with reasons.
     """
-    if config.source == "hub":
-        return HubCorpus(config)
-    if config.source == "stdlib":
-        return FileCorpus(standard_library_files(), "text", config, "the standard library of this Python")
-    paths = resolve_paths(config)
-    return FileCorpus(paths, format_of(paths, config), config, f"data.paths={list(config.paths)}")
+
+    title: str
+    description: str
+    shards: tuple[str, ...]
+    documents: tuple[int, ...]
+    tokens: int
+    empty: int
+    damaged: int
+    named: tuple[str, ...]
+    digest: str
 
 
-class FileCorpus:
-    """Local files of one format."""
+class TokenSource:
+    """The documents of one source. Document i is i places from the first, with or without tokens."""
 
-    def __init__(self, paths: list[str], file_format: str, config: DataConfig, description: str):
-        self.description = f"{description} ({len(paths)} files, {file_format})"
-        self.order_changes = config.shuffle_seed is not None
-        self._format = file_format
-        self._column = config.text_column
-        self._seed = config.shuffle_seed
-        sizes = [size_of_readable_file(path) for path in paths]
-        self.fingerprint = files_fingerprint(paths, sizes, [file_format, config.text_column, config.shuffle_seed])
-        # A text file is a document even when empty, skipped and counted; JSON Lines without a byte hold none.
-        holds_documents = [size > 0 or file_format != "jsonl" for size in sizes]
-        self._paths = [path for path, holds in zip(paths, holds_documents, strict=True) if holds]
-        self._row_groups = (
-            {path: _row_groups_of(path, self._column) for path in self._paths} if file_format == "parquet" else {}
-        )
-        self._stream: tuple[int, IterableDataset] | None = None
+    def __init__(self, record: SourceRecord, cache: Path, lengths: np.ndarray, end_of_document: int):
+        self.record = record
+        self.lengths = lengths
+        """int32 [documents]: tokens of each document with its end-of-document token; 0 if empty or damaged."""
+        self._cache = cache
+        self._first = np.cumsum([0, *record.documents])
+        self._end_of_document = end_of_document
+        self._open = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
 
-    def stream(self, epoch: int) -> IterableDataset:
-        order = epoch if self.order_changes else 0
-        if self._stream is None or self._stream[0] != order:
-            self._stream = order, self._make_stream(order)
-        return self._stream[1]
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-    def _make_stream(self, epoch: int) -> IterableDataset:
-        paths = self._paths
-        if self._seed is not None:
-            paths = [paths[i] for i in np.random.default_rng([self._seed, epoch]).permutation(len(paths))]
-        # `datasets` cuts each list into shards; a position is a shard and a number of documents in it.
-        if self._format == "text":
-            return IterableDataset.from_generator(_list_texts, gen_kwargs={"paths": paths})
-        if self._format == "jsonl":
-            return IterableDataset.from_generator(_list_lines, gen_kwargs={"paths": paths})
-        groups = [(path, group) for path in paths for group in range(self._row_groups[path])]
-        return IterableDataset.from_generator(
-            _list_parquet_rows, gen_kwargs={"row_groups": groups, "column": self._column}
-        )
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Return tokens start to stop of a document, int64.
 
-    def read(self, reference: dict[str, Any]) -> str:
-        if self._format == "text":
-            return _decode(Path(reference["path"]).read_bytes())
-        if self._format == "jsonl":
-            return self._read_line(_decode(reference["line"]), self.name(reference))
-        return _decode(reference["text"] or b"")
+        Raises OSError or ValueError if the shard is no longer there or damaged.
+        """
+        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        local, own = document - int(self._first[shard]), int(self.lengths[document])
+        dataset = self._open(shard)
+        if (ends := own - int(dataset.sequence_lengths[local])) not in (0, 1):
+            raise ValueError(f"{self.record.shards[shard]} is not the dataset that the run began with: start it again")
+        # Copied: the dataset may be closed while the tokens are in use.
+        tokens = dataset.get(local, offset=start, length=min(stop, own - ends) - start).astype(np.int64)
+        return np.append(tokens, self._end_of_document) if stop > own - ends else tokens
 
-    def _read_line(self, line: str, name: str) -> str:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is not JSON: {error}; repair or remove the line") from error
-        if not isinstance(row, dict) or self._column not in row:
-            keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{name} has no column {self._column!r}, it has {keys}: set data.text_column")
-        return _text_or_error(row[self._column], self._column, name)
-
-    def name(self, reference: dict[str, Any]) -> str:
-        path = printable(reference["path"])
-        if self._format == "text":
-            return path
-        if self._format == "jsonl":
-            return f"{path} line {reference['number']}"
-        return f"{path} row {reference['number']} of row group {reference['row_group']}"
-
-    def file(self, reference: dict[str, Any]) -> str:
-        return reference["path"]
+    def _open_shard(self, shard: int) -> IndexedDataset:
+        return _open_dataset(str(self._cache / self.record.shards[shard]))
 
 
-class HubCorpus:
-    """A dataset of the hub, or a folder in the hub's layout, streamed."""
+class Corpus:
+    """A prepared corpus, opened by its fingerprint.
 
-    order_changes = False
+    Attributes:
+        sources: by title, in the order of the configuration.
+    """
 
-    def __init__(self, config: DataConfig):
-        assert config.name is not None  # the config's validator refuses a hub source without a name
-        self._column = config.text_column
-        self._name = config.name
-        self.description = f"data.name={config.name} (subset {config.subset}, split {config.split})"
-        try:
-            builder = load_dataset_builder(config.name, config.subset, revision=config.revision)
-        except ConnectionError as error:
-            if not datasets_config.HF_HUB_OFFLINE:
-                raise
-            raise ValueError(
-                f"{self.description} is not in this machine's cache, and HF_HUB_OFFLINE is set: download it first, or "
-                f"unset HF_HUB_OFFLINE ({error})"
-            ) from None
-        try:
-            stream = builder.as_streaming_dataset(split=config.split)
-        except ValueError as error:
-            raise ValueError(f"{self.description}: {error}: set data.split") from error
-        columns = stream.column_names
-        if columns is not None:
-            if self._column not in columns:
-                raise ValueError(
-                    f"{self.description} has no column {self._column!r}, it has {columns}: set data.text_column"
+    def __init__(self, cache: Path, fingerprint: str, end_of_document: int):
+        self.fingerprint = fingerprint
+        self.cache = cache
+        folder = cache / "corpora" / fingerprint
+        self.sources = {
+            record.title: TokenSource(record, cache, _map(folder / f"lengths_{number}.bin"), end_of_document)
+            for number, record in enumerate(_read_records(folder))
+        }
+
+    @property
+    def damage(self) -> list[str]:
+        """Return a sentence for each source with documents that cannot be read, naming the first of them."""
+        told = []
+        for title, source in self.sources.items():
+            if damaged := source.record.damaged:
+                more = f" and {damaged - 3} more" if damaged > 3 else ""
+                told.append(
+                    f"{title}: {damaged} of {len(source)} documents are skipped: "
+                    f"{'; '.join(source.record.named[:3])}{more}"
                 )
-            stream = stream.select_columns([self._column])
-        self._stream: IterableDataset = stream
-        # builder.hash is the commit for a dataset of the hub.
-        identity = [config.name, config.subset, config.split, self._column, builder.hash]
-        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        return told
 
-    def stream(self, epoch: int) -> IterableDataset:
-        return self._stream
 
-    def read(self, reference: dict[str, Any]) -> str:
-        if self._column not in reference:
+def record_corpus(
+    cache: Path,
+    sources: Sequence[Source],
+    folder_of: dict[str, Path],
+    *,
+    end_of_document: int,
+    reading: list[object],
+) -> str:
+    """Write corpus.json and the lengths of prepared sources; returns the corpus's fingerprint.
+
+    Args:
+        folder_of: folder of each shard, by key.
+        reading: as in `open_source`: part of the fingerprint.
+
+    Raises:
+        ValueError: a dataset is damaged, or a source has no text.
+    """
+    building = cache / "corpora" / f".{uuid.uuid4().hex}"
+    building.mkdir(parents=True)
+    try:
+        records = []
+        for number, source in enumerate(sources):
+            with open(building / f"lengths_{number}.bin", "wb") as lengths:
+                if source.prefixes:
+                    records.append(_record_datasets(source, lengths, end_of_document))
+                else:
+                    records.append(_record_shards(source, cache, folder_of, lengths))
+            if not records[-1].tokens:
+                reason = f": {records[-1].named[0]}" if records[-1].named else ""
+                raise ValueError(f"{source.description} has no text{reason}")
+        identity = [reading, [[one.title, one.digest, sum(one.documents), one.tokens] for one in records]]
+        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+        write_json(building / "corpus.json", [asdict(one) for one in records])
+        final = cache / "corpora" / fingerprint
+        if final.exists():  # its list of shards may be of files since moved or cut otherwise
+            for path in building.iterdir():
+                os.replace(path, final / path.name)
+            building.rmdir()
+        else:
+            os.replace(building, final)
+        return fingerprint
+    finally:
+        if building.exists():
+            for path in building.iterdir():
+                path.unlink()
+            building.rmdir()
+
+
+def _record_shards(source: Source, cache: Path, folder_of: dict[str, Path], lengths: IO[bytes]) -> SourceRecord:
+    digest = 0
+    shards: list[str] = []
+    documents: list[int] = []
+    named: list[str] = []
+    tokens = empty = damaged = 0
+    for shard in source.shards:
+        folder = folder_of[shard.key]
+        counts = read_counts(folder)
+        assert counts is not None  # prepared
+        if not counts.documents:
+            continue
+        with np.load(folder / "documents.npz") as arrays:
+            digest = zlib.crc32(arrays["damaged"].tobytes(), zlib.crc32(arrays["digest"].tobytes(), digest))
+        if counts.tokens:
+            lengths.write(_checked_lengths(_open_dataset(str(folder / "tokens"))).tobytes())
+        else:
+            lengths.write(bytes(4 * counts.documents))
+        shards.append(str((folder / "tokens").relative_to(cache)))
+        documents.append(counts.documents)
+        tokens, empty, damaged = tokens + counts.tokens, empty + counts.empty, damaged + counts.damaged
+        named += counts.named
+    return SourceRecord(
+        source.title,
+        source.description,
+        tuple(shards),
+        tuple(documents),
+        tokens,
+        empty,
+        damaged,
+        tuple(named[:20]),
+        f"{digest:08x}",
+    )
+
+
+def _record_datasets(source: Source, lengths: IO[bytes], end_of_document: int) -> SourceRecord:
+    """Record datasets that Megatron-core's tools have written. They have no digests: lengths stand for the documents.
+
+    The end-of-document token counts to the documents of a dataset that lacks it.
+    """
+    digest = tokens = empty = 0
+    documents = []
+    for prefix in source.prefixes:
+        dataset = _open_dataset(prefix)
+        own = _checked_lengths(dataset)
+        if len(dataset.document_indices) != len(own) + 1:
             raise ValueError(
-                f"{self.description} has no column {self._column!r}, it has {sorted(reference)}: set data.text_column"
+                f"{prefix} has {len(dataset.document_indices) - 1} documents in {len(own)} sequences: prepare it "
+                "without splitting documents into sentences"
             )
-        return _text_or_error(reference[self._column], self._column, self.description)
-
-    def name(self, reference: dict[str, Any]) -> str:
-        return f"a document of {self.description}"
-
-    def file(self, reference: dict[str, Any]) -> str:
-        return self._name
-
-
-# The readers are module-level functions: `datasets` names its streams by a hash of the function and its arguments.
-
-
-def _list_texts(paths: list[str]) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        yield {"path": path}
-
-
-def _list_lines(paths: list[str]) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    yield {"path": path, "number": number, "line": line}
+        full = np.flatnonzero(own)
+        sample = full[:: max(1, len(full) // 64)]
+        ends = [int(dataset.get(int(i), offset=int(own[i]) - 1, length=1)[0]) == end_of_document for i in sample]
+        lengths_with_end = own if all(ends) else own + (own > 0).astype(np.int32)
+        if any(ends) != all(ends):
+            raise ValueError(
+                f"{prefix}: some documents end with token {end_of_document} and some do not: append it to all"
+            )
+        lengths.write(lengths_with_end.astype(np.int32).tobytes())
+        digest = zlib.crc32(own.tobytes(), digest)
+        tokens += int(lengths_with_end.sum(dtype=np.int64))
+        empty += len(own) - len(full)
+        documents.append(len(own))
+    return SourceRecord(
+        source.title, source.description, source.prefixes, tuple(documents), tokens, empty, 0, (), f"{digest:08x}"
+    )
 
 
-def _list_parquet_rows(row_groups: list[tuple[str, int]], column: str) -> Iterator[dict[str, Any]]:
-    for path, group in row_groups:
-        number, name = 0, printable(path)
-        try:
-            with _open(path) as source, pq.ParquetFile(source) as file:
-                for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
-                    # As bytes, so that a row that is not UTF-8 fails alone.
-                    for text in batch.column(0).cast(pa.large_binary()):
-                        yield {"path": path, "row_group": group, "number": number, "text": text.as_py()}
-                        number += 1
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{name}: cannot read row group {group}: {error}; repair or remove the file") from error
+def changed_documents(corpus: Corpus, before: str, title_before: str, title: str) -> list[int] | None:
+    """Return the documents of a source whose text differs from that of an earlier corpus with as many documents.
 
-
-def _open(path: str) -> pa.NativeFile:
-    """By the bytes of its name: pyarrow refuses a str that is not UTF-8."""
-    return pa.OSFile(os.fsencode(path))
-
-
-def _decode(data: bytes) -> str:
+    Documents that were damaged before and are whole now do not count. None if the tokens of the corpus `before` are no
+    longer in the cache, or without digests.
+    """
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UndecodableDocument(str(error)) from error
+        records = _read_records(corpus.cache / "corpora" / before)
+        digests, damaged = _digests(corpus.cache, next(one for one in records if one.title == title_before))
+        now, _ = _digests(corpus.cache, corpus.sources[title].record)
+    except (OSError, ValueError):
+        return None
+    return [int(one) for one in np.flatnonzero((digests != now) & ~damaged)]
 
 
-def _text_or_error(value: object, column: str, name: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+def _digests(cache: Path, record: SourceRecord) -> tuple[np.ndarray, np.ndarray]:
+    digests, unread = [], []
+    for shard in record.shards:
+        with np.load((cache / shard).parent / "documents.npz") as arrays:
+            digests.append(arrays["digest"])
+            unread.append(arrays["damaged"])
+    return np.concatenate(digests), np.concatenate(unread)
+
+
+def document_names(cache: Path, source: Source, record: SourceRecord, documents: Iterable[int]) -> list[str]:
+    """Return the names of documents in their files, for messages."""
+    first = np.cumsum([0, *record.documents])
+    by_key: dict[str, Shard] = {shard.key: shard for shard in source.shards}
+    names = []
+    for document in documents:
+        number = int(np.searchsorted(first, document, side="right")) - 1
+        folder = (cache / record.shards[number]).parent
+        with np.load(folder / "documents.npz") as arrays:
+            part, place = (int(arrays[name][document - first[number]]) for name in ("part", "place"))
+        names.append(name_of(by_key[folder.name].parts[part], place))
+    return names
+
+
+def _read_records(folder: Path) -> list[SourceRecord]:
+    records: Any = read_json(folder / "corpus.json")
+    if records is None:
+        raise FileNotFoundError(f"{folder} is not there: data.cache must be the same folder at every rank of a node")
+    lists = ("shards", "documents", "named")
+    return [SourceRecord(**{**record, **{key: tuple(record[key]) for key in lists}}) for record in records]
+
+
+def _map(path: Path) -> np.ndarray:
+    return np.memmap(path, dtype=np.int32, mode="r")
+
+
+def _open_dataset(prefix: str) -> IndexedDataset:
+    try:
+        return IndexedDataset(prefix)
+    except (AssertionError, ValueError) as error:
         raise ValueError(
-            f"{name}: column {column!r} holds {type(value).__name__}, not text: set data.text_column to a text column"
+            f"{prefix}: not an indexed dataset of Megatron-core: {error or 'damaged'}; remove its folder if it is in "
+            "data.cache, and its tokens are made again"
+        ) from error
+
+
+def _checked_lengths(dataset: IndexedDataset) -> np.ndarray:
+    """Return the tokens of each document, after a check that the file of tokens is as long. A copy."""
+    lengths = np.array(dataset.sequence_lengths)
+    path = f"{dataset.path_prefix}.bin"
+    expected = int(lengths.sum(dtype=np.int64)) * np.dtype(dataset.index.dtype).itemsize
+    if (actual := os.path.getsize(path)) != expected:
+        raise ValueError(
+            f"{path} has {actual} bytes and should have {expected}: remove its folder if it is in data.cache, and its "
+            "tokens are made again"
         )
-    # JSON can spell half of a surrogate pair ("\ud800"), which is a str but no text.
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UndecodableDocument(str(error)) from error
-    return value
-
-
-def _row_groups_of(path: str, column: str) -> int:
-    name = printable(path)
-    try:
-        with _open(path) as source, pq.ParquetFile(source) as file:
-            schema, row_groups = file.schema_arrow, file.num_row_groups
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{name}: not a readable Parquet file: {error}; repair or remove the file") from error
-    if column not in schema.names:
-        raise ValueError(f"{name} has no column {column!r}, it has {schema.names}: set data.text_column")
-    if schema.names.count(column) > 1:
-        raise ValueError(f"{name} has several columns {column!r}, it has {schema.names}: rename all but one of them")
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise ValueError(f"{name}: column {column!r} holds {kind}, not text: set data.text_column to a text column")
-    return row_groups
+    return lengths

@@ -1,25 +1,40 @@
-"""The files of a corpus: which ones, in which order, of which format.
+"""The files of a source: which ones, in which order, of which format and compression.
 
-Knows names, suffixes, sizes and permissions. Does not open a file.
+Knows names, suffixes, sizes, permissions and samples of the bytes. Does not know documents.
 """
 
+import bz2
+import codecs
 import glob
+import gzip
 import hashlib
-import json
+import io
+import lzma
 import os
 import stat
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Literal, cast
 
-from dash_dist.config.data import DataConfig
+import pyarrow as pa
+
+from dash_dist.config.data import SourceConfig
+
+FileFormat = Literal["text", "jsonl", "parquet"]
 
 _JSONL_SUFFIXES = {".jsonl", ".ndjson", ".json"}
-_COMPRESSED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
+_COMPRESSED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst"}
+_UNREADABLE_SUFFIXES = {".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz"}
 _NOT_PART_OF_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_SAMPLE = 4096
+_SAMPLES = 64
 
 
 def standard_library_files() -> list[str]:
+    """Return the sources of the running Python's standard library, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(
         str(path)
@@ -34,24 +49,24 @@ def standard_library_files() -> list[str]:
 
 
 def printable(path: str | Path) -> str:
-    """The path for messages: logs, TensorBoard and others take no str that is not UTF-8, which a file's name may be."""
+    """Return the path for messages: logs and others take no str that is not UTF-8, which the name of a file can be."""
     return str(path).encode("utf-8", errors="backslashreplace").decode()
 
 
-def resolve_paths(config: DataConfig) -> list[str]:
-    """Absolute paths of all files, in the order of `config.paths`."""
+def resolve_paths(source: SourceConfig) -> list[str]:
+    """Return the absolute paths of all files, in the order of `source.paths`."""
     files: dict[str, None] = {}
-    for given in config.paths:
+    for given in source.paths:
         path = os.path.abspath(os.path.expanduser(given))
         if os.path.isdir(path):
-            found = _files_below(Path(path), config.format)
+            found = _files_below(Path(path), source.format)
         elif os.path.lexists(path):
             found = [path]
         else:
             found = sorted(match for match in glob.glob(path, recursive=True) if not os.path.isdir(match))
         if not found:
             raise FileNotFoundError(
-                f"data.paths: {given!r} matches no file (looked for {printable(path)}, data.format={config.format}): "
+                f"data.paths: {given!r} matches no file (looked for {printable(path)}, data.format={source.format}): "
                 "correct the path, which every node must see"
             )
         files.update(dict.fromkeys(found))
@@ -62,50 +77,94 @@ def _files_below(folder: Path, file_format: str) -> list[str]:
     def belongs(path: Path) -> bool:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         # Anything but a folder: a link that leads nowhere is reported later, not left out silently.
-        kept = file_format in ("auto", "text") or _suffix_format(path) == file_format
+        kept = file_format in ("auto", "text") or _format_by_suffix(path) == file_format
         return not hidden and not path.is_dir() and kept
 
     return sorted(str(path) for path in folder.rglob("*") if belongs(path))
 
 
-def _suffix_format(path: Path) -> str:
+def _format_by_suffix(path: Path) -> FileFormat:
     suffix = path.suffix.lower()
-    if suffix in _COMPRESSED_SUFFIXES:
-        raise ValueError(f"{printable(path)} is compressed ({suffix}), which is not read: decompress it or use Parquet")
+    if suffix in _UNREADABLE_SUFFIXES:
+        raise ValueError(
+            f"{printable(path)} is packed ({suffix}), which is not read: unpack it, or compress it by "
+            f"{', '.join(sorted(_COMPRESSED_SUFFIXES))}"
+        )
+    compressed = suffix in _COMPRESSED_SUFFIXES
+    if compressed:
+        suffix = Path(path.stem).suffix.lower()
+    if suffix == ".parquet" and compressed:
+        raise ValueError(f"{printable(path)} is a compressed Parquet file: decompress it; Parquet compresses by itself")
     return "jsonl" if suffix in _JSONL_SUFFIXES else "parquet" if suffix == ".parquet" else "text"
 
 
-def format_of(paths: list[str], config: DataConfig) -> str:
-    if config.format != "auto":
-        return config.format
-    example = {_suffix_format(Path(path)): path for path in paths}
-    if len(example) > 1:
-        raise ValueError(
-            "data.paths has files of several formats, "
-            f"{', '.join(f'{k} ({printable(v)})' for k, v in sorted(example.items()))}: "
-            "give files of one format, or set data.format"
-        )
-    file_format = next(iter(example))
-    if file_format == "text" and config.text_column != "text":
-        raise ValueError(
-            f"data.text_column={config.text_column}: {printable(paths[0])} is read as text, which has no columns: "
-            "drop data.text_column or set data.format"
-        )
-    return file_format
+def format_of(path: str, source: SourceConfig) -> FileFormat:
+    """Return the format of one file: the source's, or the one of its suffix."""
+    return source.format if source.format != "auto" else _format_by_suffix(Path(path))
 
 
-def size_of_readable_file(path: str) -> int:
+def is_compressed(path: str) -> bool:
+    """Return whether `open_bytes` decompresses the file."""
+    return Path(path).suffix.lower() in _COMPRESSED_SUFFIXES
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """Open a file for reading, decompressed by its suffix. Damage shows as an error of `DECOMPRESSION_ERRORS` later."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if suffix == ".bz2":
+        return cast(IO[bytes], bz2.open(path, "rb"))
+    if suffix == ".xz":
+        return cast(IO[bytes], lzma.open(path, "rb"))
+    if suffix == ".zst":
+        # By the bytes of its name: pyarrow refuses a str that is not UTF-8.
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(os.fsencode(path)), "zstd"), 1 << 20)
+    return open(path, "rb")
+
+
+def encoding_of(path: str) -> tuple[str, int]:
+    """Return the text encoding of a file, and the bytes of its byte order mark: UTF-8 unless the mark says UTF-16."""
+    with open_bytes(path) as file:
+        head = file.read(3)
+    for mark, encoding in _MARKS.items():
+        if head.startswith(mark):
+            return encoding, len(mark)
+    return "utf-8", 0
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """Content of a file, without reading it whole.
+
+    Attributes:
+        size: bytes.
+        digest: of the whole file up to 256 KiB, of samples of a longer one.
+    """
+
+    size: int
+    digest: str
+
+
+def stat_of_readable_file(path: str) -> os.stat_result:
+    """Return the status of a regular file that may be read. Raises an error that names the file otherwise."""
     status = os.stat(path)  # FileNotFoundError names the file, also for a link that leads nowhere
     if not stat.S_ISREG(status.st_mode):
         # Opening a pipe or a terminal would wait for ever.
         raise ValueError(f"{printable(path)} is not a regular file: give a file, a folder or a glob")
     if not os.access(path, os.R_OK):
         raise PermissionError(f"{printable(path)} may not be read by this user: change its permissions or leave it out")
-    return status.st_size
+    return status
 
 
-def files_fingerprint(paths: list[str], sizes: list[int], options: list[Any]) -> str:
-    """Names relative to the files' common folder, and sizes: a corpus may move, and is not read to hash it."""
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    listing = [[os.path.relpath(path, root), size] for path, size in zip(paths, sizes, strict=True)]
-    return hashlib.sha256(json.dumps([options, listing]).encode()).hexdigest()[:16]
+def identity_of(path: str, size: int) -> FileIdentity:
+    """Read the samples of a file of `size` bytes."""
+    digest = hashlib.blake2b(digest_size=12)
+    with open(path, "rb") as file:
+        if size <= _SAMPLE * _SAMPLES:
+            digest.update(file.read())
+        else:
+            for sample in range(_SAMPLES):
+                file.seek((size - _SAMPLE) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return FileIdentity(size, digest.hexdigest())

@@ -1,17 +1,26 @@
-"""Cuts a row's documents into sequences of equal length, joined or separate.
+"""Sequences of equal length from documents, joined or separate.
 
-Knows the tokens of one row. Does not know files, tokenizers or the batch.
-
-A position is what a packer needs to go on beside the documents' own position: if `inside_document`, the next document
-it is given is the one it was inside of, else the one after. It is JSON-serialisable and holds no more than one token.
+Knows numbers and lengths of documents; does not read tokens, so that every rank can plan the sequences of all.
 """
 
+import bisect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+
+from dash_dist.data.mixture import Waiting
+
+
+class Piece(NamedTuple):
+    """Tokens start to stop of a document that are inputs of a sequence; their labels end one token later."""
+
+    source: int
+    document: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -31,140 +40,182 @@ class PackedSequence:
     cu_seqlens: np.ndarray | None
 
 
+Read = Callable[[Piece], np.ndarray]
+"""Returns the tokens of a piece, int64 [stop - start]."""
+
+
 class Packer(ABC):
-    """Sequences of `sequence_length` tokens from documents that follow each other.
+    """Plans sequences of `sequence_length` tokens, and fills those that a rank reads."""
 
-    The work is linear in the tokens: a sequence is filled by slices of the document's array, which is held once and
-    never copied as a whole.
-
-    Args:
-        next_document: returns the next document's token ids, 1-d, any integer dtype, never empty.
-        sequence_length: T.
-        end_of_document: the token that follows the last one of each document.
-    """
-
-    _least_rest: int
-    """Tokens that a document which goes on in the next sequence has left at least."""
-
-    def __init__(self, next_document: Callable[[], np.ndarray], *, sequence_length: int, end_of_document: int):
+    def __init__(self, next_document: Callable[[], Waiting], *, sequence_length: int) -> None:
         self._next_document = next_document
         self._length = sequence_length
-        self._end_of_document = end_of_document
-        self._document: np.ndarray | None = None
-        self._offset = 0  # tokens of the document that are in earlier sequences
-
-    @property
-    def inside_document(self) -> bool:
-        """Return whether the last document of the last sequence continues in the next one."""
-        return self._document is not None
 
     @abstractmethod
-    def next_sequence(self) -> PackedSequence:
-        """Raises ValueError if the document is shorter than the position resumed at: the corpus has changed."""
+    def plan(self) -> list[Piece]:
+        """Return the pieces of the next sequence."""
 
-    def position(self) -> dict[str, Any]:
-        """Behind the last sequence."""
-        return {"offset": self._offset}
+    @abstractmethod
+    def fill(self, pieces: Sequence[Piece], read: Read) -> PackedSequence:
+        """Read the tokens of a planned sequence."""
 
-    def resume(self, position: Mapping[str, Any]) -> None:
-        """Continue at a position."""
-        self._document = None
-        self._offset = position["offset"]
+    @property
+    @abstractmethod
+    def waiting(self) -> list[Waiting]:
+        """Documents that are drawn and not used up, in the order of their arrival: the packer's position."""
 
-    def _current_document(self) -> np.ndarray:
-        """The document that the offset counts in."""
-        if self._document is None:
-            self._document = self._next_document()
-            if self._offset and self._offset > len(self._document) - self._least_rest:
-                raise ValueError(
-                    f"resumed at token {self._offset} of a document that now has {len(self._document)} tokens: "
-                    "the corpus or the tokenizer has changed since the checkpoint; restore it or start a new run"
-                )
-        return self._document
-
-    def _finish_document(self) -> None:
-        self._document = None
-        self._offset = 0
+    @abstractmethod
+    def resume(self, waiting: list[Waiting]) -> None:
+        """Continue with the documents that were `waiting`."""
 
 
 class JoinedPacker(Packer):
-    """Documents and their end-of-document tokens as one endless text, cut every T tokens.
+    """Documents with their end-of-document tokens as one endless text, cut every T tokens.
 
     Every token but the very first is predicted exactly once, the first token of a document from the document before.
-    The last label of a sequence is the first token of the next one.
+    The last label of a sequence is the first token of the next one: pieces hold T + 1 tokens.
     """
 
-    _least_rest = 0  # its end-of-document token may be all that is missing
-    _last_token: int | None = None  # the next sequence begins with it; None before the first sequence
+    _current: Waiting | None = None
 
-    def position(self) -> dict[str, Any]:
-        return {**super().position(), "last_token": self._last_token}
+    def plan(self) -> list[Piece]:
+        pieces, missing = [], self._length + 1
+        while missing:
+            one = self._current = self._current or self._next_document()
+            taken = min(one.length - one.offset, missing)
+            pieces.append(Piece(one.source, one.document, one.offset, one.offset + taken))
+            one.offset += taken
+            missing -= taken
+            if missing:
+                self._current = None
+        one.offset -= 1
+        return pieces
 
-    def resume(self, position: Mapping[str, Any]) -> None:
-        super().resume(position)
-        self._last_token = position["last_token"]
+    @property
+    def waiting(self) -> list[Waiting]:
+        return [] if self._current is None else [self._current]
 
-    def next_sequence(self) -> PackedSequence:
-        window = np.empty(self._length + 1, dtype=np.int64)
-        filled = 0
-        if self._last_token is not None:
-            window[0] = self._last_token
-            filled = 1
-        while filled < len(window):
-            document = self._current_document()
-            taken = min(len(document) - self._offset, len(window) - filled)
-            window[filled : filled + taken] = document[self._offset : self._offset + taken]
-            filled += taken
-            self._offset += taken
-            if self._offset == len(document) and filled < len(window):
-                window[filled] = self._end_of_document
-                filled += 1
-                self._finish_document()
-        self._last_token = int(window[-1])
+    def resume(self, waiting: list[Waiting]) -> None:
+        self._current = waiting[0] if waiting else None
+
+    def fill(self, pieces: Sequence[Piece], read: Read) -> PackedSequence:
+        window = np.concatenate([read(piece) for piece in pieces])
         return PackedSequence(window[:-1], window[1:], np.ones(self._length, dtype=bool), cu_seqlens=None)
 
 
 class SeparatePacker(Packer):
-    """Each document padded to whole chunks, so that the chunks restart with it; no label crosses a border.
+    """Whole documents, each padded to whole chunks, so that the chunks restart with it; no label crosses a border.
 
-    Every token of a document is an input exactly once, and a label exactly once unless it is the document's first,
-    which nothing precedes. The end-of-document token is a label only, of the document's last token. A document that
-    does not fit into the rest of a sequence fills it and goes on in the next one as a document of its own: padding is
-    at the end of documents only, less than a chunk for each. Padding counts to the document that it follows.
+    A sequence begins with the document that has waited longest, and takes the longest that still fits, until none of
+    the waiting ones does. A document longer than a sequence fills as many as it can. Every token of a document is an
+    input exactly once, and a label exactly once unless it is the first of a piece, which nothing precedes. The
+    end-of-document token is a label only. What is left of a sequence is padding, a document of its own.
 
     Args:
         chunk_size: tokens of a chunk; `sequence_length` is a multiple of it.
+        lookahead: documents that wait.
+        buckets: ascending lengths; documents share a sequence only with those between the same two.
+        end_of_document: the token of the padding.
     """
-
-    _least_rest = 1
 
     def __init__(
         self,
-        next_document: Callable[[], np.ndarray],
+        next_document: Callable[[], Waiting],
         *,
         sequence_length: int,
-        end_of_document: int,
         chunk_size: int,
-    ):
-        super().__init__(next_document, sequence_length=sequence_length, end_of_document=end_of_document)
+        lookahead: int,
+        buckets: Sequence[int],
+        end_of_document: int,
+    ) -> None:
+        super().__init__(next_document, sequence_length=sequence_length)
         self._chunk_size = chunk_size
+        self._lookahead = lookahead
+        self._buckets = buckets
+        self._end_of_document = end_of_document
+        self.resume([])
 
-    def next_sequence(self) -> PackedSequence:
-        # What is not overwritten is padding: any token of the vocabulary will do.
+    @property
+    def waiting(self) -> list[Waiting]:
+        return list(self._waiting.values())
+
+    def resume(self, waiting: list[Waiting]) -> None:
+        self._waiting: dict[int, Waiting] = {}
+        # Of each bucket (inputs, -arrival), ascending: of equally long documents the first to arrive is the last here.
+        self._by_length: list[list[tuple[int, int]]] = [[] for _ in range(len(self._buckets) + 1)]
+        self._arrivals = 0
+        for one in waiting:
+            self._add(one)
+
+    def plan(self) -> list[Piece]:
+        self._draw()
+        arrival = next(iter(self._waiting))
+        first, bucket = self._waiting[arrival], self._bucket(self._waiting[arrival])
+        self._by_length[bucket].remove((_inputs(first), -arrival))
+        pieces, left = [_take(first, self._length)], self._length
+        if not _inputs(first):
+            del self._waiting[arrival]
+        while left := left - self._padded(pieces[-1].stop - pieces[-1].start):
+            self._draw()
+            fitting = bisect.bisect_right(self._by_length[bucket], (left, 0))
+            if not fitting:
+                break
+            _, place = self._by_length[bucket].pop(fitting - 1)
+            pieces.append(_take(self._waiting.pop(-place), left))
+        if _inputs(first):
+            self._insert(arrival, first)
+        return pieces
+
+    def _draw(self) -> None:
+        while len(self._waiting) < self._lookahead:
+            self._add(self._next_document())
+
+    def _add(self, one: Waiting) -> None:
+        self._waiting[self._arrivals] = one
+        self._insert(self._arrivals, one)
+        self._arrivals += 1
+
+    def _insert(self, arrival: int, one: Waiting) -> None:
+        bisect.insort(self._by_length[self._bucket(one)], (_inputs(one), -arrival))
+
+    def _bucket(self, one: Waiting) -> int:
+        return bisect.bisect_left(self._buckets, _inputs(one))
+
+    def _padded(self, tokens: int) -> int:
+        return -(-tokens // self._chunk_size) * self._chunk_size
+
+    def fill(self, pieces: Sequence[Piece], read: Read) -> PackedSequence:
         tokens = np.full(self._length, self._end_of_document, dtype=np.int64)
         labels = np.full(self._length, self._end_of_document, dtype=np.int64)
         loss_mask = np.zeros(self._length, dtype=bool)
         borders = [0]
-        while (start := borders[-1]) < self._length:
-            document = self._current_document()
-            rest = document[self._offset :]
-            taken = min(len(rest), self._length - start)
-            tokens[start : start + taken] = rest[:taken]
-            following = rest[1 : taken + 1]  # one less at the document's end: the last label is already there
-            labels[start : start + len(following)] = following
+        for piece in pieces:
+            start, taken = borders[-1], piece.stop - piece.start
+            text = read(piece._replace(stop=piece.stop + 1))
+            tokens[start : start + taken] = text[:-1]
+            labels[start : start + taken] = text[1:]
             loss_mask[start : start + taken] = True
-            self._offset += taken
-            if self._offset == len(document):
-                self._finish_document()
-            borders.append(start + -(-taken // self._chunk_size) * self._chunk_size)
+            borders.append(start + self._padded(taken))
+        if borders[-1] < self._length:
+            borders.append(self._length)
         return PackedSequence(tokens, labels, loss_mask, np.array(borders, dtype=np.int32))
+
+
+def _take(one: Waiting, left: int) -> Piece:
+    taken = min(_inputs(one), left)
+    one.offset += taken
+    return Piece(one.source, one.document, one.offset - taken, one.offset)
+
+
+def _inputs(one: Waiting) -> int:
+    return one.length - 1 - one.offset
+
+
+def count_inputs(pieces: Sequence[Piece], sequence_length: int) -> Mapping[int, int]:
+    """Return the input tokens of a planned sequence by source."""
+    counts: dict[int, int] = {}
+    for piece in pieces:
+        counts[piece.source] = counts.get(piece.source, 0) + piece.stop - piece.start
+    if (over := sum(counts.values()) - sequence_length) > 0:  # the label behind the last input of joined documents
+        counts[pieces[-1].source] -= over
+    return counts

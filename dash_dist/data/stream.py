@@ -1,14 +1,12 @@
 """The batches of one data-parallel rank, and the position in the data.
 
-Knows the rows of the global batch this rank reads. Does not know other ranks: every context-, tensor- and
-pipeline-parallel rank of one data-parallel index builds the same stream and gets identical batches.
-
-The position is kept per row of the global batch, never per rank: a checkpoint holds all rows
-(`merge_states`), and a run with another data-parallel or micro-batch size picks out the rows it needs.
+Knows the rows of the global batch this rank reads. Every rank plans the whole global batch from numbers and lengths of
+documents, and reads the tokens of its own rows only. So the position is one for all ranks: a few numbers for each
+source, and the documents that are not used up. It fits any data-parallel size, micro-batch size and number of ranks.
 """
 
-import functools
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +14,15 @@ import numpy as np
 import torch
 
 from dash_dist.config.data import DataConfig, check_separate
-from dash_dist.data.corpus import Corpus, open_corpus
-from dash_dist.data.documents import RowDocuments
-from dash_dist.data.packing import JoinedPacker, PackedSequence, Packer, SeparatePacker
-from dash_dist.data.tokenizer import ByteTokenizer, Tokenizer
+from dash_dist.data.corpus import Corpus, changed_documents
+from dash_dist.data.mixture import LEAST_TOKENS, Mixture, SourceCursor, Waiting, shares_of
+from dash_dist.data.packing import JoinedPacker, PackedSequence, Packer, Piece, SeparatePacker, count_inputs
+from dash_dist.data.prepare import prepare_here
+from dash_dist.data.tokenizer import Tokenizer
 
-_IDENTITY = ("corpus", "tokenizer", "documents", "sequence_length", "global_batch_size")
-_UNWRITTEN = {"documents": "joined"}
-"""What a state means that was saved before there was a choice."""
+_VERSION = 2
+_IDENTITY = ("tokenizer", "special_tokens", "documents", "shuffle_seed")
+_SIZES = ("sequence_length", "global_batch_size")
 
 
 @dataclass(frozen=True)
@@ -49,76 +48,203 @@ class Batch:
         return float(lengths.square().sum() / lengths.sum())
 
 
-class _Row:
-    """One row of the global batch: its documents, packed."""
+@dataclass(frozen=True)
+class SourceProgress:
+    """Use of one source so far.
 
-    def __init__(self, documents: RowDocuments, packer: Packer):
-        self.documents = documents
-        self._packer = packer
+    Attributes:
+        tokens: inputs of all sequences.
+        epochs: passes over its documents, the current one as a fraction.
+    """
 
-    def next_sequence(self) -> PackedSequence:
-        return self._packer.next_sequence()
-
-    def state_dict(self) -> dict[str, Any]:
-        # Inside a document the position is before it, plus an offset: one document is read again on resume,
-        # and none of its tokens is stored.
-        inside = self._packer.inside_document
-        position = self.documents.position_before() if inside else self.documents.position()
-        return {"position": position, **self._packer.position()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.documents.resume(state["position"])
-        self._packer.resume(state)
+    tokens: int
+    epochs: float
 
 
 class DataStream:
     """Endless steps of one data-parallel rank; made by `build_data_stream`."""
 
-    def __init__(self, rows: dict[int, _Row], identity: dict[str, Any], micro_batch_size: int):
+    def __init__(
+        self,
+        corpus: Corpus,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        sequence_length: int,
+        global_batch_size: int,
+        rows: range,
+        micro_batch_size: int,
+        chunk_size: int,
+    ) -> None:
+        self._corpus = corpus
+        self._config = config
+        self._sources = list(corpus.sources.values())
         self._rows = rows
-        self._identity = identity
         self._micro_batch_size = micro_batch_size
+        self._length = sequence_length
+        self._rows_of_all = global_batch_size
+        self._identity = {
+            "tokenizer": tokenizer.fingerprint,
+            "special_tokens": config.special_tokens,
+            "documents": config.documents,
+            "shuffle_seed": config.shuffle_seed,
+            "sequence_length": sequence_length,
+            "global_batch_size": global_batch_size,
+        }
+        drops = config.documents == "separate" and config.long_documents == "drop"
+        longest = sequence_length + 1 if drops else None
+        self._cursors = [SourceCursor(source, config.shuffle_seed, longest=longest) for source in self._sources]
+        mixture = Mixture(self._cursors, shares_of(config, corpus))
+        self._shares = mixture.shares
+        self._packer: Packer
+        if config.documents == "joined":
+            self._packer = JoinedPacker(mixture.next_document, sequence_length=sequence_length)
+        else:
+            self._packer = SeparatePacker(
+                mixture.next_document,
+                sequence_length=sequence_length,
+                chunk_size=chunk_size,
+                lookahead=config.lookahead,
+                buckets=config.length_buckets,
+                end_of_document=tokenizer.end_of_document,
+            )
+        self._tokens: Counter[int] = Counter()
 
     @property
     def skipped_documents(self) -> int:
-        """Empty and undecodable documents this rank's rows passed over since the start of training, counted
-        again in each epoch; a resumed stream counts on."""
-        return sum(row.documents.skipped for row in self._rows.values())
+        """Documents without text, damaged or too long, passed over since the start of training; again in each epoch."""
+        return sum(cursor.skipped + cursor.dropped for cursor in self._cursors)
+
+    @property
+    def progress(self) -> dict[str, SourceProgress]:
+        """Use of each source by all ranks since the start of training, by title."""
+        return {
+            title: SourceProgress(self._tokens[number], cursor.epoch + cursor.place / len(source))
+            for number, ((title, source), cursor) in enumerate(
+                zip(self._corpus.sources.items(), self._cursors, strict=True)
+            )
+        }
 
     def next_step(self) -> list[Batch]:
-        """This rank's micro-batches of the next global batch, rows in ascending order."""
-        sequences = [row.next_sequence() for row in self._rows.values()]
+        """This rank's micro-batches of the next global batch, rows in ascending order.
+
+        Raises OSError or ValueError if tokens cannot be read.
+        """
+        own: list[list[Piece]] = []
+        for row in range(self._rows_of_all):
+            pieces = self._packer.plan()
+            self._tokens.update(count_inputs(pieces, self._length))
+            if row in self._rows:
+                own.append(pieces)
+        sequences = [self._packer.fill(pieces, self._read) for pieces in own]
         size = self._micro_batch_size
         return [_batch(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 
+    def _read(self, piece: Piece) -> np.ndarray:
+        return self._sources[piece.source].read(piece.document, piece.start, piece.stop)
+
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last step: of this rank's rows, and of what it is a position in.
-        JSON-serialisable, a few hundred bytes a row whatever the length of the documents."""
-        return {**self._identity, "rows": {str(index): row.state_dict() for index, row in self._rows.items()}}
+        """The position after the last step, the same at every rank. JSON-serialisable, a few hundred bytes, and some
+        bytes for each document that waits to be packed."""
+        return {
+            "version": _VERSION,
+            **self._identity,
+            "corpus": self._corpus.fingerprint,
+            "sources": [
+                {
+                    "title": title,
+                    "documents": len(source),
+                    "digest": source.record.digest,
+                    "share": share,
+                    "tokens": self._tokens[number],
+                    **cursor.state_dict(),
+                }
+                for number, ((title, source), share, cursor) in enumerate(
+                    zip(self._corpus.sources.items(), self._shares, self._cursors, strict=True)
+                )
+            ],
+            "waiting": [[one.source, one.document, one.offset] for one in self._packer.waiting],
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where the run that saved `state` stopped.
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Continue exactly where the run that saved `state` stopped; returns a sentence for each difference.
 
-        state: one that has all rows of this rank, such as the merged states of all data-parallel ranks.
+        Another sequence length or global batch size continues with the next unread token. A repaired document changes
+        nothing else. Other changes of the documents need data.accept_changes.
 
-        Raises ValueError if it is a position in other data, or if rows are missing.
+        Raises ValueError if it is a position in other data.
         """
+        if state.get("version") != _VERSION:
+            raise ValueError(
+                f"the checkpoint's position in the data is of version {state.get('version', 1)}, and this one reads "
+                f"{_VERSION}: continue with the version of dash-dist that saved it, or start a new run from its weights"
+            )
         for key in _IDENTITY:
-            saved_with = state.get(key, _UNWRITTEN.get(key))
-            if saved_with != self._identity[key]:
+            if state[key] != self._identity[key]:
                 raise ValueError(
-                    f"the checkpoint's position in the data was saved with {key} {saved_with}, this run has "
+                    f"the checkpoint's position in the data was saved with {key} {state[key]}, this run has "
                     f"{self._identity[key]}: restore what it was saved with, or start a new run from scratch"
                 )
-        saved = {int(index): row_state for index, row_state in state["rows"].items()}
-        missing = sorted(set(self._rows) - set(saved))
-        if missing:
-            raise ValueError(
-                f"the state has no position for rows {missing} of the global batch, only for {sorted(saved)}: "
-                "merge the states of all data-parallel ranks with merge_states before saving"
-            )
-        for index, row in self._rows.items():
-            row.load_state_dict(saved[index])
+        notes = [
+            f"training.{key} was {state[key]} and is {self._identity[key]}: continuing with the next unread token"
+            for key in _SIZES
+            if state[key] != self._identity[key]
+        ]
+        number_of, more = self._match(state["sources"])
+        notes += more
+        anew = set()
+        for old, number in number_of.items():
+            saved, source = state["sources"][old], self._sources[number]
+            same_order, note = self._check_documents(state["corpus"], saved, source.record.title)
+            if note:
+                notes.append(note)
+            if not same_order:
+                anew.add(old)
+                saved = {**saved, "epoch": saved["epoch"] + 1, "place": 0}
+            self._cursors[number].load_state_dict(saved)
+            self._tokens[number] = saved["tokens"]
+        if [state["sources"][old]["share"] for old in number_of] != [self._shares[new] for new in number_of.values()]:
+            for cursor in self._cursors:  # what was drawn by other shares is not made up for
+                cursor.drawn = 0
+        waiting = []
+        for old, document, offset in state["waiting"]:
+            if old in number_of and old not in anew:
+                length = int(self._sources[number_of[old]].lengths[document])
+                if length >= LEAST_TOKENS and offset < length:
+                    waiting.append(Waiting(number_of[old], document, length, offset))
+        self._packer.resume(waiting)
+        return notes
+
+    def _match(self, saved: list[Mapping[str, Any]]) -> tuple[dict[int, int], list[str]]:
+        """Return the number of each saved source in this run, and a sentence for each that is new or gone."""
+        titles = list(self._corpus.sources)
+        if len(saved) == len(titles) == 1:  # which may have moved
+            return {0: 0}, []
+        before = [one["title"] for one in saved]
+        notes = [f"data.sources: {title} is new" for title in titles if title not in before]
+        notes += [f"data.sources: {title} is no longer read" for title in before if title not in titles]
+        return {before.index(title): titles.index(title) for title in titles if title in before}, notes
+
+    def _check_documents(self, corpus: str, saved: Mapping[str, Any], title: str) -> tuple[bool, str]:
+        """Return whether the order of documents is the saved one, and a sentence about what has changed."""
+        source = self._corpus.sources[title]
+        if saved["digest"] == source.record.digest and saved["documents"] == len(source):
+            return True, ""
+        remedy = "restore them, or set data.accept_changes=true to continue with"
+        if saved["documents"] != len(source):
+            told = f"{title} had {saved['documents']} documents at the checkpoint and has {len(source)}"
+            if not self._config.accept_changes:
+                raise ValueError(f"{told}: {remedy} a new epoch of what is there now")
+            return False, f"{told}: a new epoch begins"
+        changed = changed_documents(self._corpus, corpus, saved["title"], title)
+        if changed == []:
+            return True, f"{title}: documents that could not be read are repaired; all others are as before"
+        told = f"documents of {title} have changed since the checkpoint"
+        if changed is not None:
+            told = f"{len(changed)} {told} (the first is number {changed[0]})"
+        if not self._config.accept_changes:
+            raise ValueError(f"{told}: {remedy} them as they are now")
+        return True, f"{told}: continuing with them as they are now"
 
 
 def build_data_stream(
@@ -131,77 +257,38 @@ def build_data_stream(
     dp_size: int,
     micro_batch_size: int,
     chunk_size: int,
+    corpus: Corpus | None = None,
 ) -> DataStream:
     """The data of rank `dp_rank` of `dp_size`: rows dp_rank x G / dp_size up to the next rank's of each global batch of
     G = global_batch_size sequences of sequence_length tokens, in micro-batches. Where documents are separate, each is
     padded to a multiple of chunk_size tokens.
 
-    Every rank looks up the first document of every row, not only of its own, so that a corpus that is too
-    small or damaged at its beginning fails on all ranks alike.
+    Args:
+        corpus: prepared; None prepares it in this process.
 
-    Raises ValueError for sizes that do not fit, for fewer documents than rows, for a corpus without text and for
-    damaged files; FileNotFoundError or PermissionError for files that are missing or may not be read.
+    Raises ValueError for sizes that do not fit, for a corpus without text and for damaged files; FileNotFoundError or
+    PermissionError for files that are missing or may not be read.
     """
-    _check_sizes(sequence_length, global_batch_size, dp_rank, dp_size, micro_batch_size)
-    if config.documents == "separate":
-        check_separate(sequence_length=sequence_length, micro_batch_size=micro_batch_size, chunk_size=chunk_size)
-    corpus = open_corpus(config)
-    _check_first_documents(corpus, config, global_batch_size)
-    reported: set[str] = set()
+    check_sizes(
+        config,
+        sequence_length=sequence_length,
+        global_batch_size=global_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        micro_batch_size=micro_batch_size,
+        chunk_size=chunk_size,
+    )
     rows_per_rank = global_batch_size // dp_size
-    packer_of: Callable[..., Packer] = JoinedPacker
-    if config.documents == "separate":
-        packer_of = functools.partial(SeparatePacker, chunk_size=chunk_size)
-    rows = {}
-    for row in range(dp_rank * rows_per_rank, (dp_rank + 1) * rows_per_rank):
-        documents = RowDocuments(
-            corpus,
-            tokenizer.encode,
-            row=row,
-            rows=global_batch_size,
-            undecodable=config.undecodable,
-            reported=reported,
-        )
-        packer = packer_of(
-            documents.next_document, sequence_length=sequence_length, end_of_document=tokenizer.end_of_document
-        )
-        rows[row] = _Row(documents, packer)
-    identity = {
-        "corpus": corpus.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-        "documents": config.documents,
-        "sequence_length": sequence_length,
-        "global_batch_size": global_batch_size,
-    }
-    return DataStream(rows, identity, micro_batch_size)
-
-
-def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One state with the rows of all: the states of all data-parallel ranks at the same step, in any order.
-    States of ranks that read the same rows may be among them.
-
-    Raises ValueError if they are positions in different data, disagree about a row, or leave rows out.
-    """
-    states = list(states)
-    if not states:
-        raise ValueError("no states to merge: give the state_dict() of every data-parallel rank")
-    merged: dict[str, Any] = {key: states[0][key] for key in _IDENTITY}
-    rows: dict[str, Any] = {}
-    for state in states:
-        for key in _IDENTITY:
-            if state[key] != merged[key]:
-                raise ValueError(
-                    f"ranks disagree about {key}: {merged[key]} and {state[key]}; every rank must be given the same "
-                    "data config and see the same files"
-                )
-        for index, row_state in state["rows"].items():
-            if rows.setdefault(str(index), row_state) != row_state:
-                raise ValueError(f"two states disagree about row {index}: they are not of the same step")
-    missing = sorted(set(range(merged["global_batch_size"])) - {int(index) for index in rows})
-    if missing:
-        raise ValueError(f"rows {missing} of the global batch are in none of the {len(states)} states: give all ranks'")
-    merged["rows"] = dict(sorted(rows.items(), key=lambda item: int(item[0])))
-    return merged
+    return DataStream(
+        prepare_here(config, tokenizer) if corpus is None else corpus,
+        config,
+        tokenizer,
+        sequence_length=sequence_length,
+        global_batch_size=global_batch_size,
+        rows=range(dp_rank * rows_per_rank, (dp_rank + 1) * rows_per_rank),
+        micro_batch_size=micro_batch_size,
+        chunk_size=chunk_size,
+    )
 
 
 def _batch(sequences: list[PackedSequence]) -> Batch:
@@ -217,9 +304,17 @@ def _batch(sequences: list[PackedSequence]) -> Batch:
     )
 
 
-def _check_sizes(
-    sequence_length: int, global_batch_size: int, dp_rank: int, dp_size: int, micro_batch_size: int
+def check_sizes(
+    config: DataConfig,
+    *,
+    sequence_length: int,
+    global_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    micro_batch_size: int,
+    chunk_size: int,
 ) -> None:
+    """Refuse, with ValueError, sizes that do not fit each other or the data's options."""
     for name, size in (
         ("sequence_length", sequence_length),
         ("global_batch_size", global_batch_size),
@@ -236,13 +331,5 @@ def _check_sizes(
             f"global_batch_size {global_batch_size} is not a multiple of dp_size x micro_batch_size = "
             f"{dp_size} x {micro_batch_size}: use {(global_batch_size // unit + 1) * unit}"
         )
-
-
-def _check_first_documents(corpus: Corpus, config: DataConfig, global_batch_size: int) -> None:
-    # Whether there is text is a question about bytes, so no long document is tokenised for it.
-    encode = ByteTokenizer().encode
-    reported: set[str] = set()
-    for row in range(global_batch_size):
-        RowDocuments(
-            corpus, encode, row=row, rows=global_batch_size, undecodable=config.undecodable, reported=reported
-        ).next_document()
+    if config.documents == "separate":
+        check_separate(sequence_length=sequence_length, micro_batch_size=micro_batch_size, chunk_size=chunk_size)

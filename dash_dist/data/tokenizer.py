@@ -6,11 +6,13 @@ end-of-document token is named here and put after each document by the packer.
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from dash_dist.data.long_text import EncodedText, encode_long_text
 from dash_dist.extras import require_extra
 
 # Texts that are an end-of-document token in every published vocabulary that has them.
@@ -32,8 +34,15 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """Equal for two tokenizers exactly if they cut every text alike."""
 
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids of one document, 1-d, any integer dtype, without special tokens added."""
+    @property
+    def special_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids that the tokenizer's own post-processor puts before and after a text."""
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each document, 1-d, any integer dtype, without special tokens added."""
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield the token ids of one long document that is read in pieces, equal to those of the whole."""
 
     def decode(self, tokens: Any) -> str:
         """Text of a sequence of token ids; end-of-document tokens are left out."""
@@ -45,10 +54,15 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_document = 256
     fingerprint = "bytes"
+    special_tokens: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
-    def encode(self, text: str) -> np.ndarray:
-        """uint8 ids, one per byte; a view of the encoded text, not a copy."""
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """uint8 ids, one per byte; views of the encoded texts, not copies."""
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        for piece in pieces:
+            yield from self.encode_batch([piece])
 
     def decode(self, tokens: Any) -> str:
         """Bytes that are not UTF-8, such as a character cut at the end of a window, become U+FFFD."""
@@ -66,9 +80,24 @@ class _FastTokenizer:
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_document = end_of_document
         self.fingerprint = _digest(tokenizer.to_str(), end_of_document)
+        self.special_tokens = _around(
+            tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a", add_special_tokens=True).ids
+        )
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        return encode_long_text(pieces, self._encode_with_offsets)
+
+    def _encode_with_offsets(self, texts: list[str]) -> list[EncodedText]:
+        return [
+            EncodedText(
+                np.asarray(encoding.ids, dtype=np.int32), np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            )
+            for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        ]
 
     def decode(self, tokens: Any) -> str:
         return self._tokenizer.decode(_ids_without(tokens, self.end_of_document), skip_special_tokens=False)
@@ -83,11 +112,20 @@ class _SlowTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = end_of_document
         self.fingerprint = _digest(type(tokenizer).__name__ + json.dumps(vocabulary, sort_keys=True), end_of_document)
+        self.special_tokens = _around(
+            tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a", add_special_tokens=True)
+        )
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         # verbose=False: a document longer than the model's context is normal here, not worth a warning.
-        ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return np.asarray(ids, dtype=np.int32)
+        return [
+            np.asarray(self._tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int32)
+            for text in texts
+        ]
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Encode the whole text at once: these tokenizers tell no offsets to cut by."""
+        return iter(self.encode_batch(["".join(pieces)]))
 
     def decode(self, tokens: Any) -> str:
         return self._tokenizer.decode(_ids_without(tokens, self.end_of_document))
@@ -169,6 +207,14 @@ def _end_id(source: str, named: str | None, vocabulary: dict[str, int]) -> int:
         f"tokenizer {source}: no end-of-document token is named in its files and its vocabulary {found}: "
         "set data.end_of_document to the text of the token that ends a document"
     )
+
+
+def _around(plain: list[int], with_special: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids of `with_special` before and after those of `plain`."""
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return tuple(with_special[:start]), tuple(with_special[start + len(plain) :])
+    raise ValueError(f"the tokenizer's post-processor changes tokens: {plain} becomes {with_special}")
 
 
 def _ids_without(tokens: Any, end_of_document: int) -> list[int]:

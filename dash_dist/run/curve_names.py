@@ -67,6 +67,8 @@ def pages(*, with_mfu: bool, context_parallel: bool) -> dict[str, dict[str, Char
         "Learning rate": ["train/learning_rate"],
         "Padding (share)": ["data/padding"],
         "Skipped documents": ["data/skipped_documents"],
+        "Tokens by source": ["data/tokens/.*"],
+        "Epochs by source": ["data/epochs/.*"],
     }
     chosen = {
         HEALTH: health,

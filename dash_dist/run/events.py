@@ -23,6 +23,8 @@ EventKind = Literal[
     "checkpoint_damaged",  # a checkpoint was stepped over
     "batch_skipped",  # a batch whose loss or gradients were not finite, or whose loss was a spike
     "rollback",  # weights, optimizer and data were set back to a checkpoint
+    "data_damaged",  # documents that cannot be read are skipped
+    "data_changed",  # documents, sources or sizes are not those of the checkpoint
     "metrics_failed",  # curves could not be written
     "resized",  # the run goes on with another number of processes
 ]

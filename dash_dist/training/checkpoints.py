@@ -5,7 +5,7 @@ a checkpoint is due.
 
     <run directory>/checkpoints/step_00000010/      see `dash_dist.checkpoints.folders` for what else may be beside it
         engine/                     what the engine wrote: weights, optimizer, schedule
-        data.json                   the merged data stream states of all data-parallel ranks
+        data.json                   the position in the datas of all data-parallel ranks
         metadata.json               step, tokens, losses, time, size and CRC-32 of every file; written last
 """
 
@@ -112,14 +112,11 @@ class CheckpointManager:
         """
         return self._started is not None and not self._started.save.done()
 
-    def start(
-        self, state: RunState, engine: Saveable, data_states: Sequence[Any], merge: Callable[[list[Any]], Any]
-    ) -> None:
+    def start(self, state: RunState, engine: Saveable, data_state: Any) -> None:
         """Begin one checkpoint, which is complete when `finish` has returned.
 
         Args:
-            data_states: this rank's data stream states; none at a rank that reads no data of its own.
-            merge: joins those of all ranks into one.
+            data_state: the position in the data, of which the main rank's is written.
 
         Raises:
             CheckpointError: at every rank, if any rank fails. Earlier checkpoints are untouched, and another one can
@@ -131,8 +128,6 @@ class CheckpointManager:
         partial = partial_folder(self._folder(state))
         with self._removing_partial(state):
             self._on_main_writing(state, lambda: folders.create_anew(partial))
-            gathered = self._control.gather(list(data_states))
-            data_state = self._on_main_writing(state, lambda: merge([one for states in gathered for one in states]))
             with self._together_writing(state), _distributed_checkpoint("write"):
                 save = engine.start_save(partial / ENGINE, background=self._asynchronous)
                 self._started = _Started(state, saved_at, save, data_state)
@@ -178,7 +173,7 @@ class CheckpointManager:
     def load(self, folder: Path, engine: Saveable) -> tuple[RunState, Any, list[str]]:
         """Load `folder` into `engine`, after verifying it unless `resume_from` just has.
 
-        Returns the run's state, the merged data stream state, and the messages of `engine.load`.
+        Returns the run's state, the position in the data, and the messages of `engine.load`.
 
         Raises CheckpointError at every rank if a file is missing, damaged or unsafe to unpickle, or does not fit the
         engine.

@@ -83,7 +83,7 @@ def _summary_table(summary: RunSummary) -> Table:
     for layer, density in summary.density.items():
         table.add_row(f"density, layer {layer}", f"{density:.3f}")
     if summary.skipped_documents:
-        table.add_row("skipped documents", f"{summary.skipped_documents:,} empty or not UTF-8")
+        table.add_row("skipped documents", f"{summary.skipped_documents:,} without text, damaged or too long")
     if summary.padding:
         table.add_row("padding", f"{summary.padding:.1%} of the tokens computed")
     table.add_row("TensorBoard", str(summary.tensorboard_directory))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dash_dist.data.stream import Batch, DataStream, merge_states
+from dash_dist.data.stream import Batch, DataStream
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.batch import BatchError
 from dash_dist.engine.protocol import Engine, StepResult
@@ -31,23 +31,26 @@ class RunPosition:
         self._engine = engine
         self._data = data
         self._control = control
-        # One rank of each data-parallel index reports for the others, which read the same rows.
+        # One rank of each data-parallel index counts for the others, which read the same rows.
         self._represents_rows = dims.tp_rank == dims.cp_rank == dims.pp_rank == 0
         self._data_state = data.state_dict()
 
-    def load(self, checkpoints: CheckpointManager, origin: Path) -> list[str]:
-        """Move to a checkpoint; returns the messages of `Engine.load`. Raises CheckpointError at every rank."""
+    def load(self, checkpoints: CheckpointManager, origin: Path) -> tuple[list[str], list[str]]:
+        """Move to a checkpoint; returns the messages of `Engine.load` and of `DataStream.load_state_dict`.
+
+        Raises CheckpointError at every rank.
+        """
         state, data_state, changes = checkpoints.load(origin, self._engine)
         with self._control.together(f"cannot go on from {origin}", CheckpointError):
             try:
-                self._data.load_state_dict(data_state)
+                data_changes = self._data.load_state_dict(data_state)
             except (AttributeError, KeyError, TypeError) as error:
                 # No stream wrote this, though its checksum is right.
                 raise CheckpointError(f"{origin / 'data.json'} is not a position in data: {error!r}") from error
         own = origin.parent == checkpoints.directory
         self.state = state if own else replace(state, origin=str(origin))
         self.advance_data()
-        return changes
+        return changes, data_changes
 
     def train(self, micro_batches: list[Batch]) -> StepResult:
         """Train on the next global batch. The position in the data stays before it until `advance_data` is called.
@@ -87,13 +90,10 @@ class RunPosition:
         """Move the position in the data behind the batch that was read last."""
         self._data_state = self._data.state_dict()
 
-    def own_data_state(self) -> list[dict[str, Any]]:
-        """Return this rank's part of the position in the data; empty at a rank that another one reports for."""
-        return [self._data_state] if self._represents_rows else []
-
+    @property
     def data_state(self) -> dict[str, Any]:
-        """Return the position in the data of all rows. Called at every rank."""
-        return merge_states(one for of_rank in self._control.gather(self.own_data_state()) for one in of_rank)
+        """The position in the data, the same at every rank."""
+        return self._data_state
 
     def count_own_rows(self, count: Callable[[], int]) -> int:
         """Return `count()`, or 0 at a rank that another one reports for. The sum counts each row once."""

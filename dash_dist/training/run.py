@@ -11,7 +11,8 @@ from statistics import fmean
 
 from dash_dist.config.file import to_yaml
 from dash_dist.config.run import RunConfig
-from dash_dist.data.stream import Batch, DataStream, build_data_stream
+from dash_dist.data.prepare import prepare_together
+from dash_dist.data.stream import Batch, DataStream, build_data_stream, check_sizes
 from dash_dist.data.tokenizer import load_tokenizer
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.protocol import StepResult
@@ -103,7 +104,7 @@ class _Run:
         self._tensorboard = config.run.path / "tensorboard"
         with self._control.together("the run cannot start", ConfigError):
             config.check_world_size(dims.world_size)
-            vocab_size, data = _open_data(config, dims)
+        vocab_size, damage, data = _open_data(config, dims, self._control, self._note, watchdog.beat)
         cannot_prepare = f"cannot prepare {config.run.path}"
         self._control.on_main(cannot_prepare, RunError, lambda: _lock_folder(config.run.path, reporter.note, cleanup))
         self._checkpoints = CheckpointManager(
@@ -127,7 +128,7 @@ class _Run:
             self._engine = build_engine(config, dims, vocab_size)
         self._position = RunPosition(self._engine, data, dims, self._control)
         self._data = data
-        changes = [] if origin is None else self._position.load(self._checkpoints, origin)
+        changes, data_changes = ([], []) if origin is None else self._position.load(self._checkpoints, origin)
         self._saver = Saver(
             self._checkpoints,
             self._engine,
@@ -165,8 +166,8 @@ class _Run:
                     resumed_from=origin,
                 )
             )
-            for damage in self._checkpoints.stepped_over:
-                self._reporter.note(damage)
+            for stepped_over in self._checkpoints.stepped_over:
+                self._reporter.note(stepped_over)
             if changes:
                 self._reporter.note(f"not the function of the checkpoint: {'; '.join(changes)}")
             self._curves = self._log.curves = Curves(
@@ -177,6 +178,11 @@ class _Run:
             )
             cleanup.callback(self._curves.close)
             self._log.draw(self._state.step)
+        for change in data_changes:
+            self._log.record("data_changed", change, step=self._state.step)
+        if origin is None or data_changes:
+            for told in damage:
+                self._log.record("data_damaged", told, step=self._state.step)
         self._telemetry = Telemetry(config, self._engine.telemetry, self._curves)
 
     def to_the_end(self) -> RunSummary:
@@ -190,7 +196,7 @@ class _Run:
         if self._is_new and self._config.faults.spike_z_score is not None:
             # A spike may come before the first regular checkpoint.
             with self._saving():
-                self._saver.start(self._state, self._position.own_data_state())
+                self._saver.start(self._state, self._position.data_state)
                 self._saver.settle(self._state.step)
         while self._state.step < steps:
             self._watchdog.beat()
@@ -204,8 +210,8 @@ class _Run:
                 self._step(micro_batches)
             if self._saver.is_due(self._state):
                 with self._saving():
-                    self._saver.start(self._state, self._position.own_data_state())
-        self._saver.save_at_the_end(self._state, self._position.own_data_state())
+                    self._saver.start(self._state, self._position.data_state)
+        self._saver.save_at_the_end(self._state, self._position.data_state)
         summary = self._summary()
         self._attempt.completed(self._state.step, stopped=not summary.completed)
         if self._curves is not None and summary.completed:
@@ -229,7 +235,8 @@ class _Run:
             [float(asked.request), float(failure is not None), float(saver.writing()), float(saver.is_overdue())]
         )
         if any_failure:
-            self._saver.settle(self._state.step)  # keep the checkpoint in progress
+            with self._saving():
+                self._saver.save_now(self._state, self._position.data_state)
             with self._control.together("cannot read the data", RunError):
                 if failure is not None:
                     raise failure
@@ -243,7 +250,7 @@ class _Run:
         for reason in reasons:
             self._log.record("preemption", reason, step=self._state.step)
         with self._saving():
-            self._saver.save_now(self._state, self._position.own_data_state())
+            self._saver.save_now(self._state, self._position.data_state)
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -292,7 +299,7 @@ class _Run:
     def _log_step(self, result: StepResult, seconds: float, document_lengths: list[float]) -> None:
         memory = memory_used(self._dims.device)
         parts = self._telemetry.own_seconds()
-        of_ranks = self._control.gather((memory, self._own_skipped_documents(), fmean(document_lengths), parts))
+        of_ranks = self._control.gather((memory, fmean(document_lengths), parts))
         exchange = self._engine.telemetry.exchange_statistics()
         if self._curves is None:
             return
@@ -300,7 +307,7 @@ class _Run:
         density = sum(self._density.values()) / len(self._density) if self._density else None
         flops = self._engine.flops_per_step(
             result.tokens,
-            document_length=fmean(length for _, _, length, _ in of_ranks),
+            document_length=fmean(length for _, length, _ in of_ranks),
             density=1.0 if density is None else density,
         )
         flops_per_gpu = flops / (seconds * world_size)
@@ -316,7 +323,8 @@ class _Run:
             model_tflops_per_gpu=flops_per_gpu / 1e12,
             mfu=None if self._peak_flops is None else flops_per_gpu / self._peak_flops,
             padding=1.0 - result.tokens / self._tokens_per_step,
-            skipped_documents=sum(skipped for _, skipped, _, _ in of_ranks),
+            skipped_documents=self._data.skipped_documents,
+            sources=self._data.progress,
             memory={name: max(used[name] for used, *_ in of_ranks) for name in memory},
             seconds=mean_seconds,
             seconds_max=max_seconds,
@@ -345,8 +353,9 @@ class _Run:
     def _state(self) -> RunState:
         return self._position.state
 
-    def _own_skipped_documents(self) -> int:
-        return self._position.count_own_rows(lambda: self._data.skipped_documents)
+    def _note(self, text: str) -> None:
+        if self._control.is_main:
+            self._reporter.note(text)
 
     def _summary(self) -> RunSummary:
         padding = 1.0 - self._state.tokens / (self._state.step * self._tokens_per_step) if self._state.step else 0.0
@@ -360,7 +369,7 @@ class _Run:
             tensorboard_directory=self._tensorboard,
             checkpoint_directory=self._checkpoints.directory,
             density=self._density,
-            skipped_documents=sum(self._control.gather(self._own_skipped_documents())),
+            skipped_documents=self._data.skipped_documents,
             padding=padding,
         )
 
@@ -371,17 +380,36 @@ def _lock_folder(folder: Path, note: Callable[[str], None], cleanup: contextlib.
     cleanup.enter_context(RunLock(folder, note))
 
 
-def _open_data(config: RunConfig, dims: Dims) -> tuple[int, DataStream]:
-    """The vocabulary's size and this data-parallel rank's stream."""
-    tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
-    stream = build_data_stream(
-        config.data,
-        tokenizer=tokenizer,
-        sequence_length=config.training.sequence_length,
-        global_batch_size=config.training.global_batch_size,
-        dp_rank=dims.dp_rank,
-        dp_size=dims.dp_size,
-        micro_batch_size=config.training.micro_batch_size,
-        chunk_size=config.attention.chunk_size,
-    )
-    return tokenizer.vocab_size, stream
+def _open_data(
+    config: RunConfig, dims: Dims, control: ControlGroup, note: Callable[[str], None], beat: Callable[[], None]
+) -> tuple[int, list[str], DataStream]:
+    """The vocabulary's size, sentences about damaged documents, and this data-parallel rank's stream."""
+    training = config.training
+    with control.together("the run cannot start", ConfigError):
+        tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
+        check_sizes(
+            config.data,
+            sequence_length=training.sequence_length,
+            global_batch_size=training.global_batch_size,
+            dp_rank=dims.dp_rank,
+            dp_size=dims.dp_size,
+            micro_batch_size=training.micro_batch_size,
+            chunk_size=config.attention.chunk_size,
+        )
+    corpus = prepare_together(config.data, tokenizer, control, note=note, beat=beat)
+    if config.data.special_tokens:
+        before, after = tokenizer.special_tokens
+        note(f"data.special_tokens puts {list(before)} before and {list(after)} after each document")
+    with control.together("the run cannot start", ConfigError):
+        stream = build_data_stream(
+            config.data,
+            tokenizer=tokenizer,
+            sequence_length=training.sequence_length,
+            global_batch_size=training.global_batch_size,
+            dp_rank=dims.dp_rank,
+            dp_size=dims.dp_size,
+            micro_batch_size=training.micro_batch_size,
+            chunk_size=config.attention.chunk_size,
+            corpus=corpus,
+        )
+    return tokenizer.vocab_size, corpus.damage, stream

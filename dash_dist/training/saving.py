@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dash_dist.data.stream import merge_states
 from dash_dist.engine.saveable import Saveable
 from dash_dist.errors import CheckpointError
 from dash_dist.run.state import RunState
@@ -76,13 +75,13 @@ class Saver:
         """
         return state.step >= self._next_step and not state.skipped_in_a_row and not self._checkpoints.pending
 
-    def start(self, state: RunState, positions: list[Any]) -> None:
-        """Begin a checkpoint of `state`; `positions` are this rank's in the data, as in `CheckpointManager.start`."""
+    def start(self, state: RunState, data_state: Any) -> None:
+        """Begin a checkpoint of `state`; `data_state` is its position in the data."""
         self._beat()
         self._started_at = time.monotonic()
         self._next_step = self._next_regular(state.step)
         try:
-            self._checkpoints.start(state, self._engine, positions, merge_states)
+            self._checkpoints.start(state, self._engine, data_state)
         except CheckpointError as error:
             self._count_failure(state.step, error)
 
@@ -122,14 +121,14 @@ class Saver:
             if saved is not None:
                 self._take(saved)
 
-    def save_now(self, state: RunState, positions: list[Any]) -> None:
+    def save_now(self, state: RunState, data_state: Any) -> None:
         """Write a checkpoint of `state` and wait for it. A failure is counted."""
         self.settle(state.step)
         if state.step > self.saved_step:
-            self.start(state, positions)
+            self.start(state, data_state)
             self.settle(state.step)
 
-    def save_at_the_end(self, state: RunState, positions: list[Any]) -> None:
+    def save_at_the_end(self, state: RunState, data_state: Any) -> None:
         """Write a checkpoint of `state` in up to three attempts. Raises CheckpointError after the last."""
         for pause in (*_PAUSES_AT_THE_END, None):
             self._beat()
@@ -137,7 +136,7 @@ class Saver:
                 if (saved := self._checkpoints.finish()) is not None:
                     self._take(saved)
                 if state.step > self.saved_step:
-                    self._checkpoints.start(state, self._engine, positions, merge_states)
+                    self._checkpoints.start(state, self._engine, data_state)
                     if (saved := self._checkpoints.finish()) is not None:
                         self._take(saved)
                 return

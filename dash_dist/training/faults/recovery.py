@@ -80,7 +80,7 @@ class LossRecovery:
         self._position.remember(self._guard)
         if result.skipped:
             reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
-            self._skip(SkippedBatches(step, step, reason, self._position.data_state()))
+            self._skip(SkippedBatches(step, step, reason, self._position.data_state))
             self._log.record("batch_skipped", f"step {step} changed no weight: {reason}", step=step)
         return True
 
@@ -95,13 +95,13 @@ class LossRecovery:
             raise RunError(
                 f"{rollback.reason}, and no checkpoint is of step {rollback.newest_step} or before: {_ADVICE}"
             )
-        first, data_state = rollback.first, self._position.data_state()
+        first, data_state = rollback.first, self._position.data_state
         self._beat()
         self._position.load(self._checkpoints, origin)
         self._beat()
         here = self._position.state.step
         if first is None:
-            first, data_state = here + 1, self._position.data_state()
+            first, data_state = here + 1, self._position.data_state
         self._guard = LossGuard(self._faults, self._position.state)
         self._saver.go_back_to(here)
         self._undone(here)

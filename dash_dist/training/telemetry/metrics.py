@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from dash_dist.data.stream import SourceProgress
 from dash_dist.engine.exchange_statistics import ExchangeStatistics
 from dash_dist.engine.routing import LayerRouting
 from dash_dist.engine.selection_map import SelectionMap
@@ -32,7 +33,8 @@ class StepMetrics:
         tokens_per_second_per_gpu: tokens of the global batch / step_seconds / ranks (processes, where there is no GPU).
         model_tflops_per_gpu: floating-point operations of the model, in 1e12 per second and GPU.
         mfu: model FLOPs utilisation, a share of the bf16 peak; None if that peak is unknown.
-        skipped_documents: empty and undecodable documents since the start of the run, at all ranks.
+        skipped_documents: documents without text, damaged or too long, since the start of the run.
+        sources: title -> use of the source since the start of the run.
         padding: share of the tokens of this global batch that are padding.
         memory: name -> GiB, the maximum over the ranks.
         seconds: part of the step (`curve_names.PARTS`) -> mean over the ranks. All parts but "save" add up to the step.
@@ -49,6 +51,7 @@ class StepMetrics:
     model_tflops_per_gpu: float
     mfu: float | None
     skipped_documents: int
+    sources: Mapping[str, SourceProgress]
     padding: float
     memory: Mapping[str, float]
     seconds: Mapping[str, float]
@@ -93,6 +96,8 @@ class MetricsWriter:
             "perf/model_tflops_per_gpu": metrics.model_tflops_per_gpu,
             "data/skipped_documents": metrics.skipped_documents,
             "data/padding": metrics.padding,
+            **{f"data/tokens/{_tag(title)}": source.tokens for title, source in metrics.sources.items()},
+            **{f"data/epochs/{_tag(title)}": source.epochs for title, source in metrics.sources.items()},
             **{f"memory/{name}": gib for name, gib in metrics.memory.items()},
             **{f"time/{part}": seconds for part, seconds in metrics.seconds.items()},
             **{f"time_max/{part}": seconds for part, seconds in metrics.seconds_max.items()},
@@ -162,6 +167,11 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _tag(title: str) -> str:
+    """Return the title of a source as a part of a curve's name."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in title)
 
 
 def _wait_for_a_later_name(directory: Path) -> None:

@@ -1,0 +1,134 @@
+"""The documents of all sources in one order, with their shares of the tokens.
+
+Knows lengths and numbers of documents; does not read tokens. Everything here is the same at every rank, and a position
+is one number and one epoch for each source.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dash_dist.config.data import DataConfig
+from dash_dist.data.corpus import Corpus, TokenSource
+from dash_dist.data.order import permute
+
+_BLOCK = 1024
+LEAST_TOKENS = 2
+"""Of a document that is read: one token to predict from, one to predict."""
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A document that is not used up.
+
+    Attributes:
+        length: tokens, the end-of-document token included.
+        offset: tokens that are in earlier sequences.
+    """
+
+    source: int
+    document: int
+    length: int
+    offset: int = 0
+
+
+class SourceCursor:
+    """The documents of one source without end, each once in every epoch.
+
+    Args:
+        longest: tokens of the longest document that is read; None is any.
+
+    Attributes:
+        epoch, place: of the next document.
+        drawn: tokens of the documents so far.
+        skipped: documents passed over since they have no text or are damaged, again in each epoch.
+        dropped: documents passed over since they are longer than `longest`, again in each epoch.
+    """
+
+    def __init__(self, source: TokenSource, seed: int | None, *, longest: int | None) -> None:
+        self._source = source
+        self._seed = seed
+        self._longest = longest
+        self.epoch = self.place = self.drawn = self.skipped = self.dropped = 0
+        self._block: tuple[int, int, np.ndarray, np.ndarray] | None = None
+        if longest is not None:
+            lengths = source.lengths
+            if not ((lengths >= LEAST_TOKENS) & (lengths <= longest)).any():
+                raise ValueError(
+                    f"{source.record.description} has no document that fits into a sequence, and data.long_documents "
+                    "is drop: set it to split, or training.sequence_length higher"
+                )
+
+    def draw(self) -> tuple[int, int]:
+        """Return number and length of the next document."""
+        while True:
+            document, length = self._next()
+            if length < LEAST_TOKENS:
+                self.skipped += 1
+            elif self._longest is not None and length > self._longest:
+                self.dropped += 1
+            else:
+                self.drawn += length
+                return document, length
+
+    def _next(self) -> tuple[int, int]:
+        n = len(self._source)
+        if self.place >= n:
+            self.epoch, self.place = self.epoch + 1, 0
+        first = self.place - self.place % _BLOCK
+        if self._block is None or self._block[:2] != (self.epoch, first):
+            documents = np.arange(first, min(first + _BLOCK, n))
+            if self._seed is not None:
+                documents = permute(documents, n, seed=self._seed, epoch=self.epoch)
+            self._block = self.epoch, first, documents, self._source.lengths[documents]
+        _, _, documents, lengths = self._block
+        index = self.place - first
+        self.place += 1
+        return int(documents[index]), int(lengths[index])
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position."""
+        return {name: getattr(self, name) for name in ("epoch", "place", "drawn", "skipped", "dropped")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a position."""
+        for name in ("epoch", "place", "drawn", "skipped", "dropped"):
+            setattr(self, name, int(state[name]))
+        if not 0 <= self.place <= len(self._source):
+            raise ValueError(f"place {self.place} is not one of {len(self._source)} documents")
+
+
+def shares_of(config: DataConfig, corpus: Corpus) -> list[float]:
+    """Return the share of each source in the tokens; they sum to 1."""
+    tokens = [float(source.record.tokens) for source in corpus.sources.values()]
+    sources = config.all_sources
+    if sources[0].weight is not None:
+        amounts = [one.weight or 0.0 for one in sources]
+    elif sources[0].epochs is not None:
+        amounts = [(one.epochs or 0.0) * own for one, own in zip(sources, tokens, strict=True)]
+    else:
+        amounts = [own ** (1 / (config.temperature or 1.0)) for own in tokens]
+    return [amount / sum(amounts) for amount in amounts]
+
+
+class Mixture:
+    """Documents of all sources in one order. The next one is of the source that lacks most of its share.
+
+    So shares differ from those asked for by no more than a document of each source, at any time.
+    """
+
+    def __init__(self, cursors: list[SourceCursor], shares: list[float]) -> None:
+        self.cursors = cursors
+        self.shares = shares
+
+    def next_document(self) -> Waiting:
+        """Draw the next document."""
+        source = 0
+        if len(self.cursors) > 1:
+            total = sum(cursor.drawn for cursor in self.cursors) + 1
+            lacking = [share * total - cursor.drawn for share, cursor in zip(self.shares, self.cursors, strict=True)]
+            source = lacking.index(max(lacking))
+        document, length = self.cursors[source].draw()
+        return Waiting(source, document, length)

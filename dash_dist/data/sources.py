@@ -1,0 +1,250 @@
+"""The sources of a corpus, cut into shards that are tokenised independently.
+
+Knows files and datasets of the hub; does not know tokens. A shard's key is made of the content of its files and of how
+they are read: after a file has changed only its own shard has another key.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dash_dist.config.data import MixtureSource
+from dash_dist.data.files import (
+    FileFormat,
+    FileIdentity,
+    encoding_of,
+    format_of,
+    identity_of,
+    is_compressed,
+    printable,
+    resolve_paths,
+    standard_library_files,
+    stat_of_readable_file,
+)
+from dash_dist.data.readers import FileRange, HubShard, row_groups_of
+from dash_dist.run.files import replace_text
+
+_FORMAT_VERSION = 1
+"""Of the tokens in the cache: a change makes all shards anew."""
+
+_SHARD_BYTES = 128 << 20
+_MAX_SHARD_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source.
+
+    Attributes:
+        key: names its content and how it is read.
+        parts: ranges of files, or one shard of a hub dataset.
+        size: bytes of the files, 0 if unknown; for progress.
+    """
+
+    key: str
+    parts: tuple[FileRange | HubShard, ...]
+    column: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of the corpus: its shards, or the prefixes of Megatron-core's datasets."""
+
+    title: str
+    description: str
+    shards: tuple[Shard, ...] = ()
+    prefixes: tuple[str, ...] = ()
+
+
+def open_source(config: MixtureSource, cache: Path, reading: list[object]) -> Source:
+    """Find the files of a source and cut them into shards, without reading their documents.
+
+    Args:
+        cache: folder that remembers the digests of files.
+        reading: everything besides the files that decides on their tokens; part of every key.
+
+    Raises:
+        FileNotFoundError, PermissionError: paths that match nothing, files that may not be read.
+        ValueError: damaged Parquet files, missing columns, prefixes without a dataset.
+    """
+    if config.source == "megatron":
+        return Source(config.title, f"data.paths={list(config.paths)}", prefixes=tuple(_prefixes(config)))
+    reading = [*reading, _FORMAT_VERSION, config.text_column]
+    if config.source == "hub":
+        return _hub(config, reading)
+    if config.source == "stdlib":
+        paths, description = standard_library_files(), "the standard library of this Python"
+    else:
+        paths, description = resolve_paths(config), f"data.paths={list(config.paths)}"
+    formats = {path: format_of(path, config) for path in paths}
+    if config.text_column != "text" and set(formats.values()) == {"text"}:
+        raise ValueError(
+            f"data.text_column={config.text_column}: {printable(paths[0])} is read as text, which has no columns: "
+            "drop data.text_column or set data.format"
+        )
+    identities = _identities(paths, cache)
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    shards: list[Shard] = []
+    for group in _groups(paths, identities, root):
+        shards += _cut(group, formats, identities, config, reading, root)
+    return Source(config.title, f"{description} ({len(paths)} files)", tuple(shards))
+
+
+def _prefixes(config: MixtureSource) -> Iterable[str]:
+    for given in config.paths:
+        prefix = os.path.abspath(os.path.expanduser(given)).removesuffix(".idx").removesuffix(".bin")
+        missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not os.path.isfile(prefix + suffix)]
+        if missing:
+            raise FileNotFoundError(
+                f"data.paths: {given!r} is not the prefix of an indexed dataset: {missing[0]} is missing"
+            )
+        yield prefix
+
+
+def _identities(paths: list[str], cache: Path) -> dict[str, FileIdentity]:
+    """Return the identity of each file; those whose size and time are as remembered are not read."""
+    memory = cache / "files.json"
+    try:
+        remembered = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        remembered = {}
+    identities, changed = {}, False
+    for path in paths:
+        status, name = stat_of_readable_file(path), printable(path)
+        known = remembered.get(name)
+        if known is not None and known[:2] == [status.st_size, status.st_mtime_ns]:
+            identities[path] = FileIdentity(status.st_size, known[2])
+            continue
+        identities[path] = identity_of(path, status.st_size)
+        remembered[name] = [status.st_size, status.st_mtime_ns, identities[path].digest]
+        changed = True
+    if changed:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            replace_text(memory, json.dumps(remembered))
+        except OSError:
+            pass  # only a memory: a cache that cannot be written is refused where tokens are written
+    return identities
+
+
+def _groups(paths: list[str], identities: dict[str, FileIdentity], root: str) -> Iterable[list[str]]:
+    """Group neighbouring files to shards of about 128 MiB. A file ends its group by chance, by a digest of its name, so
+    that one file more or less moves no other border.
+    """
+    group: list[str] = []
+    size = 0
+    for path in paths:
+        if group and size + identities[path].size > _MAX_SHARD_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(path)
+        size += identities[path].size
+        chance = zlib.crc32(os.fsencode(os.path.relpath(path, root))) / 2**32
+        if chance < identities[path].size / _SHARD_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _cut(
+    group: list[str],
+    formats: dict[str, FileFormat],
+    identities: dict[str, FileIdentity],
+    config: MixtureSource,
+    reading: list[object],
+    root: str,
+) -> Iterable[Shard]:
+    """Yield the shards of a group of files: one, or several for a single long file."""
+    parts: list[FileRange] = []
+    for path in group:
+        size = identities[path].size
+        if formats[path] == "parquet":
+            row_groups = row_groups_of(path, config.text_column)
+            pieces = max(1, min(row_groups, round(size / _SHARD_BYTES)))
+            cuts = [row_groups * piece // pieces for piece in range(pieces + 1)]
+        else:
+            whole = formats[path] == "text" or is_compressed(path) or size <= _MAX_SHARD_BYTES
+            whole = whole or encoding_of(path)[0] != "utf-8"
+            pieces = 1 if whole else -(-size // _SHARD_BYTES)
+            cuts = [size * piece // pieces for piece in range(pieces + 1)]
+        if pieces == 1:
+            parts.append(FileRange(path, formats[path]))
+            continue
+        for start, stop in itertools.pairwise(cuts):
+            ranged = FileRange(path, formats[path], start, stop)
+            yield _shard((ranged,), identities, config.text_column, reading, root)
+    if parts:
+        yield _shard(tuple(parts), identities, config.text_column, reading, root)
+
+
+def _shard(
+    parts: tuple[FileRange, ...],
+    identities: dict[str, FileIdentity],
+    column: str,
+    reading: list[object],
+    root: str,
+) -> Shard:
+    content = [
+        [
+            os.fsencode(os.path.relpath(part.path, root)).hex(),
+            *asdict(identities[part.path]).values(),
+            part.format,
+            part.start,
+            part.stop,
+        ]
+        for part in parts
+    ]
+    whole = len(parts) > 1 or parts[0].stop is None
+    size = sum(identities[part.path].size for part in parts) if whole else _SHARD_BYTES
+    return Shard(_key([reading, content]), parts, column, size)
+
+
+def _key(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _hub(config: MixtureSource, reading: list[object]) -> Source:
+    from datasets import config as datasets_config
+    from datasets import load_dataset_builder
+
+    assert config.name is not None  # the config's validator refuses a hub source without a name
+    description = f"data.name={config.name} (subset {config.subset}, split {config.split})"
+    try:
+        builder = load_dataset_builder(config.name, config.subset, revision=config.revision)
+    except ConnectionError as error:
+        if not datasets_config.HF_HUB_OFFLINE:
+            raise
+        raise ValueError(
+            f"{description} is not in this machine's cache, and HF_HUB_OFFLINE is set: download it first, or "
+            f"unset HF_HUB_OFFLINE ({error})"
+        ) from None
+    try:
+        stream = builder.as_streaming_dataset(split=config.split)
+    except ValueError as error:
+        raise ValueError(f"{description}: {error}: set data.split") from error
+    columns, column = stream.column_names, config.text_column
+    if columns is not None and column not in columns and column.split(".")[0] not in columns:
+        raise ValueError(f"{description} has no column {column!r}, it has {columns}: set data.text_column")
+    shards = stream.num_shards
+    # builder.hash is the commit for a dataset of the hub.
+    identity = [config.name, config.subset, config.split, builder.hash, shards]
+    return Source(
+        config.title,
+        description,
+        tuple(
+            Shard(
+                _key([reading, identity, shard]),
+                (HubShard(config.name, config.subset, config.split, config.revision, shard, shards),),
+                column,
+                0,
+            )
+            for shard in range(shards)
+        ),
+    )

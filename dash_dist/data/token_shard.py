@@ -1,0 +1,278 @@
+"""The tokens of one shard on disk, in the format of Megatron-core's indexed datasets.
+
+Knows how a shard is written whole and read document by document; does not know the order of documents. A folder holds
+tokens.bin and tokens.idx, which Megatron-core reads, documents.npz with the place and a digest of every document, and
+shard.json with counts and the names of damaged documents.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from dash_dist.data.readers import DamagedDocument, Document, name_of, read_documents
+from dash_dist.data.sources import Shard
+from dash_dist.data.tokenizer import Tokenizer
+
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 1024
+_PIECE_CHARACTERS = 1 << 19
+_NAMED = 20
+MAX_DOCUMENT_TOKENS = 2**31 - 1
+"""Megatron-core's index counts a document's tokens in 32 bits."""
+
+
+class DamagedCorpusError(ValueError):
+    """A document cannot be read, and data.damaged is stop."""
+
+
+@dataclass(frozen=True)
+class ShardCounts:
+    """Contents of a shard.
+
+    Attributes:
+        documents: places, of documents with and without tokens.
+        tokens: end-of-document tokens included.
+        empty: documents without text.
+        damaged: documents that cannot be read.
+        named: the first of those, each with the reason.
+    """
+
+    documents: int
+    tokens: int
+    empty: int
+    damaged: int
+    named: tuple[str, ...]
+
+
+@dataclass
+class _Places:
+    part: list[int] = field(default_factory=list)
+    place: list[int] = field(default_factory=list)
+    digest: list[int] = field(default_factory=list)
+    damaged: list[bool] = field(default_factory=list)
+
+
+class _Writer:
+    """Documents, appended to an indexed dataset."""
+
+    def __init__(self, folder: Path, shard: Shard, tokenizer: Tokenizer, *, stop_at_damage: bool, special_tokens: bool):
+        self._shard = shard
+        self._tokenizer = tokenizer
+        self._stop = stop_at_damage
+        before, after = tokenizer.special_tokens if special_tokens else ((), ())
+        if not len(after) or after[-1] != tokenizer.end_of_document:
+            after = (*after, tokenizer.end_of_document)
+        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self._before = np.asarray(before, dtype=self._dtype)
+        self._after = np.asarray(after, dtype=self._dtype)
+        self._builder = IndexedDatasetBuilder(str(folder / "tokens.bin"), dtype=self._dtype)
+        self._index = str(folder / "tokens.idx")
+        self._places = _Places()
+        self._tokens = 0
+        self._empty = 0
+        self._named: list[str] = []
+
+    def add_texts(self, documents: list[tuple[int, int, str]]) -> None:
+        """Append whole documents: part, place and text."""
+        texts = [text for _, _, text in documents]
+        for (part, place, text), tokens in zip(documents, self._tokenizer.encode_batch(texts), strict=True):
+            self._start()
+            if text:
+                self._write(tokens)
+            self._finish(part, place, zlib.crc32(text.encode("utf-8")))
+
+    def add_pieces(self, part: int, place: int, pieces: Iterable[str]) -> None:
+        """Append a document that is read in pieces, or its place if it turns out to be damaged."""
+        digest = 0
+
+        def passing() -> Iterator[str]:
+            nonlocal digest
+            for piece in pieces:
+                digest = zlib.crc32(piece.encode("utf-8"), digest)
+                yield piece
+
+        self._start()
+        try:
+            for tokens in self._tokenizer.encode_pieces(passing()):
+                self._write(tokens)
+        except DamagedDocument as error:
+            self._builder.data_file.seek(self._tokens * np.dtype(self._dtype).itemsize)
+            self._builder.data_file.truncate()
+            self.add_damaged(part, place, error)
+        else:
+            self._finish(part, place, digest)
+
+    def add_damaged(self, part: int, place: int, error: DamagedDocument) -> None:
+        """Append the place of a document that cannot be read."""
+        if self._stop or len(self._named) < _NAMED:
+            described = f"{name_of(self._shard.parts[part], place)}: {error}"
+            if self._stop:
+                raise DamagedCorpusError(f"{described}; repair or remove it, or set data.damaged=skip")
+            self._named.append(described)
+        self._append(part, place, 0, 0, damaged=True)
+
+    def _start(self) -> None:
+        self._length = 0
+
+    def _write(self, tokens: np.ndarray) -> None:
+        if not self._length and len(tokens):
+            self._write_ids(self._before)
+        self._write_ids(tokens)
+
+    def _write_ids(self, tokens: np.ndarray) -> None:
+        self._builder.data_file.write(tokens.astype(self._dtype, copy=False).tobytes())
+        self._length += len(tokens)
+
+    def _finish(self, part: int, place: int, digest: int) -> None:
+        if self._length:
+            self._write_ids(self._after)
+        else:
+            self._empty += 1
+        if self._length > MAX_DOCUMENT_TOKENS:
+            raise ValueError(
+                f"{name_of(self._shard.parts[part], place)} has {self._length} tokens, more than {MAX_DOCUMENT_TOKENS} "
+                "in one document: split it into several"
+            )
+        self._append(part, place, self._length, digest, damaged=False)
+
+    def _append(self, part: int, place: int, length: int, digest: int, *, damaged: bool) -> None:
+        self._builder.sequence_lengths.append(length)
+        self._builder.end_document()
+        self._tokens += length
+        places = self._places
+        places.part.append(part)
+        places.place.append(place)
+        places.digest.append(digest)
+        places.damaged.append(damaged)
+
+    def close(self, folder: Path) -> ShardCounts:
+        """Write index, places and counts."""
+        self._builder.data_file.flush()
+        os.fsync(self._builder.data_file.fileno())
+        self._builder.finalize(self._index)
+        places = self._places
+        digests = np.array(places.digest, dtype=np.uint32)
+        damaged = np.array(places.damaged, dtype=bool)
+        np.savez(
+            folder / "documents.npz",
+            part=np.array(places.part, dtype=np.int32),
+            place=np.array(places.place, dtype=np.int64),
+            digest=digests,
+            damaged=damaged,
+        )
+        counts = ShardCounts(
+            documents=len(digests),
+            tokens=self._tokens,
+            empty=self._empty,
+            damaged=int(damaged.sum()),
+            named=tuple(self._named),
+        )
+        (folder / "shard.json").write_text(json.dumps(asdict(counts)))
+        return counts
+
+
+def write_shard(
+    shard: Shard,
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    stop_at_damage: bool,
+    special_tokens: bool,
+    progress: Callable[[int], None] = lambda characters: None,
+) -> ShardCounts:
+    """Tokenise `shard` into `folder`, which appears whole or not at all. Another process may write it at the same time.
+
+    Args:
+        progress: called with the characters of every batch that is written.
+
+    Raises:
+        DamagedCorpusError: a document is damaged, and `stop_at_damage`.
+        ValueError: a column or a file is not as the configuration says.
+        OSError: the storage of the data or of the cache fails, or is full.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}.{time.monotonic_ns()}")
+    partial.mkdir(parents=True)
+    try:
+        writer = _Writer(partial, shard, tokenizer, stop_at_damage=stop_at_damage, special_tokens=special_tokens)
+        for batch in _batches(shard):
+            if isinstance(batch, list):
+                writer.add_texts(batch)
+                progress(sum(len(text) for _, _, text in batch))
+            else:
+                part, document, damage = batch
+                if damage is None:
+                    writer.add_pieces(part, document.place, document.pieces)
+                else:
+                    writer.add_damaged(part, document.place, damage)
+        counts = writer.close(partial)
+        with contextlib.suppress(OSError):  # there already, from another process
+            partial.rename(folder)
+        return counts
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+_Batch = list[tuple[int, int, str]] | tuple[int, Document, DamagedDocument | None]
+
+
+def _batches(shard: Shard) -> Iterator[_Batch]:
+    """Yield whole documents in batches, and long or damaged ones alone."""
+    batch: list[tuple[int, int, str]] = []
+    characters = 0
+    for index, part in enumerate(shard.parts):
+        for document in read_documents(part, shard.column):
+            text, rest, damage = _beginning(document)
+            if damage is None and rest is None:
+                batch.append((index, document.place, text))
+                characters += len(text)
+                if characters < _BATCH_CHARACTERS and len(batch) < _BATCH_DOCUMENTS:
+                    continue
+            if batch:
+                yield batch
+                batch, characters = [], 0
+            if damage is not None:
+                yield index, document, damage
+            elif rest is not None:
+                yield index, Document(document.place, _joined(text, rest)), None
+    if batch:
+        yield batch
+
+
+def _beginning(document: Document) -> tuple[str, Iterator[str] | None, DamagedDocument | None]:
+    """Return the text up to some megabytes, and the pieces that follow, None if that was all."""
+    pieces = iter(document.pieces)
+    text = ""
+    try:
+        for piece in pieces:
+            text += piece
+            if len(text) > _PIECE_CHARACTERS:
+                return text, pieces, None
+    except DamagedDocument as error:
+        return "", None, error
+    return text, None, None
+
+
+def _joined(text: str, rest: Iterator[str]) -> Iterator[str]:
+    for start in range(0, len(text), _PIECE_CHARACTERS):
+        yield text[start : start + _PIECE_CHARACTERS]
+    yield from rest
+
+
+def read_counts(folder: Path) -> ShardCounts | None:
+    """Return the counts of a shard, or None if it is not there whole."""
+    try:
+        counts = json.loads((folder / "shard.json").read_text())
+        return ShardCounts(**{**counts, "named": tuple(counts["named"])})
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): remove the folder, and its tokens are made again") from error
