@@ -69,6 +69,33 @@ def doctor(
         raise typer.Exit(1)
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Prepare the data of a run.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("prepare")
+def prepare_data(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that tokenise. Default: the cores of this machine.")
+    ] = None,
+) -> None:
+    """Tokenise the documents of CONFIG into data.cache, where runs look for them; what is there is kept."""
+    import os
+
+    from rich.console import Console
+
+    from dash_dist.config.file import load_config
+    from dash_dist.data.command import prepare
+
+    prepare(
+        load_config(config, overrides or []).data,
+        processes=processes or len(os.sched_getaffinity(0)),
+        console=Console(),
+    )
+
+
 checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and export the checkpoints of a run.")
 app.add_typer(checkpoint_app, name="checkpoint")
 

@@ -27,7 +27,7 @@ class SourceConfig(Section):
     named twice is read once. For source=megatron: path prefixes, without .bin and .idx."""
 
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """Format of the files. auto: by suffix, for each file: .jsonl, .ndjson and .json are JSON Lines, .parquet is Parquet,
+    """Format of the files. auto: by each file's suffix; .jsonl, .ndjson and .json are JSON Lines, .parquet is Parquet,
     others are text. A document is a text file, a line of JSON Lines or a row of Parquet. Text and JSON Lines may be
     compressed (.gz, .bz2, .xz, .zst)."""
 

@@ -3,6 +3,7 @@
 Knows shards and who makes which; does not know how a shard is written.
 """
 
+import contextlib
 import errno
 import itertools
 import os
@@ -73,7 +74,7 @@ class Preparation:
 
     def record(self) -> str:
         """Write down the prepared corpus; returns its fingerprint."""
-        with _StorageErrors(self.cache):
+        with _writing_to(self.cache):
             return record_corpus(
                 self.cache,
                 self.sources,
@@ -92,29 +93,24 @@ def shard_folder(cache: Path, shard: Shard) -> Path:
     return cache / "shards" / shard.key[:2] / shard.key
 
 
-class _StorageErrors:
-    """Say where the cache is, and how to choose another place, in errors of its storage."""
-
-    def __init__(self, cache: Path) -> None:
-        self._cache = cache
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            place = error.filename or self._cache
-            if not str(place).startswith(str(self._cache)):
-                return
-            raise OSError(
-                error.errno,
-                f"cannot write tokens to {self._cache}: {os.strerror(error.errno)}; make space, or set data.cache to "
-                "another folder",
-            ) from error
+@contextlib.contextmanager
+def _writing_to(cache: Path) -> Iterator[None]:
+    """Make the cache; errors of its storage say where it is, and how to choose another place."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not str(error.filename).startswith(str(cache)) and cache.is_dir():
+            raise  # of the files that are read
+        remedy = "make space, or set" if full else "set"
+        raise OSError(
+            f"cannot write tokens to {cache}: {error.strerror}; {remedy} data.cache to another folder"
+        ) from error
 
 
 def _write(shard: Shard, cache: Path, tokenizer: Tokenizer, config: DataConfig) -> int:
-    with _StorageErrors(cache):
+    with _writing_to(cache):
         counts = write_shard(
             shard,
             shard_folder(cache, shard),

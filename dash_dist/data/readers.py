@@ -211,7 +211,9 @@ def _text_of_line(line: bytes, column: str, path: list[str]) -> str:
         raise DamagedDocument(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise DamagedDocument(f"not JSON: {error}") from error
-    if isinstance(value, dict) and column in value:
+    if not isinstance(value, dict):
+        raise DamagedDocument("not a JSON object")
+    if column in value:
         return _checked(value[column], column)
     for key in path:
         if not isinstance(value, dict) or key not in value:
