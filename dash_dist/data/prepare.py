@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dash_dist.config.data import DataConfig
 from dash_dist.data.corpus import Corpus, record_corpus
+from dash_dist.data.readers import DamagedDocument, read_documents
 from dash_dist.data.sources import Shard, Source, open_source
 from dash_dist.data.token_shard import read_counts, write_shard
 from dash_dist.data.tokenizer import Tokenizer, load_tokenizer
@@ -132,6 +133,21 @@ def prepare_here(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     for shard in preparation.missing():
         _write(shard, preparation.cache, tokenizer, config)
     return preparation.open(preparation.record())
+
+
+def read_first_documents(preparation: Preparation) -> None:
+    """Read the first document of each source. Raises ValueError for a source without any, and as readers do."""
+    for source in preparation.sources:
+        documents = (
+            one for shard in source.shards for part in shard.parts for one in read_documents(part, shard.column)
+        )
+        for document in documents:
+            with contextlib.suppress(DamagedDocument):
+                if any(document.pieces):
+                    break
+        else:
+            if source.shards:
+                raise ValueError(f"{source.description} has no text")
 
 
 _tokenizer_of_worker: Tokenizer | None = None

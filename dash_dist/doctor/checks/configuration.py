@@ -3,12 +3,14 @@
 Knows the configuration, which is valid in itself by then; builds no model.
 """
 
+from dash_dist.data.prepare import Preparation, read_first_documents
 from dash_dist.data.stream import build_data_stream
 from dash_dist.data.tokenizer import load_tokenizer
 from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, skipped, warning
 from dash_dist.doctor.site import Site
 
 _NO_CONFIG = "no CONFIG given"
+_SMALL = 64 << 20  # bytes of documents that are tokenised within the time of a check
 
 
 def world_size(site: Site) -> list[Finding]:
@@ -39,7 +41,7 @@ def world_size(site: Site) -> list[Finding]:
 
 
 def data(site: Site) -> list[Finding]:
-    """The first batch, as the run would read it."""
+    """The first batch, as the run would read it; the first documents only of a large corpus without tokens."""
     name = "data"
     if site.config is None:
         return [skipped(name, _NO_CONFIG)]
@@ -50,6 +52,13 @@ def data(site: Site) -> list[Finding]:
         return [failure("tokenizer", str(error), "Set data.tokenizer to one that every node can read.")]
     loaded = ok("tokenizer", f"{config.data.tokenizer}, {tokenizer.vocab_size} tokens", tokenizer.vocab_size, "tokens")
     try:
+        preparation = Preparation.of(config.data, tokenizer)
+        missing = preparation.missing()
+        if sum(shard.size or _SMALL for shard in missing) >= _SMALL:
+            read_first_documents(preparation)
+            left = f"{len(missing)} of {len(preparation.shards)} shards have no tokens yet"
+            advice = "Run dash-dist data prepare CONFIG before the GPUs wait for it."
+            return [loaded, warning(name, f"{config.data.source}: the documents can be read; {left}", advice)]
         stream = build_data_stream(
             config.data,
             tokenizer=tokenizer,
