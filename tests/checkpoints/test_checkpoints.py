@@ -80,7 +80,7 @@ def manager(tmp_path, control):
 
 def start(manager, step, engine=None):
     state = RunState(step=step)
-    manager.start(state, engine or FileEngine(), [{"rows": [step]}], merge=lambda states: states[0])
+    manager.start(state, engine or FileEngine(), {"place": step})
 
 
 def save(manager, step, engine=None):
@@ -94,7 +94,7 @@ def names(manager):
 
 def test_a_checkpoint_gives_back_what_was_saved(manager):
     state = RunState(step=10, tokens=1000, first_loss=5.5, last_loss=math.nan, origin="/elsewhere/step_00000001")
-    manager.start(state, FileEngine("w10"), [{"a": 1}, {"b": 2}], merge=lambda states: states[0] | states[1])
+    manager.start(state, FileEngine("w10"), {"a": 1, "b": 2})
     saved = manager.finish()
     assert (saved.step, saved.folder) == (10, manager.directory / "step_00000010")
     assert saved.blocked_seconds > 0
@@ -296,7 +296,7 @@ def test_a_path_begins_a_new_run_which_then_goes_on_by_itself(manager, control, 
     origin = save(manager, 10)
     branch = CheckpointManager(tmp_path / "new", control, keep=2)
     assert branch.resume_from(str(origin)) == origin
-    branch.start(RunState(step=12, origin=str(origin)), FileEngine(), [{}], merge=lambda states: states[0])
+    branch.start(RunState(step=12, origin=str(origin)), FileEngine(), {})
     own = branch.finish().folder
     assert branch.resume_from(str(origin)) == own  # the same command again, after a failure
     with pytest.raises(CheckpointError, match="already has"):
@@ -311,14 +311,10 @@ def test_a_path_that_is_no_checkpoint_is_refused(manager, tmp_path):
 def one_of_two_ranks(folder: Path) -> None:
     rank = dist.get_rank()
     manager = CheckpointManager(folder / "run", ControlGroup(TIMEOUT), keep=2)
-
-    def merge(states):
-        return {"of ranks": sorted(states)}
-
-    manager.start(RunState(step=1), FileEngine(f"of {rank}"), [f"data of {rank}"], merge)
+    manager.start(RunState(step=1), FileEngine(f"of {rank}"), {"of rank": rank})
     good = manager.finish().folder
     # Only rank 1's disk is full; rank 0 must not hang, nor make the checkpoint visible.
-    manager.start(RunState(step=2), FileEngine(disk_full=rank == 1), [rank], merge)
+    manager.start(RunState(step=2), FileEngine(disk_full=rank == 1), {})
     with pytest.raises(CheckpointError, match="No space left on device"):
         manager.finish()
     # Nor if only rank 1 cannot begin: what rank 0 has begun must not go on.
@@ -326,14 +322,14 @@ def one_of_two_ranks(folder: Path) -> None:
     if rank == 1:
         engine.start_save = mock.Mock(side_effect=OSError("no process left"))
     with pytest.raises(CheckpointError, match="no process left"):
-        manager.start(RunState(step=2), engine, [rank], merge)
+        manager.start(RunState(step=2), engine, {})
     assert rank == 1 or engine.last.abandoned
     assert not manager.pending
     dist.barrier()
     assert [path.name for path in manager.directory.iterdir()] == ["step_00000001"]
     engine = FileEngine()
-    state, data_states, _ = manager.load(manager.resume_from("auto"), engine)
-    assert (state, data_states) == (RunState(step=1), {"of ranks": ["data of 0", "data of 1"]})
+    state, data_state, _ = manager.load(manager.resume_from("auto"), engine)
+    assert (state, data_state) == (RunState(step=1), {"of rank": 0})
     assert engine.value == f"of {rank}"
     # Damage to a file that the other rank verifies is refused at both.
     dist.barrier()

@@ -155,7 +155,7 @@ class Checkpoints:
         self.pending = False
         self.done = []
 
-    def start(self, state, engine, positions, merge):
+    def start(self, state, engine, data_state):
         self.pending, self._step = True, state.step
 
     def writing(self):
@@ -192,7 +192,7 @@ def steps(one, first, last, *, still_writing=False, **state):
     for step in range(first, last + 1):
         one.poll(step - 1, any_writing=still_writing, any_overdue=one.is_overdue())
         if one.is_due(RunState(step=step, **state)):
-            one.start(RunState(step=step, **state), [])
+            one.start(RunState(step=step, **state), {})
 
 
 def test_a_failed_save_is_tried_again_soon_and_then_at_the_usual_steps(tmp_path, log):
@@ -253,23 +253,23 @@ def test_the_last_checkpoint_is_tried_several_times(tmp_path, log, monkeypatch):
 
     monkeypatch.setattr(saving.time, "sleep", wait)
     checkpoints.broken = True
-    one.save_at_the_end(RunState(step=64), [])
+    one.save_at_the_end(RunState(step=64), {})
     assert checkpoints.done == [64]
     assert [event.kind for event in EventLog(tmp_path).read()] == ["save_failed"] * 2
 
     one, checkpoints.broken = saver(log, checkpoints, saved_step=60), True
     monkeypatch.setattr(saving.time, "sleep", pauses.append)
     with pytest.raises(CheckpointError, match=r"no space\. The run ends at step 64, 4 steps after its last checkpoint"):
-        one.save_at_the_end(RunState(step=64), [])
+        one.save_at_the_end(RunState(step=64), {})
 
 
 def test_what_is_saved_already_is_not_saved_again(log):
     checkpoints = Checkpoints()
     one = saver(log, checkpoints)
     steps(one, 1, 20)
-    one.save_now(RunState(step=20), [])
-    one.save_now(RunState(step=20), [])
-    one.save_at_the_end(RunState(step=20), [])
+    one.save_now(RunState(step=20), {})
+    one.save_now(RunState(step=20), {})
+    one.save_at_the_end(RunState(step=20), {})
     assert checkpoints.done == [20]
 
 
@@ -309,7 +309,7 @@ def test_what_is_lost_counts_from_the_last_checkpoint_that_of_step_0_included(lo
     checkpoints = Checkpoints()
     checkpoints.broken = True
     with pytest.raises(CheckpointError, match=f"The run ends at step 3, {lost}"):
-        saver(log, checkpoints, saved_step=saved_step).save_at_the_end(RunState(step=3), [])
+        saver(log, checkpoints, saved_step=saved_step).save_at_the_end(RunState(step=3), {})
 
 
 # Attempts

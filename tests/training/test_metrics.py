@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from dash_dist.data.stream import SourceProgress
 from dash_dist.engine.exchange_statistics import ExchangeStatistics
 from dash_dist.engine.routing import LayerRouting
 from dash_dist.engine.selection_map import SelectionMap
@@ -30,6 +31,7 @@ def step_metrics(step, *, loss=1.0, mfu=None):
         model_tflops_per_gpu=0.5,
         mfu=mfu,
         skipped_documents=3,
+        sources={"owner/name": SourceProgress(tokens=5, epochs=0.5)},
         padding=0.125,
         memory={"rss_peak_gib": 0.25},
         seconds={"forward": 0.5, "save": 0.25},
@@ -53,6 +55,8 @@ def test_a_step_writes_exactly_these_curves(tmp_path):
             "perf/tokens_per_second_per_gpu": 25.0,
             "perf/model_tflops_per_gpu": 0.5,
             "data/skipped_documents": 3,
+            "data/tokens/owner_name": 5,
+            "data/epochs/owner_name": 0.5,
             "data/padding": 0.125,
             "memory/rss_peak_gib": 0.25,
             "time/forward": 0.5,

@@ -67,4 +67,4 @@ def test_the_summary_tells_all():
 def test_the_summary_of_no_step_has_no_speed_and_skipped_documents_are_told():
     rows = summary_rows(shown(terminal=False, summary=replace(SUMMARY, tokens_per_second=0.0, skipped_documents=12)))
     assert "tokens/s" not in rows
-    assert rows["skipped documents"] == "12 empty or not UTF-8"
+    assert rows["skipped documents"] == "12 without text, damaged or too long"

@@ -178,7 +178,7 @@ def saves_that_fail(folder: Path) -> list[str]:
 
             def save(manager=manager, step=step) -> str:
                 try:
-                    manager.start(RunState(step), engine, [{}], merge=lambda states: states[0])
+                    manager.start(RunState(step), engine, {})
                     manager.finish()
                 except CheckpointError as error:
                     return str(error)
