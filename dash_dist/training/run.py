@@ -39,7 +39,7 @@ from dash_dist.training.stopping import StopSignal
 from dash_dist.training.telemetry.curves import Curves
 from dash_dist.training.telemetry.device import memory_used, peak_bf16_flops
 from dash_dist.training.telemetry.metrics import MetricsWriter, StepMetrics
-from dash_dist.training.telemetry.recorder import Telemetry, over_ranks
+from dash_dist.training.telemetry.recorder import Telemetry, over_ranks, require_heat_maps
 
 
 def train(
@@ -103,6 +103,8 @@ class _Run:
         self._tensorboard = config.run.path / "tensorboard"
         with self._control.together("the run cannot start", ConfigError):
             config.check_world_size(dims.world_size)
+            if self._control.is_main:
+                require_heat_maps(config.logging)
             vocab_size, data = _open_data(config, dims)
         cannot_prepare = f"cannot prepare {config.run.path}"
         self._control.on_main(cannot_prepare, RunError, lambda: _lock_folder(config.run.path, reporter.note, cleanup))

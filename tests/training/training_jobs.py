@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -71,6 +72,10 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
         ),
         "missing data": alone("no_data", "data.source=files", "data.paths=no_such_folder"),
     }
+
+    with mock.patch.dict(sys.modules, {"matplotlib": None}):
+        outcomes["no matplotlib"] = alone("undrawn")
+        outcomes["no maps"] = alone("without_maps", "logging.heat_map_layers=[]")
 
     def diverged(engine, micro_batches):
         return StepResult(loss=math.nan, grad_norm=math.nan, learning_rate=1e-3, tokens=512, skipped=True)

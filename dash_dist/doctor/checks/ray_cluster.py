@@ -5,6 +5,7 @@ check.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import secrets
@@ -63,6 +64,8 @@ def token(site: Site) -> list[Finding]:
 
 
 def ray_answers(site: Site) -> list[Finding]:
+    if site.address is None and importlib.util.find_spec("ray") is None:
+        return [skipped("Ray", "not installed; `pip install 'dash-dist[ray]'` installs the extra")]
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     return _local() if site.address is None else _cluster(site, site.address)
