@@ -2,8 +2,8 @@
 
 Knows the tokens of one row. Does not know files, tokenizers or the batch.
 
-A position is what a packer needs to go on beside the documents' own position: if `inside_document`, the next document
-it is given is the one it was inside of, else the one after. It is JSON-serialisable and holds no more than one token.
+A position holds the packer's own state, in addition to the documents' position. If `inside_document`, the next document
+given is the one that was interrupted, else the one after. It is JSON-serialisable and holds no more than one token.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +44,7 @@ class Packer(ABC):
     """
 
     _least_rest: int
-    """Tokens that a document which goes on in the next sequence has left at least."""
+    """Least number of remaining tokens of a document that continues in the next sequence."""
 
     def __init__(self, next_document: Callable[[], np.ndarray], *, sequence_length: int, end_of_document: int):
         self._next_document = next_document
@@ -129,7 +129,7 @@ class SeparatePacker(Packer):
 
     Every token of a document is an input exactly once, and a label exactly once unless it is the document's first,
     which nothing precedes. The end-of-document token is a label only, of the document's last token. A document that
-    does not fit into the rest of a sequence fills it and goes on in the next one as a document of its own: padding is
+    does not fit into the rest of a sequence fills it and continues in the next one as a document of its own: padding is
     at the end of documents only, less than a chunk for each. Padding counts to the document that it follows.
 
     Args:

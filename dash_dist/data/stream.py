@@ -137,7 +137,7 @@ def build_data_stream(
     padded to a multiple of chunk_size tokens.
 
     Every rank looks up the first document of every row, not only of its own, so that a corpus that is too
-    small or damaged at its beginning fails on all ranks alike.
+    small or damaged at its beginning fails on all ranks.
 
     Raises ValueError for sizes that do not fit, for fewer documents than rows, for a corpus without text and for
     damaged files; FileNotFoundError or PermissionError for files that are missing or may not be read.

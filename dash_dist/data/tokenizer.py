@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two tokenizers exactly if they cut every text alike."""
+        """Equal for two tokenizers exactly if they tokenise every text identically."""
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of one document, 1-d, any integer dtype, without special tokens added."""

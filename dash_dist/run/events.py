@@ -24,7 +24,7 @@ EventKind = Literal[
     "batch_skipped",  # a batch whose loss or gradients were not finite, or whose loss was a spike
     "rollback",  # weights, optimizer and data were set back to a checkpoint
     "metrics_failed",  # curves could not be written
-    "resized",  # the run goes on with another number of processes
+    "resized",  # the run continues with another number of processes
 ]
 
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)

@@ -38,7 +38,7 @@ class RunPosition:
     def load(self, checkpoints: CheckpointManager, origin: Path) -> list[str]:
         """Move to a checkpoint; returns the messages of `Engine.load`. Raises CheckpointError at every rank."""
         state, data_state, changes = checkpoints.load(origin, self._engine)
-        with self._control.together(f"cannot go on from {origin}", CheckpointError):
+        with self._control.together(f"cannot continue from {origin}", CheckpointError):
             try:
                 self._data.load_state_dict(data_state)
             except (AttributeError, KeyError, TypeError) as error:

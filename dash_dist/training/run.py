@@ -116,7 +116,7 @@ class _Run:
             asynchronous=config.checkpoint.asynchronous,
         )
         cleanup.callback(self._checkpoints.close)
-        self._checkpoints.clean()  # brings back what was being replaced, which may be what the run goes on from
+        self._checkpoints.clean()  # restores a checkpoint that was being replaced: the run may resume from it
         origin = self._checkpoints.resume_from(config.run.resume)
         self._log = FaultLog(config.run.path, reporter, is_main=self._control.is_main)
         self._control.on_main(

@@ -165,7 +165,7 @@ def test_a_rank_that_stands_still_ends_all_with_their_stacks_and_the_next_attemp
     hang, restart = EventLog(run).read()
     assert (hang.kind, restart.kind, restart.step) == ("hang", "restart", 4)
     assert "no progress; 2 of the ranks" in hang.message
-    assert "attempt 2 (2 processes) goes on from" in restart.message
+    assert "attempt 2 (2 processes) continues from" in restart.message
     assert restart.message.endswith("steps done again: 2")
     assert list(losses(run)) == list(range(1, 9))
     assert all(b.value >= a.value for a, b in itertools.pairwise(read_curves(run).Scalars("fault/restart")))

@@ -225,7 +225,7 @@ def test_a_resume_into_another_function_says_so(of_one_rank):
     [
         ("never", r"CheckpointError: .*run\.resume=never"),
         ("other model", r"CheckpointError: .*num_layers is 2 in the checkpoint and 4 in this run"),
-        ("other data", r"CheckpointError: cannot go on from .*sequence_length 256, this run has 128"),
+        ("other data", r"CheckpointError: cannot continue from .*sequence_length 256, this run has 128"),
         ("missing data", r"ConfigError: the run cannot start: data\.paths: 'no_such_folder'"),
         ("no matplotlib", r"ConfigError: the run cannot start: .*needs matplotlib.*logging\.heat_map_layers=\[\]"),
         ("diverged", r"RunError: step 4: loss nan.*max_skipped_steps = 3.*lower optimizer\.lr"),

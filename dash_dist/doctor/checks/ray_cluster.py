@@ -29,12 +29,12 @@ _MARK = "dash-dist doctor: "  # what the line of node_probe begins with
 _OBJECT_STORE_BYTES = 80 << 20
 _CLOSE = (
     "Start the head with RAY_AUTH_MODE=token and a token (`ray get-auth-token --generate`): "
-    "without it, whoever reaches the port runs code as you."
+    "without it, anyone who reaches the port can run code as you."
 )
 
 
 def token(site: Site) -> list[Finding]:
-    """That there is one where a cluster is named, and that nobody else may read its file."""
+    """Check that a token exists if a cluster is named, and that only its owner may read its file."""
     name = "Ray token"
     if os.environ.get("RAY_AUTH_TOKEN"):
         return [ok(name, "in RAY_AUTH_TOKEN")]
