@@ -1,7 +1,7 @@
-"""A function that runs beside training, in a forked copy of the rank that sees its memory as it was at the fork.
+"""Function that runs concurrently with training, in a forked copy of the rank with its memory at the fork.
 
 Knows processes; does not know what the function does. The copy must not live on without its rank: it would hold the
-rank's connections open, so that nobody notices the rank's death, and write where a restarted run writes.
+rank's connections open, so that the rank's death goes unnoticed, and write where a restarted run writes.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Knows names and times; does not know what is inside, nor ranks.
         .step_00000020.partial/         being written, or left behind by a killed run: never read
         .step_00000010.replaced/        the earlier checkpoint of a step, until the new one stands in its place
         .step_00000030.damaged/         set aside for inspection: never read, counted or removed
-        .step_00000040.rolled_back/     whole, and set aside alike: the run went back behind it
+        .step_00000040.rolled_back/     whole, and set aside too: the run was rolled back to an earlier step
 """
 
 import contextlib

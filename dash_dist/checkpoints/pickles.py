@@ -211,7 +211,7 @@ def _check_index(index: Metadata, directory: Path, listed: Collection[str]) -> N
 
 
 def _check_shards(path: Path) -> None:
-    """Each tensor in a `.distcp` file is an archive; the index beside it says where they are."""
+    """Each tensor in a `.distcp` file is an archive; the index next to it gives their positions."""
     try:
         index = read_index(path.parent / INDEX)
         places = [place for place in index.storage_data.values() if place.relative_path == path.name]

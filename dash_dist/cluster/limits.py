@@ -16,7 +16,7 @@ NumWorkers = Annotated[
 ]
 MinWorkers = Annotated[
     int | None,
-    typer.Option(min=1, help="The fewest processes to go on with when nodes are lost. Default: tp x cp x pp."),
+    typer.Option(min=1, help="The fewest processes to continue with when nodes are lost. Default: tp x cp x pp."),
 ]
 MaxFailures = Annotated[
     int,
@@ -49,7 +49,7 @@ class Limits:
         node_wait_seconds: how long to wait for lost nodes before going on with fewer workers.
         start_timeout_seconds: for placing the workers, for starting their processes, and for their meeting, each.
         answer_timeout_seconds: a worker that has not answered for this long is lost.
-        grow_interval_seconds: an attempt with fewer workers than there could be goes on for at least this long.
+        grow_interval_seconds: least duration of an attempt with fewer workers than there could be.
     """
 
     num_workers: int | None = None

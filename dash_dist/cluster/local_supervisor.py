@@ -5,6 +5,7 @@
 LAUNCHER... is a command that takes the arguments of `dash-dist train`; "{attempt}" in it becomes the number of the
 attempt, from 0. Environment: RESTARTS (0), the failures in a row without a new checkpoint that are followed by
 another attempt; RESTART_PAUSE (10), the seconds before it; NNODES and NODE_RANK, set on every one of several nodes.
+LAUNCHER may describe the rank that failed first in the file DASH_DIST_FAILED_RANK; the event then names it.
 
 Knows a launcher's exit status and the run's folder; does not know how a launcher starts ranks.
 """
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +67,7 @@ class LocalSupervisor:
             self._arguments.append("run.resume=auto")
         self._retries = Retries(restarts, saved_step=saved_step)
         self._child: subprocess.Popen[bytes] | None = None
+        self._failed_rank = ""
         self._stopping = False
 
     def run(self) -> int:
@@ -88,12 +91,20 @@ class LocalSupervisor:
 
     def _attempt(self, number: int) -> int:
         command = [word.replace("{attempt}", str(number)) for word in self._launcher]
-        # In a process group of its own: Ctrl-C in a terminal reaches the ranks once, by way of `_stop`.
-        self._child = subprocess.Popen([*command, *self._arguments], process_group=0, preexec_fn=_end_with_supervisor)
-        if self._stopping:  # the signal came while the launcher was being started
-            self._child.terminate()
-        status = self._child.wait()
-        self._child = None
+        with tempfile.TemporaryDirectory(prefix="dash-dist-", ignore_cleanup_errors=True) as folder:
+            report = Path(folder) / "failed_rank"
+            # In a process group of its own: Ctrl-C in a terminal reaches the ranks once, by way of `_stop`.
+            self._child = subprocess.Popen(
+                [*command, *self._arguments],
+                env={**os.environ, "DASH_DIST_FAILED_RANK": str(report)},
+                process_group=0,
+                preexec_fn=_end_with_supervisor,
+            )
+            if self._stopping:  # the signal came while the launcher was being started
+                self._child.terminate()
+            status = self._child.wait()
+            self._child = None
+            self._failed_rank = report.read_text() if report.exists() else ""
         return status if status >= 0 else 128 - status
 
     def _restart_follows(self, status: int) -> bool:
@@ -118,8 +129,9 @@ class LocalSupervisor:
 
     def _describe(self, status: int) -> str:
         name = next(Path(word).stem for word in self._launcher if word != "python")
+        rank = f" after {self._failed_rank}" if self._failed_rank else ""
         by_signal = f" ({signal.Signals(status - 128).name})" if status - 128 in set(signal.Signals) else ""
-        return f"{name} on {socket.gethostname()} ended with status {status}{by_signal}"
+        return f"{name} on {socket.gethostname()} ended with status {status}{by_signal}{rank}"
 
     def _wait(self) -> None:
         until = time.monotonic() + self._pause

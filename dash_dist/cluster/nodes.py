@@ -19,7 +19,7 @@ class Node:
         node_id: Ray's, in hexadecimal.
         address: its IP address.
         room: workers it could hold if nothing else ran on it.
-        free: workers it can hold beside what runs on it now.
+        free: additional workers it can hold now.
         leaves_at: when it will be taken away, in seconds since 1970; None if nothing is known of that, 0.0 if the
             time is not.
     """

@@ -196,7 +196,7 @@ def _follow(client: Any, job_id: str, say: Callable[[str], None]) -> int:
     try:
         asyncio.run(_show_log(client, job_id))
     except KeyboardInterrupt:
-        say(f"\nno longer following; the job {job_id} goes on")
+        say(f"\nno longer following; the job {job_id} continues")
         return 0
     details = client.get_job_info(job_id)
     say(f"job {job_id}: {details.status.value.lower()}" + (f": {details.message}" if details.message else ""))
@@ -237,7 +237,7 @@ def _hints(submission: Submission, address: str) -> str:
             f"submitted {job}",
             f"  stop     {ray_job} stop --address {address} {job}    (saves first; killed after {STOP_WAIT_SECONDS} s)",
             f"  follow   {ray_job} logs --address {address} --follow {job}",
-            "  resume   the same command: the run goes on from its newest checkpoint",
+            "  resume   the same command: the run continues from its newest checkpoint",
             f"  watch    tensorboard --logdir {run}/tensorboard, or dash-dist report {run}, where {run} is mounted",
         )
     )

@@ -242,12 +242,12 @@ class Supervisor:
                 view = self._cluster.look(group.node_ids)
                 if view.notice and view.notice != command.reason:
                     command = Command(Request.SAVE, view.notice)
-                    self._console.note(f"{view.notice}: the run saves, and goes on until then")
+                    self._console.note(f"{view.notice}: the run saves, and continues until then")
                 fitting = self._usable(view.room)
                 if growth.due(fitting, now) and not view.notice:
                     growing = True
                     command = Command(Request.STOP)
-                    self._console.note(f"room for {fitting} workers: the run saves, and goes on with them")
+                    self._console.note(f"room for {fitting} workers: the run saves, and restarts with them")
             self._clock.sleep(_POLL_SECONDS)
         return growing
 
@@ -267,7 +267,7 @@ class Supervisor:
             self._give_up(
                 f"the run failed{times}, and is not started again (--max-failures {self._limits.max_failures}): "
                 f"{failure}\n"
-                f"{where}; the same command goes on from there"
+                f"{where}; the same command continues from there"
             )
         self._console.note(f"{failure}\n{where}: starting again in {pause:.0f} s")
         return pause

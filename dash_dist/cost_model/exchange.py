@@ -18,7 +18,7 @@ from dash_dist.cost_model.links import Links
 from dash_dist.cost_model.topology import Topology
 
 MEMORY_BUDGET = 8 * 2**30
-"""Bytes that "auto" lets K, V and gradients of other ranks take: a constant, since all ranks must decide alike."""
+"""Bytes that "auto" lets K, V and gradients of other ranks take: a constant, so that all ranks decide equally."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Cost:
     messages:               collectives, or steps of the ring, one after another
     fast_bytes, slow_bytes: what goes through its links within the node, and to other nodes
     merged_bytes:           reads and writes of merging what several parts of K and V give. Packing is not counted: it
-                            runs beside computation as the transfers do, at several times their speed
-    held_bytes:             K, V and gradients that it holds at once in the backward pass, beside its own tensors
+                            overlaps computation as the transfers do, at several times their speed
+    held_bytes:             K, V and gradients that it holds at once in the backward pass, without its own tensors
     """
 
     messages: int

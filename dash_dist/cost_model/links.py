@@ -14,7 +14,7 @@ NVLINK_PUBLISHED = {"H100": 450e9, "H200": 450e9, "A100": 300e9, "B200": 900e9}
 # (docs/context-parallelism.md). The planner applies it to every kind of GPU.
 NVLINK_SHARE = 0.71
 
-# The rate of "auto" on any GPU, since all ranks must choose alike: the measured 317 to 324 GB/s, rounded down.
+# The rate of "auto" on any GPU, so that all ranks choose equally: the measured 317 to 324 GB/s, rounded down.
 ALL_TO_ALL_RATE = 300e9
 
 # One 400 Gb/s adapter for each GPU: its published rate, which the benchmarks' predictions take as reached.

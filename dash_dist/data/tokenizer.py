@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two tokenizers exactly if they cut every text alike."""
+        """Equal for two tokenizers exactly if they tokenise every text identically."""
 
     @property
     def special_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -51,7 +51,7 @@ class ZeroSave:
         self._directory, self._index, self._dims = directory, index, dims
         self._checksums: dict[str, FileChecksum] = {}
         self._problem: OSError | None = None
-        # Copies: the optimizer goes on while they are written.
+        # Copies: the optimizer continues while they are written.
         tensors = {
             f"{key}/{one.parameter}": tensor.to("cpu", copy=True)
             for one in slices

@@ -15,6 +15,7 @@ from dash_dist.config.run import RunSection
 from dash_dist.doctor import Finding, Report, Site, Status, diagnose
 from dash_dist.doctor.processes import ProcessFailure, call_in_processes
 from dash_dist.errors import ConfigError, RunError
+from dash_dist.extras import require_extra
 
 _STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold red", Status.SKIPPED: "dim"}
 _GPU_SECONDS = 60.0
@@ -29,7 +30,14 @@ def examine(
     address: str | None,
     json_file: Path | None,
 ) -> bool:
-    """Check the machine or cluster, show what was found, and say whether nothing failed. Raises RunError."""
+    """Check the machine or cluster, show what was found, and say whether nothing failed.
+
+    Raises:
+        ConfigError: `address` without the extra `ray`.
+        RunError: `json_file` cannot be written.
+    """
+    if address is not None:
+        require_extra("ray", "dash-dist doctor --address")
     config, refused = None, None
     if config_file is not None:
         try:

@@ -60,7 +60,7 @@ class SelectionRecorder:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers of the model that are recorded, whichever rank holds them. Set it alike at every rank."""
+        """Layers of the model that are recorded, whichever rank holds them. Set it to the same layers at every rank."""
         return self._layers
 
     @layers.setter

@@ -1,4 +1,4 @@
-"""Bytes of one layer, counted tensor by tensor: what autograd saves, and what a pass has beside that for a moment.
+"""Bytes of one layer, counted tensor by tensor: tensors that autograd saves, and temporary ones of a pass.
 
 Knows the modules of `dash_dist.megatron.model` on a GPU (bfloat16, PyTorch's fused RMSNorm, Megatron-core's unfused
 rotary embedding and SwiGLU, the Triton attention). Does not know layers' number, pipelines nor weights.
@@ -63,7 +63,7 @@ def input_of_layer(sizes: Sizes) -> int:
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes beside what is saved, at the fullest moment of a part of the backward pass. freed: of what was saved.
+    """Temporary bytes at the fullest moment of a part of the backward pass. freed: part of the saved bytes.
 
     attention: work space of the kernels. exchange: K, V and gradients of other ranks.
     """

@@ -14,8 +14,8 @@ class Assumptions:
 
     Attributes:
         density: selected / causally available chunks, of all layers.
-        independence: how independently of each other neighbouring tokens select: 0 as alike as on the benchmarks'
-            inputs (docs/results), 1 not alike at all. Young models lie between (docs/planning.md).
+        independence: independence of neighbouring tokens' selections: 0 as correlated as on the benchmarks' inputs
+            (docs/results), 1 independent. Young models lie between (docs/planning.md).
         coverage: share of the chunks of other ranks that the queries of a context-parallel rank select between them;
             None: from density and independence.
         document_length: tokens of the document that a token is in, on average over tokens; None: the whole sequence.
@@ -24,7 +24,7 @@ class Assumptions:
         host_seconds: that the host takes to launch one layer's forward pass; the backward pass takes twice as long.
         dense_factor: times the computation that is not attention, see `dash_dist.planning.calibration`.
         attention_factor: times the attention, likewise.
-        memory_offset: bytes that the allocator holds beside what is counted.
+        memory_offset: bytes that the allocator holds in addition to the counted ones.
         context_gib: of the GPU's memory outside of the allocator: CUDA's context and loaded kernels.
         nccl_gib: likewise, NCCL's buffers, where there are several ranks.
         fragmentation: share of activations and work space that the allocator reserves in vain.

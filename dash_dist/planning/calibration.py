@@ -7,10 +7,10 @@ the rest as predicted. What is found depends on what the runs tell apart:
 
 - One run, or several with equal shares of attention: one factor for both.
 - Several runs on a GPU whose attention kernels were measured (`Gpu.measured`): dense_factor, and instead of a factor
-  how alike neighbouring tokens select (`independence`), which is the model's and not the machine's.
+  the independence of neighbouring tokens' selections (`independence`), a property of the model, not of the machine.
 - Several runs on another GPU: both factors.
 
-By least squares of the relative errors. What the allocator holds beside what is counted is the mean difference.
+By least squares of the relative errors. The memory offset is the mean difference between allocated and counted bytes.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Options:
             if value is not None and not 0 < value <= 1:
                 raise ConfigError(f"--{name} {value}: is a share of the chunks, above 0 and at most 1")
         if self.independence is not None and not 0 <= self.independence <= 1:
-            raise ConfigError(f"--independence {self.independence}: give 0 (alike) to 1 (independent)")
+            raise ConfigError(f"--independence {self.independence}: give 0 (correlated) to 1 (independent)")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise ConfigError(
                 f"--gpus {self.gpus} is not a multiple of --gpus-per-node {self.gpus_per_node}: "

@@ -30,7 +30,7 @@ class Measurement:
         name: of the run.
         config: resolved, as YAML.
         gpus: processes.
-        gpu: name of the device, or None where nobody noted it.
+        gpu: name of the device, or None if it was not recorded.
         steps: that step_seconds is the median of.
         step_seconds: of an optimizer step.
         allocated_gib: peak of torch's allocator over steps, of the fullest rank; None for a run on CPUs.

@@ -101,7 +101,7 @@ def _activations(
         kept = activations.input_of_layer(sizes)
         if layout.context > 1:  # the first pass leaves its routing and its plan to the second
             kept += activations.saved_by_routing(sizes) + activations.saved_by_exchange(sizes, exchange)
-        # The layer that is recomputed has its output beside it, and its input is the one that was kept.
+        # The layer that is recomputed holds its output as well, and its input is the one that was kept.
         of_layer = [replace(moment, activations=moment.activations + layer) for moment in of_layer]
     in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)
     saved = in_flight * (kept * sizes.layers + sizes.shard * sizes.head_dim * FP32)  # and the rotary angles

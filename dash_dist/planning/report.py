@@ -173,19 +173,20 @@ def _assumptions(
     kernels = "measured on it (docs/results)" if gpu.measured else "NOT measured on it: scaled from an H200 by peaks"
     lines = [
         f"density {assumptions.density:g} in every layer; independence of neighbouring tokens "
-        f"{assumptions.independence:g} (0 alike, 1 independent); coverage {coverage}; "
+        f"{assumptions.independence:g} (0 correlated, 1 independent); coverage {coverage}; "
         f"a token's document has {document:,.0f} tokens; vocabulary {vocab_size:,}",
         f"{gpu.name}: {gpu.flops / 1e12:,.0f} TFLOP/s bf16 and {gpu.bandwidth / 1e12:.2f} TB/s (published), of which "
         f"matrix products reach {100 * assumptions.matmul_efficiency:.0f} % and element-wise kernels "
         f"{100 * assumptions.memory_efficiency:.0f} %; attention: {kernels}",
         f"links, each direction and GPU: {gpu.nvlink / 1e9:.0f} GB/s in a node, {machine.network / 1e9:.0f} GB/s "
         f"between nodes; {machine.latency * 1e6:.0f} us a message; no collisions",
-        "K and V travel beside the attention on the own shard; TP all-reduces wait forward and run beside the weights' "
-        "gradients backward; gradients are summed after the last backward pass; PP is 1F1B",
+        "the exchange of K and V overlaps the attention on the own shard; TP all-reduces block the forward pass and "
+        "overlap the weights' gradients in the backward pass; "
+        "gradients are summed after the last backward pass; PP is 1F1B",
         f"outside of torch's allocator: {assumptions.context_gib:g} GiB"
         + (f" and {assumptions.nccl_gib:g} GiB for NCCL" if machine.gpus > 1 else "")
-        + f"; fragmentation {100 * assumptions.fragmentation:.0f} % of what comes and goes",
-        "not counted: reading data, saving checkpoints, recording routing, what other programs do",
+        + f"; fragmentation {100 * assumptions.fragmentation:.0f} % of activations and work space",
+        "not counted: reading data, saving checkpoints, recording routing, other programs",
     ]
     if calibration is not None:
         lines.append(str(calibration))

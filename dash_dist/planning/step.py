@@ -1,15 +1,15 @@
 """Seconds of a step by part, from operations and bytes.
 
-Knows how the engine runs a step: which communication waits and which runs beside computation. Does not know memory.
+Knows how the engine runs a step: which communication blocks and which overlaps computation. Does not know memory.
 
 A layer's pass takes as long as its matrix products at a share of the peak, its attention as measured, its element-wise
 kernels at a share of the memory bandwidth, and the communication that nothing hides; or as long as the host takes to
 launch it. In the code as it is,
 
-- an exchange of K and V runs beside the attention on the rank's own shard (the ring: beside all parts);
-- tensor-parallel all-reduces wait in the forward pass; in the backward pass they run beside the weight's gradient;
-- a pipeline's sends wait, and its stages idle for pipeline - 1 micro-batches;
-- gradients are summed after the last backward pass, and weights gathered after the optimizer: nothing runs beside.
+- an exchange of K and V overlaps the attention on the rank's own shard (the ring: on all parts);
+- tensor-parallel all-reduces block the forward pass; in the backward pass they overlap the weight's gradient;
+- a pipeline's sends block, and its stages idle for pipeline - 1 micro-batches;
+- gradients are summed after the last backward pass, and weights gathered after the optimizer; neither overlaps.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def layer_time(
     tensor = 0.0
     if layout.tensor > 1:
         one = pace.send(all_reduce, 2)
-        # In the backward pass they run beside the gradients of the projection and of the MLP's first matrix.
+        # In the backward pass they overlap the gradients of the projection and of the MLP's first matrix.
         beside = [
             pace.products(2.0 * sizes.tokens * sizes.hidden * width)
             for width in (sizes.q + 2 * sizes.kv, 2 * sizes.ffn)
@@ -169,7 +169,7 @@ def _exchange_time(
     if exchange.name == "none":
         return 0.0
     ring = exchange.name == "ring"
-    share = 1.0 if ring else 1 / layout.context  # of the attention that runs beside it
+    share = 1.0 if ring else 1 / layout.context  # of the attention that overlaps it
     half = exchange.messages // 2
     forward, backward = pace.send(exchange.forward, half), pace.send(exchange.backward, half)
     if passes == 2 and not ring:

@@ -26,7 +26,7 @@ EventKind = Literal[
     "data_damaged",  # documents that cannot be read are skipped
     "data_changed",  # documents, sources or sizes are not those of the checkpoint
     "metrics_failed",  # curves could not be written
-    "resized",  # the run goes on with another number of processes
+    "resized",  # the run continues with another number of processes
 ]
 
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)

@@ -3,7 +3,7 @@
 Knows the order of writing and reading, and the ranks' agreement on it; does not know the content of the files, nor when
 a checkpoint is due.
 
-    <run directory>/checkpoints/step_00000010/      see `dash_dist.checkpoints.folders` for what else may be beside it
+    <run directory>/checkpoints/step_00000010/      see `dash_dist.checkpoints.folders` for its other contents
         engine/                     what the engine wrote: weights, optimizer, schedule
         data.json                   the position in the datas of all data-parallel ranks
         metadata.json               step, tokens, losses, time, size and CRC-32 of every file; written last
@@ -223,7 +223,7 @@ class CheckpointManager:
             if origin != str(given):
                 raise CheckpointError(
                     f"cannot read checkpoint {own}: run.resume={resume}, but the run already has {own}: give the new "
-                    f"run another run.name, or set run.resume=auto to go on from the latest"
+                    f"run another run.name, or set run.resume=auto to continue from the latest"
                 )
             return own
         messages = self._verify(given)

@@ -48,7 +48,7 @@ class ConsoleProgress:
 
     def finish(self, summary: RunSummary) -> None:
         self.close()
-        state = "finished" if summary.completed else "stopped on request; the same command goes on from here"
+        state = "finished" if summary.completed else "stopped on request; the same command continues from here"
         self._print(f"{state}, step {summary.steps}")
         self._console.print(_summary_table(summary))
 

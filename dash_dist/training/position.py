@@ -41,7 +41,7 @@ class RunPosition:
         Raises CheckpointError at every rank.
         """
         state, data_state, changes = checkpoints.load(origin, self._engine)
-        with self._control.together(f"cannot go on from {origin}", CheckpointError):
+        with self._control.together(f"cannot continue from {origin}", CheckpointError):
             try:
                 data_changes = self._data.load_state_dict(data_state)
             except (AttributeError, KeyError, TypeError) as error:

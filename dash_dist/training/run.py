@@ -40,7 +40,7 @@ from dash_dist.training.stopping import StopSignal
 from dash_dist.training.telemetry.curves import Curves
 from dash_dist.training.telemetry.device import memory_used, peak_bf16_flops
 from dash_dist.training.telemetry.metrics import MetricsWriter, StepMetrics
-from dash_dist.training.telemetry.recorder import Telemetry, over_ranks
+from dash_dist.training.telemetry.recorder import Telemetry, over_ranks, require_heat_maps
 
 
 def train(
@@ -104,6 +104,8 @@ class _Run:
         self._tensorboard = config.run.path / "tensorboard"
         with self._control.together("the run cannot start", ConfigError):
             config.check_world_size(dims.world_size)
+            if self._control.is_main:
+                require_heat_maps(config.logging)
         vocab_size, damage, data = _open_data(config, dims, self._control, self._note, watchdog.beat)
         cannot_prepare = f"cannot prepare {config.run.path}"
         self._control.on_main(cannot_prepare, RunError, lambda: _lock_folder(config.run.path, reporter.note, cleanup))
@@ -115,7 +117,7 @@ class _Run:
             asynchronous=config.checkpoint.asynchronous,
         )
         cleanup.callback(self._checkpoints.close)
-        self._checkpoints.clean()  # brings back what was being replaced, which may be what the run goes on from
+        self._checkpoints.clean()  # restores a checkpoint that was being replaced: the run may resume from it
         origin = self._checkpoints.resume_from(config.run.resume)
         self._log = FaultLog(config.run.path, reporter, is_main=self._control.is_main)
         self._control.on_main(

@@ -145,7 +145,7 @@ class Saver:
                 if pause is None:
                     raise CheckpointError(
                         f"{error}. The run ends at step {state.step}, {self._lost(state.step)}: make space, and the "
-                        f"same command goes on from there",
+                        f"same command continues from there",
                         retryable=error.retryable,
                     ) from error
                 self._beat()
@@ -162,7 +162,7 @@ class Saver:
         if self._failures > self._max_failures:
             raise CheckpointError(
                 f"{error}. More than faults.max_failed_saves = {self._max_failures} in a row failed; the run ends at "
-                f"step {step}, {self._lost(step)}: make space, and the same command goes on from there",
+                f"step {step}, {self._lost(step)}: make space, and the same command continues from there",
                 retryable=error.retryable,
             ) from error
         self._next_step = min(self._next_step, step + max(1, self._interval // _RETRY_PART))

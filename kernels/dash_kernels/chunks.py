@@ -16,16 +16,17 @@ class ChunkGrid:
 
     A query in a chunk with (id, first) may be routed to the chunks first <= j < id, and attends causally to its own.
 
-    ids:     CPU int32 [slots], the chunk's id in the whole sequence.
-    starts:  CPU int32 [slots], offset of its first token in the tensor, ascending. Slots of queries are contiguous. A
-             tensor of keys may hold tokens of other chunks between them.
-    lengths: CPU int32 [slots], its tokens, 1 to chunk_size. Only the last chunk of a document may be incomplete, and no
-             query is routed to that one.
-    firsts:  CPU int32 [slots], id of the first chunk of its document.
-    tokens:  tokens of the tensor.
-    longest: tokens of the longest chunk.
-
     Immutable, so that calls share grids. A grid keeps its copies on devices.
+
+    Attributes:
+        ids: CPU int32 [slots], the chunk's id in the whole sequence.
+        starts: CPU int32 [slots], offset of its first token in the tensor, ascending. Slots of queries are contiguous.
+            A tensor of keys may hold tokens of other chunks between them.
+        lengths: CPU int32 [slots], its tokens, 1 to chunk_size. Only the last chunk of a document may be incomplete,
+            and no query is routed to that one.
+        firsts: CPU int32 [slots], id of the first chunk of its document.
+        tokens: number of tokens of the tensor.
+        longest: tokens of the longest chunk.
     """
 
     def __init__(self, ids: torch.Tensor, lengths: torch.Tensor, firsts: torch.Tensor):

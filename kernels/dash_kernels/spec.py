@@ -37,11 +37,12 @@ class AttentionSettings(TypedDict, total=False):
 class AttentionSpec:
     """Constants of the function. Raises ValueError for a value outside the range below.
 
-    chunk_size:    tokens routed as one, a multiple of 16 from 16 to 128.
-    alpha:         of the entmax, in (1, 2]; 1.5 is the fast path, 2 is sparsemax.
-    routing_scale: positive factor of the routing logits; larger is sparser.
-    prior_sigma:   None for the bias log P; a positive number for (log P - mean log P) / prior_sigma.
-    softmax_scale: positive factor of q . k in all three stages; None for 1 / sqrt(head_dim).
+    Attributes:
+        chunk_size: tokens routed as one, a multiple of 16 from 16 to 128.
+        alpha: exponent of the entmax, in (1, 2]; 1.5 is the fast path, 2 is sparsemax.
+        routing_scale: positive factor of the routing logits; larger is sparser.
+        prior_sigma: None for the bias log P; a positive number for (log P - mean log P) / prior_sigma.
+        softmax_scale: positive factor of q . k in all three stages; None for 1 / sqrt(head_dim).
     """
 
     chunk_size: int = 64
@@ -195,8 +196,9 @@ class QueryGradient:
 class RoutingStatistics:
     """Sparsity of a call.
 
-    selected_per_token:  [B, T, Hkv] int32, selected chunks of every token, the own chunk included.
-    available_per_token: [T] int32, chunks a token could select: the earlier ones of its document and its own.
+    Attributes:
+        selected_per_token: [B, T, Hkv] int32, selected chunks of every token, the own chunk included.
+        available_per_token: [T] int32, chunks a token could select: the earlier ones of its document and its own.
     """
 
     selected_per_token: torch.Tensor

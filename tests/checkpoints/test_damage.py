@@ -32,7 +32,7 @@ SEEDS = 20
 def folder(tmp_path_factory):
     """Runs of one rank: `whole` with checkpoints of steps 2 and 4, and `other` of another model."""
     folder = tmp_path_factory.mktemp("runs")
-    run_ranks("tests.training.training_jobs:runs_to_damage", 1, write_config(folder), cpu_only=True)
+    run_ranks("tests.checkpoints.checkpoint_jobs:runs_to_damage", 1, write_config(folder), cpu_only=True)
     return folder
 
 
@@ -97,7 +97,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(folder):
     file = newest(runs / "again") / "engine" / "common.pt"
     file.write_bytes(b"")
     (outcome,) = run_ranks(
-        "tests.training.training_jobs:attempt",
+        "tests.support.attempts:attempt",
         1,
         folder / "tiny.yaml",
         "run.name=again",

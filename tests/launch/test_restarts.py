@@ -108,6 +108,31 @@ def test_the_event_log_says_why_a_launcher_was_started_again(tmp_path, script, l
     assert event.message == f"attempt 1 (2 processes) was lost: {launcher} on {HOST} ended with status {status}"
 
 
+def test_the_event_log_names_the_rank_that_the_launcher_reports(tmp_path):
+    body = """
+begin()
+if start == 1:
+    Path(os.environ["DASH_DIST_FAILED_RANK"]).write_text("rank 1 ended by SIGKILL")
+sys.exit(start < 3)
+"""
+    launchers = Launchers(tmp_path, body)
+    done = launchers.run("torchrun.sh", RESTARTS="2")
+    assert done.returncode == 0, done.stdout
+    named, unnamed = (event.message for event in launchers.events())
+    assert named.endswith(f"torchrun on {HOST} ended with status 1 after rank 1 ended by SIGKILL")
+    assert unnamed.endswith("ended with status 1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "name"), [("os.kill(os.getpid(), 9)", "by SIGKILL"), ("sys.exit(3)", "with status 3")])
+def test_torchrun_of_one_machine_reports_the_rank_that_failed(tmp_path, end, name):
+    rank, report = tmp_path / "rank.py", tmp_path / "report"
+    rank.write_text(f"import os, sys, time\nif os.environ['RANK'] == '1':\n    {end}\ntime.sleep(100)\n")
+    command = [sys.executable, str(ROOT / "launch" / "local_torchrun.py"), "--nproc-per-node", "2", str(rank)]
+    assert run_command(command, {"DASH_DIST_FAILED_RANK": str(report)}, seconds=90).returncode == 1
+    assert report.read_text() == f"rank 1 ended {name}"
+
+
 def test_failures_after_a_new_checkpoint_do_not_count(tmp_path):
     launchers = Launchers(tmp_path, "begin()\nsave(start)\nsys.exit(start < 5)")
     done = launchers.run("torchrun.sh", RESTARTS="1")

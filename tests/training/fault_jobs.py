@@ -22,7 +22,7 @@ from dash_dist.megatron.checkpoint import _Plan
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.run.requests import Command, Request
 from dash_dist.training.faults.skipped import SkippedBatches, SkipRecord
-from tests.training.training_jobs import Outcome, attempt
+from tests.support.attempts import Outcome, attempt
 
 Steps = Callable[[MegatronEngine, list], StepResult]
 

@@ -336,7 +336,7 @@ def test_an_attempt_that_did_not_end_by_itself_is_told_by_the_next(tmp_path, con
     assert str(dumps) in hang.message
     assert (restart.kind, restart.step) == ("restart", 60)
     assert "attempt 2 (1 processes" in restart.message
-    assert restart.message.endswith(f"attempt 3 (1 processes) goes on from {origin}; steps done again: 4")
+    assert restart.message.endswith(f"attempt 3 (1 processes) continues from {origin}; steps done again: 4")
     # Killed before its first step, it has still lost those four.
     fourth = attempt(tmp_path, control, log, origin)
     assert (third.number, fourth.number) == (3, 4)
@@ -353,7 +353,7 @@ def test_a_loss_that_the_supervisor_recorded_is_not_recorded_again(tmp_path, con
     restart, resumed = EventLog(tmp_path).read()
     assert (restart.kind, restart.attempt) == ("restart", 1)
     assert (resumed.kind, resumed.step) == ("resumed", 60)
-    assert resumed.message == f"attempt 2 (1 processes) goes on from {origin}; steps done again: 4"
+    assert resumed.message == f"attempt 2 (1 processes) continues from {origin}; steps done again: 4"
     log.curves = curves_in(tmp_path, pytest.fail)
     log.draw(61)
     log.curves.close()

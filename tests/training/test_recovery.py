@@ -144,7 +144,7 @@ def test_data_that_cannot_be_read_for_a_while_ends_the_attempt_at_every_rank_and
         error = rank["server away"].outcome.error
         assert error == "RunError: cannot read the data: Stale file handle: part-0.parquet"
         assert rank["server back"].outcome.summary.completed
-        assert rank["server back"].trained == list(range(3, 11))  # what was being written then was worth keeping
+        assert rank["server back"].trained == list(range(4, 11))  # the attempt saved before it ended
     assert [kind for kind, _ in events(folder, "away")] == ["restart"]
 
 
@@ -165,7 +165,7 @@ def test_a_rank_that_stands_still_ends_all_with_their_stacks_and_the_next_attemp
     hang, restart = EventLog(run).read()
     assert (hang.kind, restart.kind, restart.step) == ("hang", "restart", 4)
     assert "no progress; 2 of the ranks" in hang.message
-    assert "attempt 2 (2 processes) goes on from" in restart.message
+    assert "attempt 2 (2 processes) continues from" in restart.message
     assert restart.message.endswith("steps done again: 2")
     assert list(losses(run)) == list(range(1, 9))
     assert all(b.value >= a.value for a, b in itertools.pairwise(read_curves(run).Scalars("fault/restart")))

@@ -80,6 +80,8 @@ def test_the_whole_run_wrote_every_curve(folder):
         "perf/model_tflops_per_gpu",
         "data/skipped_documents",
         "data/padding",
+        "data/tokens/stdlib",
+        "data/epochs/stdlib",
         "memory/rss_peak_gib",
         "routing/mean_density",
         "routing/density/layer_0",
@@ -225,13 +227,18 @@ def test_a_resume_into_another_function_says_so(of_one_rank):
     [
         ("never", r"CheckpointError: .*run\.resume=never"),
         ("other model", r"CheckpointError: .*num_layers is 2 in the checkpoint and 4 in this run"),
-        ("other data", r"CheckpointError: cannot go on from .*sequence_length 256, this run has 128"),
-        ("missing data", r"ConfigError: the run cannot start: data\.paths: 'no_such_folder'"),
+        ("other data", r"CheckpointError: cannot continue from .*shuffle_seed 0, this run has 7"),
+        ("missing data", r"ConfigError: cannot prepare the data: data\.paths: 'no_such_folder'"),
+        ("no matplotlib", r"ConfigError: the run cannot start: .*needs matplotlib.*logging\.heat_map_layers=\[\]"),
         ("diverged", r"RunError: step 4: loss nan.*max_skipped_steps = 3.*lower optimizer\.lr"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_words(of_one_rank, name, message):
     assert re.match(message, of_one_rank[name].error)
+
+
+def test_a_run_without_heat_maps_needs_no_matplotlib(of_one_rank):
+    assert of_one_rank["no maps"].summary.steps == 3
 
 
 def test_a_loss_that_is_no_number_leaves_no_checkpoint(folder, of_one_rank):

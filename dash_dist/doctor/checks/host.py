@@ -65,7 +65,7 @@ def clock(site: Site) -> list[Finding]:
             failure(
                 name,
                 f"the wall clock jumped by {jump:.3f} s while it was watched",
-                "Let one service keep the time (chrony or systemd-timesyncd), and no other beside it.",
+                "Let one service keep the time (chrony or systemd-timesyncd), and stop any other.",
                 jump,
                 "s",
             )

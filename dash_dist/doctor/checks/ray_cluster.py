@@ -5,6 +5,7 @@ check.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import secrets
@@ -28,12 +29,12 @@ _MARK = "dash-dist doctor: "  # what the line of node_probe begins with
 _OBJECT_STORE_BYTES = 80 << 20
 _CLOSE = (
     "Start the head with RAY_AUTH_MODE=token and a token (`ray get-auth-token --generate`): "
-    "without it, whoever reaches the port runs code as you."
+    "without it, anyone who reaches the port can run code as you."
 )
 
 
 def token(site: Site) -> list[Finding]:
-    """That there is one where a cluster is named, and that nobody else may read its file."""
+    """Check that a token exists if a cluster is named, and that only its owner may read its file."""
     name = "Ray token"
     if os.environ.get("RAY_AUTH_TOKEN"):
         return [ok(name, "in RAY_AUTH_TOKEN")]
@@ -63,6 +64,8 @@ def token(site: Site) -> list[Finding]:
 
 
 def ray_answers(site: Site) -> list[Finding]:
+    if site.address is None and importlib.util.find_spec("ray") is None:
+        return [skipped("Ray", "not installed; `pip install 'dash-dist[ray]'` installs the extra")]
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     return _local() if site.address is None else _cluster(site, site.address)

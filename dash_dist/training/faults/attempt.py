@@ -85,7 +85,7 @@ def _tell_of(last: AttemptRecord, now: AttemptRecord, origin: Path | None, log: 
     if hang is not None:
         log.record("hang", f"attempt {last.attempt}, after step {last.step}: {hang}", step=last.step)
     resumed = (
-        f"attempt {now.attempt} ({now.world_size} processes) goes on from {origin or 'the start'}; steps done again: "
+        f"attempt {now.attempt} ({now.world_size} processes) continues from {origin or 'the start'}; steps done again: "
         f"{max(0, last.step - now.step)}"
     )
     if log.has_restart_after(last.attempt):

@@ -45,7 +45,7 @@ class LossGuard:
 
     Args:
         faults: the limits.
-        state: where the run goes on from.
+        state: position from which the run continues.
 
     Attributes:
         skipped_in_a_row: steps without a finite loss and gradient norm up to the last one.

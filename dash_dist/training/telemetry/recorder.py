@@ -8,8 +8,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from dash_dist.config.run import RunConfig
+from dash_dist.config.run import LoggingSection, RunConfig
 from dash_dist.engine.telemetry import StepTelemetry
+from dash_dist.extras import require_extra
 from dash_dist.training.telemetry.curves import Curves
 
 
@@ -63,6 +64,16 @@ class Telemetry:
         if self._curves is not None:
             length = self._config.training.sequence_length
             self._curves.write(step, lambda writer: writer.heat_maps(step, maps, sequence_length=length))
+
+
+def require_heat_maps(logging: LoggingSection) -> None:
+    """Refuse, with ConfigError, heat maps that this process could not draw. Call it where the curves are written."""
+    if logging.heat_map_layers != ():
+        require_extra(
+            "report",
+            "drawing heat maps of the routing",
+            instead="set logging.heat_map_layers=[] to draw none",
+        )
 
 
 def heat_map_layers(chosen: Sequence[int] | None, num_layers: int) -> list[int]:

@@ -50,7 +50,7 @@ def lister(tables, rows, keys, buffers, barriers, sizes, factors, shape: gl.cons
     piece_words = piece_slots * C // 32
     chunks = met * key_rows
     turn = 0
-    # Handed out in order, so whoever has to wait for its turn to add waits for a program that is running.
+    # Handed out in order, so a program that waits for its turn to add waits for a running one.
     work = gl.atomic_add(turns_ptr, 1)
     while work < pieces * chunks:
         piece = work // chunks

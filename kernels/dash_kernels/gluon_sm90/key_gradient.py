@@ -1,7 +1,7 @@
 """Gradients of keys and values for Hopper: `triton.key_gradient` by specialised warps.
 
-One warp group that does everything has no registers left beside both gradients of a chunk, and its products wait for
-its arithmetic. Here, beside the lister and the gatherer (`gather.py`), there are
+One warp group that does everything has no registers left after both gradients of a chunk, and its products wait for
+its arithmetic. In addition to the lister and the gatherer (`gather.py`), this kernel has
 
     two score partitions, a warp group each:  the weights and the gradients of the scores, for every other tile
     the adder, a warp group:                  holds dK and dV, and adds the products of all tiles

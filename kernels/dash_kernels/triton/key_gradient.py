@@ -5,8 +5,9 @@ So a chunk that every token selects is split, and its pieces are gathered in par
 in their order, each waiting for its turn, so that the result is the same bits in every run.
 
 Stages 2 and 1 go backward in the same pass. A chunk's summary is s = sum_t w_t k_t, so x = q . s is the w-weighted sum
-of the chunk's scores, and the gradient dz of a query's routing score reaches key t as w_t dz beside the attention's own
-gradient of the score. Only the weights' own gradient needs dz (q . k_t), summed over the queries: a number per key.
+of the chunk's scores, and the gradient dz of a query's routing score reaches key t as w_t dz, in addition to the
+attention's own gradient of the score. Only the weights' own gradient needs dz (q . k_t), summed over the queries: a
+number per key.
 
 dK and dV are accumulated transposed: K x Q products whose first factor comes from shared memory as it was loaded, where
 the other order makes Triton transpose in registers and ptxas serialise every matrix instruction (docs/kernel-log.md).
@@ -174,7 +175,7 @@ def key_gradient_kernel(
     my_tokens_ptr = tokens_ptr + tl.program_id(0).to(tl.int64) * piece_slots * C
     piece_words = piece_slots * C // 32
     chunks = met * key_rows
-    # Work is handed out in order, so whoever has to wait for its turn waits for a program that is running.
+    # Work is handed out in order, so a program that waits for its turn waits for a running one.
     work = tl.atomic_add(turns_ptr, 1)
     while work < pieces * chunks:
         piece = work // chunks

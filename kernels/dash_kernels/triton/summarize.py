@@ -42,7 +42,7 @@ def summary_kernel(
     k = load_chunk(k_ptr, start, length, batch_head, T, HK, BC, D, BD).to(tl.float32)
     query = tl.load(query_ptr + (batch_head % HK) * D + column, mask=column < D, other=0.0).to(tl.float32)
     summary = tl.sum(summary_weights(k, query, scale, C, BC)[:, None] * k, axis=0)  # [BD]
-    summary = tl.where(length == C, summary, 0.0)  # nobody is routed to an incomplete chunk
+    summary = tl.where(length == C, summary, 0.0)  # no query is routed to an incomplete chunk
     tl.store(summary_ptr + summary_offset(slot, batch_head, slots, HK, D) + column, summary, mask=column < D)
 
 

@@ -172,8 +172,10 @@ def overlap(both: float, communication: float, compute: float) -> float:
 def alternate(
     both: Callable[[], float], communication: Callable[[], float], compute: Callable[[], float], rounds: int
 ) -> OverlapTimes:
-    """Each function gives the milliseconds of one call. They take turns, so that a drift of clocks meets all alike; and
-    since a GPU at its power limit is faster after a pause, the flights alone come before each of the two others.
+    """Call the functions in turns; each returns the milliseconds of one call.
+
+    Turns spread a drift of clocks evenly. A GPU at its power limit is faster after a pause, so communication alone
+    comes before each of the two others.
     """
     times = OverlapTimes()
     for _ in range(rounds):

@@ -37,7 +37,7 @@ DEFAULT_SEQ_LENS = (2**20, 2**22, 2**24)
 NODE = 8  # ranks with fast links between them
 NETWORK = ADAPTER_PUBLISHED / 1e9  # GB/s per GPU between nodes
 GRADIENT_BYTES = 4  # float32
-# Neighbouring tokens that select alike, where coverage was not measured: the correlation length of the "smooth" inputs.
+# Neighbouring tokens with equal selections, without measured coverage: correlation length of the "smooth" inputs.
 ALIKE = 100
 
 

@@ -169,7 +169,7 @@ class Results:
     errors: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """One object; derived figures are written beside what they are derived from."""
+        """Write one object, with derived figures next to their sources."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = asdict(self)
         for rows, entries in ((self.exchanges, content["exchanges"]), (self.layouts, content["layouts"])):

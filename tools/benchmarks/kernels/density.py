@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tools.benchmarks.common.inputs import SHARED_IN_CHUNK, Case
 
-AIM, TOLERANCE = 0.02, 0.10  # relative; the search goes on until the aim, or ends within the tolerance
+AIM, TOLERANCE = 0.02, 0.10  # relative; the search continues until the aim, or ends within the tolerance
 MAX_STEPS = 14
 # Routing logits 1e-4 apart: far below the 1 / sqrt(n) that separates a chunk from the edge of the support.
 FLAT_ROUTING_SCALE = 1e-4

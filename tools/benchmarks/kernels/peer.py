@@ -2,7 +2,7 @@
 
 An illegal memory access, which it is known for above 64K tokens, leaves a CUDA context unusable, and every later column
 would be lost with it. `python -m tools.benchmarks.kernels.peer REQUEST.json` is that process: it draws the same inputs
-from the same seed, and leaves times, checks and a sample of its output in files beside the request.
+from the same seed, and leaves times, checks and a sample of its output in files next to the request.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _run_peer(row: Row, inputs: Inputs, routing_scale: float, directory: Path) -
 
 @contextlib.contextmanager
 def _recorded(row: Row, what: str) -> Iterator[None]:
-    """A step whose failure is written into the row, and the benchmark goes on."""
+    """Write a failure of this step into the row, and continue the benchmark."""
     try:
         yield
     except Exception as error:
