@@ -157,7 +157,7 @@ def test_without_context_parallelism_it_has_no_curves(folder, of_one_rank):
 
 def test_the_model_learns(folder):
     curve = losses(folder / "runs" / "whole")
-    assert curve[1] == pytest.approx(math.log(257), abs=0.5)
+    assert curve[1] == pytest.approx(math.log(257), abs=0.1)  # and not of the 320 rows, 5.77
     assert curve[20] < 0.8 * curve[1]
 
 
