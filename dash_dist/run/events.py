@@ -25,6 +25,7 @@ EventKind = Literal[
     "rollback",  # weights, optimizer and data were set back to a checkpoint
     "metrics_failed",  # curves could not be written
     "resized",  # the run goes on with another number of processes
+    "schedule_changed",  # the run goes on with another learning-rate curve than its checkpoint's
 ]
 
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)

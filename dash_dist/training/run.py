@@ -35,6 +35,7 @@ from dash_dist.training.faults.watchdog import Watchdog, hang_folder
 from dash_dist.training.pace import Pace
 from dash_dist.training.position import RunPosition
 from dash_dist.training.saving import Saver
+from dash_dist.training.schedule import describe_change
 from dash_dist.training.stopping import StopSignal
 from dash_dist.training.telemetry.curves import Curves
 from dash_dist.training.telemetry.device import memory_used, peak_bf16_flops
@@ -125,7 +126,8 @@ class _Run:
             watchdog.start(hang_folder(config.run.path, self._attempt.number), dims.rank)
         with self._control.together("the model cannot be built", ConfigError):
             self._engine = build_engine(config, dims, vocab_size)
-        self._position = RunPosition(self._engine, data, dims, self._control)
+        schedule = config.optimizer.schedule(config.training.steps)
+        self._position = RunPosition(self._engine, data, dims, self._control, schedule)
         self._data = data
         changes = [] if origin is None else self._position.load(self._checkpoints, origin)
         self._saver = Saver(
@@ -177,6 +179,9 @@ class _Run:
             )
             cleanup.callback(self._curves.close)
             self._log.draw(self._state.step)
+        change = describe_change(self._position.schedule_before, schedule, self._state.step + 1)
+        if change is not None and self._state.step < config.training.steps:
+            self._log.record("schedule_changed", change, step=self._state.step)
         self._telemetry = Telemetry(config, self._engine.telemetry, self._curves)
 
     def to_the_end(self) -> RunSummary:

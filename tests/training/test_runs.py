@@ -11,7 +11,7 @@ import yaml
 
 from dash_dist.config.file import load_config
 from dash_dist.run.curve_names import PARTS
-from dash_dist.run.events import EVENT_KINDS
+from dash_dist.run.events import EVENT_KINDS, EventLog
 from tests.support.ranks import run_ranks
 from tests.support.runs import losses, rank_processes, read_curves, run_rank_processes, write_config
 
@@ -218,6 +218,34 @@ def test_a_resume_into_another_function_says_so(of_one_rank):
     assert changed.summary.steps == 4
     assert "model.rotary_base was 10000.0 and is 500.0; attention.alpha was 1.5 and is 2.0\n" in changed.output
     assert "not the function" not in of_one_rank["again"].output
+
+
+def learning_rates(folder, name):
+    return [event.value for event in read_curves(folder / "runs" / name).Scalars("train/learning_rate")]
+
+
+def schedule_events(folder, name):
+    events = EventLog(folder / "runs" / name).read()
+    return [(event.step, event.message) for event in events if event.kind == "schedule_changed"]
+
+
+def test_an_extended_run_says_how_its_learning_rate_changes(folder, of_one_rank):
+    message = (
+        "the learning rate of step 4 is 5.000e-03 instead of 0.000e+00: optimizer.decay_steps (by default "
+        "training.steps) was 3 and is 6. To keep the checkpoint's curve, set optimizer.decay_steps=3"
+    )
+    assert learning_rates(folder, "short") == pytest.approx([5e-3, 1e-2, 0.0])
+    assert schedule_events(folder, "short") == []
+    assert schedule_events(folder, "extended") == [(3, message)]
+    assert f"schedule_changed: {message}" in " ".join(of_one_rank["extended"].output.split())
+
+
+def test_a_run_extended_with_its_decay_steps_keeps_its_curve(folder, of_one_rank):
+    assert learning_rates(folder, "kept") == [0.0, 0.0, 0.0]
+    assert schedule_events(folder, "kept") == []
+    # Step 7 of "extended" follows six steps of the curve that ends there.
+    assert learning_rates(folder, "extended") == pytest.approx([5e-3, 1.464466e-3, 0.0, 0.0])
+    assert "schedule_changed" not in of_one_rank["extended again"].output
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dash_dist.config.file import load_config
+from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.data.stream import DataStream
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.protocol import StepResult
@@ -26,6 +27,7 @@ from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.errors import CheckpointError
 from dash_dist.megatron.checkpoint import _Plan
 from dash_dist.megatron.engine import MegatronEngine
+from dash_dist.megatron.optimizer import scheduled_learning_rate
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.messages import RunSummary
 from dash_dist.run.requests import Requests, nothing_asked
@@ -33,6 +35,7 @@ from dash_dist.run.state import RunState
 from dash_dist.training.checkpoints import CheckpointManager
 from dash_dist.training.console import ConsoleProgress
 from dash_dist.training.run import train
+from dash_dist.training.schedule import describe_change
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
         "other function": alone(
             "other", f"run.resume={checkpoint}", "training.steps=4", "attention.alpha=2.0", "model.rotary_base=500.0"
         ),
+        "extended": alone("extended", f"run.resume={checkpoint}", "training.steps=6"),
+        "extended again": alone("extended", "training.steps=7", "optimizer.decay_steps=6"),
+        "extended, curve kept": alone(
+            "kept", f"run.resume={checkpoint}", "training.steps=6", "optimizer.decay_steps=3"
+        ),
         "missing data": alone("no_data", "data.source=files", "data.paths=no_such_folder"),
     }
 
@@ -84,6 +92,21 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
     ):
         outcomes["diverged"] = alone("nan", "training.steps=10", "faults.max_skipped_steps=3")
     return outcomes
+
+
+def schedule_changes() -> dict[str, str | None]:
+    """Return the message about each pair of schedules at step 51."""
+    saved = OptimizerConfig(lr=2e-3, min_lr=2e-4, warmup_steps=10).schedule(50)
+    return {
+        "same": describe_change(saved, dict(saved), 51),
+        "unknown": describe_change({}, saved, 51),
+        "longer": describe_change(saved, saved | {"decay_steps": 100}, 51),
+        "other rate": describe_change(saved, saved | {"lr": 1e-3, "warmup_steps": 60, "decay_steps": 100}, 51),
+    }
+
+
+def learning_rates(schedule: dict[str, int | float], steps: int) -> list[float]:
+    return [scheduled_learning_rate(schedule, step) for step in range(1, steps + 1)]
 
 
 def attempts(config: Path, runs: list[list[str]]) -> list[Outcome]:
