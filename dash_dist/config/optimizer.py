@@ -1,6 +1,6 @@
 """The section `optimizer:`, AdamW and its learning-rate schedule.
 
-Knows the allowed values; does not know the number of steps.
+Knows the allowed values; does not know the run's number of steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dash_dist.config.section import Section
 
 
 class OptimizerConfig(Section):
-    """AdamW with a linear warmup to `lr`, then a cosine decay to `min_lr` at the run's last step."""
+    """AdamW with a linear warmup to `lr`, then a cosine decay to `min_lr`, which then stays."""
 
     lr: float = Field(gt=0.0)
     min_lr: float = Field(default=0.0, ge=0.0)
@@ -23,6 +23,18 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0.0)
     grad_clip: float | None = Field(default=1.0, gt=0.0, description="largest global gradient norm; None: no clipping")
     warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int | None = Field(
+        default=None, gt=0, description="step at which the cosine reaches min_lr; None: training.steps"
+    )
+
+    def schedule(self, total_steps: int) -> dict[str, int | float]:
+        """Return the settings that determine the learning rate of every step of a run of `total_steps`."""
+        return {
+            "lr": self.lr,
+            "min_lr": self.min_lr,
+            "warmup_steps": self.warmup_steps,
+            "decay_steps": self.decay_steps or total_steps,
+        }
 
     @model_validator(mode="after")
     def _check(self) -> Self:

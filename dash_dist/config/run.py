@@ -180,11 +180,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "RunConfig":
-        warmup, steps = self.optimizer.warmup_steps, self.training.steps
-        if warmup >= steps:
+        warmup, decay = self.optimizer.warmup_steps, self.optimizer.decay_steps
+        if warmup >= (decay or self.training.steps):
+            end = f"training.steps = {self.training.steps}" if decay is None else f"optimizer.decay_steps = {decay}"
+            remedy = "train longer" if decay is None else "decay longer"
             raise ValueError(
-                f"optimizer.warmup_steps = {warmup} is not below training.steps = {steps}: "
-                f"lower it, to 0 if need be, or train longer"
+                f"optimizer.warmup_steps = {warmup} is not below {end}: lower it, to 0 if need be, or {remedy}"
             )
         return self
 

@@ -106,8 +106,8 @@ class JoinedPacker(Packer):
 class SeparatePacker(Packer):
     """Whole documents, each padded to whole chunks, so that the chunks restart with it; no label crosses a border.
 
-    A sequence begins with the document that has waited longest, and takes the longest that still fits, until none of
-    the waiting ones does. A document longer than a sequence fills as many as it can. Every token of a document is an
+    A sequence begins with the document that has waited longest, and takes the longest that still fits. Where none does, a
+    document longer than a sequence, which has to be cut anyway, fills the rest. Every token of a document is an
     input exactly once, and a label exactly once unless it is the first of a piece, which nothing precedes. The
     end-of-document token is a label only. What is left of a sequence is padding, a document of its own.
 
@@ -158,10 +158,15 @@ class SeparatePacker(Packer):
         while left := left - self._padded(pieces[-1].stop - pieces[-1].start):
             self._draw()
             fitting = bisect.bisect_right(self._by_length[bucket], (left, 0))
-            if not fitting:
+            if fitting:
+                _, place = self._by_length[bucket].pop(fitting - 1)
+                pieces.append(_take(self._waiting.pop(-place), left))
+            elif self._by_length[bucket] and self._by_length[bucket][-1][0] > self._length:
+                _, place = self._by_length[bucket].pop()  # it has to be cut somewhere
+                pieces.append(_take(self._waiting[-place], left))
+                self._insert(-place, self._waiting[-place])
+            else:
                 break
-            _, place = self._by_length[bucket].pop(fitting - 1)
-            pieces.append(_take(self._waiting.pop(-place), left))
         if _inputs(first):
             self._insert(arrival, first)
         return pieces

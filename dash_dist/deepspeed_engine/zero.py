@@ -29,10 +29,11 @@ class ZeroOptimizer:
         config: what the run's YAML says.
         settings: DeepSpeed's.
         dims: of the run; tensor- and pipeline-parallel sizes are 1.
-        total_steps: of the run; the cosine ends there.
+        total_steps: of the run; the cosine ends there, unless `config` has `decay_steps`.
 
     Raises:
-        ValueError: the warmup is not shorter than the run, or DeepSpeed would use another kind of device.
+        ValueError: the warmup is not shorter than warmup and cosine together, or DeepSpeed would use another kind of
+            device.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class MegatronEngine:
 
     Args:
         optimizer: the run's section.
-        total_steps: of the run; the learning rate ends its cosine there.
+        total_steps: of the run; the learning rate's cosine ends there, unless `optimizer` has `decay_steps`.
         others: as for `TrainedModel`.
 
     Raises:

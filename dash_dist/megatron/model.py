@@ -23,6 +23,7 @@ from dash_dist.config.model import LOGITS_PER_PIECE, ModelConfig, padded_vocab_s
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel import DashAttention
 from dash_dist.megatron.core_attention import DashCoreAttention
+from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.rotary import ShardRotaryEmbedding
 from dash_dist.megatron.weights import initialise_weights
@@ -34,7 +35,12 @@ class DashGPTModel(GPTModel):
     With labels, the last stage returns the cross entropy of every token, [b, s] float32, without ever holding the
     logits of the whole shard: where they would be more than `LOGITS_PER_PIECE`, output layer and loss are computed in
     pieces along the sequence, and computed again in the backward pass.
+
+    The output layer has more rows than there are tokens. Their logits are -inf, in the loss and without labels.
     """
+
+    vocab_size_without_padding: int
+    """Tokens of the tokenizer; set by `build_model`."""
 
     def attentions(self) -> Iterator[tuple[int, DashAttention]]:
         """This stage's, each with its layer, which counts from 0 at the first layer of the model."""
@@ -45,14 +51,15 @@ class DashGPTModel(GPTModel):
 
     def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         if not self.post_process or labels is None:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+            output = super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+            return self._without_padding(output) if self.post_process else output
         weight = self.output_layer.weight
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
 
         def token_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             logits, _ = self.output_layer(hidden, weight=weight)  # [piece, b, vocab / tp]
-            return self.compute_language_model_loss(targets, logits)  # [b, piece]
+            return self.compute_language_model_loss(targets, self._without_padding(logits))  # [b, piece]
 
         tokens, batch, _ = hidden_states.shape
         piece = max(1, LOGITS_PER_PIECE // (batch * self.output_layer.output_size_per_partition))
@@ -66,6 +73,10 @@ class DashGPTModel(GPTModel):
             ],
             dim=1,
         )
+
+    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        rows = self.output_layer.output_size_per_partition
+        return exclude_padding(logits, own_tokens(self.vocab_size_without_padding, rows, self.tp_group.rank()))
 
 
 def transformer_config(
@@ -132,7 +143,7 @@ def build_model(
 
     Args:
         config: from `transformer_config`.
-        vocab_size: tokens of the tokenizer; the embedding has `padded_vocab_size` rows.
+        vocab_size: tokens of the tokenizer; the embedding has `padded_vocab_size` rows, and so has the output layer.
         sequence_length: tokens of a whole sequence.
         seed: of the initial weights, which depend on nothing else.
     """
@@ -155,6 +166,7 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
     )
+    stage.vocab_size_without_padding = vocab_size
     stage.rotary_pos_emb = ShardRotaryEmbedding(
         model.resolved_head_dim,
         rotary_base=model.rotary_base,

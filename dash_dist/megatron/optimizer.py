@@ -5,7 +5,9 @@ Knows parameters and steps. Does not know the model's function.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -36,24 +38,28 @@ def wrap_model(config: TransformerConfig, parallel: ParallelConfig, model: Megat
     return DistributedDataParallel(config, ddp_config, Float16Module(config, model) if config.bf16 else model)
 
 
+class _HasParameterGroups(Protocol):
+    param_groups: list[dict[str, Any]]
+
+
 class Schedule:
     """The learning rate and weight decay of an optimizer's parameter groups, a function of the step number alone.
 
     Args:
         optimizer: a group with `wd_mult` 0.0 does not decay.
         config: what the run's YAML says.
-        total_steps: of the run; the cosine ends there.
+        total_steps: of the run; the cosine ends there, unless `config` has `decay_steps`.
 
     Raises:
-        ValueError: the warmup is not shorter than the run.
+        ValueError: the warmup is not shorter than warmup and cosine together.
     """
 
-    def __init__(
-        self, optimizer: MegatronOptimizer | torch.optim.Optimizer, config: OptimizerConfig, *, total_steps: int
-    ) -> None:
-        if config.warmup_steps >= total_steps:
+    def __init__(self, optimizer: _HasParameterGroups, config: OptimizerConfig, *, total_steps: int) -> None:
+        decay_steps = config.decay_steps or total_steps
+        if config.warmup_steps >= decay_steps:
             raise ValueError(
-                f"warmup_steps {config.warmup_steps} is not below the run's {total_steps} steps: lower it or run longer"
+                f"warmup_steps {config.warmup_steps} is not below the {decay_steps} steps of the learning rate's "
+                "decay: lower it or decay longer"
             )
         self._megatron = OptimizerParamScheduler(
             optimizer,
@@ -61,7 +67,7 @@ class Schedule:
             max_lr=config.lr,
             min_lr=config.min_lr,
             lr_warmup_steps=config.warmup_steps,
-            lr_decay_steps=total_steps,
+            lr_decay_steps=decay_steps,
             lr_decay_style="cosine",
             start_wd=config.weight_decay,
             end_wd=config.weight_decay,
@@ -75,6 +81,14 @@ class Schedule:
         self._megatron.step(step)
 
 
+def scheduled_learning_rate(schedule: Mapping[str, Any], step: int) -> float:
+    """Return the learning rate of step `step` under the settings of an `OptimizerConfig.schedule`."""
+    config = OptimizerConfig(**schedule)
+    optimizer = SimpleNamespace(param_groups=[{}])
+    Schedule(optimizer, config, total_steps=schedule["decay_steps"]).set_step(step)
+    return float(optimizer.param_groups[0]["lr"])
+
+
 class Optimizer:
     """AdamW with a learning rate that is a function of the step number alone.
 
@@ -82,11 +96,11 @@ class Optimizer:
         config: what the run's YAML says.
         parallel: says whether the state is sharded over DP x CP.
         model: wrapped by `wrap_model`.
-        total_steps: of the run; the cosine ends there.
+        total_steps: of the run; the cosine ends there, unless `config` has `decay_steps`.
         dtype: of the weights.
 
     Raises:
-        ValueError: the warmup is not shorter than the run.
+        ValueError: the warmup is not shorter than warmup and cosine together.
     """
 
     def __init__(

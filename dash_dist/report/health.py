@@ -39,6 +39,7 @@ _EVENTS_IN_WORDS: dict[EventKind, tuple[str, str]] = {
     "rollback": ("rollback", "rollbacks"),
     "metrics_failed": ("time that curves could not be written", "times that curves could not be written"),
     "resized": ("change of the number of processes", "changes of the number of processes"),
+    "schedule_changed": ("change of the learning-rate curve", "changes of the learning-rate curve"),
 }
 
 _ENDED: dict[str, Verdict] = {"finished": "finished", "stopped": "stopped", "error": "failed"}

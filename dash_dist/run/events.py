@@ -27,6 +27,7 @@ EventKind = Literal[
     "data_changed",  # documents, sources or sizes are not those of the checkpoint
     "metrics_failed",  # curves could not be written
     "resized",  # the run continues with another number of processes
+    "schedule_changed",  # the run continues with another learning-rate curve than its checkpoint's
 ]
 
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)

@@ -19,6 +19,8 @@ class RunState:
         tokens: tokens they were trained on.
         first_loss, last_loss: loss of step 1 and of the last step.
         origin: checkpoint that the run was started from (`run.resume=PATH`); None for a run from scratch.
+        schedule: settings of the learning rate (`OptimizerConfig.schedule`) of the last step; empty where a checkpoint
+            of an earlier version does not say.
         skipped_in_a_row, recent_losses: state of the checks for bad losses.
     """
 
@@ -29,5 +31,6 @@ class RunState:
     first_loss: float | None = None
     last_loss: float | None = None
     origin: str | None = None
+    schedule: dict[str, int | float] = field(default_factory=dict)
     skipped_in_a_row: int = 0
     recent_losses: list[float] = field(default_factory=list)

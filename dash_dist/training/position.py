@@ -24,10 +24,23 @@ class RunPosition:
 
     Attributes:
         state: the counters after the last step.
+        schedule_before: the learning rate's schedule in the checkpoint that was loaded last; empty without one.
+
+    Args:
+        schedule: of this run, see `RunState.schedule`.
     """
 
-    def __init__(self, engine: Engine, data: DataStream, dims: Dims, control: ControlGroup) -> None:
-        self.state = RunState()
+    def __init__(
+        self,
+        engine: Engine,
+        data: DataStream,
+        dims: Dims,
+        control: ControlGroup,
+        schedule: dict[str, int | float],
+    ) -> None:
+        self.state = RunState(schedule=schedule)
+        self.schedule_before: dict[str, int | float] = {}
+        self._schedule = schedule
         self._engine = engine
         self._data = data
         self._control = control
@@ -48,7 +61,8 @@ class RunPosition:
                 # No stream wrote this, though its checksum is right.
                 raise CheckpointError(f"{origin / 'data.json'} is not a position in data: {error!r}") from error
         own = origin.parent == checkpoints.directory
-        self.state = state if own else replace(state, origin=str(origin))
+        self.schedule_before = state.schedule
+        self.state = replace(state, origin=state.origin if own else str(origin), schedule=self._schedule)
         self.advance_data()
         return changes, data_changes
 

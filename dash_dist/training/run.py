@@ -36,6 +36,7 @@ from dash_dist.training.faults.watchdog import Watchdog, hang_folder
 from dash_dist.training.pace import Pace
 from dash_dist.training.position import RunPosition
 from dash_dist.training.saving import Saver
+from dash_dist.training.schedule import describe_change
 from dash_dist.training.stopping import StopSignal
 from dash_dist.training.telemetry.curves import Curves
 from dash_dist.training.telemetry.device import memory_used, peak_bf16_flops
@@ -128,7 +129,8 @@ class _Run:
             watchdog.start(hang_folder(config.run.path, self._attempt.number), dims.rank)
         with self._control.together("the model cannot be built", ConfigError):
             self._engine = build_engine(config, dims, vocab_size)
-        self._position = RunPosition(self._engine, data, dims, self._control)
+        schedule = config.optimizer.schedule(config.training.steps)
+        self._position = RunPosition(self._engine, data, dims, self._control, schedule)
         self._data = data
         changes, data_changes = ([], []) if origin is None else self._position.load(self._checkpoints, origin)
         self._saver = Saver(
@@ -180,6 +182,9 @@ class _Run:
             )
             cleanup.callback(self._curves.close)
             self._log.draw(self._state.step)
+        change = describe_change(self._position.schedule_before, schedule, self._state.step + 1)
+        if change is not None and self._state.step < config.training.steps:
+            self._log.record("schedule_changed", change, step=self._state.step)
         for change in data_changes:
             self._log.record("data_changed", change, step=self._state.step)
         if origin is None or data_changes:

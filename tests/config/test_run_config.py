@@ -97,6 +97,11 @@ def test_overrides_have_yaml_types(tiny):
         (["attention.backend=triton", "attention.alpha=2.0"], r"attention\.alpha 1\.5 only, not 2\.0"),
         (["parallel.tensor=4"], r"num_kv_heads 2 is not a multiple of parallel\.tensor 4"),
         (["optimizer.warmup_steps=20"], r"warmup_steps = 20 is not below training\.steps = 20"),
+        (
+            ["optimizer.warmup_steps=8", "optimizer.decay_steps=8"],
+            r"optimizer\.warmup_steps = 8 is not below optimizer\.decay_steps = 8: lower it, to 0 if need be, or decay",
+        ),
+        (["optimizer.decay_steps=0"], r"optimizer\.decay_steps = 0"),
         (["model.num_layers=x", "data.sourse=files"], r"(?s)model\.num_layers = \"x\".*data\.source\?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -20,6 +20,7 @@ class Run:
     steps: int = STEPS
     bfloat16: bool = False
     bad_step: int | None = None
+    decay_steps: int | None = None
 
 
 @dataclass

@@ -48,7 +48,7 @@ def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
         "model": MODEL.model_copy(update={"tie_embeddings": case.tie_embeddings}),
         "attention": AttentionConfig(chunk_size=CHUNK_SIZE, routing_scale=ROUTING_SCALE, exchange="selective"),
         "parallel": parallel,
-        "optimizer": OptimizerConfig(lr=1e-2, warmup_steps=2, grad_clip=0.5),
+        "optimizer": OptimizerConfig(lr=1e-2, warmup_steps=2, decay_steps=run.decay_steps, grad_clip=0.5),
         "dims": dims,
         "vocab_size": VOCAB_SIZE,
         "sequence_length": SEQUENCE_LENGTH,

@@ -13,8 +13,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 from dash_dist.config.attention import AttentionConfig
+from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel import DashAttention, shard_positions
@@ -58,7 +60,7 @@ def micro_batches(step: int, dims: ParallelDims, case: Case) -> list[Batch]:
 
 
 @contextmanager
-def engine_of(case: Case) -> Iterator[MegatronEngine]:
+def engine_of(case: Case, *, model: ModelConfig = MODEL, vocab_size: int = VOCAB_SIZE) -> Iterator[MegatronEngine]:
     parallel = ParallelConfig(
         tensor=case.tensor,
         context=case.context,
@@ -71,7 +73,7 @@ def engine_of(case: Case) -> Iterator[MegatronEngine]:
     model_module.LOGITS_PER_PIECE = case.logits_per_piece or logits_per_piece
     try:
         yield MegatronEngine(
-            MODEL.model_copy(update={"tie_embeddings": case.tie_embeddings}),
+            model.model_copy(update={"tie_embeddings": case.tie_embeddings}),
             AttentionConfig(
                 chunk_size=CHUNK_SIZE,
                 routing_scale=case.routing_scale,
@@ -82,7 +84,7 @@ def engine_of(case: Case) -> Iterator[MegatronEngine]:
             parallel,
             OptimizerConfig(lr=1e-2, warmup_steps=2, grad_clip=case.grad_clip),
             dims=dims,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocab_size,
             sequence_length=SEQUENCE_LENGTH,
             total_steps=10,
         )
@@ -163,6 +165,20 @@ def load_and_read(cases: dict[str, Case], folder: Path) -> dict[str, tuple[torch
     return read
 
 
+def load_and_judge(cases: dict[str, Case], folder: Path) -> dict[str, tuple[float, float]]:
+    """Per checkpoint: the loss of `global_batch(0)` by a training step, and by the logits that an evaluation gets."""
+    judged = {}
+    for name, case in cases.items():
+        with engine_of(case) as engine:
+            engine.load(folder / name)
+            batch = global_batch(0)
+            with torch.no_grad():
+                logits = engine.model(batch.tokens, None, None)  # [b, s, padded vocab]
+            evaluated = F.cross_entropy(logits[batch.loss_mask], batch.labels[batch.loss_mask])
+            judged[name] = engine.train_step(micro_batches(0, engine.dims, case)).loss, evaluated.item()
+    return judged
+
+
 def logits_of_last_rank(case: Case) -> tuple[dict[str, int], torch.Tensor]:
     """How much this rank's logits [b, s, vocab] move when the first token of the sequence changes."""
     with engine_of(case) as engine:
@@ -173,7 +189,8 @@ def logits_of_last_rank(case: Case) -> tuple[dict[str, int], torch.Tensor]:
         positions = shard_positions(SEQUENCE_LENGTH, dims.cp_rank, dims.cp_size, case.layout)
         with torch.no_grad():
             before, after = (engine.model(t[:, positions], None, None) for t in (tokens, changed))
-        return ranks_of(engine.dims), (after - before).abs().amax(dim=(0, 2))
+        moved = (after - before)[..., :VOCAB_SIZE].abs()  # the columns of the padding are -inf in both
+        return ranks_of(engine.dims), moved.amax(dim=(0, 2))
 
 
 def errors_and_skips(folder: Path) -> dict[str, Any]:

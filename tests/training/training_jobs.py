@@ -10,10 +10,13 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.data.stream import DataStream
 from dash_dist.engine.protocol import StepResult
 from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.megatron.engine import MegatronEngine
+from dash_dist.megatron.optimizer import scheduled_learning_rate
+from dash_dist.training.schedule import describe_change
 from tests.support.attempts import Outcome, attempt
 
 
@@ -30,6 +33,11 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
         "other data": alone("short", "training.steps=6", "data.shuffle_seed=7"),
         "other function": alone(
             "other", f"run.resume={checkpoint}", "training.steps=4", "attention.alpha=2.0", "model.rotary_base=500.0"
+        ),
+        "extended": alone("extended", f"run.resume={checkpoint}", "training.steps=6"),
+        "extended again": alone("extended", "training.steps=7", "optimizer.decay_steps=6"),
+        "extended, curve kept": alone(
+            "kept", f"run.resume={checkpoint}", "training.steps=6", "optimizer.decay_steps=3"
         ),
         "missing data": alone("no_data", "data.source=files", "data.paths=no_such_folder"),
     }
@@ -52,13 +60,28 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
     return outcomes
 
 
+def schedule_changes() -> dict[str, str | None]:
+    """Return the message about each pair of schedules at step 51."""
+    saved = OptimizerConfig(lr=2e-3, min_lr=2e-4, warmup_steps=10).schedule(50)
+    return {
+        "same": describe_change(saved, dict(saved), 51),
+        "unknown": describe_change({}, saved, 51),
+        "longer": describe_change(saved, saved | {"decay_steps": 100}, 51),
+        "other rate": describe_change(saved, saved | {"lr": 1e-3, "warmup_steps": 60, "decay_steps": 100}, 51),
+    }
+
+
+def learning_rates(schedule: dict[str, int | float], steps: int) -> list[float]:
+    return [scheduled_learning_rate(schedule, step) for step in range(1, steps + 1)]
+
+
 class Unreachable(Exception):
     """As the errors of HTTP libraries: neither an OSError nor a ValueError."""
 
 
 def runs_of_two_ranks(config: Path, folder: Path) -> dict[str, Outcome]:
     documents = folder / "documents"
-    files = ["data.source=files", f"data.paths=[{documents}]", "training.steps=3"]
+    files = ["data.source=files", f"data.paths=[{documents}]", "data.shuffle_seed=null", "training.steps=3"]
     outcomes = {
         "triton": attempt(config, "run.name=triton", "attention.backend=triton"),
         "skipping, cp 2": attempt(config, "run.name=skipping_cp", *files),
