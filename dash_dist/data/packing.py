@@ -106,8 +106,8 @@ class JoinedPacker(Packer):
 class SeparatePacker(Packer):
     """Whole documents, each padded to whole chunks, so that the chunks restart with it; no label crosses a border.
 
-    A sequence begins with the document that has waited longest, and takes the longest that still fits. Where none does, a
-    document longer than a sequence, which has to be cut anyway, fills the rest. Every token of a document is an
+    A sequence begins with the document that has waited longest, and takes the longest that still fits. Where none does,
+    a document longer than a sequence, which has to be cut anyway, fills the rest. Every token of a document is an
     input exactly once, and a label exactly once unless it is the first of a piece, which nothing precedes. The
     end-of-document token is a label only. What is left of a sequence is padding, a document of its own.
 

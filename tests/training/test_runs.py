@@ -294,15 +294,15 @@ def test_skipped_documents_are_counted_once_and_shown(folder, of_two_ranks, layo
 
 
 def test_padding_between_separate_documents_is_no_token(folder, of_two_ranks):
-    # A row's 768 tokens are documents of 300, cut every 256: the two ends among them, of 44 and 108, are padded to
-    # whole chunks of 32 by 20 each.
+    # Six sequences of 256 tokens hold documents of 300. The ends among them, of 44, 108, 172 and 236, are padded to whole
+    # chunks of 32 by 20 each.
     for rank in of_two_ranks:
         summary = rank["separate, dp 2"].summary
         assert summary.tokens == 2 * (768 - 40)
         assert summary.padding == pytest.approx(40 / 768)
         assert rank["skipping, dp 2"].summary.padding == 0
     curve = read_curves(folder / "runs" / "separate_dp").Scalars("data/padding")
-    assert [event.value for event in curve] == pytest.approx([0, 20 / 256, 20 / 256])
+    assert [event.value for event in curve] == pytest.approx([20 / 512, 40 / 512, 20 / 512])
     assert re.search(r"padding +5\.2% of the tokens computed", of_two_ranks[0]["separate, dp 2"].output)
     assert "of the tokens computed" not in of_two_ranks[0]["skipping, dp 2"].output
 
