@@ -24,7 +24,8 @@ from dash_dist.data.sources import Shard, Source
 from dash_dist.data.token_shard import read_counts
 from dash_dist.run.files import read_json, write_json
 
-_OPEN_SHARDS = 128  # each holds three file descriptors
+_OPEN_SHARDS = 128  # each holds two file descriptors
+_REMEDY = "remove its folder if it is in data.cache, and its tokens are made again"
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,26 @@ class TokenSource:
         Raises OSError or ValueError if the shard is no longer there or damaged.
         """
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        dataset, file = self._open(shard)
         local, own = document - int(self._first[shard]), int(self.lengths[document])
-        dataset = self._open(shard)
-        if (ends := own - int(dataset.sequence_lengths[local])) not in (0, 1):
-            raise ValueError(f"{self.record.shards[shard]} is not the dataset that the run began with: start it again")
-        # Copied: the dataset may be closed while the tokens are in use.
-        tokens = dataset.get(local, offset=start, length=min(stop, own - ends) - start).astype(np.int64)
-        return np.append(tokens, self._end_of_document) if stop > own - ends else tokens
+        ends = own - int(dataset.sequence_lengths[local])
+        if ends not in (0, 1):
+            raise ValueError(f"{file.name} is not the file that the run began with: start it again")
+        item = np.dtype(dataset.index.dtype).itemsize
+        stored = min(stop, own - ends)
+        # Read and not mapped: a page fault would read far more than a short document.
+        wanted, offset = (stored - start) * item, int(dataset.index.sequence_pointers[local]) + start * item
+        data = os.pread(file.fileno(), wanted, offset)
+        while 0 < len(data) < wanted and (more := os.pread(file.fileno(), wanted - len(data), offset + len(data))):
+            data += more
+        if len(data) != wanted:
+            raise ValueError(f"{file.name} ends before document {local} does: {_REMEDY}")
+        tokens = np.frombuffer(data, dtype=dataset.index.dtype).astype(np.int64)
+        return np.append(tokens, self._end_of_document) if stop > stored else tokens
 
-    def _open_shard(self, shard: int) -> IndexedDataset:
-        return _open_dataset(str(self._cache / self.record.shards[shard]))
+    def _open_shard(self, shard: int) -> tuple[IndexedDataset, IO[bytes]]:
+        prefix = str(self._cache / self.record.shards[shard])
+        return _open_dataset(prefix), open(f"{prefix}.bin", "rb", buffering=0)
 
 
 class Corpus:
@@ -280,11 +291,10 @@ def _map(path: Path) -> np.ndarray:
 
 def _open_dataset(prefix: str) -> IndexedDataset:
     try:
-        return IndexedDataset(prefix)
+        return IndexedDataset(prefix, mmap=False)
     except (AssertionError, ValueError) as error:
         raise ValueError(
-            f"{prefix}: not an indexed dataset of Megatron-core: {error or 'damaged'}; remove its folder if it is in "
-            "data.cache, and its tokens are made again"
+            f"{prefix}: not an indexed dataset of Megatron-core: {error or 'damaged'}; {_REMEDY}"
         ) from error
 
 
@@ -294,8 +304,5 @@ def _checked_lengths(dataset: IndexedDataset) -> np.ndarray:
     path = f"{dataset.path_prefix}.bin"
     expected = int(lengths.sum(dtype=np.int64)) * np.dtype(dataset.index.dtype).itemsize
     if (actual := os.path.getsize(path)) != expected:
-        raise ValueError(
-            f"{path} has {actual} bytes and should have {expected}: remove its folder if it is in data.cache, and its "
-            "tokens are made again"
-        )
+        raise ValueError(f"{path} has {actual} bytes and should have {expected}: {_REMEDY}")
     return lengths

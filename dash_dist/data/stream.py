@@ -203,9 +203,13 @@ class DataStream:
                 saved = {**saved, "epoch": saved["epoch"] + 1, "place": 0}
             self._cursors[number].load_state_dict(saved)
             self._tokens[number] = saved["tokens"]
-        if [state["sources"][old]["share"] for old in number_of] != [self._shares[new] for new in number_of.values()]:
+        before = [state["sources"][old]["share"] for old in number_of]
+        now = [self._shares[new] for new in number_of.values()]
+        if before != now:
             for cursor in self._cursors:  # what was drawn by other shares is not made up for
                 cursor.drawn = 0
+            if max(abs(a - b) for a, b in zip(before, now, strict=True)) > 0.001:
+                notes.append(f"shares of the sources were {_percents(before)} and are {_percents(now)}")
         waiting = []
         for old, document, offset in state["waiting"]:
             if old in number_of and old not in anew:
@@ -245,6 +249,10 @@ class DataStream:
         if not self._config.accept_changes:
             raise ValueError(f"{told}: {remedy} them as they are now")
         return True, f"{told}: continuing with them as they are now"
+
+
+def _percents(shares: list[float]) -> str:
+    return ", ".join(f"{share:.1%}" for share in shares)
 
 
 def build_data_stream(

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,10 +56,10 @@ class ShardCounts:
 
 @dataclass
 class _Places:
-    part: list[int] = field(default_factory=list)
-    place: list[int] = field(default_factory=list)
-    digest: list[int] = field(default_factory=list)
-    damaged: list[bool] = field(default_factory=list)
+    part: "array[int]" = field(default_factory=lambda: array("i"))
+    place: "array[int]" = field(default_factory=lambda: array("q"))
+    digest: "array[int]" = field(default_factory=lambda: array("I"))
+    damaged: "array[int]" = field(default_factory=lambda: array("B"))
 
 
 class _Writer:
@@ -77,6 +78,7 @@ class _Writer:
         self._builder = IndexedDatasetBuilder(str(folder / "tokens.bin"), dtype=self._dtype)
         self._index = str(folder / "tokens.idx")
         self._places = _Places()
+        self._unwritten: list[np.ndarray] = []
         self._tokens = 0
         self._empty = 0
         self._named: list[str] = []
@@ -89,6 +91,7 @@ class _Writer:
             if text:
                 self._write(tokens)
             self._finish(part, place, zlib.crc32(text.encode("utf-8")))
+        self._flush()
 
     def add_pieces(self, part: int, place: int, pieces: Iterable[str]) -> None:
         """Append a document that is read in pieces, or its place if it turns out to be damaged."""
@@ -104,12 +107,15 @@ class _Writer:
         try:
             for tokens in self._tokenizer.encode_pieces(passing()):
                 self._write(tokens)
+                self._flush()
         except DamagedDocument as error:
+            self._unwritten.clear()
             self._builder.data_file.seek(self._tokens * np.dtype(self._dtype).itemsize)
             self._builder.data_file.truncate()
             self.add_damaged(part, place, error)
         else:
             self._finish(part, place, digest)
+            self._flush()
 
     def add_damaged(self, part: int, place: int, error: DamagedDocument) -> None:
         """Append the place of a document that cannot be read."""
@@ -124,17 +130,20 @@ class _Writer:
         self._length = 0
 
     def _write(self, tokens: np.ndarray) -> None:
-        if not self._length and len(tokens):
-            self._write_ids(self._before)
-        self._write_ids(tokens)
+        parts = (tokens,) if self._length or not len(tokens) else (self._before, tokens)
+        self._unwritten += parts
+        self._length += sum(len(part) for part in parts)
 
-    def _write_ids(self, tokens: np.ndarray) -> None:
-        self._builder.data_file.write(tokens.astype(self._dtype, copy=False).tobytes())
-        self._length += len(tokens)
+    def _flush(self) -> None:
+        if self._unwritten:
+            tokens = np.concatenate(self._unwritten, dtype=self._dtype, casting="unsafe")
+            self._builder.data_file.write(tokens.tobytes())
+            self._unwritten.clear()
 
     def _finish(self, part: int, place: int, digest: int) -> None:
         if self._length:
-            self._write_ids(self._after)
+            self._unwritten.append(self._after)
+            self._length += len(self._after)
         else:
             self._empty += 1
         if self._length > MAX_DOCUMENT_TOKENS:

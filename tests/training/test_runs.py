@@ -294,7 +294,7 @@ def test_skipped_documents_are_counted_once_and_shown(folder, of_two_ranks, layo
 
 
 def test_padding_between_separate_documents_is_no_token(folder, of_two_ranks):
-    # Six sequences of 256 tokens hold documents of 300. The ends among them, of 44, 108, 172 and 236, are padded to whole
+    # Six sequences of 256 tokens hold documents of 300. The ends among them, 44 to 236 long, are padded to whole
     # chunks of 32 by 20 each.
     for rank in of_two_ranks:
         summary = rank["separate, dp 2"].summary
