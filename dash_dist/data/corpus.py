@@ -146,12 +146,15 @@ def record_corpus(
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
         write_json(building / "corpus.json", [asdict(one) for one in records])
         final = cache / "corpora" / fingerprint
-        if final.exists():  # its list of shards may be of files since moved or cut otherwise
+        try:
+            os.replace(building, final)
+        except OSError:
+            # There already, perhaps from another process just now. Its list of shards may be of files since moved or cut
+            # otherwise.
+            if not final.exists():
+                raise
             for path in building.iterdir():
                 os.replace(path, final / path.name)
-            building.rmdir()
-        else:
-            os.replace(building, final)
         return fingerprint
     finally:
         if building.exists():
