@@ -5,7 +5,6 @@ tokens.bin and tokens.idx, which Megatron-core reads, documents.npz with the pla
 shard.json with counts and the names of damaged documents.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -214,8 +213,12 @@ def write_shard(
                 else:
                     writer.add_damaged(part, document.place, damage)
         counts = writer.close(partial)
-        with contextlib.suppress(OSError):  # there already, from another process
+        try:
             partial.rename(folder)
+        except OSError:
+            if read_counts(folder) is None:
+                raise
+            # There already, from another process.
         return counts
     finally:
         shutil.rmtree(partial, ignore_errors=True)
