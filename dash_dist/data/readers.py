@@ -103,6 +103,8 @@ def name_of(part: FileRange | HubShard, place: int) -> str:
 
 def _line_number(path: str, offset: int) -> int:
     number = 1
+    if not offset:  # also of a file that cannot even be opened
+        return number
     if encoding_of(path)[0] != "utf-8":
         return offset + 1  # see _lines_of_utf16
     with open_bytes(path) as file:
