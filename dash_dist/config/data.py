@@ -27,9 +27,9 @@ class SourceConfig(Section):
     named twice is read once. For source=megatron: path prefixes, without .bin and .idx."""
 
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """Format of the files. auto: by suffix, file by file: .jsonl, .ndjson and .json are JSON Lines, .parquet is Parquet,
-    others are text. A document is a text file, a line of JSON Lines or a row of Parquet. Text and JSON Lines may be
-    compressed (.gz, .bz2, .xz, .zst)."""
+    """Format of the files. auto: by suffix, file by file: .jsonl, .ndjson and .json are JSON Lines, .parquet is
+    Parquet, others are text. A document is a text file, a line of JSON Lines or a row of Parquet. Text and JSON Lines
+    may be compressed (.gz, .bz2, .xz, .zst)."""
 
     text_column: str = Field(default="text", min_length=1)
     """Column or JSON key that holds the document; `meta.body` is the field body of the column meta."""

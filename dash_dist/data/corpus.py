@@ -149,8 +149,8 @@ def record_corpus(
         try:
             os.replace(building, final)
         except OSError:
-            # There already, perhaps from another process just now. Its list of shards may be of files since moved or cut
-            # otherwise.
+            # There already, perhaps from another process just now. Its list of shards may be of files that have moved
+            # since, or were cut otherwise.
             if not final.exists():
                 raise
             for path in building.iterdir():

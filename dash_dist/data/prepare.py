@@ -36,7 +36,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What has to be prepared: the sources of a configuration, for one tokenizer.
+    """The sources of a configuration, to be prepared for one tokenizer.
 
     Attributes:
         reading: everything besides the files that decides on the tokens.
