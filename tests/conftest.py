@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Workers, and the ranks that tests start, inherit the controller's folder: all share one cache, none in the user's home.
+# Workers and the ranks that tests start inherit the controller's folder: one cache for all, none in the user's home.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dash-dist-cache-")
 
