@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import struct
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
@@ -284,7 +285,7 @@ def _map(path: Path) -> np.ndarray:
 def _open_dataset(prefix: str) -> IndexedDataset:
     try:
         return IndexedDataset(prefix)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, struct.error) as error:
         raise ValueError(
             f"{prefix}: not an indexed dataset of Megatron-core: {error or 'damaged'}; remove its folder if it is in "
             "data.cache, and its tokens are made again"
