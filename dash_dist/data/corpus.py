@@ -185,7 +185,7 @@ def _record_shards(source: Source, cache: Path, folder_of: dict[str, Path], leng
         shards.append(str((folder / "tokens").relative_to(cache)))
         documents.append(counts.documents)
         tokens, empty, damaged = tokens + counts.tokens, empty + counts.empty, damaged + counts.damaged
-        named += counts.named
+        named += counts.names(shard)
     return SourceRecord(
         source.title,
         source.description,

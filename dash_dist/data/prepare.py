@@ -68,7 +68,7 @@ class Preparation:
             if counts is None:
                 missing.append(shard)
             elif counts.damaged and self.config.damaged == "stop":
-                raise ValueError(f"{counts.named[0]}; repair or remove it, or set data.damaged=skip")
+                raise ValueError(f"{counts.names(shard)[0]}; repair or remove it, or set data.damaged=skip")
         return missing
 
     def record(self) -> str:
