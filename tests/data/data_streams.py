@@ -8,6 +8,7 @@ import torch
 
 from dash_dist.config.data import DataConfig
 from dash_dist.data.order import permute
+from dash_dist.data.prepare import prepare_here
 from dash_dist.data.stream import Batch, DataStream, build_data_stream
 from dash_dist.data.tokenizer import ByteTokenizer
 
@@ -91,19 +92,14 @@ def text_of(stream: DataStream, count: int = 8) -> str:
     return ByteTokenizer().decode(np.array(inputs(stream, count)))
 
 
-def documents_of(config: DataConfig, **options: Any) -> list[str]:
-    """The documents of an epoch in the order of the files, read through the whole pipeline. A source with only one
-    document with text gives it once."""
-    config = config.model_copy(update={"shuffle_seed": None})
-    stream = build(config, length=1, batch=1, **options)
-    found, current = [], b""
-    while stream.state_dict()["sources"][0]["epoch"] == 0:
-        (token,) = inputs(stream, 1)
-        if token == END:
-            found.append(current.decode())
-            current = b""
-        else:
-            current += bytes([token])
+def documents_of(config: DataConfig) -> list[str]:
+    """The documents with text of all prepared sources, in the order of the files."""
+    found = []
+    for source in prepare_here(config, ByteTokenizer()).sources.values():
+        for document in np.flatnonzero(source.lengths):
+            *tokens, end = source.read(document, 0, int(source.lengths[document])).tolist()
+            assert end == END
+            found.append(bytes(tokens).decode())
     return found
 
 
@@ -123,7 +119,7 @@ def tokens_in_order(
 ) -> tuple[list[int], list[tuple[int, int, int]]]:
     """The plain reference of joined documents: at least `count` tokens, and (source, epoch, document) as drawn.
 
-    The next document is of the source that lacks most of its share of the tokens; each source is permuted in each epoch.
+    The next document is of the source that lacks most of its share; each source is permuted in each epoch.
     """
     tokens: list[int] = []
     drawn: list[tuple[int, int, int]] = []

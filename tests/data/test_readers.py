@@ -145,7 +145,7 @@ def test_a_column_that_no_line_has(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl line 1 has no column 'text', it has \['body', 'id'\]: set data\."):
         build(files(tmp_path))
     assert documents_of(files(tmp_path, text_column="body")) == ["x", "y"]
-    with pytest.raises(ValueError, match="no text: .*a.jsonl line 1: column 'id' holds int, not text"):
+    with pytest.raises(ValueError, match=r"no text: .*a\.jsonl line 1: column 'id' holds int, not text"):
         build(files(tmp_path, text_column="id"))
 
 

@@ -39,7 +39,7 @@ def mixed_text(seed: int, length: int) -> str:
                 rng.choice(["\n \n", "  \n", "\r\n", " \u3000", "\xa0"]) * rng.choice([1, 40]),
                 "".join(rng.choices("0123456789", k=rng.randrange(1, 500))),
                 "".join(rng.choices("😀👩‍👩‍👧é ✓ﬁ①ᾳ", k=60)),
-                "".join(rng.choices("日本語の文章，。一二三", k=rng.randrange(300))),
+                "".join(rng.choices("日本語の文章。一二三", k=rng.randrange(300))),
                 "e\u0301o\u0308\u0323 " * rng.randrange(20),
                 "it's we'll I'M <s> <|endoftext|>",
             ]
