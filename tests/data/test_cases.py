@@ -40,7 +40,7 @@ def amplified(tmp_path) -> DataConfig:
     """jsonl_read_amplification.py: long lines, of which every row read all. Prepared."""
     lines = ((f"word{i} " * 4000) for i in range(128))
     (tmp_path / "amp.jsonl").write_bytes(json_lines(*lines))
-    config = files(tmp_path / "amp.jsonl")
+    config = files(tmp_path / "amp.jsonl", cache=tmp_path / "cache")
     build(config)
     return config
 
