@@ -1,5 +1,6 @@
 """Files that are missing, may not be read or hold no text, and the order in which files are found."""
 
+import json
 import os
 
 import pytest
@@ -73,6 +74,14 @@ def test_missing_column_or_split_of_a_hub_dataset(corpus):
         build(config.model_copy(update={"text_column": "id"}))
     with pytest.raises(ValueError, match=r"test.* Available splits: \['train'\]: set data\.split"):
         build(config.model_copy(update={"split": "test"}))
+
+
+def test_nested_columns_of_a_hub_dataset(tmp_path):
+    rows = [{"meta": {"body": "a"}}, {"meta": None}, {"meta": {"body": None}}, {"meta": {"body": "d"}}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(source="hub", name=str(tmp_path), text_column="meta.body")
+    assert documents_of(config) == ["a", "d"]
+    assert build(config)._sources[0].record.documents == (4,)
 
 
 def test_paths_are_read_in_order_once_and_without_hidden_files(tmp_path):

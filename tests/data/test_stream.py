@@ -389,6 +389,21 @@ def test_another_number_of_documents_begins_a_new_epoch(corpus, tmp_path):
     assert sorted(text_of(resumed, 2)[:20]) == sorted("".join(f"{i:02d}" for i in range(10)))
 
 
+@pytest.mark.parametrize("documents", ["joined", "separate"])
+def test_a_document_that_became_shorter_than_what_was_read_of_it_is_left(corpus, tmp_path, documents):
+    config = corpus("text", ["a" * 200, "b" * 5], documents=documents, shuffle_seed=None, accept_changes=True)
+    stream = build(config, batch=1)
+    for _ in range(6):
+        stream.next_step()
+    state = saved(stream)
+    assert state["waiting"][0] == [0, 0, 96]
+    (tmp_path / "text" / "000.txt").write_text("A" * 90)
+    resumed, notes = resume(config, state, batch=1)
+    assert "1 documents of" in notes[0]
+    (batch,) = resumed.next_step()
+    assert batch.tokens[0, :5].tolist() == [ord("b")] * 5
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
