@@ -249,7 +249,8 @@ def test_a_run_that_is_stopped_after_every_step(corpus, documents):
     assert state["sources"][0]["epoch"] >= 1
 
 
-@pytest.mark.parametrize(("shards", "row_group", "batch"), [(3, 7, 1), (3, 7, 2), (1, 40, 3), (4, 40, 2)])
+@pytest.mark.parametrize(("shards", "row_group"), [(3, 7), (1, 40)])
+@pytest.mark.parametrize("batch", [1, 2, 3])
 def test_hub_datasets_resume_exactly_at_every_step(tmp_path, shards, row_group, batch):
     """hub_resume_two_rows.py: several rows of the global batch at one rank."""
     folder = tmp_path / "hub"
@@ -264,10 +265,12 @@ def test_hub_datasets_resume_exactly_at_every_step(tmp_path, shards, row_group, 
     for _ in range(120 // batch):
         states.append(saved(stream))
         expected += global_steps([stream], 1)
-    for step in range(0, len(states), 9):
-        resumed, notes = resume(config, states[step], **options)
-        assert notes == []
-        following = expected[step : step + 3]
+    another = build(config, **options)
+    for step in range(len(states)):
+        following = expected[step : step + 2]
+        # A new run at some, which costs more; any stream can take any position.
+        resumed = build(config, **options) if step % 40 == 1 else another
+        assert resumed.load_state_dict(states[step]) == []
         assert global_steps([resumed], len(following)) == following
 
 
