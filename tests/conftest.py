@@ -1,6 +1,8 @@
-"""Settings that must be in place before Triton is imported anywhere, and the grouping of tests by worker."""
+"""Settings that must be in place before anything is imported, the cache of the session, and the grouping by worker."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Workers and the ranks that tests start inherit the controller's folder: one cache for all, none in the user's home.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dash-dist-cache-")
 
 TESTS = Path(__file__).parent
 WITH_DEADLINES = {"checkpoints", "doctor", "report", "training"}
@@ -25,3 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("runs"))
         elif folder != "kernels":
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the cache of the session, at the controller."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)

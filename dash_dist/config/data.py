@@ -147,7 +147,8 @@ class DataConfig(SourceConfig):
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> Self:
         if self.sources:
-            single = [name for name in SourceConfig.model_fields if name in self.model_fields_set]
+            # By value: a resolved configuration, read back, has set all of them.
+            single = [name for name, field in SourceConfig.model_fields.items() if getattr(self, name) != field.default]
             if single:
                 raise ValueError(f"data.{single[0]} and data.sources are both given: move it into data.sources")
             weighted = [one for one in self.sources if one.weight is not None]

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import struct
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
@@ -157,12 +158,15 @@ def record_corpus(
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
         write_json(building / "corpus.json", [asdict(one) for one in records])
         final = cache / "corpora" / fingerprint
-        if final.exists():  # its list of shards may be of files since moved or cut otherwise
+        try:
+            os.replace(building, final)
+        except OSError:
+            # There already, perhaps from another process just now. Its list of shards may be of files that have moved
+            # since, or were cut otherwise.
+            if not final.exists():
+                raise
             for path in building.iterdir():
                 os.replace(path, final / path.name)
-            building.rmdir()
-        else:
-            os.replace(building, final)
         return fingerprint
     finally:
         if building.exists():
@@ -192,7 +196,7 @@ def _record_shards(source: Source, cache: Path, folder_of: dict[str, Path], leng
         shards.append(str((folder / "tokens").relative_to(cache)))
         documents.append(counts.documents)
         tokens, empty, damaged = tokens + counts.tokens, empty + counts.empty, damaged + counts.damaged
-        named += counts.named
+        named += counts.names(shard)
     return SourceRecord(
         source.title,
         source.description,
@@ -292,7 +296,7 @@ def _map(path: Path) -> np.ndarray:
 def _open_dataset(prefix: str) -> IndexedDataset:
     try:
         return IndexedDataset(prefix, mmap=False)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, struct.error) as error:
         raise ValueError(
             f"{prefix}: not an indexed dataset of Megatron-core: {error or 'damaged'}; {_REMEDY}"
         ) from error

@@ -53,13 +53,14 @@ class SourceCursor:
         self._longest = longest
         self.epoch = self.place = self.drawn = self.skipped = self.dropped = 0
         self._block: tuple[int, int, np.ndarray, np.ndarray] | None = None
-        if longest is not None:
-            lengths = source.lengths
-            if not ((lengths >= LEAST_TOKENS) & (lengths <= longest)).any():
-                raise ValueError(
-                    f"{source.record.description} has no document that fits into a sequence, and data.long_documents "
-                    "is drop: set it to split, or training.sequence_length higher"
-                )
+        readable = source.lengths >= LEAST_TOKENS
+        if not readable.any():
+            raise ValueError(f"{source.record.description} has no document of at least {LEAST_TOKENS} tokens")
+        if longest is not None and not (readable & (source.lengths <= longest)).any():
+            raise ValueError(
+                f"{source.record.description} has no document that fits into a sequence, and data.long_documents "
+                "is drop: set it to split, or training.sequence_length higher"
+            )
 
     def draw(self) -> tuple[int, int]:
         """Return number and length of the next document."""

@@ -38,7 +38,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What has to be prepared: the sources of a configuration, for one tokenizer.
+    """The sources of a configuration, to be prepared for one tokenizer.
 
     Attributes:
         reading: everything besides the files that decides on the tokens.
@@ -70,7 +70,7 @@ class Preparation:
             if counts is None:
                 missing.append(shard)
             elif counts.damaged and self.config.damaged == "stop":
-                raise ValueError(f"{counts.named[0]}; repair or remove it, or set data.damaged=skip")
+                raise ValueError(f"{counts.names(shard)[0]}; repair or remove it, or set data.damaged=skip")
         return missing
 
     def record(self) -> str:

@@ -89,11 +89,16 @@ def read_documents(part: FileRange | HubShard, column: str) -> Iterator[Document
     return _read_rows(part, column)
 
 
+def file_of(part: FileRange | HubShard) -> str:
+    """Return the file that begins the names of all documents of `part`, "" where there is none."""
+    return "" if isinstance(part, HubShard) else printable(part.path)
+
+
 def name_of(part: FileRange | HubShard, place: int) -> str:
     """Return where a document is, for messages: its file, and its line or row if it shares the file."""
     if isinstance(part, HubShard):
         return f"row {place} of shard {part.shard} of {part.name}"
-    path = printable(part.path)
+    path = file_of(part)
     if part.format == "text":
         return path
     if part.format == "jsonl":
@@ -103,6 +108,8 @@ def name_of(part: FileRange | HubShard, place: int) -> str:
 
 def _line_number(path: str, offset: int) -> int:
     number = 1
+    if not offset:  # also of a file that cannot even be opened
+        return number
     if encoding_of(path)[0] != "utf-8":
         return offset + 1  # see _lines_of_utf16
     with open_bytes(path) as file:
@@ -322,7 +329,7 @@ def _read_hub(part: HubShard, column: str) -> Iterator[Document]:
     for number, row in enumerate(stream):
         value = row[column] if column in row else row[first]
         for key in [] if column in row else rest:
-            value = value[key]
+            value = None if value is None else value[key]
         try:
             yield Document(number, (_checked(value, column),))
         except DamagedDocument as error:

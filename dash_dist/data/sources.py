@@ -177,6 +177,9 @@ def _cut(
         if pieces == 1:
             parts.append(FileRange(path, formats[path]))
             continue
+        if parts:  # in the order of the files
+            yield _shard(tuple(parts), identities, config.text_column, reading, root)
+            parts = []
         for start, stop in itertools.pairwise(cuts):
             ranged = FileRange(path, formats[path], start, stop)
             yield _shard((ranged,), identities, config.text_column, reading, root)

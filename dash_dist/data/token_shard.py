@@ -5,7 +5,6 @@ tokens.bin and tokens.idx, which Megatron-core reads, documents.npz with the pla
 shard.json with counts and the names of damaged documents.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from dash_dist.data.readers import DamagedDocument, Document, name_of, read_documents
+from dash_dist.data.readers import DamagedDocument, Document, file_of, name_of, read_documents
 from dash_dist.data.sources import Shard
 from dash_dist.data.tokenizer import Tokenizer
 
@@ -44,14 +43,18 @@ class ShardCounts:
         tokens: end-of-document tokens included.
         empty: documents without text.
         damaged: documents that cannot be read.
-        named: the first of those, each with the reason.
+        named: the first of those: number of the part, and what follows the name of its file. So files may move.
     """
 
     documents: int
     tokens: int
     empty: int
     damaged: int
-    named: tuple[str, ...]
+    named: tuple[tuple[int, str], ...]
+
+    def names(self, shard: Shard) -> list[str]:
+        """Return the first damaged documents where they are now, each with the reason."""
+        return [f"{file_of(shard.parts[part])}{told}" for part, told in self.named]
 
 
 @dataclass
@@ -81,7 +84,7 @@ class _Writer:
         self._unwritten: list[np.ndarray] = []
         self._tokens = 0
         self._empty = 0
-        self._named: list[str] = []
+        self._named: list[tuple[int, str]] = []
 
     def add_texts(self, documents: list[tuple[int, int, str]]) -> None:
         """Append whole documents: part, place and text."""
@@ -123,7 +126,7 @@ class _Writer:
             described = f"{name_of(self._shard.parts[part], place)}: {error}"
             if self._stop:
                 raise DamagedCorpusError(f"{described}; repair or remove it, or set data.damaged=skip")
-            self._named.append(described)
+            self._named.append((part, described.removeprefix(file_of(self._shard.parts[part]))))
         self._append(part, place, 0, 0, damaged=True)
 
     def _start(self) -> None:
@@ -223,8 +226,12 @@ def write_shard(
                 else:
                     writer.add_damaged(part, document.place, damage)
         counts = writer.close(partial)
-        with contextlib.suppress(OSError):  # there already, from another process
+        try:
             partial.rename(folder)
+        except OSError:
+            if read_counts(folder) is None:
+                raise
+            # There already, from another process.
         return counts
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -280,7 +287,7 @@ def read_counts(folder: Path) -> ShardCounts | None:
     """Return the counts of a shard, or None if it is not there whole."""
     try:
         counts = json.loads((folder / "shard.json").read_text())
-        return ShardCounts(**{**counts, "named": tuple(counts["named"])})
+        return ShardCounts(**{**counts, "named": tuple((part, told) for part, told in counts["named"])})
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError) as error:

@@ -1,10 +1,14 @@
 """Streams over small corpora, and the sequences of their steps put together again."""
 
+import json
 from typing import Any
 
+import numpy as np
 import torch
 
 from dash_dist.config.data import DataConfig
+from dash_dist.data.order import permute
+from dash_dist.data.prepare import prepare_here
 from dash_dist.data.stream import Batch, DataStream, build_data_stream
 from dash_dist.data.tokenizer import ByteTokenizer
 
@@ -12,6 +16,16 @@ from dash_dist.data.tokenizer import ByteTokenizer
 LENGTHS = (1, 70, 3, 15, 16, 17, 200, 2, 31, 64, 5)
 CHUNK_SIZE = 4
 TEXTS = [f"{i:x}" * length for i, length in enumerate(LENGTHS)]
+END = ByteTokenizer.end_of_document
+
+
+def files(*paths: Any, **options: Any) -> DataConfig:
+    return DataConfig(source="files", paths=tuple(str(path) for path in paths), **options)
+
+
+def json_lines(*texts: str) -> bytes:
+    """JSON Lines of the texts."""
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
 
 
 def build(
@@ -36,6 +50,11 @@ def build(
     )
 
 
+def build_ranks(config: DataConfig, size: int, **options: Any) -> list[DataStream]:
+    """The streams of all data-parallel ranks."""
+    return [build(config, rank=rank, size=size, **options) for rank in range(size)]
+
+
 def join(micro_batches: list[Batch]) -> torch.Tensor:
     """The windows of a step of joined documents, int64 [rows, T + 1]."""
     tokens = torch.cat([batch.tokens for batch in micro_batches])
@@ -54,5 +73,69 @@ def join_all(micro_batches: list[Batch]) -> list[list[list[int]]]:
     return rows
 
 
+def global_steps(ranks: list[DataStream], count: int) -> list[list[list[list[int]]]]:
+    """All rows of `count` global batches, those of all ranks in order."""
+    return [[row for rank in ranks for row in join_all(rank.next_step())] for _ in range(count)]
+
+
 def steps(stream: DataStream, count: int) -> list[torch.Tensor]:
     return [join(stream.next_step()) for _ in range(count)]
+
+
+def inputs(stream: DataStream, count: int) -> list[int]:
+    """The input tokens of `count` steps of joined documents, in order."""
+    return [token for window in steps(stream, count) for token in window[:, :-1].flatten().tolist()]
+
+
+def text_of(stream: DataStream, count: int = 8) -> str:
+    """The text of `count` steps of joined documents."""
+    return ByteTokenizer().decode(np.array(inputs(stream, count)))
+
+
+def documents_of(config: DataConfig) -> list[str]:
+    """The documents with text of all prepared sources, in the order of the files."""
+    found = []
+    for source in prepare_here(config, ByteTokenizer()).sources.values():
+        for document in np.flatnonzero(source.lengths):
+            *tokens, end = source.read(document, 0, int(source.lengths[document])).tolist()
+            assert end == END
+            found.append(bytes(tokens).decode())
+    return found
+
+
+def saved(stream: DataStream) -> dict[str, Any]:
+    """The position as a checkpoint holds it."""
+    return json.loads(json.dumps(stream.state_dict()))
+
+
+def resume(config: DataConfig, state: dict[str, Any], **options: Any) -> tuple[DataStream, list[str]]:
+    """A new stream at a saved position, and the sentences about differences."""
+    stream = build(config, **options)
+    return stream, stream.load_state_dict(state)
+
+
+def tokens_in_order(
+    sources: list[list[bytes]], shares: list[float], count: int, *, seed: int | None
+) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """The plain reference of joined documents: at least `count` tokens, and (source, epoch, document) as drawn.
+
+    The next document is of the source that lacks most of its share; each source is permuted in each epoch.
+    """
+    tokens: list[int] = []
+    drawn: list[tuple[int, int, int]] = []
+    places, given = [0] * len(sources), [0] * len(sources)
+    while len(tokens) < count:
+        total = sum(given) + 1
+        lacking = [share * total - own for share, own in zip(shares, given, strict=True)]
+        source = lacking.index(max(lacking))
+        document = b""
+        while not document:  # empty ones are passed over
+            epoch, place = divmod(places[source], len(sources[source]))
+            if seed is not None:
+                place = int(permute(np.array([place]), len(sources[source]), seed=seed, epoch=epoch)[0])
+            document = sources[source][place]
+            places[source] += 1
+        drawn.append((source, epoch, place))
+        tokens += [*document, END]
+        given[source] += len(document) + 1
+    return tokens, drawn

@@ -6,7 +6,6 @@ HYPOTHESIS_PROFILE=long tries tens of thousands.
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from dash_dist.config.data import DataConfig
 from dash_dist.data.stream import DataStream
 from tests.data.data_streams import build, join_all
 
-CASES = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 60
+CASES = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 30
 FUZZ = settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 STEPS = 3
 
@@ -141,7 +140,7 @@ FUZZ_FILES = settings(FUZZ, suppress_health_check=[HealthCheck.too_slow, HealthC
 options = st.fixed_dictionaries(
     {
         "documents": st.sampled_from(["joined", "separate"]),
-        "undecodable": st.sampled_from(["skip", "skip", "error"]),
+        "damaged": st.sampled_from(["skip", "skip", "stop"]),
         "shuffle_seed": st.sampled_from([None, 0, 2**63]),
     }
 )
@@ -204,22 +203,3 @@ def test_folders_that_contain_themselves_are_read_once(tmp_path):
         build(DataConfig(source="files", paths=(str(root),)), batch=2)
     (root / "self").unlink()
     check(root)
-
-
-def test_a_file_that_vanishes_is_named(tmp_path):
-    for name in "abcd":
-        write(tmp_path, f"{name}.txt", name.encode() * 40)
-    stream = build(DataConfig(source="files", paths=(str(tmp_path),)), batch=1)
-    stream.next_step()
-    (tmp_path / "c.txt").unlink()
-    (words,) = [one for one in steps_or_words(stream, 20, tmp_path) if isinstance(one, str)]
-    assert str(tmp_path / "c.txt") in words
-
-
-def test_lines_that_vanish_are_named(tmp_path):
-    for name in "ab":
-        write(tmp_path, f"{name}.jsonl", json.dumps({"text": name * 40}).encode())
-    stream = build(DataConfig(source="files", paths=(str(tmp_path),)), batch=2, length=8)
-    (tmp_path / "b.jsonl").unlink()
-    (words,) = [one for one in steps_or_words(stream, 20, tmp_path) if isinstance(one, str)]
-    assert re.search(r"b\.jsonl", words)

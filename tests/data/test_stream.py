@@ -1,39 +1,55 @@
 """Batches and the position in the data: the same global batches whatever the ranks, and after any stop."""
 
+import gzip
 import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from dash_dist.data.stream import merge_states
+from dash_dist.config.data import DataConfig
 from dash_dist.data.tokenizer import ByteTokenizer
-from tests.data.data_streams import CHUNK_SIZE, TEXTS, build, join, join_all, steps
+from tests.data.data_streams import (
+    CHUNK_SIZE,
+    END,
+    TEXTS,
+    build,
+    build_ranks,
+    files,
+    global_steps,
+    inputs,
+    join_all,
+    json_lines,
+    resume,
+    saved,
+    steps,
+    text_of,
+    tokens_in_order,
+)
 
 FORMATS = ("text", "jsonl", "parquet", "hub")
 
 
-def saved(*streams):
-    """What a checkpoint would hold."""
-    return json.loads(json.dumps(merge_states(stream.state_dict() for stream in streams)))
-
-
-def expected_row(texts: list[str], tokens: int) -> list[int]:
-    epoch = [token for text in texts for token in [*text.encode(), 256]]
-    return (epoch * (tokens // len(epoch) + 1))[:tokens]
-
-
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_each_row_reads_its_own_documents_over_and_over(corpus, file_format):
-    windows = steps(build(corpus(file_format)), 40)
-    inputs = torch.cat([window[:, :-1] for window in windows], dim=1)
-    for row in range(4):
-        assert inputs[row].tolist() == expected_row(TEXTS[row::4], inputs.shape[1])
-    for before, after in itertools.pairwise(windows):
-        assert torch.equal(before[:, -1], after[:, 0])
+def test_documents_are_read_in_the_order_of_the_files_over_and_over(corpus, file_format):
+    stream = build(corpus(file_format, shuffle_seed=None))
+    windows = steps(stream, 30)
+    rows = torch.cat(windows)
+    expected, _ = tokens_in_order([[text.encode() for text in TEXTS]], [1.0], rows[:, :-1].numel(), seed=None)
+    assert rows[:, :-1].flatten().tolist() == expected[: rows[:, :-1].numel()]
+    for before, after in itertools.pairwise(rows):
+        assert before[-1] == after[0]
+    assert stream.progress.popitem()[1].epochs > 2
 
 
 def test_batch_shapes_and_dtypes(corpus):
@@ -49,89 +65,219 @@ def test_batch_shapes_and_dtypes(corpus):
 
 
 def test_separate_documents_come_with_their_borders(corpus):
-    config = corpus("text", ["a" * 5, "b" * 4, "c" * 20], documents="separate")
-    (first,) = build(config, batch=1).next_step()
+    config = corpus("text", ["a" * 5, "b" * 4, "c" * 20], documents="separate", shuffle_seed=None, lookahead=2)
+    first, second = build(config, batch=2).next_step()
     assert first.tokens.shape == first.labels.shape == first.loss_mask.shape == (1, 16)
     assert (first.cu_seqlens.dtype, first.cu_seqlens.device.type) == (torch.int32, "cpu")
+    # The next one, of 20, does not fit.
     assert first.cu_seqlens.tolist() == [0, 8, 12, 16]
-    assert first.loss_mask[0].nonzero().flatten().tolist() == [*range(5), *range(8, 16)]
-    assert first.labels[0, [4, 11, 15]].tolist() == [256, 256, ord("c")]
+    assert first.loss_mask[0].nonzero().flatten().tolist() == [*range(5), *range(8, 12)]
+    assert first.labels[0, [4, 11, 15]].tolist() == [END, END, END]
     assert first.document_length == (8 * 8 + 4 * 4 + 4 * 4) / 16
+    assert second.tokens[0].tolist() == [ord("c")] * 16
 
 
 @pytest.mark.parametrize(
-    ("file_format", "shuffle_seed", "documents"),
-    [
-        *((file_format, None, "joined") for file_format in FORMATS),
-        ("text", 7, "joined"),
-        ("jsonl", 7, "separate"),
-        ("parquet", 7, "joined"),
-        ("hub", None, "separate"),
-    ],
+    ("long_documents", "read"), [("split", {"a": 5, "b": 17, "c": 16, "d": 40}), ("drop", {"a": 5, "c": 16})]
 )
-def test_resume_is_exact_at_every_step_across_epochs(corpus, file_format, shuffle_seed, documents):
-    # 12 steps of 16 tokens: the shortest row repeats its documents several times, the longest is inside 200
-    # bytes.
-    config = corpus(file_format, shuffle_seed=shuffle_seed, documents=documents)
-    stream = build(config)
-    expected, states = [], [saved(stream)]
-    for _ in range(12):
-        expected.append(join_all(stream.next_step()))
-        states.append(saved(stream))
-    epochs = {row["position"]["epoch"] for row in states[-1]["rows"].values()}
-    assert max(epochs) >= 1
-    assert any(row["offset"] > 100 for state in states for row in state["rows"].values())
-    for step, state in enumerate(states):
-        resumed = build(config)
-        resumed.load_state_dict(state)
-        for rows in expected[step:]:
-            assert join_all(resumed.next_step()) == rows
-        assert resumed.skipped_documents == stream.skipped_documents
-    # A run that is stopped after every step: each position is taken by a stream that was itself resumed.
-    state = states[0]
-    for rows in expected:
-        resumed = build(config)
-        resumed.load_state_dict(state)
-        assert saved(resumed) == state
-        assert join_all(resumed.next_step()) == rows
-        state = saved(resumed)
+def test_documents_longer_than_a_sequence_are_split_or_dropped(corpus, long_documents, read):
+    texts = [letter * length for letter, length in (("a", 5), ("b", 17), ("c", 16), ("d", 40))]
+    config = corpus("jsonl", texts, documents="separate", long_documents=long_documents, lookahead=1)
+    stream = build(config, batch=1)
+    counts: Counter[str] = Counter()
+    while saved(stream)["sources"][0]["epoch"] < 5:
+        (batch,) = stream.next_step()
+        counts.update(ByteTokenizer().decode(batch.tokens[batch.loss_mask]))
+    assert counts.keys() == read.keys()
+    for letter, length in read.items():
+        assert counts[letter] / 5 == pytest.approx(length, rel=0.3)
+    assert stream.skipped_documents == (0 if long_documents == "split" else 10)
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
-def test_data_parallel_ranks_share_out_the_same_global_batch(corpus, file_format):
-    config = corpus(file_format)
-    whole = steps(build(config), 5)
-    for size, micro in ((1, 4), (2, 1), (2, 2), (4, 1)):
-        ranks = [steps(build(config, rank=rank, size=size, micro=micro), 5) for rank in range(size)]
-        for step, window in enumerate(whole):
-            assert torch.equal(torch.cat([rank[step] for rank in ranks]), window)
-
-
-@pytest.mark.parametrize(
-    ("documents", "sizes"),
-    [("joined", ((2, 1), (4, 1), (1, 4), (2, 2))), ("separate", ((2, 1), (4, 1), (1, 1), (2, 1)))],
+# Sources of JSON Lines, text files or tables, the documents of each, and their suffix.
+SOURCES = st.lists(
+    st.tuples(
+        st.sampled_from(["text", "text.gz", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"]),
+        st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=40), min_size=1, max_size=9),
+        st.integers(1, 4),
+    ).filter(lambda source: any(source[1])),
+    min_size=1,
+    max_size=3,
 )
-def test_resume_at_other_data_parallel_sizes(corpus, documents, sizes):
+LAYOUTS = st.sampled_from([(1, 1, 1), (2, 1, 1), (2, 2, 1), (3, 3, 1), (4, 2, 2), (4, 4, 1), (6, 2, 3), (4, 1, 4)])
+"""Global batch, data-parallel size, micro-batch."""
+
+
+def write_source(folder: Path, kind: str, texts: list[str], per_file: int) -> None:
+    """Write the texts below `folder`, in the order of their files' names; several a file where the format can."""
+    folder.mkdir()
+
+    def write(name: str, content: bytes) -> None:
+        if kind.endswith(".gz"):
+            content = gzip.compress(content)
+        if kind.endswith(".zst"):
+            content = pa.Codec("zstd").compress(content, asbytes=True)
+        (folder / name).write_bytes(content)
+
+    suffix = kind.removeprefix("text") if kind.startswith("text") else f".{kind}"
+    for part in range(0, len(texts), 1 if kind.startswith("text") else per_file):
+        rows, name = texts[part : part + per_file], f"{part:03d}{suffix}"
+        if kind.startswith("text"):
+            write(name, texts[part].encode())
+        elif kind.startswith("jsonl"):
+            write(name, json_lines(*rows))
+        else:
+            pq.write_table(pa.table({"text": rows}), folder / name, row_group_size=2)
+
+
+def config_of(root: Path, sources: list, **options) -> DataConfig:
+    for number, (kind, texts, per_file) in enumerate(sources):
+        write_source(root / f"{number}", kind, texts, per_file)
+    paths = [str(root / f"{number}") for number in range(len(sources))]
+    # A mark at the start of a file is not part of its text.
+    if len(paths) == 1:
+        return DataConfig(source="files", paths=paths, **options)
+    weighted = [{"paths": path, "weight": number + 1} for number, path in enumerate(paths)]
+    return DataConfig(sources=weighted, **options)
+
+
+def bytes_of(sources: list) -> list[list[bytes]]:
+    """The documents as tokens: those of UTF-8 without a byte order mark at the start of a file."""
+
+    def encoded(kind: str, text: str) -> bytes:
+        return (text.removeprefix("\ufeff") if kind.startswith("text") else text).encode()
+
+    return [[encoded(kind, text) for text in texts] for kind, texts, _ in sources]
+
+
+MANY = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+
+
+@MANY
+@given(
+    sources=SOURCES,
+    layout=LAYOUTS,
+    other=LAYOUTS,
+    chunks=st.integers(1, 5),
+    documents=st.sampled_from(["joined", "separate"]),
+    seed=st.sampled_from([None, 0, 2**63]),
+    data=st.data(),
+)
+def test_batches_are_a_pure_function_of_the_configuration(sources, layout, other, chunks, documents, seed, data):
+    if any(not any(texts) for texts in bytes_of(sources)):
+        return
+    (batch, size, micro), length, count = layout, chunks * CHUNK_SIZE, 6
+    micro = micro if documents == "joined" else 1
+    options = {"length": length, "batch": batch}
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(Path(folder), sources, documents=documents, shuffle_seed=seed)
+        alone = build(config, **options)
+        states, whole = [saved(alone)], []
+        for _ in range(count):
+            whole += global_steps([alone], 1)
+            states.append(saved(alone))
+        ranks = build_ranks(config, size, micro=micro, **options)
+        assert global_steps(ranks, count) == whole
+        assert [saved(rank) for rank in ranks] == [states[-1]] * size
+
+        stop = data.draw(st.integers(0, count))
+        for ranks in (build_ranks(config, size, micro=micro, **options), build_ranks(config, 1, **options)):
+            assert [rank.load_state_dict(states[stop]) for rank in ranks] == [[]] * len(ranks)
+            assert [saved(rank) for rank in ranks] == [states[stop]] * len(ranks)
+            assert global_steps(ranks, count - stop) == whole[stop:]
+
+        if documents == "joined":
+            shares = [(number + 1) / sum(range(1, len(sources) + 1)) for number in range(len(sources))]
+            other_batch, other_length = other[0], length + 3
+            expected, _ = tokens_in_order(
+                bytes_of(sources), shares, (batch * length + other_batch * other_length) * count + 1, seed=seed
+            )
+            used = stop * batch * length
+            found = [token for step in whole for row in step for token in row[0]]
+            assert found == expected[: len(found)]
+            assert whole[-1][-1][1][-1] == expected[len(found)]
+            # Other sizes go on with the next unread token.
+            resumed, notes = resume(config, states[stop], batch=other_batch, length=other_length)
+            assert len(notes) == 1 + (batch != other_batch)
+            assert inputs(resumed, count) == expected[used : used + count * other_batch * other_length]
+
+
+@MANY
+@given(sources=SOURCES, batch=st.integers(1, 3), documents=st.sampled_from(["joined", "separate"]))
+def test_every_document_is_read_once_in_each_epoch(sources, batch, documents):
+    # Numbered, so that no two are equal.
+    sources = [
+        (kind, [f"{number}.{i}.{len(text)}" for i, text in enumerate(texts)], per_file)
+        for number, (kind, texts, per_file) in enumerate(sources)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(Path(folder), sources, documents=documents)
+        stream = build(config, length=CHUNK_SIZE * 4, batch=batch)
+        read: Counter[str] = Counter()
+        text = ""
+        while min(one["epoch"] for one in saved(stream)["sources"]) < 3:
+            for tokens, labels, mask, _ in (row for step in global_steps([stream], 1) for row in step):
+                if documents == "joined":
+                    text += "".join(chr(token) for token in tokens)
+                else:
+                    # A document of at most 16 tokens is in one sequence.
+                    pairs = zip(tokens, labels, mask, strict=True)
+                    text += "".join(chr(t) + chr(END) * (label == END) for t, label, real in pairs if real)
+        read.update(text.split(chr(END))[:-1])
+        waiting = Counter((source, document) for source, document, _ in saved(stream)["waiting"])
+        for number, (_, texts, _) in enumerate(sources):
+            state = saved(stream)["sources"][number]
+            drawn = state["epoch"] * len(texts) + state["place"]
+            counts = {own: read[own] + waiting[number, i] for i, own in enumerate(texts)}
+            # Drawn so often, and used or waiting; the one that the last label is from is both.
+            assert all(count - state["epoch"] in (0, 1, 2) for count in counts.values())
+            assert sum(counts.values()) - drawn in (0, 1)
+
+
+@pytest.mark.parametrize("documents", ["joined", "separate"])
+def test_a_run_that_is_stopped_after_every_step(corpus, documents):
     config = corpus("jsonl", documents=documents)
-    stream = build(config)
-    undisturbed = [join_all(stream.next_step()) for _ in range(12)]
-    position, at = None, 0
-    for size, micro in sizes:
-        streams = [build(config, rank=rank, size=size, micro=micro) for rank in range(size)]
-        for stream in streams if position else []:
-            stream.load_state_dict(position)
-        for _ in range(3):
-            together = [row for stream in streams for row in join_all(stream.next_step())]
-            assert together == undisturbed[at]
-            at += 1
-        # Ranks that share a data-parallel index save the same rows, and the order does not matter.
-        position = saved(*reversed(streams), streams[0])
+    expected = global_steps([build(config)], 12)
+    state = saved(build(config))
+    for number, rows in enumerate(expected):
+        size, micro = [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)][number % 5]
+        ranks = build_ranks(config, size, micro=micro if documents == "joined" else 1)
+        for rank in ranks:
+            assert rank.load_state_dict(state) == []
+        assert global_steps(ranks, 1) == [rows]
+        state = saved(ranks[-1])
+    assert state["sources"][0]["epoch"] >= 1
 
 
-def test_shuffling_reorders_the_files_of_each_epoch(corpus):
+@pytest.mark.parametrize(("shards", "row_group"), [(3, 7), (1, 40)])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_hub_datasets_resume_exactly_at_every_step(tmp_path, shards, row_group, batch):
+    """hub_resume_two_rows.py: several rows of the global batch at one rank."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for shard in range(shards):
+        texts = [f"{shard}-{row:02d} " * 4 for row in range(40)]
+        pq.write_table(pa.table({"text": texts}), folder / f"train-{shard}.parquet", row_group_size=row_group)
+    config = DataConfig(source="hub", name=str(folder))
+    options = {"length": 64, "batch": batch}
+    stream = build(config, **options)
+    states, expected = [], []
+    for _ in range(120 // batch):
+        states.append(saved(stream))
+        expected += global_steps([stream], 1)
+    another = build(config, **options)
+    for step in range(len(states)):
+        following = expected[step : step + 2]
+        # A new run at some, which costs more; any stream can take any position.
+        resumed = build(config, **options) if step % 40 == 1 else another
+        assert resumed.load_state_dict(states[step]) == []
+        assert global_steps([resumed], len(following)) == following
+
+
+def test_shuffling_reorders_the_documents_of_each_epoch(corpus):
     texts = [chr(ord("a") + i) for i in range(20)]
-    stream = build(corpus("text", texts, shuffle_seed=3), length=40, batch=1)
-    first, second = (bytes(step[0, :-1:2].tolist()).decode() for step in steps(stream, 2))
+    stream = build(corpus("jsonl", texts, shuffle_seed=3), length=40, batch=1)
+    first, second = text_of(stream, 1), text_of(stream, 1)
     assert sorted(first) == sorted(second) == texts
     assert len({first, second, "".join(texts)}) == 3
 
@@ -140,7 +286,7 @@ def test_the_position_stays_small_inside_a_long_document(corpus):
     stream = build(corpus("text", ["x" * 3_000_000, "y" * 3_000_000]), length=1024, batch=2)
     for _ in range(50):
         stream.next_step()
-    assert len(json.dumps(stream.state_dict())) < 2000
+    assert len(json.dumps(stream.state_dict())) < 1000
 
 
 @pytest.mark.slow
@@ -170,42 +316,26 @@ def test_batches_do_not_depend_on_the_hash_seed(corpus):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch": 8}, "global_batch_size 4, this run has 8"),
-        ({"length": 32}, "sequence_length 16, this run has 32"),
-        ({"tokenizer": "other"}, "tokenizer bytes, this run has other"),
+        ({"shuffle_seed": 1}, "shuffle_seed 0, this run has 1"),
+        ({"documents": "separate"}, "documents joined, this run has separate"),
+        ({"special_tokens": True}, "special_tokens False, this run has True"),
+        ({}, "tokenizer bytes, this run has other"),
     ],
 )
-def test_a_position_in_other_data_is_refused(corpus, change, message):
+def test_a_position_in_another_order_is_refused(corpus, change, message):
     config = corpus("text")
     state = saved(build(config))
-    if "tokenizer" in change:
-        change = {"tokenizer": ByteTokenizer()}
-        change["tokenizer"].fingerprint = "other"
+    tokenizer = ByteTokenizer()
+    if not change:
+        tokenizer.fingerprint = "other"
     with pytest.raises(ValueError, match=message):
-        build(config, **change).load_state_dict(state)
+        resume(config.model_copy(update=change), state, tokenizer=tokenizer)
 
 
-def test_a_position_saved_before_documents_could_be_separate_is_one_in_joined_documents(corpus):
+def test_a_position_of_an_earlier_version_is_refused(corpus):
     config = corpus("text")
-    stream = build(config)
-    stream.next_step()
-    state = saved(stream)
-    del state["documents"]
-    resumed = build(config)
-    resumed.load_state_dict(state)
-    assert join_all(resumed.next_step()) == join_all(stream.next_step())
-    with pytest.raises(ValueError, match="documents joined, this run has separate"):
-        build(config.model_copy(update={"documents": "separate"})).load_state_dict(state)
-
-
-@pytest.mark.parametrize("file_format", FORMATS)
-def test_a_position_in_a_changed_corpus_is_refused(corpus, tmp_path, file_format):
-    config = corpus(file_format)
-    state = saved(build(config))
-    first, second, *_ = sorted((tmp_path / file_format).iterdir())
-    first.write_bytes(second.read_bytes())
-    with pytest.raises(ValueError, match="position in the data was saved with corpus"):
-        build(config).load_state_dict(state)
+    with pytest.raises(ValueError, match="is of version 1, and this one reads 2: continue with the version of dash"):
+        resume(config, {"rows": {}})
 
 
 def test_a_moved_corpus_is_the_same_corpus(corpus, tmp_path):
@@ -214,29 +344,67 @@ def test_a_moved_corpus_is_the_same_corpus(corpus, tmp_path):
     stream.next_step()
     state = saved(stream)
     (tmp_path / "jsonl").rename(tmp_path / "elsewhere")
-    resumed = build(config.model_copy(update={"paths": (str(tmp_path / "elsewhere"),)}))
-    resumed.load_state_dict(state)
-    (tmp_path / "elsewhere").rename(tmp_path / "jsonl")
-    expected = join(stream.next_step())
-    (tmp_path / "jsonl").rename(tmp_path / "elsewhere")
-    assert torch.equal(join(resumed.next_step()), expected)
+    resumed, notes = resume(config.model_copy(update={"paths": (str(tmp_path / "elsewhere"),)}), state)
+    assert notes == []
+    assert global_steps([resumed], 3) == global_steps([stream], 3)
 
 
-def test_states_that_do_not_belong_together_are_not_merged(corpus):
-    config = corpus("text")
-    ranks = [build(config, rank=rank, size=2) for rank in range(2)]
-    with pytest.raises(ValueError, match=r"rows \[2, 3\] of the global batch are in none of the 1 states"):
-        merge_states([ranks[0].state_dict()])
-    with pytest.raises(ValueError, match=r"no position for rows \[2, 3\]"):
-        ranks[1].load_state_dict(ranks[0].state_dict())
-    early = ranks[0].state_dict()
-    ranks[0].next_step()
-    with pytest.raises(ValueError, match="disagree about row 0"):
-        merge_states([early, ranks[0].state_dict(), ranks[1].state_dict()])
-    with pytest.raises(ValueError, match="ranks disagree about sequence_length: 16 and 8"):
-        merge_states([ranks[0].state_dict(), build(config, length=8).state_dict()])
-    with pytest.raises(ValueError, match="no states"):
-        merge_states([])
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_changed_documents_are_refused_or_accepted_and_told(corpus, tmp_path, file_format):
+    config = corpus(file_format, [f"document {i:02d}" for i in range(12)])
+    stream = build(config)
+    first = join_all(stream.next_step()[:1])
+    state = saved(stream)
+    path = min((tmp_path / file_format).iterdir())
+    if path.suffix == ".parquet":
+        table = pa.table({"text": ["document xx", *[f"document {i:02d}" for i in range(1, 4)]], "id": range(4)})
+        pq.write_table(table, path, row_group_size=3)
+    else:
+        path.write_bytes(path.read_bytes().replace(b"document 00", b"document xx"))
+    title = config.all_sources[0].title
+    with pytest.raises(ValueError, match=rf"1 documents of {title} have changed .* \(the first is number 0\): restore"):
+        resume(config, state)
+    accepting = config.model_copy(update={"accept_changes": True})
+    resumed, notes = resume(accepting, state)
+    assert notes == [
+        f"1 documents of {title} have changed since the checkpoint (the first is number 0): "
+        "continuing with them as they are now"
+    ]
+    text = text_of(resumed, 6)
+    assert "document xx" in text
+    assert "document 00" not in text
+    for number in range(1, 12):
+        assert f"{number:02d}" in text
+    assert first
+
+
+def test_another_number_of_documents_begins_a_new_epoch(corpus, tmp_path):
+    config = corpus("jsonl", [f"{i:02d}" for i in range(8)])
+    stream = build(config, batch=1)
+    stream.next_step()
+    state = saved(stream)
+    (tmp_path / "jsonl" / "9.jsonl").write_bytes(json_lines("08", "09"))
+    with pytest.raises(ValueError, match=r"had 8 documents at the checkpoint and has 10: restore them, or set data"):
+        resume(config, state, batch=1)
+    resumed, notes = resume(config.model_copy(update={"accept_changes": True}), state, batch=1)
+    assert notes == [f"{config.paths[0]} had 8 documents at the checkpoint and has 10: a new epoch begins"]
+    assert saved(resumed)["sources"][0]["epoch"] == 1
+    assert sorted(text_of(resumed, 2)[:20]) == sorted("".join(f"{i:02d}" for i in range(10)))
+
+
+@pytest.mark.parametrize("documents", ["joined", "separate"])
+def test_a_document_that_became_shorter_than_what_was_read_of_it_is_left(corpus, tmp_path, documents):
+    config = corpus("text", ["a" * 200, "b" * 5], documents=documents, shuffle_seed=None, accept_changes=True)
+    stream = build(config, batch=1)
+    for _ in range(6):
+        stream.next_step()
+    state = saved(stream)
+    assert state["waiting"][0] == [0, 0, 96]
+    (tmp_path / "text" / "000.txt").write_text("A" * 90)
+    resumed, notes = resume(config, state, batch=1)
+    assert "1 documents of" in notes[0]
+    (batch,) = resumed.next_step()
+    assert batch.tokens[0, :5].tolist() == [ord("b")] * 5
 
 
 @pytest.mark.parametrize(
@@ -262,3 +430,11 @@ def test_sizes_that_do_not_fit_are_refused(corpus, sizes, message):
 def test_sizes_that_separate_documents_cannot_have_are_refused(corpus, sizes, message):
     with pytest.raises(ValueError, match=message):
         build(corpus("text", documents="separate"), **sizes)
+
+
+def test_no_documents_are_needed_beyond_one(tmp_path):
+    """Fewer documents than rows were refused once."""
+    (tmp_path / "a.txt").write_text("abc")
+    ranks = build_ranks(files(tmp_path), 4, batch=4)
+    rows = [row[0] for row in global_steps(ranks, 1)[0]]
+    assert [token for row in rows for token in row] == ([*b"abc", END] * 16)[:64]
