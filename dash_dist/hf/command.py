@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
@@ -47,7 +48,7 @@ def generate(
     logging.disable_progress_bar()
     try:
         model = load(folder, routing_scale=routing_scale, dtype="auto")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be loaded: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ids, end, streamer = _encode(folder, prompt, model.config.vocab_size, write)
