@@ -239,6 +239,33 @@ def report(
     print(write_report(run, output))
 
 
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that `checkpoint export` wrote.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; 1: as trained.")] = 0.0,
+    routing_scale: Annotated[
+        float | None, typer.Option(help="In place of the trained one; larger selects fewer chunks.")
+    ] = None,
+) -> None:
+    """Continue PROMPT by an exported model, on a GPU if there is one, and print the text as it comes."""
+    import functools
+
+    from dash_dist.hf.command import generate as continue_prompt
+
+    write = functools.partial(print, end="", flush=True)
+    continue_prompt(
+        folder,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        routing_scale=routing_scale,
+        write=write,
+    )
+    print()
+
+
 def main() -> None:
     """Entry point of `dash-dist`."""
     run_app(app)
