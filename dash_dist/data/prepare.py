@@ -106,7 +106,7 @@ def _writing_to(cache: Path) -> Iterator[None]:
             raise  # of the files that are read
         remedy = "make space, or set" if full else "set"
         raise OSError(
-            f"cannot write tokens to {cache}: {error.strerror}; {remedy} data.cache to another folder"
+            error.errno, f"cannot write tokens to {cache}: {error.strerror}; {remedy} data.cache to another folder"
         ) from error
 
 

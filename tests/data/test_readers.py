@@ -130,7 +130,7 @@ def test_lines_that_are_no_documents_keep_their_places(tmp_path):
     assert found[-1] == "last"
     assert found[4] == ""
     reasons = {3: "not JSON", 4: "surrogates", 5: "holds int, not text", 7: "invalid start byte", 8: "no column 'text'"}
-    reasons |= {9: "not JSON", 10: "no column 'text'"}
+    reasons |= {9: "not JSON", 10: "not a JSON object"}
     for line, reason in reasons.items():
         (damage,) = [one for one in found if one.startswith(f"[ line {line}: ")]
         assert reason in damage

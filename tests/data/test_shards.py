@@ -308,7 +308,7 @@ def test_a_full_disk_names_the_cache(tmp_path, monkeypatch, code, where):
         raise OSError(code, os.strerror(code))
 
     if where == "tokens":
-        monkeypatch.setattr(token_shard._Writer, "_write_ids", fail)
+        monkeypatch.setattr(token_shard._Writer, "_flush", fail)
     elif where == "corpus":
         monkeypatch.setattr("dash_dist.data.corpus.write_json", fail)
     else:

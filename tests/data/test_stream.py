@@ -69,10 +69,10 @@ def test_separate_documents_come_with_their_borders(corpus):
     first, second = build(config, batch=2).next_step()
     assert first.tokens.shape == first.labels.shape == first.loss_mask.shape == (1, 16)
     assert (first.cu_seqlens.dtype, first.cu_seqlens.device.type) == (torch.int32, "cpu")
-    # The next one, of 20, does not fit.
+    # The third, of 20, is longer than a sequence: its beginning fills the rest.
     assert first.cu_seqlens.tolist() == [0, 8, 12, 16]
-    assert first.loss_mask[0].nonzero().flatten().tolist() == [*range(5), *range(8, 12)]
-    assert first.labels[0, [4, 11, 15]].tolist() == [END, END, END]
+    assert first.loss_mask[0].nonzero().flatten().tolist() == [*range(5), *range(8, 16)]
+    assert first.labels[0, [4, 11, 15]].tolist() == [END, END, ord("c")]
     assert first.document_length == (8 * 8 + 4 * 4 + 4 * 4) / 16
     assert second.tokens[0].tolist() == [ord("c")] * 16
 
