@@ -245,8 +245,8 @@ def _refuse_windows(config: Mapping[str, Any], layers: int) -> None:
         window = config.get("sliding_window", 4096)
         if window is not None:
             raise ValueError(
-                f"sliding_window is {window} in config.json (transformers' default is 4096), and attention over windows "
-                "cannot be imported: use a version of the model with sliding_window null"
+                f"sliding_window is {window} in config.json (transformers' default is 4096), and windows cannot "
+                "be imported: use a version of the model with sliding_window null"
             )
     elif config["model_type"] == "llama" and config.get("sliding_window") is not None:
         raise ValueError(f"sliding_window is {config['sliding_window']}, and a Llama has none: remove it")
