@@ -16,23 +16,12 @@ import yaml
 from dash_dist.config.model import ModelConfig
 from dash_dist.errors import ConfigError
 from dash_dist.extras import require_extra
-from dash_dist.models.hugging_face import model_from, read_config
+from dash_dist.models.hugging_face import TOKENIZER_FILES, model_from, read_config
 from dash_dist.models.safetensors_folder import INDEX, SafetensorsFolder
 from dash_dist.models.table import parameter_table
 
 LIMIT = 1e-4
 """Relative difference of the logits above which an import is refused."""
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def import_model(source: str, out: Path) -> float:
@@ -87,7 +76,7 @@ def _stage(folder: Path, staged: Path, out: Path) -> float:
     model = model_from(read_config(folder))
     staged.mkdir()
     with SafetensorsFolder(folder, parameter_table(model, model.vocab_size or 0)) as weights:
-        for name in ["config.json", INDEX, *_TOKENIZER_FILES]:
+        for name in ["config.json", INDEX, *TOKENIZER_FILES]:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staged / name)
         for name in weights.files:

@@ -17,6 +17,19 @@ from dash_dist.config.model import FAMILIES, ModelConfig
 from dash_dist.config.positions import NEEDED, OPTIONAL, PositionsConfig
 from dash_dist.models.frequencies import frozen_base
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files beside the weights that go with a model."""
+
 IRRELEVANT = frozenset(
     """
     _name_or_path architectures bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
