@@ -137,6 +137,18 @@ def export_checkpoint(
     export(checkpoint, out, progress=lambda name: print(f"wrote {out / name}", file=sys.stderr))
 
 
+@app.command("import")
+def import_model(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A model's folder, or its name on the hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+) -> None:
+    """Check a Hugging Face model, compare its logits with transformers', and write the section `model` of a run."""
+    from dash_dist.importing.command import import_model as run_import
+
+    parity = run_import(source, out)
+    print(f"{out / 'model.yaml'}: relative difference of the logits from transformers {parity:.1e}")
+
+
 @app.command()
 def submit(
     config: ConfigFile,

@@ -3,11 +3,13 @@
 Knows folders and their content; does not know the training loop, and needs none of its processes.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import yaml
 from rich import filesize
 from rich.table import Table
 
@@ -21,6 +23,7 @@ from dash_dist.checkpoints.integrity import (
     read_metadata,
 )
 from dash_dist.errors import CheckpointError
+from dash_dist.models.hugging_face import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,26 @@ def export(checkpoint: Path, out: Path, progress: Callable[[str], None]) -> None
         raise CheckpointError(f"{checkpoint} is not exported: {problems[0]}")
     try:
         export_weights(checkpoint / ENGINE, out, progress=progress)
+        _copy_tokenizer(checkpoint.absolute().parents[1] / "config.yaml", out)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} cannot be exported: {error}") from error
+
+
+def _copy_tokenizer(config: Path, out: Path) -> None:
+    """Copy the files of the run's `data.tokenizer`, where it is a file or a folder that is there."""
+    if not config.is_file():
+        return
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    tokenizer = Path(str(settings.get("data", {}).get("tokenizer", ""))).expanduser()
+    if tokenizer.is_file():
+        beside = tokenizer.with_name("tokenizer_config.json")
+        shutil.copyfile(tokenizer, out / "tokenizer.json")
+        if beside.is_file():
+            shutil.copyfile(beside, out / beside.name)
+    elif settings.get("data", {}).get("tokenizer") and tokenizer.is_dir():
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, out / name)
 
 
 def _check(folder: Path, *, sizes_only: bool = False) -> tuple[CheckpointMetadata | None, list[str]]:

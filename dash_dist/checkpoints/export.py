@@ -1,7 +1,7 @@
-"""The weights of a checkpoint alone, as safetensors with the names of Hugging Face's Llama.
+"""The weights of a checkpoint alone, as a Hugging Face model of the run's family.
 
-Knows Megatron-core's names and order of weights and Hugging Face's. Does not import Megatron-core, needs no GPU, and
-holds no more than one output file in memory.
+Knows the files of a checkpoint; `dash_dist.models` knows the names and the order of weights. Does not import
+Megatron-core, needs no GPU, and holds no more than one output file in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,12 +19,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from dash_dist.checkpoints.engine_state import EngineState, read_engine_state
 from dash_dist.checkpoints.pickles import INDEX, FileSection, read_index
+from dash_dist.config.model import ModelConfig
+from dash_dist.models.hugging_face import config_of
+from dash_dist.models.table import Entry, parameter_table
 
 SHARD_BYTES = 5 * 10**9
 """Of one output file, unless a single tensor is larger: what Hugging Face's own tools use."""
-
-_LAYERS = "decoder.layers"
-_Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Weights:
@@ -69,13 +68,12 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _Output:
-    """One tensor of the export, of `shape`: `convert` of the checkpoint's `key`, in `layer` where that has several."""
+    """One tensor of the export, of `shape`: part number `part` of a parameter."""
 
     name: str
     shape: tuple[int, ...]
-    key: str
-    layer: int | None
-    convert: _Convert
+    entry: Entry
+    part: int
 
 
 def export_weights(
@@ -87,9 +85,10 @@ def export_weights(
 ) -> None:
     """Write the weights in `directory`, an engine's verified checkpoint, to `out`.
 
-    `out` gets safetensors files, their index where there are several, and last a `config.json` of a Llama with the
-    attention's settings as `dash_attention`. transformers reads it as a Llama with dense attention; the `summary_query`
-    of each layer is there as `model.layers.N.self_attn.summary_query`, [num_kv_heads, head_dim], which it leaves out.
+    `out` gets safetensors files, their index where there are several, and last a `config.json` of the run's family,
+    with the attention's settings as `dash_attention`. transformers reads it as that model with dense attention; the
+    `summary_query` of each layer is there as `model.layers.N.self_attn.summary_query`, [num_kv_heads, head_dim], which
+    it leaves out. A run with dense attention has neither.
 
     Args:
         out: new or empty.
@@ -105,8 +104,10 @@ def export_weights(
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty: export to a new folder")
-    outputs = list(_outputs(run))
-    dtypes = [weights.described(output.key).properties.dtype for output in outputs]
+    model, vocab_size = _model_of(run), run.identity["vocab_size"]
+    dense = run.function.get("attention.kind") == "dense"
+    outputs = list(_outputs(model, vocab_size, dense=dense))
+    dtypes = [weights.described(output.entry.checkpoint_key[0]).properties.dtype for output in outputs]
     sizes = [dtype.itemsize * math.prod(output.shape) for dtype, output in zip(dtypes, outputs, strict=True)]
     shards = _shards(outputs, sizes, shard_bytes)
     places: dict[str, str] = {}
@@ -120,66 +121,25 @@ def export_weights(
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    config = _llama_config(run, dtypes[0])
+    settings = {
+        name.removeprefix("attention."): value for name, value in run.function.items() if name.startswith("attention.")
+    }
+    config = config_of(
+        model,
+        vocab_size=vocab_size,
+        sequence_length=run.sequence_length,
+        dtype=str(dtypes[0]).removeprefix("torch."),
+        dash_attention=None if dense else settings,
+    )
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _outputs(run: EngineState) -> Iterator[_Output]:
-    model = run.identity
-    vocab, hidden, ffn = model["vocab_size"], model["hidden_size"], model["ffn_hidden_size"]
-    heads, kv_heads, head_dim = model["num_attention_heads"], model["num_kv_heads"], model["head_dim"]
-
-    def rows(first: int, last: int) -> _Convert:
-        return lambda weight: weight[first:last]
-
-    def heads_of_groups(first: int, last: int) -> _Convert:
-        """Megatron keeps the query heads, the key head and the value head of each KV head together."""
-        return lambda weight: weight.view(kv_heads, -1, head_dim, hidden)[:, first:last].reshape(-1, hidden)
-
-    whole: _Convert = lambda weight: weight  # noqa: E731
-    per_group = heads // kv_heads
-    # The embedding has more rows than the tokenizer has tokens.
-    yield _Output(
-        "model.embed_tokens.weight", (vocab, hidden), "embedding.word_embeddings.weight", None, rows(0, vocab)
-    )
-    of_layer: list[tuple[str, tuple[int, ...], str, _Convert]] = [
-        ("input_layernorm.weight", (hidden,), "self_attention.linear_qkv.layer_norm_weight", whole),
-        (
-            "self_attn.q_proj.weight",
-            (heads * head_dim, hidden),
-            "self_attention.linear_qkv.weight",
-            heads_of_groups(0, per_group),
-        ),
-        (
-            "self_attn.k_proj.weight",
-            (kv_heads * head_dim, hidden),
-            "self_attention.linear_qkv.weight",
-            heads_of_groups(per_group, per_group + 1),
-        ),
-        (
-            "self_attn.v_proj.weight",
-            (kv_heads * head_dim, hidden),
-            "self_attention.linear_qkv.weight",
-            heads_of_groups(per_group + 1, per_group + 2),
-        ),
-        ("self_attn.o_proj.weight", (hidden, heads * head_dim), "self_attention.linear_proj.weight", whole),
-        (
-            "self_attn.summary_query",
-            (kv_heads, head_dim),
-            "self_attention.core_attention.attention.summary_query",
-            whole,
-        ),
-        ("post_attention_layernorm.weight", (hidden,), "mlp.linear_fc1.layer_norm_weight", whole),
-        ("mlp.gate_proj.weight", (ffn, hidden), "mlp.linear_fc1.weight", rows(0, ffn)),
-        ("mlp.up_proj.weight", (ffn, hidden), "mlp.linear_fc1.weight", rows(ffn, 2 * ffn)),
-        ("mlp.down_proj.weight", (hidden, ffn), "mlp.linear_fc2.weight", whole),
-    ]
-    for layer in range(model["num_layers"]):
-        for name, shape, key, convert in of_layer:
-            yield _Output(f"model.layers.{layer}.{name}", shape, f"{_LAYERS}.{key}", layer, convert)
-    yield _Output("model.norm.weight", (hidden,), "decoder.final_layernorm.weight", None, whole)
-    if not model["tie_embeddings"]:
-        yield _Output("lm_head.weight", (vocab, hidden), "output_layer.weight", None, rows(0, vocab))
+def _outputs(model: ModelConfig, vocab_size: int, *, dense: bool) -> Iterator[_Output]:
+    for entry in parameter_table(model, vocab_size).values():
+        if dense and entry.optional:  # summary_query, which dense attention does not read
+            continue
+        for part, (name, shape) in enumerate(entry.tensors.items()):
+            yield _Output(name, shape, entry, part)
 
 
 def _shards(outputs: list[_Output], sizes: list[int], shard_bytes: int) -> list[list[_Output]]:
@@ -196,35 +156,18 @@ def _shards(outputs: list[_Output], sizes: list[int], shard_bytes: int) -> list[
 
 
 def _read(weights: _Weights, output: _Output) -> torch.Tensor:
-    tensor = output.convert(weights.read(output.key, output.layer)).contiguous()
+    key, layer = output.entry.checkpoint_key
+    tensor = output.entry.split(weights.read(key, layer))[output.part].contiguous()
     if tensor.shape != output.shape:
-        raise ValueError(f"{output.key} gives {output.name} the shape {list(tensor.shape)}, not {list(output.shape)}")
+        raise ValueError(f"{key} gives {output.name} the shape {list(tensor.shape)}, not {list(output.shape)}")
     return tensor.clone()  # of a slice's own, not the whole tensor's memory
 
 
-def _llama_config(run: EngineState, dtype: torch.dtype) -> dict[str, Any]:
-    model, function = run.identity, run.function
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": model["hidden_size"],
-        "intermediate_size": model["ffn_hidden_size"],
-        "num_hidden_layers": model["num_layers"],
-        "num_attention_heads": model["num_attention_heads"],
-        "num_key_value_heads": model["num_kv_heads"],
-        "head_dim": model["head_dim"],
-        "vocab_size": model["vocab_size"],
-        "max_position_embeddings": run.sequence_length,
-        "hidden_act": "silu",
-        "rms_norm_eps": function["model.norm_epsilon"],
-        "rope_theta": function["model.rotary_base"],
-        "tie_word_embeddings": model["tie_embeddings"],
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "dtype": str(dtype).removeprefix("torch."),
-        "dash_attention": {
-            name.removeprefix("attention."): value for name, value in function.items() if name.startswith("attention.")
-        },
+def _model_of(run: EngineState) -> ModelConfig:
+    """The section `model` that the checkpoint was trained with, without what the function does not depend on."""
+    known = ModelConfig.model_fields.keys() - {"vocab_size"}
+    settings = {name: value for name, value in run.identity.items() if name in known}
+    settings |= {
+        name.removeprefix("model."): value for name, value in run.function.items() if name.startswith("model.")
     }
+    return ModelConfig.model_validate(settings)

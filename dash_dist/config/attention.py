@@ -13,8 +13,11 @@ from dash_dist.config.section import Section
 
 
 class AttentionConfig(Section):
-    """Settings of `dash_dist.DashAttention`."""
+    """Settings of `dash_dist.DashAttention`, or of dense attention with the same exchange."""
 
+    kind: Literal["dash", "dense"] = Field(
+        default="dash", description="dense: exact softmax attention to every earlier token, without routing"
+    )
     chunk_size: int = Field(default=64, ge=16, le=128, multiple_of=16, description="tokens")
     alpha: float = Field(default=1.5, gt=1.0, le=2.0)
     routing_scale: float = Field(default=1.0, gt=0.0)

@@ -30,6 +30,7 @@ def check_combination(
         ValueError: the message gives the value and the change to make.
     """
     parallel.data_parallel_size(world_size)
+    _check_positions(model, sequence_length)
     if attention.backend == "triton" and attention.alpha != 1.5:
         raise ValueError(
             f"attention.backend=triton computes attention.alpha 1.5 only, not {attention.alpha}: "
@@ -74,3 +75,15 @@ def check_combination(
             f"sequence length {sequence_length} is not a multiple of {factors} = {multiple}: pad to "
             f"{next_multiple(sequence_length, multiple)}"
         )
+
+
+def _check_positions(model: ModelConfig, sequence_length: int) -> None:
+    limit = model.positions.limit
+    if limit is None or sequence_length <= limit:
+        return
+    name = "length" if model.positions.type == "dynamic" else "max_positions"
+    raise ValueError(
+        f"sequence length {sequence_length} is beyond model.positions.{name} {limit}: set it to {sequence_length}, and "
+        "scale the positions to that length (raise model.rotary_base, or change model.positions.type and factor), or "
+        "train on shorter sequences"
+    )

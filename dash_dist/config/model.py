@@ -5,16 +5,48 @@ Knows the allowed shapes; does not know the distribution over ranks.
 
 from __future__ import annotations
 
-from typing import Self
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from dash_dist.config.positions import PositionsConfig
 from dash_dist.config.section import Section, divisors, next_multiple
 
 
-class ModelConfig(Section):
-    """A Llama-style decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases, no dropout."""
+@dataclass(frozen=True)
+class Family:
+    """Architecture in transformers, and the parts that a Llama does not have."""
 
+    architecture: str
+    attention_bias: bool = False
+    qk_norm: bool = False
+    layers_without_positions: bool = False
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", attention_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "smollm3": Family("SmolLM3ForCausalLM", layers_without_positions=True),
+}
+"""Families by `model_type` in transformers."""
+
+
+class ModelConfig(Section):
+    """A Llama-style decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no dropout.
+
+    Biases, norms of queries and keys, and layers without positions are those of `family`.
+    """
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"] = Field(
+        default="llama", description="architecture of the export, as transformers names it"
+    )
+    weights: Path | None = Field(
+        default=None, description="folder of a Hugging Face model that a new run starts from; None: random weights"
+    )
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     ffn_hidden_size: int = Field(gt=0)
@@ -23,7 +55,17 @@ class ModelConfig(Section):
     head_dim: int | None = Field(
         default=None, gt=0, description="channels of a head; None: hidden_size / num_attention_heads"
     )
+    vocab_size: int | None = Field(
+        default=None, gt=0, description="tokens of the embedding; None: those of the tokenizer, which may have fewer"
+    )
+    attention_bias: bool = Field(default=False, description="biases of queries, keys and values")
+    qk_norm: bool = Field(default=False, description="RMSNorm of each head's queries and keys before the rotation")
+    hidden_act: Literal["silu"] = "silu"
     rotary_base: float = Field(default=10_000.0, gt=1.0)
+    positions: PositionsConfig = Field(default_factory=PositionsConfig)
+    layers_without_positions: tuple[int, ...] = Field(
+        default=(), description="layers, from 0, whose queries and keys are not rotated"
+    )
     norm_epsilon: float = Field(default=1e-5, gt=0.0)
     init_std: float = Field(
         default=0.02, gt=0.0, description="projections into the residual stream: divided by sqrt(2 num_layers)"
@@ -34,6 +76,50 @@ class ModelConfig(Section):
     def resolved_head_dim(self) -> int:
         """Width of one attention head, in channels."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def embedded_tokens(self, tokenizer_size: int) -> int:
+        """The tokens of the embedding, padding excluded. Raises ValueError if the tokenizer has more."""
+        if self.vocab_size is None:
+            return tokenizer_size
+        if tokenizer_size > self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer_size} tokens and model.vocab_size is {self.vocab_size}: set "
+                "data.tokenizer to the tokenizer of the model, or raise model.vocab_size without model.weights"
+            )
+        return self.vocab_size
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights_are_a_path(cls, weights: object) -> object:
+        if not isinstance(weights, str):
+            return weights
+        if not weights or "\0" in weights or not weights.isprintable():
+            raise ValueError("holds a character that no path has: name the folder of a model")
+        return Path(weights)
+
+    @model_validator(mode="after")
+    def _family_has_the_parts(self) -> Self:
+        family = FAMILIES[self.family]
+        for part in ("attention_bias", "qk_norm"):
+            given, needed = getattr(self, part), getattr(family, part)
+            if given != needed:
+                others = [name for name, one in FAMILIES.items() if getattr(one, part) == given]
+                raise ValueError(
+                    f"model.{part} is {str(given).lower()}, and model.family {self.family} has {part} "
+                    f"{str(needed).lower()}: change it or set model.family to {' or '.join(others)}"
+                )
+        without = self.layers_without_positions
+        if without and not family.layers_without_positions:
+            raise ValueError(
+                f"model.layers_without_positions is given, and model.family {self.family} rotates every layer: "
+                "drop it or set model.family to smollm3"
+            )
+        if list(without) != sorted({layer for layer in without if 0 <= layer < self.num_layers}):
+            raise ValueError(
+                f"model.layers_without_positions {list(without)} are not ascending layers from 0 to "
+                f"{self.num_layers - 1}: list each once"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -53,6 +139,7 @@ class ModelConfig(Section):
                 f"head_dim {self.resolved_head_dim} is odd, and rotary positions turn pairs of channels: "
                 f"set head_dim to {self.resolved_head_dim + 1}"
             )
+        self.positions.check_head_dim(self.resolved_head_dim)
         return self
 
 

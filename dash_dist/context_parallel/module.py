@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dash_dist.context_parallel.dense import dense_attention_one_device, dense_routing, dense_spec
 from dash_dist.context_parallel.exchange import check_exchange
 from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.layout import check_layout
@@ -26,8 +27,10 @@ class DashAttention(nn.Module):
     `summary_query` [num_kv_heads, head_dim] starts as zeros: a summary starts as the mean of its keys. While
     `record_routing` is True, `routing` holds the statistics of the last forward, over this rank's tokens. `traffic`
     counts the bytes and waits of forward and backward passes until they are taken. `recompute` is for reentrant
-    activation checkpointing, as in Megatron-core: a pass without gradients, then one with them just before the backward
-    pass. For `spec`, `settings` and the other arguments see `dash_dist.dash_attention`.
+    activation checkpointing, as in Megatron-core: a pass without gradients, then one with them just before the
+    backward pass. With `dense`, the attention selects every chunk and has no bias, and of the settings only
+    chunk_size and softmax_scale count; on one device whole sequences take torch's own kernels. For `spec`, `settings`
+    and the other arguments see `dash_dist.dash_attention`.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class DashAttention(nn.Module):
         cp_group: dist.ProcessGroup | None = None,
         ranks_per_node: int | None = None,
         recompute: bool = False,
+        dense: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **settings: Unpack[AttentionSettings],
@@ -51,6 +55,9 @@ class DashAttention(nn.Module):
         check_exchange(exchange)
         self.summary_query = nn.Parameter(torch.zeros(num_kv_heads, head_dim, device=device, dtype=dtype))
         self.spec = (spec or AttentionSpec()).replaced(**settings)
+        if dense:
+            self.spec = dense_spec(chunk_size=self.spec.chunk_size, softmax_scale=self.spec.softmax_scale)
+        self.dense = dense
         self.backend = backend
         self.layout = layout
         self.exchange = exchange
@@ -70,6 +77,10 @@ class DashAttention(nn.Module):
         *,
         chunks: ChunkGrid | None = None,
     ) -> torch.Tensor:
+        if self.dense and self.cp_group is None and cu_seqlens is None and chunks is None:
+            spec = self.spec.for_head_dim(q.shape[-1])
+            self.routing = dense_routing(q, k.shape[2], spec) if self.record_routing else None
+            return dense_attention_one_device(q, k, v, self.summary_query, spec)
         out, routing = dash_attention(
             q,
             k,

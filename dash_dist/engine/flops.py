@@ -24,7 +24,7 @@ def flops_per_token(
 
     - attention 12 H x (density x (T - chunk_size) / 2 + chunk_size / 2): scores and weighted values over half of the
       earlier tokens on average, of which `density` are in selected chunks, and half of the own chunk;
-    - routing 6 H x T / (2 chunk_size): the query against the summaries of the earlier chunks.
+    - routing 6 H x T / (2 chunk_size): the query against the summaries of the earlier chunks; dense attention has none.
 
     Args:
         vocab_size: tokens of the tokenizer.
@@ -38,5 +38,5 @@ def flops_per_token(
     weights_per_layer = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.ffn_hidden_size)
     weights = model.num_layers * weights_per_layer + model.hidden_size * vocab_size
     attended = density * (document_length - chunk) / 2 + chunk / 2
-    routed = document_length / (2 * chunk)
+    routed = document_length / (2 * chunk) if attention.kind == "dash" else 0.0
     return 6.0 * weights + model.num_layers * (12.0 * heads * attended + 6.0 * heads * routed)

@@ -71,6 +71,7 @@ class DashCoreAttention(MegatronModule):
             exchange=attention.exchange,
             ranks_per_node=attention.ranks_per_node,
             recompute=config.recompute_granularity == "full",
+            dense=attention.kind == "dense",
             cp_group=pg_collection.cp if pg_collection.cp.size() > 1 else None,
         )
         set_tensor_model_parallel_attributes(self.attention.summary_query, is_parallel=True, dim=0, stride=1)

@@ -25,8 +25,8 @@ from dash_dist.context_parallel import DashAttention
 from dash_dist.megatron.core_attention import DashCoreAttention
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
-from dash_dist.megatron.rotary import ShardRotaryEmbedding
-from dash_dist.megatron.weights import initialise_weights
+from dash_dist.megatron.rotary import ShardRotaryEmbedding, scale_rotated
+from dash_dist.megatron.weights import FullParameters, initialise_weights, read_weights
 
 
 class DashGPTModel(GPTModel):
@@ -99,7 +99,10 @@ def transformer_config(
     def leave(_weight: torch.Tensor) -> None:
         """Weights are drawn by `initialise_weights` once the model stands."""
 
-    return TransformerConfig(
+    without_positions: list[int] | None = None
+    if model.layers_without_positions:
+        without_positions = [int(layer in model.layers_without_positions) for layer in range(model.num_layers)]
+    config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -111,6 +114,9 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.attention_bias,
+        qk_layernorm=model.qk_norm,
+        no_rope_freq=without_positions,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=leave,
@@ -127,6 +133,8 @@ def transformer_config(
         cuda_graph_scope=[],
         **recompute,
     )
+    scale_rotated(config, model.positions.resolved_attention_factor)
+    return config
 
 
 def build_model(
@@ -138,6 +146,7 @@ def build_model(
     vocab_size: int,
     sequence_length: int,
     seed: int,
+    source: FullParameters | None = None,
 ) -> DashGPTModel:
     """This rank's pipeline stage, initialised, on its device.
 
@@ -146,8 +155,12 @@ def build_model(
         vocab_size: tokens of the tokenizer; the embedding has `padded_vocab_size` rows, and so has the output layer.
         sequence_length: tokens of a whole sequence.
         seed: of the initial weights, which depend on nothing else.
+        source: of the initial weights; None draws them.
+
+    Raises:
+        OSError, ValueError: the source cannot give a weight.
     """
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
     layer.submodules.self_attention.submodules.core_attention = functools.partial(
         DashCoreAttention, attention=attention
     )
@@ -170,11 +183,16 @@ def build_model(
     stage.rotary_pos_emb = ShardRotaryEmbedding(
         model.resolved_head_dim,
         rotary_base=model.rotary_base,
+        positions=model.positions,
+        sequence_length=sequence_length,
         layout=attention.layout,
         cp_rank=dims.cp_rank,
         cp_size=dims.cp_size,
         device=dims.device,
     )
     stage = stage.to(dims.device)
-    initialise_weights(stage, init_std=model.init_std, seed=seed)
+    if source is None:
+        initialise_weights(stage, init_std=model.init_std, seed=seed)
+    else:
+        read_weights(stage, source)
     return stage

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dash_dist.config.positions import PositionsConfig
 from dash_dist.context_parallel import shard_positions
 from dash_dist.megatron.documents import PackedDocuments
+from dash_dist.models.frequencies import rotary_frequencies
 
 
 class ShardRotaryEmbedding(RotaryEmbedding):
@@ -25,6 +28,8 @@ class ShardRotaryEmbedding(RotaryEmbedding):
     Args:
         head_dim: channels of one head, all of them rotated.
         rotary_base: the slowest pair of channels turns once in 2 pi x rotary_base ** (1 - 2 / head_dim) tokens.
+        positions: scaling of the frequencies. Its attention factor is `scale_rotated`'s to apply.
+        sequence_length: tokens of a whole sequence of the run.
         layout: as for `shard_positions`.
         cp_rank, cp_size: this rank's place in the context-parallel group.
         device: where the angles are kept.
@@ -35,14 +40,17 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         head_dim: int,
         *,
         rotary_base: float,
+        positions: PositionsConfig,
+        sequence_length: int,
         layout: str,
         cp_rank: int,
         cp_size: int,
         device: torch.device,
     ) -> None:
         torch.nn.Module.__init__(self)
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
-        self.inv_freq = rotary_base**-exponents  # [head_dim / 2], radians per token
+        self.inv_freq = rotary_frequencies(  # [head_dim / 2], radians per token
+            head_dim, rotary_base, positions, sequence_length=sequence_length, device=device
+        )
         self.layout = layout
         self.cp_rank = cp_rank
         self.cp_size = cp_size
@@ -81,3 +89,17 @@ class ShardRotaryEmbedding(RotaryEmbedding):
     def _angles_at(self, positions: torch.Tensor) -> torch.Tensor:
         angles = torch.outer(positions.to(self.inv_freq), self.inv_freq).remainder_(2 * math.pi).float()
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def scale_rotated(config: TransformerConfig, factor: float) -> None:
+    """Have Megatron-core multiply cos and sin by `factor`, and so rotated queries and keys; layers that are not rotated
+    keep theirs.
+
+    Its attention takes the factor from the settings of YaRN whatever the type of the positions, by the formula
+    (0.1 m log(s) + 1) / (0.1 m' log(s) + 1), here with log(s) = 10, m = factor - 1 and m' = 0.
+    """
+    if factor == 1.0:
+        return
+    config.yarn_rotary_scaling_factor = math.exp(10.0)
+    config.yarn_mscale = factor - 1.0
+    config.yarn_mscale_all_dim = 0.0

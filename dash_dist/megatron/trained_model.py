@@ -5,9 +5,11 @@ Knows the model and the checks of a step. Does not know how gradients become upd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from dash_dist.checkpoints.engine_state import EngineState
 from dash_dist.config.attention import AttentionConfig
@@ -15,6 +17,7 @@ from dash_dist.config.combination import check_combination
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel.errors import ExchangeError
+from dash_dist.distributed.agreement import Agreement
 from dash_dist.engine.batch import MicroBatch, count_loss_tokens
 from dash_dist.engine.flops import flops_per_token
 from dash_dist.engine.step_timer import StepTimer
@@ -22,6 +25,16 @@ from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.megatron.model import DashGPTModel, build_model, transformer_config
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch, split_micro_batches
+from dash_dist.models.start import open_start
+
+_SHAPES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_kv_heads",
+    "tie_embeddings",
+)
 
 
 class TrainedModel:
@@ -63,7 +76,8 @@ class TrainedModel:
         self._attention = attention
         self._vocab_size = vocab_size
         self.identity = {
-            **model.model_dump(exclude={"rotary_base", "norm_epsilon", "init_std"}),
+            **{name: getattr(model, name) for name in _SHAPES},
+            **_not_default(model, ("attention_bias", "qk_norm")),
             "head_dim": model.resolved_head_dim,
             "vocab_size": vocab_size,
         }
@@ -74,18 +88,15 @@ class TrainedModel:
                 f"attention.{name}": getattr(attention, name)
                 for name in ("chunk_size", "alpha", "routing_scale", "prior_sigma")
             },
+            **{
+                f"model.{name}": value
+                for name, value in _not_default(model, ("family", "positions", "layers_without_positions")).items()
+            },
+            **{f"attention.{name}": value for name, value in _not_default(attention, ("kind",)).items()},
         }
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32
         self.config = transformer_config(model, parallel, dtype=dtype, device=dims.device)
-        self.module: DashGPTModel = build_model(
-            self.config,
-            model,
-            attention,
-            dims,
-            vocab_size=vocab_size,
-            sequence_length=sequence_length,
-            seed=seed,
-        )
+        self.module = self._build(seed)
         self.telemetry = StepTelemetry(
             self.module, dims, attention, sequence_length=sequence_length, on_timing=self._time_stages
         )
@@ -145,11 +156,44 @@ class TrainedModel:
 
     def changes_since(self, saved: EngineState) -> list[str]:
         """Name each setting by which the weights now compute another function than in `saved`."""
-        return [
-            f"{name} was {saved.function[name]} and is {value}"
-            for name, value in self._function.items()
-            if value != saved.function[name]
-        ]
+        names = [*self._function, *(name for name in saved.function if name not in self._function)]
+        pairs = [(name, _setting(saved.function, name), _setting(self._function, name)) for name in names]
+        return [f"{name} was {before} and is {now}" for name, before, now in pairs if before != now]
+
+    def _build(self, seed: int) -> DashGPTModel:
+        """Build this rank's stage; an error in `model.weights` at one rank is raised at every rank."""
+        arguments: dict[str, Any] = {
+            "vocab_size": self._vocab_size,
+            "sequence_length": self.sequence_length,
+            "seed": seed,
+        }
+        model, dims = self._model_config, self.dims
+        if model.weights is None:
+            return build_model(self.config, model, self._attention, dims, **arguments)
+        built, problem = None, None
+        try:
+            with open_start(model, vocab_size=self._vocab_size) as source:
+                built = build_model(self.config, model, self._attention, dims, source=source, **arguments)
+        except (OSError, ValueError) as error:
+            problem = ValueError(f"model.weights: {error}")
+        Agreement().raise_first(problem)
+        assert built is not None
+        return built
 
     def _time_stages(self, timer: StepTimer | None) -> None:
         self.config.timers = timer
+
+
+def _not_default(section: BaseModel, names: Iterable[str]) -> dict[str, Any]:
+    """Settings that checkpoints name only where they are not the default, which older ones do not know."""
+    values = section.model_dump(mode="json", include=set(names))
+    fields = type(section).model_fields
+    return {
+        name: values[name]
+        for name in names
+        if getattr(section, name) != fields[name].get_default(call_default_factory=True)
+    }
+
+
+def _setting(function: Mapping[str, Any], name: str) -> Any:
+    return function.get(name, "the default")

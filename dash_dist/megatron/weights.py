@@ -1,4 +1,4 @@
-"""Initial weights that do not depend on the parallel layout.
+"""Initial weights, drawn or read, that do not depend on the parallel layout.
 
 Knows how Megatron-core slices each weight over tensor parallelism and names it within a pipeline stage.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from typing import Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -42,6 +43,37 @@ def initialise_weights(model: GPTModel, *, init_std: float, seed: int) -> None:
         full = torch.empty(shape, device=parameter.device).normal_(0.0, std, generator=generator)
         with torch.no_grad():
             parameter.copy_(tensor_parallel_slice(full, name, parameter, tp_group.rank(), tp_group.size()))
+
+
+class FullParameters(Protocol):
+    """A source of whole parameters."""
+
+    def parameter(self, name: str) -> torch.Tensor | None:
+        """Return one parameter of the whole model by its `global_name`; None for zeros."""
+
+
+def read_weights(model: GPTModel, source: FullParameters) -> None:
+    """Fill this rank's part of the model from whole parameters, in place, holding one of them at a time.
+
+    Args:
+        model: one pipeline stage, before it is wrapped.
+
+    Raises:
+        OSError, ValueError: the source cannot give a parameter.
+    """
+    tp_group = model.tp_group
+    for local_name, parameter in model.named_parameters():
+        name = global_name(model, local_name)
+        full = source.parameter(name)
+        with torch.no_grad():
+            if full is None:
+                parameter.zero_()
+                continue
+            if getattr(parameter, "tensor_model_parallel", False):
+                full = tensor_parallel_slice(full, name, parameter, tp_group.rank(), tp_group.size())
+            if full.shape != parameter.shape:
+                raise ValueError(f"{name} is {list(full.shape)} where the model has {list(parameter.shape)}")
+            parameter.copy_(full)
 
 
 def global_name(model: GPTModel, local_name: str) -> str:

@@ -10,7 +10,9 @@ from dash_dist.errors import ConfigError
 
 
 def vocabulary_of(config: RunConfig) -> int:
-    """Tokens of the configuration's tokenizer. Raises ConfigError where it cannot be read here."""
+    """Tokens of the configuration's embedding. Raises ConfigError where its tokenizer cannot be read here."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
     from dash_dist.data.tokenizer import load_tokenizer
 
     try:

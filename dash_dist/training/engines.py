@@ -12,21 +12,22 @@ from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.parallel import ParallelDims
 
 
-def build_engine(config: RunConfig, dims: ParallelDims, vocab_size: int) -> Engine:
+def build_engine(config: RunConfig, dims: ParallelDims, vocab_size: int, *, resumed: bool = False) -> Engine:
     """The model of the run with what trains it. A collective: all ranks call it.
 
     Args:
         dims: initialised with `config.parallel`.
-        vocab_size: tokens of the tokenizer.
+        vocab_size: tokens of the embedding.
+        resumed: the weights come from a checkpoint, and `model.weights` is not read.
 
     Raises:
-        ValueError: the configuration is impossible on this rank's device.
+        ValueError: the configuration is impossible on this rank's device, or `model.weights` cannot be read.
         ConfigError: engine=deepspeed without the extra `deepspeed`.
     """
     if config.engine == "deepspeed":
         require_extra("deepspeed", "engine=deepspeed")
     arguments: dict[str, Any] = {
-        "model": config.model,
+        "model": config.model.model_copy(update={"weights": None}) if resumed else config.model,
         "attention": config.attention,
         "parallel": config.parallel,
         "optimizer": config.optimizer,

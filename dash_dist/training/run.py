@@ -128,7 +128,7 @@ class _Run:
         with self._control.together(cannot_prepare, RunError):
             watchdog.start(hang_folder(config.run.path, self._attempt.number), dims.rank)
         with self._control.together("the model cannot be built", ConfigError):
-            self._engine = build_engine(config, dims, vocab_size)
+            self._engine = build_engine(config, dims, vocab_size, resumed=origin is not None)
         schedule = config.optimizer.schedule(config.training.steps)
         self._position = RunPosition(self._engine, data, dims, self._control, schedule)
         self._data = data
@@ -390,10 +390,11 @@ def _lock_folder(folder: Path, note: Callable[[str], None], cleanup: contextlib.
 def _open_data(
     config: RunConfig, dims: Dims, control: ControlGroup, note: Callable[[str], None], beat: Callable[[], None]
 ) -> tuple[int, list[str], DataStream]:
-    """The vocabulary's size, sentences about damaged documents, and this data-parallel rank's stream."""
+    """The embedding's tokens, sentences about damaged documents, and this data-parallel rank's stream."""
     training = config.training
     with control.together("the run cannot start", ConfigError):
         tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
+        embedded = config.model.embedded_tokens(tokenizer.vocab_size)
         check_sizes(
             config.data,
             sequence_length=training.sequence_length,
@@ -419,4 +420,4 @@ def _open_data(
             chunk_size=config.attention.chunk_size,
             corpus=corpus,
         )
-    return tokenizer.vocab_size, corpus.damage, stream
+    return embedded, corpus.damage, stream

@@ -40,7 +40,8 @@ class AttentionSpec:
     Attributes:
         chunk_size: tokens routed as one, a multiple of 16 from 16 to 128.
         alpha: exponent of the entmax, in (1, 2]; 1.5 is the fast path, 2 is sparsemax.
-        routing_scale: positive factor of the routing logits; larger is sparser.
+        routing_scale: positive factor of the routing logits; larger is sparser. 0 selects every chunk: with
+            prior_sigma, whose bias is then 0, this is dense attention.
         prior_sigma: None for the bias log P; a positive number for (log P - mean log P) / prior_sigma.
         softmax_scale: positive factor of q . k in all three stages; None for 1 / sqrt(head_dim).
     """
@@ -62,7 +63,10 @@ class AttentionSpec:
             _is_positive(self.alpha) and 1 < self.alpha <= 2,
             f"alpha is {self.alpha!r}: give a number in (1, 2]; 1.5 is the default and the fast path",
         )
-        require(_is_positive(self.routing_scale), f"routing_scale is {self.routing_scale!r}: give a positive number")
+        require(
+            _is_positive(self.routing_scale) or (self.routing_scale == 0 and self.prior_sigma is not None),
+            f"routing_scale is {self.routing_scale!r}: give a positive number, or 0 with a prior_sigma",
+        )
         require(
             self.prior_sigma is None or _is_positive(self.prior_sigma),
             f"prior_sigma is {self.prior_sigma!r}: give None or a positive number",

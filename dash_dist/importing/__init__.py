@@ -1,0 +1,1 @@
+"""Import of a pretrained model: its checks, its files and its parity with transformers."""

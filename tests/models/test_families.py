@@ -1,0 +1,66 @@
+"""Models of every family that transformers makes: read, trained over ranks, exported, read by transformers again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_dist.checkpoints.export import export_weights
+from dash_dist.config.model import ModelConfig
+from dash_dist.config.parallel import ParallelConfig
+from dash_dist.models.hugging_face import model_from, read_config
+from tests.models.tiny_models import CASES, logits_in_transformers, save_tiny_model
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, ModelConfig], dict[str, torch.Tensor]]:
+    """Name -> the section `model` that starts from the files, and the logits of transformers."""
+    folder = tmp_path_factory.mktemp("models")
+    logits = {name: save_tiny_model(name, folder / name) for name in CASES}
+    models = {
+        name: model_from(read_config(folder / name)).model_copy(update={"weights": folder / name}) for name in CASES
+    }
+    return models, logits
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_logits_equal_those_of_transformers(saved: Any) -> None:
+    models, wanted = saved
+    (found,) = run_ranks("tests.models.model_jobs:logits_of", 1, models, cpu_only=True)
+    for name in CASES:
+        assert not isinstance(found[name], str), found[name]
+        assert wanted[name].std() > 0.1
+        assert difference(found[name], wanted[name]) < 1e-5, name
+
+
+def test_trained_over_ranks_and_exported(saved: Any, tmp_path: Path) -> None:
+    models, before = saved
+    parallel = ParallelConfig(tensor=2, context=2)
+    ranks = run_ranks("tests.models.model_jobs:train_and_save", 4, models, parallel, tmp_path, cpu_only=True)
+    (alone,) = run_ranks(
+        "tests.models.model_jobs:train_and_save", 1, models, ParallelConfig(), tmp_path / "alone", cpu_only=True
+    )
+    for rank in ranks:
+        for name in CASES:
+            assert rank[name] == pytest.approx(alone[name], rel=1e-5), name
+    (trained,) = run_ranks("tests.models.model_jobs:load_and_read", 1, models, tmp_path, cpu_only=True)
+    for name, model in models.items():
+        out = tmp_path / "exported" / name
+        export_weights(tmp_path / name, out)
+        assert difference(logits_in_transformers(out), trained[name]) < 1e-5, name
+        assert difference(trained[name], before[name]) > 1e-2, name
+        ours, theirs = read_config(out), read_config(model.weights)
+        assert ours["architectures"] == theirs["architectures"]
+        assert "dash_attention" not in ours
+        again = model_from(ours)
+        expected = model.model_copy(update={"weights": None, "init_std": again.init_std})
+        if model.positions.type == "dynamic":  # frozen: the same frequencies, as default positions
+            expected = expected.model_copy(update={"positions": again.positions})
+        assert again.model_dump() == expected.model_dump() | {"head_dim": model.resolved_head_dim}

@@ -1,0 +1,105 @@
+"""The command `dash-dist import`, and what it refuses."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dash_dist.config.model import ModelConfig
+from dash_dist.models.hugging_face import model_from, read_config
+from dash_dist.models.safetensors_folder import SafetensorsFolder
+from dash_dist.models.table import parameter_table
+from tests.models.tiny_models import SHAPE, save_tiny_model
+from tests.support.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model("qwen3, yarn, tied", folder)
+    return folder
+
+
+def test_import_writes_a_section_and_the_parity(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "base"
+    (parity,) = run_ranks("dash_dist.importing.command:import_model", 1, str(tiny), out, cpu_only=True)
+    assert parity < 1e-5
+    assert json.loads((out / "import.json").read_text())["logits_difference"] == parity
+    model = ModelConfig.model_validate(yaml.safe_load((out / "model.yaml").read_text())["model"])
+    assert model.weights == out
+    assert model.model_copy(update={"weights": None}) == model_from(read_config(tiny))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def damaged(tiny: Path, folder: Path, change: Callable[[Path], None]) -> str:
+    """The refusal of a changed copy."""
+    shutil.copytree(tiny, folder)
+    change(folder)
+    model = model_from(read_config(folder))
+    with pytest.raises(ValueError, match=str(folder)) as caught:
+        SafetensorsFolder(folder, parameter_table(model, model.vocab_size or 0))
+    return str(caught.value)
+
+
+def test_damaged_folders_are_refused(tiny: Path, tmp_path: Path) -> None:
+    index = json.loads((tiny / "model.safetensors.index.json").read_text())
+    name = sorted(index["weight_map"])[0]
+
+    def truncate(folder: Path) -> None:
+        path = folder / index["weight_map"][name]
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def lose_file(folder: Path) -> None:
+        (folder / index["weight_map"][name]).unlink()
+
+    def lose_tensor(folder: Path) -> None:
+        kept = {key: file for key, file in index["weight_map"].items() if key != name}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": kept}))
+
+    def reshape(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 40}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    assert "truncated or damaged" in damaged(tiny, tmp_path / "a", truncate)
+    assert "is missing" in damaged(tiny, tmp_path / "b", lose_file)
+    assert f"has no tensor {name}" in damaged(tiny, tmp_path / "c", lose_tensor)
+    assert "config.json makes it [64, 40]" in damaged(tiny, tmp_path / "d", reshape)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"novel_key": 1}, "has the key 'novel_key'"),
+        ({"model_type": "gemma3"}, "these can"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "remove the wrong one"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}, "'beta_fast' is not one of type"),
+        ({"rope_scaling": {"type": "su"}}, "rope_type 'su'"),
+        ({"model_type": "mistral"}, "sliding_window is 4096"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True"),
+    ],
+)
+def test_configurations_are_refused_by_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_from({"model_type": "llama", **SHAPE, **changes})
+
+
+def test_runs_that_contradict_their_weights_are_refused(tiny: Path) -> None:
+    model = model_from(read_config(tiny)).model_copy(update={"weights": tiny})
+    bad = {
+        "shape": model.model_copy(update={"ffn_hidden_size": 64}),
+        "vocabulary": model.model_copy(update={"vocab_size": 40}),
+        "folder": model.model_copy(update={"weights": tiny / "nothing"}),
+    }
+    for rank in run_ranks("tests.models.model_jobs:errors", 1, bad, cpu_only=True):
+        assert "model.ffn_hidden_size is 64" in rank["shape"]
+        assert "set model.vocab_size to 50" in rank["vocabulary"]
+        assert "config.json cannot be read" in rank["folder"]
+    with pytest.raises(ValueError, match="tokenizer has 60 tokens and model"):
+        model.embedded_tokens(60)

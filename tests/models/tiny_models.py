@@ -1,0 +1,68 @@
+"""Tiny random models of every family, made and saved by transformers itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.models.test_frequencies import ROPES
+
+SEQUENCE_LENGTH = 128
+VOCAB_SIZE = 50
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama, tied, llama3": {"model_type": "llama", "tie_word_embeddings": True, "rope": "llama3"},
+    "llama, linear": {"model_type": "llama", "rope": "linear"},
+    "llama, longrope": {"model_type": "llama", "rope": "longrope"},
+    "mistral, dynamic": {"model_type": "mistral", "sliding_window": None, "rope": "dynamic"},
+    "qwen2, yarn": {"model_type": "qwen2", "rope": "yarn"},
+    "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3, yarn, tied": {"model_type": "qwen3", "head_dim": 16, "rope": "yarn", "tie_word_embeddings": True},
+    "qwen3, wide heads": {"model_type": "qwen3", "head_dim": 32},
+    "smollm3": {"model_type": "smollm3"},
+}
+
+
+def save_tiny_model(name: str, folder: Path) -> torch.Tensor:
+    """Save a random model with non-zero biases and norms to `folder`; return its logits of `tokens`, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    settings |= SHAPE | CASES[name]
+    rope = settings.pop("rope", None)
+    theta = {"rope_theta": 5000.0}
+    settings["rope_parameters"] = theta | (ROPES[rope] if rope else {"rope_type": "default"})
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder, max_shard_size="60KB" if "tied" in name else "5GB")
+    return logits_in_transformers(folder)
+
+
+def logits_in_transformers(folder: Path) -> torch.Tensor:
+    """Logits [1, T, vocab] of `tokens` by transformers, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens()).logits
+    return logits
+
+
+def tokens() -> torch.Tensor:
+    """Return token ids [1, SEQUENCE_LENGTH]."""
+    return torch.randint(VOCAB_SIZE, (1, SEQUENCE_LENGTH), generator=torch.Generator().manual_seed(3))
