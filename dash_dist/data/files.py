@@ -139,11 +139,11 @@ class FileIdentity:
 
     Attributes:
         size: bytes.
-        digest: of the whole file up to 256 KiB, of samples of a longer one.
+        digests: of each block of the file; of a block over 256 KiB, of samples.
     """
 
     size: int
-    digest: str
+    digests: tuple[str, ...]
 
 
 def stat_of_readable_file(path: str) -> os.stat_result:
@@ -157,14 +157,18 @@ def stat_of_readable_file(path: str) -> os.stat_result:
     return status
 
 
-def identity_of(path: str, size: int) -> FileIdentity:
-    """Read the samples of a file of `size` bytes."""
-    digest = hashlib.blake2b(digest_size=12)
+def identity_of(path: str, size: int, block: int) -> FileIdentity:
+    """Read the samples of a file of `size` bytes, in blocks of `block` bytes."""
+    digests = []
     with open(path, "rb") as file:
-        if size <= _SAMPLE * _SAMPLES:
-            digest.update(file.read())
-        else:
-            for sample in range(_SAMPLES):
-                file.seek((size - _SAMPLE) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
-    return FileIdentity(size, digest.hexdigest())
+        for start in range(0, max(size, 1), block):
+            length, digest = min(block, size - start), hashlib.blake2b(digest_size=12)
+            if length <= _SAMPLE * _SAMPLES:
+                file.seek(start)
+                digest.update(file.read(length))
+            else:
+                for sample in range(_SAMPLES):
+                    file.seek(start + (length - _SAMPLE) * sample // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE))
+            digests.append(digest.hexdigest())
+    return FileIdentity(size, tuple(digests))

@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from dash_dist.config.data import MixtureSource
@@ -33,7 +33,7 @@ _FORMAT_VERSION = 1
 """Of the tokens in the cache: a change makes all shards anew."""
 
 _SHARD_BYTES = 128 << 20
-_MAX_SHARD_BYTES = 512 << 20
+_MAX_SHARD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ def open_source(config: MixtureSource, cache: Path, reading: list[object]) -> So
             "drop data.text_column or set data.format"
         )
     identities = _identities(paths, cache)
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
     shards: list[Shard] = []
-    for group in _groups(paths, identities, root):
-        shards += _cut(group, formats, identities, config, reading, root)
+    for group in _groups(paths, identities):
+        shards += _cut(group, formats, identities, config, reading)
     return Source(config.title, f"{description} ({len(paths)} files)", tuple(shards))
 
 
@@ -119,10 +118,10 @@ def _identities(paths: list[str], cache: Path) -> dict[str, FileIdentity]:
         status, name = stat_of_readable_file(path), printable(path)
         known = remembered.get(name)
         if known is not None and known[:2] == [status.st_size, status.st_mtime_ns]:
-            identities[path] = FileIdentity(status.st_size, known[2])
+            identities[path] = FileIdentity(status.st_size, tuple(known[2]))
             continue
-        identities[path] = identity_of(path, status.st_size)
-        remembered[name] = [status.st_size, status.st_mtime_ns, identities[path].digest]
+        identities[path] = identity_of(path, status.st_size, _SHARD_BYTES)
+        remembered[name] = [status.st_size, status.st_mtime_ns, identities[path].digests]
         changed = True
     if changed:
         try:
@@ -133,7 +132,7 @@ def _identities(paths: list[str], cache: Path) -> dict[str, FileIdentity]:
     return identities
 
 
-def _groups(paths: list[str], identities: dict[str, FileIdentity], root: str) -> Iterable[list[str]]:
+def _groups(paths: list[str], identities: dict[str, FileIdentity]) -> Iterable[list[str]]:
     """Group neighbouring files to shards of about 128 MiB. A file ends its group by chance, by a digest of its name, so
     that one file more or less moves no other border.
     """
@@ -145,7 +144,7 @@ def _groups(paths: list[str], identities: dict[str, FileIdentity], root: str) ->
             group, size = [], 0
         group.append(path)
         size += identities[path].size
-        chance = zlib.crc32(os.fsencode(os.path.relpath(path, root))) / 2**32
+        chance = zlib.crc32(os.fsencode(os.path.basename(path))) / 2**32
         if chance < identities[path].size / _SHARD_BYTES:
             yield group
             group, size = [], 0
@@ -159,7 +158,6 @@ def _cut(
     identities: dict[str, FileIdentity],
     config: MixtureSource,
     reading: list[object],
-    root: str,
 ) -> Iterable[Shard]:
     """Yield the shards of a group of files: one, or several for a single long file."""
     parts: list[FileRange] = []
@@ -173,18 +171,18 @@ def _cut(
             whole = formats[path] == "text" or is_compressed(path) or size <= _MAX_SHARD_BYTES
             whole = whole or encoding_of(path)[0] != "utf-8"
             pieces = 1 if whole else -(-size // _SHARD_BYTES)
-            cuts = [size * piece // pieces for piece in range(pieces + 1)]
+            cuts = [min(_SHARD_BYTES * piece, size) for piece in range(pieces + 1)]
         if pieces == 1:
             parts.append(FileRange(path, formats[path]))
             continue
         if parts:  # in the order of the files
-            yield _shard(tuple(parts), identities, config.text_column, reading, root)
+            yield _shard(tuple(parts), identities, config.text_column, reading)
             parts = []
         for start, stop in itertools.pairwise(cuts):
             ranged = FileRange(path, formats[path], start, stop)
-            yield _shard((ranged,), identities, config.text_column, reading, root)
+            yield _shard((ranged,), identities, config.text_column, reading)
     if parts:
-        yield _shard(tuple(parts), identities, config.text_column, reading, root)
+        yield _shard(tuple(parts), identities, config.text_column, reading)
 
 
 def _shard(
@@ -192,21 +190,24 @@ def _shard(
     identities: dict[str, FileIdentity],
     column: str,
     reading: list[object],
-    root: str,
 ) -> Shard:
-    content = [
-        [
-            os.fsencode(os.path.relpath(part.path, root)).hex(),
-            *asdict(identities[part.path]).values(),
-            part.format,
-            part.start,
-            part.stop,
-        ]
-        for part in parts
-    ]
+    content = [[part.format, _compression(part.path), *_content(part, identities[part.path])] for part in parts]
     whole = len(parts) > 1 or parts[0].stop is None
     size = sum(identities[part.path].size for part in parts) if whole else _SHARD_BYTES
     return Shard(_key([reading, content]), parts, column, size)
+
+
+def _content(part: FileRange, identity: FileIdentity) -> list[object]:
+    """Return what tells the content of a range from others."""
+    if part.format == "jsonl" and part.stop is not None:
+        # The last line may end in the next block. Lines added at the end change the last blocks alone.
+        first = part.start // _SHARD_BYTES
+        return [part.start, part.stop, identity.digests[first : first + 2]]
+    return [part.start, part.stop, identity.size, identity.digests]
+
+
+def _compression(path: str) -> str:
+    return Path(path).suffix.lower() if is_compressed(path) else ""
 
 
 def _key(content: object) -> str:

@@ -79,6 +79,9 @@ class _Writer:
         self._before = np.asarray(before, dtype=self._dtype)
         self._after = np.asarray(after, dtype=self._dtype)
         self._builder = IndexedDatasetBuilder(str(folder / "tokens.bin"), dtype=self._dtype)
+        # Lists of Python's integers would take five times the memory.
+        self._builder.sequence_lengths = array("i")
+        self._builder.document_indices = array("q", [0])
         self._index = str(folder / "tokens.idx")
         self._places = _Places()
         self._unwritten: list[np.ndarray] = []
@@ -140,7 +143,7 @@ class _Writer:
     def _flush(self) -> None:
         if self._unwritten:
             tokens = np.concatenate(self._unwritten, dtype=self._dtype, casting="unsafe")
-            self._builder.data_file.write(tokens.tobytes())
+            self._builder.data_file.write(tokens.data)
             self._unwritten.clear()
 
     def _finish(self, part: int, place: int, digest: int) -> None:

@@ -18,7 +18,9 @@ import typer
 
 from dash_dist.config.data import DataConfig
 from dash_dist.data.prepare import Preparation, prepare_in_processes, start_worker
+from dash_dist.data.sources import Shard
 from dash_dist.data.stream import DataStream, build_data_stream
+from dash_dist.data.token_shard import write_shard
 from dash_dist.data.tokenizer import ByteTokenizer
 
 _FILES = 16
@@ -42,16 +44,19 @@ def main(
 
     begin = time.perf_counter()
     preparation = Preparation.of(config, ByteTokenizer())
-    if not preparation.missing():
+    missing = preparation.missing()
+    if not missing:
         raise typer.BadParameter(f"{folder / 'tokens'} holds the tokens already: give an empty folder")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, start_worker, (config,)) as pool:
         prepare_in_processes(preparation, pool)
     seconds = time.perf_counter() - begin
+    peak = _peak(resource.RUSAGE_CHILDREN) * processes + _peak(resource.RUSAGE_SELF)
     figures |= {
         "prepare_seconds": seconds,
         "prepare_mb_per_second_and_process": size / 1e6 / seconds / processes,
-        "prepare_peak_mib": (_peak(resource.RUSAGE_CHILDREN) * processes + _peak(resource.RUSAGE_SELF)) / _MIB,
+        "one_shard_mb_per_second": _speed_of_a_shard(missing[0], folder / "one_shard"),
+        "prepare_peak_mib": peak / _MIB,
     }
 
     def stream() -> DataStream:
@@ -113,6 +118,13 @@ def _generate(folder: Path, documents: int, length: int) -> int:
                 for start, chosen in zip(starts.tolist(), lengths.tolist(), strict=True):
                     lines.write(json.dumps({"text": text[start : start + chosen]}, ensure_ascii=False) + "\n")
     return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _speed_of_a_shard(shard: Shard, folder: Path) -> float:
+    """Return the speed in this process, without the start of another one."""
+    size, begin = sum(os.path.getsize(part.path) for part in shard.parts), time.perf_counter()  # type: ignore[union-attr]
+    write_shard(shard, folder, ByteTokenizer(), stop_at_damage=False, special_tokens=False)
+    return size / 1e6 / (time.perf_counter() - begin)
 
 
 def _peak(who: int) -> int:
