@@ -18,6 +18,7 @@ import typer
 
 from dash_dist.config.data import DataConfig
 from dash_dist.data.prepare import Preparation, prepare_in_processes, start_worker
+from dash_dist.data.readers import FileRange
 from dash_dist.data.sources import Shard
 from dash_dist.data.stream import DataStream, build_data_stream
 from dash_dist.data.token_shard import write_shard
@@ -122,7 +123,8 @@ def _generate(folder: Path, documents: int, length: int) -> int:
 
 def _speed_of_a_shard(shard: Shard, folder: Path) -> float:
     """Return the speed in this process, without the start of another one."""
-    size, begin = sum(os.path.getsize(part.path) for part in shard.parts), time.perf_counter()  # type: ignore[union-attr]
+    size = sum(os.path.getsize(part.path) for part in shard.parts if isinstance(part, FileRange))
+    begin = time.perf_counter()
     write_shard(shard, folder, ByteTokenizer(), stop_at_damage=False, special_tokens=False)
     return size / 1e6 / (time.perf_counter() - begin)
 
