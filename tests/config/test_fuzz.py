@@ -5,6 +5,7 @@ HYPOTHESIS_PROFILE=long tries tens of thousands.
 
 import copy
 import datetime
+import functools
 import json
 import math
 import os
@@ -75,8 +76,11 @@ def load(folder: Path, content: str | bytes, overrides: tuple[str, ...] = ()) ->
 
 def changed(key: str, value: object) -> dict:
     config = copy.deepcopy(TINY)
-    section, leaf = key.split(".")
-    config.setdefault(section, {})[leaf] = value
+    *sections, leaf = key.split(".")
+    settings = config
+    for section in sections:
+        settings = settings.setdefault(section, {})
+    settings[leaf] = value
     return config
 
 
@@ -93,14 +97,14 @@ def changed(key: str, value: object) -> dict:
 def test_a_setting_of_any_value_is_taken_or_named(tmp_path, key, value):
     result = load(tmp_path, yaml.dump(changed(key, value), Dumper=yaml.SafeDumper))
     if isinstance(result, RunConfig):
-        section, leaf = key.split(".")
-        assert getattr(result, section).model_fields_set >= {leaf}
+        *sections, leaf = key.split(".")
+        assert functools.reduce(getattr, sections, result).model_fields_set >= {leaf}
         assert result.training.distributed_timeout.total_seconds() > 0
         for number in (result.optimizer.lr, result.attention.routing_scale, result.model.rotary_base):
             assert math.isfinite(number)
     else:
         words_of = result.replace("_", " ")
-        named = key.split(".")[1].replace("_", " ") in words_of or "cp x chunk size" in words_of
+        named = key.split(".")[-1].replace("_", " ") in words_of or "cp x chunk size" in words_of
         assert named or re.search(r"(?s)not valid YAML.*line \d+, column \d+", result), result
 
 
