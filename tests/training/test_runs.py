@@ -291,6 +291,25 @@ def test_skipped_documents_are_counted_once_and_shown(folder, of_two_ranks, layo
     assert "skipped documents" in of_two_ranks[0][f"skipping, {layout} 2"].output
     curve = read_curves(folder / "runs" / f"skipping_{layout}").Scalars("data/skipped_documents")
     assert curve[-1].value == 2 * 3
+    (event,) = EventLog(folder / "runs" / f"skipping_{layout}").read()
+    assert (event.kind, event.step) == ("data_damaged", 0)
+    assert re.search(r"1 of 4 documents are skipped: .*2\.txt: .*can't decode byte 0xff", event.message)
+
+
+def test_damaged_documents_can_stop_a_run_at_every_rank(folder, of_two_ranks):
+    for rank in of_two_ranks:
+        error = rank["damaged, stop"].error
+        assert re.match(r"ConfigError: cannot prepare the data: .*2\.txt: .*0xff.*data\.damaged=skip", error)
+    assert not (folder / "runs" / "damaged_stop").exists()
+
+
+def test_a_resume_with_shorter_sequences_goes_on_and_says_so(folder, of_two_ranks):
+    for rank in of_two_ranks:
+        assert rank["shorter sequences"].error == ""
+        assert rank["shorter sequences"].summary.steps == 5
+    changes = [event for event in EventLog(folder / "runs" / "shorter").read() if event.kind == "data_changed"]
+    assert [event.step for event in changes] == [3]
+    assert "training.sequence_length was 256 and is 128: continuing with the next unread token" in changes[0].message
 
 
 def test_padding_between_separate_documents_is_no_token(folder, of_two_ranks):

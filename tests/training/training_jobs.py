@@ -4,6 +4,7 @@ The test process itself does not import this: it would load Megatron-core.
 """
 
 import math
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -90,7 +91,13 @@ def runs_of_two_ranks(config: Path, folder: Path) -> dict[str, Outcome]:
             config, "run.name=separate_dp", *files, "parallel.context=1", "data.documents=separate"
         ),
         "separate, cp 2": attempt(config, "run.name=separate_cp", *files, "data.documents=separate"),
+        "damaged, stop": attempt(config, "run.name=damaged_stop", *files, "data.damaged=stop"),
     }
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "runs" / "skipping_dp", folder / "runs" / "shorter")
+    dist.barrier()
+    shorter = ["training.steps=5", "training.sequence_length=128", "parallel.context=1"]
+    outcomes["shorter sequences"] = attempt(config, "run.name=shorter", *files, *shorter)
 
     def next_step(stream):
         raise Unreachable("the hub does not answer")
