@@ -6,9 +6,10 @@ Knows how to explain pydantic's errors; does not know the meaning of settings.
 import difflib
 import json
 import re
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -122,8 +123,10 @@ def _suggestion(key: str) -> str:
 def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _settings(field.annotation, f"{prefix}{name}.")
+        optional = isinstance(field.annotation, types.UnionType)
+        for annotation in get_args(field.annotation) if optional else (field.annotation,):
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                yield from _settings(annotation, f"{prefix}{name}.")
 
 
 def _shown(value: Any) -> str:

@@ -8,14 +8,15 @@ import os
 import re
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.combination import check_combination
-from dash_dist.config.data import DataConfig, check_separate
+from dash_dist.config.data import DataConfig, SourceConfig, check_separate
 from dash_dist.config.deepspeed import DeepSpeedSection, check_engine
+from dash_dist.config.evaluation import SAME_TOKENS, TAKEN_OVER, EvaluationSection
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
@@ -177,6 +178,16 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     faults: FaultsSection = Field(default_factory=FaultsSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _heldout_data_is_as_the_data(cls, settings: Any) -> Any:
+        match settings:
+            case {"data": dict(data), "evaluation": {"data": dict(heldout), **others}}:
+                taken = {name: data[name] for name in TAKEN_OVER if name in data}
+                return {**settings, "evaluation": {**others, "data": taken | heldout}}
+        return settings
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "RunConfig":
@@ -206,6 +217,43 @@ class RunConfig(Section):
         if self.data.documents == "separate":
             check_separate(
                 sequence_length=self.training.sequence_length,
+                micro_batch_size=self.training.micro_batch_size,
+                chunk_size=self.attention.chunk_size,
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_fits(self) -> "RunConfig":
+        evaluation, heldout = self.evaluation, self.evaluation.data
+        length = self.training.sequence_length
+        if beyond := [end for end in evaluation.buckets if end > length]:
+            raise ValueError(
+                f"evaluation.buckets names {beyond[0]}, and training.sequence_length is {length}: "
+                "give lengths within the sequence"
+            )
+        if heldout is None:
+            if evaluation.interval is not None:
+                raise ValueError(
+                    f"evaluation.interval = {evaluation.interval} needs evaluation.data: name documents that are not "
+                    "trained on, or set evaluation.interval to null"
+                )
+            return self
+        for name in SAME_TOKENS:
+            if (given := getattr(heldout, name)) != (trained := getattr(self.data, name)):
+                raise ValueError(
+                    f"evaluation.data.{name} = {given} and data.{name} = {trained}: the model reads the tokens that "
+                    f"it is trained on; drop evaluation.data.{name}"
+                )
+        trained_on = [one.model_dump(include=set(SourceConfig.model_fields)) for one in self.data.all_sources]
+        for source in heldout.all_sources:
+            same = source.model_dump(include=set(SourceConfig.model_fields)) in trained_on
+            if same and evaluation.interval is not None:
+                raise ValueError(
+                    f"evaluation.data reads {source.title}, which is trained on: name documents that are held out"
+                )
+        if heldout.documents == "separate":
+            check_separate(
+                sequence_length=length,
                 micro_batch_size=self.training.micro_batch_size,
                 chunk_size=self.attention.chunk_size,
             )
@@ -245,6 +293,13 @@ class RunConfig(Section):
                 f"training.global_batch_size = {batch} is not a multiple of data-parallel size x "
                 f"training.micro_batch_size = {dp_size} x {self.training.micro_batch_size}: "
                 f"set it to {-(-batch // unit) * unit}"
+            )
+        sequences = self.evaluation.sequences
+        if self.evaluation.interval is not None and sequences % unit:
+            raise ValueError(
+                f"evaluation.sequences = {sequences} is not a multiple of data-parallel size x "
+                f"training.micro_batch_size = {dp_size} x {self.training.micro_batch_size}: "
+                f"set it to {-(-sequences // unit) * unit}"
             )
 
 

@@ -5,6 +5,7 @@ Knows the model and ZeRO. Does not know where batches come from, when to save, n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from dash_dist.config.parallel import ParallelConfig
 from dash_dist.deepspeed_engine.checkpoint import ZeroSave, load_checkpoint, start_save
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.engine.batch import MicroBatch
-from dash_dist.engine.protocol import StepResult
-from dash_dist.megatron.loss import summed_loss
+from dash_dist.engine.protocol import BucketLoss, StepResult
+from dash_dist.megatron.loss import bucket_losses, summed_loss
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch
 from dash_dist.megatron.trained_model import TrainedModel
@@ -81,6 +82,11 @@ class DeepSpeedEngine:
             grad_norm, skipped = self._zero.update()
         return StepResult(loss, grad_norm, self._zero.learning_rate, tokens, skipped)
 
+    def evaluate(self, micro_batches: Sequence[MicroBatch], edges: Sequence[int]) -> tuple[BucketLoss, ...]:
+        """Compute losses by position, see `Engine.evaluate`."""
+        forward = functools.partial(self._bucket_losses, edges)
+        return self._trained.evaluate(micro_batches, forward, step=self.step)
+
     def flops_per_step(self, tokens: int, *, document_length: float, density: float = 1.0) -> float:
         """Return the floating-point operations of a step, see `Engine.flops_per_step`."""
         return self._trained.flops_per_step(tokens, document_length=document_length, density=density)
@@ -114,3 +120,12 @@ class DeepSpeedEngine:
                 self._zero.backward(loss, weight=1.0 / tokens)
         dist.all_reduce(total)
         return float(total)
+
+    def _bucket_losses(self, edges: Sequence[int], shards: list[ShardBatch]) -> torch.Tensor:
+        total = torch.zeros(len(edges), 2, dtype=torch.float64, device=self.dims.device)
+        for shard in shards:
+            token_losses = self._zero.forward(
+                shard.tokens, None, None, labels=shard.labels, packed_seq_params=shard.documents, last=False
+            )
+            total += bucket_losses(shard, token_losses, edges)
+        return total

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dash_dist.engine.batch import MicroBatch
 from dash_dist.engine.saveable import Saveable
@@ -31,6 +31,18 @@ class StepResult:
     learning_rate: float
     tokens: int
     skipped: bool
+
+
+class BucketLoss(NamedTuple):
+    """Loss of the tokens at the positions of one bucket, the same at every rank.
+
+    Attributes:
+        total: sum of the cross entropy, in nats.
+        tokens: tokens that count in the loss, each counted once.
+    """
+
+    total: float
+    tokens: int
 
 
 class Engine(Saveable, Protocol):
@@ -59,6 +71,24 @@ class Engine(Saveable, Protocol):
         Raises:
             BatchError: at every rank: see `count_loss_tokens`.
             ExchangeError: a rank of this one's context-parallel group died or did not answer; names the step.
+        """
+        ...
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch], edges: Sequence[int]) -> tuple[BucketLoss, ...]:
+        """Compute the losses of one batch and leave weights, gradients, optimizer and step as they are.
+
+        The measurements of the last step are dropped: ask `telemetry` for them before.
+
+        Args:
+            micro_batches: as for `train_step`.
+            edges: ascending ends of the buckets; the last one is the sequence length.
+
+        Returns:
+            For each bucket, the loss of the tokens at positions from the end of the bucket before it. Positions count
+            from the beginning of the sequence, or of the document where documents are separate.
+
+        Raises:
+            BatchError, ExchangeError: see `train_step`.
         """
         ...
 

@@ -5,8 +5,9 @@ Knows the layers of a pipeline stage and when a step begins. Does not know logge
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.engine.exchange_statistics import ExchangeStatistics, gather_traffic
@@ -49,6 +50,18 @@ class StepTelemetry:
             if attention.memory is not None:
                 attention.memory.clear()
         self.timer.begin(record=self._record_seconds)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Measure nothing in this block, and forget the last step."""
+        routing, seconds, selections = self.record_routing, self.record_seconds, self.record_selections
+        self.record_routing, self.record_seconds, self.record_selections = False, False, ()
+        self.begin_step()
+        try:
+            yield
+        finally:
+            self.begin_step()
+            self.record_routing, self.record_seconds, self.record_selections = routing, seconds, selections
 
     @property
     def record_routing(self) -> bool:

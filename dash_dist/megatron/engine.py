@@ -5,6 +5,7 @@ Knows how gradients become updates. Does not know where batches come from, when 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,10 @@ from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.engine.batch import MicroBatch
-from dash_dist.engine.protocol import StepResult
+from dash_dist.engine.protocol import BucketLoss, StepResult
 from dash_dist.engine.saveable import PendingSave
 from dash_dist.megatron.checkpoint import load_checkpoint, start_save
-from dash_dist.megatron.loss import loss_of_batch
+from dash_dist.megatron.loss import bucket_losses_of_batch, loss_of_batch
 from dash_dist.megatron.optimizer import Optimizer, wrap_model
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch
@@ -84,6 +85,11 @@ class MegatronEngine:
         self.step += 1
         return StepResult(loss, grad_norm, self._optimizer.learning_rate, tokens, skipped)
 
+    def evaluate(self, micro_batches: Sequence[MicroBatch], edges: Sequence[int]) -> tuple[BucketLoss, ...]:
+        """Compute losses by position, see `Engine.evaluate`."""
+        forward = functools.partial(self._bucket_losses, edges)
+        return self._trained.evaluate(micro_batches, forward, step=self.step)
+
     def flops_per_step(self, tokens: int, *, document_length: float, density: float = 1.0) -> float:
         """Return the floating-point operations of a step, see `Engine.flops_per_step`."""
         return self._trained.flops_per_step(tokens, document_length=document_length, density=density)
@@ -124,6 +130,21 @@ class MegatronEngine:
             total += torch.stack(losses).double().sum()
         dist.all_reduce(total)
         return float(total)
+
+    def _bucket_losses(self, edges: Sequence[int], shards: list[ShardBatch]) -> torch.Tensor:
+        losses = self._forward_backward(
+            forward_step_func=functools.partial(bucket_losses_of_batch, edges),
+            data_iterator=iter(shards),
+            model=[self._wrapped],
+            num_microbatches=len(shards),
+            seq_length=self._trained.sequence_length,
+            micro_batch_size=shards[0].tokens.shape[0],
+            forward_only=True,
+        )
+        total = torch.zeros(len(edges), 2, dtype=torch.float64, device=self.dims.device)
+        if self.dims.is_last_stage and self.dims.tp_rank == 0:
+            total += torch.stack(losses).sum(dim=0)
+        return total
 
     def _update_weights(self, loss: float) -> tuple[float, bool]:
         """Apply the gradients, unless loss or norm is not finite at any rank; returns the norm, and True if skipped."""

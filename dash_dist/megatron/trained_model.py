@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel
 
 from dash_dist.checkpoints.engine_state import EngineState
@@ -20,6 +21,7 @@ from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.engine.batch import MicroBatch, count_loss_tokens
 from dash_dist.engine.flops import flops_per_token
+from dash_dist.engine.protocol import BucketLoss
 from dash_dist.engine.step_timer import StepTimer
 from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.megatron.model import DashGPTModel, build_model, transformer_config
@@ -118,6 +120,35 @@ class TrainedModel:
             BatchError, ExchangeError: see `Engine.train_step`.
         """
         self.telemetry.begin_step()
+        shards, tokens = self._shards(micro_batches)
+        try:
+            return accumulate(shards, tokens) / tokens, tokens
+        except ExchangeError as error:
+            raise ExchangeError(f"step {step}: {error}") from error
+
+    def evaluate(
+        self, micro_batches: Sequence[MicroBatch], forward: Callable[[list[ShardBatch]], torch.Tensor], *, step: int
+    ) -> tuple[BucketLoss, ...]:
+        """Check micro-batches and compute their losses, see `Engine.evaluate`.
+
+        Args:
+            forward: called without gradients with this rank's shards; returns its part of the `bucket_losses`.
+            step: for messages.
+        """
+        shards, _ = self._shards(micro_batches)
+        self.module.eval()  # no recomputation, and no memory for it
+        try:
+            with self.telemetry.paused(), torch.no_grad():
+                losses = forward(shards)
+        except ExchangeError as error:
+            raise ExchangeError(f"evaluation after step {step}: {error}") from error
+        finally:
+            self.module.train()
+        dist.all_reduce(losses)
+        return tuple(BucketLoss(total, int(tokens)) for total, tokens in losses.tolist())
+
+    def _shards(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[ShardBatch], int]:
+        """Check micro-batches; returns this rank's shards, and the tokens of the global batch in its loss."""
         tokens = count_loss_tokens(
             micro_batches,
             self.dims,
@@ -132,10 +163,7 @@ class TrainedModel:
             sequence_length=self.sequence_length,
             chunk_size=self._attention.chunk_size,
         )
-        try:
-            return accumulate(shards, tokens) / tokens, tokens
-        except ExchangeError as error:
-            raise ExchangeError(f"step {step}: {error}") from error
+        return shards, tokens
 
     def flops_per_step(self, tokens: int, *, document_length: float, density: float) -> float:
         """Return the floating-point operations of a step, see `Engine.flops_per_step`."""

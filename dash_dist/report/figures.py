@@ -75,6 +75,12 @@ def _figures(record: RunRecord) -> Iterator[Figure]:
             yield lines(name, title, meaning, unit, named, **options)
 
     yield from one("loss", "Loss", "Mean cross entropy per token.", "nats per token", "train/loss")
+    meaning = "Mean cross entropy per token of held-out sequences."
+    yield from one("heldout", "Held-out loss", meaning, "nats per token", "heldout/loss")
+    if buckets := record.with_prefix("heldout/loss"):
+        named = dict(sorted(buckets.items(), key=lambda item: int(item[0].partition("-")[0])))
+        meaning = "By position in the sequence, or in the document where documents are separate."
+        yield lines("heldout-by-position", "Held-out loss by position", meaning, "nats per token", named)
     yield from one(
         "grad-norm", "Gradient norm", "Of the mean loss, before clipping.", "norm", "train/grad_norm", logarithmic=True
     )

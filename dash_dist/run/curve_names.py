@@ -27,16 +27,18 @@ FINAL_METRICS = (
 Chart = list[str | list[str]]  # as SummaryWriter.add_custom_scalars takes it: a kind and regular expressions of tags
 
 
-def pages(*, with_mfu: bool, context_parallel: bool) -> dict[str, dict[str, Chart]]:
+def pages(*, with_mfu: bool, context_parallel: bool, with_heldout: bool = False) -> dict[str, dict[str, Chart]]:
     """Return page -> chart -> its curves.
 
     Args:
         with_mfu: the peak of the GPU is known.
         context_parallel: the run has more than one context-parallel rank.
+        with_heldout: the run computes its loss on held-out sequences.
     """
     cp_health = {"Overlap of exchange and attention": ["cp/overlap"], "Imbalance over CP ranks": ["cp/imbalance/.*"]}
     health = {
         "Loss (nats per token)": ["train/loss"],
+        **({"Held-out loss (nats per token)": ["heldout/loss"]} if with_heldout else {}),
         "Gradient norm": ["train/grad_norm"],
         "Tokens/s per GPU": ["perf/tokens_per_second_per_gpu"],
         **({"MFU": ["perf/mfu"]} if with_mfu else {"Model TFLOP/s per GPU": ["perf/model_tflops_per_gpu"]}),
@@ -70,8 +72,13 @@ def pages(*, with_mfu: bool, context_parallel: bool) -> dict[str, dict[str, Char
         "Tokens by source": ["data/tokens/.*"],
         "Epochs by source": ["data/epochs/.*"],
     }
+    heldout = {
+        "Held-out loss by position (nats per token)": ["heldout/loss/.*"],
+        "Evaluation (s)": ["heldout/seconds"],
+    }
     chosen = {
         HEALTH: health,
+        **({"Held-out loss": heldout} if with_heldout else {}),
         "Speed": speed,
         "Routing": routing,
         **({"Context parallelism": exchange} if context_parallel else {}),

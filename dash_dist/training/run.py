@@ -13,7 +13,7 @@ from dash_dist.config.file import to_yaml
 from dash_dist.config.run import RunConfig
 from dash_dist.data.prepare import prepare_together
 from dash_dist.data.stream import Batch, DataStream, build_data_stream, check_sizes
-from dash_dist.data.tokenizer import load_tokenizer
+from dash_dist.data.tokenizer import Tokenizer, load_tokenizer
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.protocol import StepResult
 from dash_dist.engine.ranks import Dims
@@ -33,6 +33,7 @@ from dash_dist.training.faults.lock import RunLock
 from dash_dist.training.faults.permanent import permanent_failures_recorded
 from dash_dist.training.faults.recovery import LossRecovery
 from dash_dist.training.faults.watchdog import Watchdog, hang_folder
+from dash_dist.training.heldout import HeldOut, in_words
 from dash_dist.training.pace import Pace
 from dash_dist.training.position import RunPosition
 from dash_dist.training.saving import Saver
@@ -107,7 +108,11 @@ class _Run:
             config.check_world_size(dims.world_size)
             if self._control.is_main:
                 require_heat_maps(config.logging)
-        vocab_size, damage, data = _open_data(config, dims, self._control, self._note, watchdog.beat)
+        tokenizer, damage, data = _open_data(config, dims, self._control, self._note, watchdog.beat)
+        vocab_size = config.model.embedded_tokens(tokenizer.vocab_size)
+        self._heldout: HeldOut | None = None
+        if config.evaluation.interval is not None:
+            self._heldout = HeldOut(config, tokenizer, dims, self._control, note=self._note, beat=watchdog.beat)
         cannot_prepare = f"cannot prepare {config.run.path}"
         self._control.on_main(cannot_prepare, RunError, lambda: _lock_folder(config.run.path, reporter.note, cleanup))
         self._checkpoints = CheckpointManager(
@@ -213,6 +218,7 @@ class _Run:
             if self._recovery.should_skip(self._state.step + 1):
                 self._position.skip_batch(micro_batches)
                 self._pace.go_to(self._state.step)
+                self._evaluate_if_due()
             else:
                 self._step(micro_batches)
             if self._saver.is_due(self._state):
@@ -283,12 +289,32 @@ class _Run:
             self._log_step(result, seconds, [batch.document_length for batch in micro_batches])
         self._telemetry.log_heat_maps(step)
         self._pace.exclude_since_step()
+        self._evaluate_if_due()
+
+    def _evaluate_if_due(self) -> None:
+        """Compute and show the loss on the held-out sequences after the last step; not counted in the step time."""
+        step = self._state.step
+        if self._heldout is None or not self._heldout.is_due(step):
+            return
+        with self._pace.excluded():
+            try:
+                metrics = self._heldout.evaluate(self._engine, step)
+            except RunError:
+                self._saver.save_now(self._state, self._position.data_state)
+                raise
+            if self._curves is not None:
+                self._curves.write(step, lambda writer: writer.heldout(metrics))
+            self._note(in_words(metrics))
 
     def _describe(self, writer: MetricsWriter) -> None:
         writer.describe(
             to_yaml(self._config),
-            self._config.model_dump(mode="json", exclude={"run", "checkpoint", "logging", "faults"}),
-            pages(with_mfu=self._peak_flops is not None, context_parallel=self._dims.cp_size > 1),
+            self._config.model_dump(mode="json", exclude={"run", "checkpoint", "logging", "faults", "evaluation"}),
+            pages(
+                with_mfu=self._peak_flops is not None,
+                context_parallel=self._dims.cp_size > 1,
+                with_heldout=self._heldout is not None,
+            ),
         )
 
     def _continue_curves(self, step: int) -> None:
@@ -389,12 +415,12 @@ def _lock_folder(folder: Path, note: Callable[[str], None], cleanup: contextlib.
 
 def _open_data(
     config: RunConfig, dims: Dims, control: ControlGroup, note: Callable[[str], None], beat: Callable[[], None]
-) -> tuple[int, list[str], DataStream]:
-    """The embedding's tokens, sentences about damaged documents, and this data-parallel rank's stream."""
+) -> tuple[Tokenizer, list[str], DataStream]:
+    """The tokenizer, sentences about damaged documents, and this data-parallel rank's stream."""
     training = config.training
     with control.together("the run cannot start", ConfigError):
         tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
-        embedded = config.model.embedded_tokens(tokenizer.vocab_size)
+        config.model.embedded_tokens(tokenizer.vocab_size)
         check_sizes(
             config.data,
             sequence_length=training.sequence_length,
@@ -420,4 +446,4 @@ def _open_data(
             chunk_size=config.attention.chunk_size,
             corpus=corpus,
         )
-    return embedded, corpus.damage, stream
+    return tokenizer, corpus.damage, stream

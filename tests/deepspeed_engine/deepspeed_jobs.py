@@ -246,3 +246,21 @@ def refused_checkpoints(folder: Path) -> dict[str, str]:
     with engine_of(Run(1, Case(tie_embeddings=True)), folder) as engine:
         load("other model", engine, folder / "saved")
     return said
+
+
+def evaluations(runs: dict[str, Run], folder: Path) -> dict[str, dict[str, Any]]:
+    """Losses by position before training, and the losses of three steps without and with evaluations between."""
+    seen: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        seen[name] = {}
+        for evaluate in (False, True):
+            with engine_of(run, folder) as engine:
+                losses = []
+                for step in range(3):
+                    if evaluate:
+                        buckets = engine.evaluate(micro_batches(0, engine.dims, run.case), (16, 48, 128))
+                        seen[name].setdefault("buckets", buckets)
+                    result = engine.train_step(micro_batches(step, engine.dims, run.case))
+                    losses.append((result.loss, result.grad_norm))
+                seen[name]["with" if evaluate else "without"] = losses
+    return seen

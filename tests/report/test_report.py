@@ -72,6 +72,17 @@ HEALTHY = RunRecord(
 )
 
 
+def test_buckets_of_the_held_out_loss_are_in_the_order_of_their_positions() -> None:
+    named = ("8192-16384", "0-4096", "16384-20000", "4096-8192")
+    held_out = {"heldout/loss": curve(2.0), **{f"heldout/loss/{name}": curve(1.0) for name in named}}
+    shown = {
+        figure.name: figure for figure in figures(dataclasses.replace(HEALTHY, curves={**HEALTHY.curves, **held_out}))
+    }
+    assert shown["heldout"].title == "Held-out loss"
+    last = shown["heldout-by-position"].description
+    assert last.endswith("last: 0-4096 1, 4096-8192 1, 8192-16384 1, 16384-20000 1.")
+
+
 def test_a_healthy_run_has_no_remarks() -> None:
     assert remarks(HEALTHY) == []
     assert verdict(HEALTHY) == "running"

@@ -15,7 +15,7 @@ from dash_dist.engine.selection_map import SelectionMap
 from dash_dist.run.curve_names import PARTS, pages
 from dash_dist.run.events import EVENT_KINDS
 from dash_dist.training.telemetry.device import memory_used, peak_bf16_flops
-from dash_dist.training.telemetry.metrics import MetricsWriter, StepMetrics, hyperparameters
+from dash_dist.training.telemetry.metrics import HeldOutMetrics, MetricsWriter, StepMetrics, hyperparameters
 from tests.support.runs import read_curves
 
 
@@ -72,6 +72,26 @@ def test_mfu_is_written_where_it_is_known(tmp_path):
     writer.step(step_metrics(1, mfu=0.4))
     writer.close()
     assert read_curves(tmp_path).Scalars("perf/mfu")[0].value == pytest.approx(0.4)
+
+
+def test_a_held_out_loss_writes_exactly_these_curves_and_has_a_page(tmp_path):
+    writer = MetricsWriter(tmp_path / "tensorboard", start_step=0)
+    writer.heldout(HeldOutMetrics(step=3, loss=1.5, by_position={"0-4096": 2.0, "4096-8192": 1.0}, seconds=0.5))
+    writer.close()
+    curves = read_curves(tmp_path)
+    values = {tag: curves.Scalars(tag)[0].value for tag in curves.Tags()["scalars"]}
+    assert values == {
+        "heldout/loss": 1.5,
+        "heldout/seconds": 0.5,
+        "heldout/loss/0-4096": 2,
+        "heldout/loss/4096-8192": 1,
+    }
+    shown = pages(with_mfu=True, context_parallel=True, with_heldout=True)
+    assert len(shown["Health"]) <= 12  # that TensorBoard shows without turning a page
+    patterns = [pattern for page in ("Health", "Held-out loss") for _, tags in shown[page].values() for pattern in tags]
+    for tag in values:
+        assert sum(re.match(pattern, tag) is not None for pattern in patterns) == 1, tag
+    assert "Held-out loss" not in pages(with_mfu=True, context_parallel=True)
 
 
 def test_routing_is_a_density_and_a_histogram_per_layer(tmp_path):

@@ -58,6 +58,22 @@ class StepMetrics:
     seconds_max: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class HeldOutMetrics:
+    """Loss on the held-out sequences after one step.
+
+    Attributes:
+        loss: mean over all tokens, in nats.
+        by_position: name of a bucket, such as 0-4096 -> mean over its tokens; without empty buckets.
+        seconds: duration of the evaluation.
+    """
+
+    step: int
+    loss: float
+    by_position: Mapping[str, float]
+    seconds: float
+
+
 class MetricsWriter:
     """Writes curves into `directory`.
 
@@ -127,6 +143,13 @@ class MetricsWriter:
                 bucket_counts=counts.tolist(),
                 global_step=step,
             )
+
+    def heldout(self, metrics: HeldOutMetrics) -> None:
+        """Write the loss on the held-out sequences, in all and by position."""
+        self._writer.add_scalar("heldout/loss", metrics.loss, metrics.step)
+        self._writer.add_scalar("heldout/seconds", metrics.seconds, metrics.step)
+        for bucket, loss in metrics.by_position.items():
+            self._writer.add_scalar(f"heldout/loss/{bucket}", loss, metrics.step)
 
     def heat_maps(self, step: int, maps: Iterable[SelectionMap], *, sequence_length: int) -> None:
         """Write one heat map per layer of the key chunks that the query chunks selected."""
