@@ -12,7 +12,7 @@ import os
 import struct
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,8 +20,7 @@ from typing import IO, Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from dash_dist.data.readers import name_of
-from dash_dist.data.sources import Shard, Source
+from dash_dist.data.sources import Source
 from dash_dist.data.token_shard import read_counts
 from dash_dist.run.files import read_json, write_json
 
@@ -265,20 +264,6 @@ def _digests(cache: Path, record: SourceRecord) -> tuple[np.ndarray, np.ndarray]
             digests.append(arrays["digest"])
             unread.append(arrays["damaged"])
     return np.concatenate(digests), np.concatenate(unread)
-
-
-def document_names(cache: Path, source: Source, record: SourceRecord, documents: Iterable[int]) -> list[str]:
-    """Return the names of documents in their files, for messages."""
-    first = np.cumsum([0, *record.documents])
-    by_key: dict[str, Shard] = {shard.key: shard for shard in source.shards}
-    names = []
-    for document in documents:
-        number = int(np.searchsorted(first, document, side="right")) - 1
-        folder = (cache / record.shards[number]).parent
-        with np.load(folder / "documents.npz") as arrays:
-            part, place = (int(arrays[name][document - first[number]]) for name in ("part", "place"))
-        names.append(name_of(by_key[folder.name].parts[part], place))
-    return names
 
 
 def _read_records(folder: Path) -> list[SourceRecord]:

@@ -9,8 +9,8 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,19 +178,13 @@ def prepare_in_processes(
         for shard in sorted(preparation.missing(), key=lambda shard: -shard.size)
     }
     try:
-        for future in _as_completed(waiting):
+        for future in as_completed(waiting):
             done(waiting[future], future.result())
     except BaseException:
         for future in waiting:
             future.cancel()
         raise
     return preparation.open(preparation.record())
-
-
-def _as_completed(futures: Iterable[Future[int]]) -> Iterator[Future[int]]:
-    from concurrent.futures import as_completed
-
-    return as_completed(futures)
 
 
 def prepare_together(
@@ -219,7 +213,7 @@ def prepare_together(
     shared = control.from_main(missing)
     own = shared[control.rank :: control.size]
     _write_together(own, cache, tokenizer, config, control, note=note, beat=beat, shards_of_all=len(shared))
-    if any(control.gather(bool(shared))) or any(control.gather(bool(missing))):
+    if shared or any(control.gather(bool(missing))):  # shared is the same at every rank
         with control.together("cannot prepare the data", ConfigError):
             missing = [] if preparation is None else preparation.missing()
         left = sum(control.gather(len(missing)))

@@ -208,8 +208,7 @@ class DataStream:
         if before != now:
             for cursor in self._cursors:  # what was drawn by other shares is not made up for
                 cursor.drawn = 0
-            same_sources = not more and len(anew) == 0 and state["corpus"] == self._corpus.fingerprint
-            if same_sources:
+            if not more and state["corpus"] == self._corpus.fingerprint:
                 notes.append(f"shares of the sources were {_percents(before)} and are {_percents(now)}")
         waiting = []
         for old, document, offset in state["waiting"]:

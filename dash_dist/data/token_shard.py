@@ -11,7 +11,7 @@ import shutil
 import time
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,10 +28,6 @@ _PIECE_CHARACTERS = 1 << 19
 _NAMED = 20
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 """Megatron-core's index counts a document's tokens in 32 bits."""
-
-
-class DamagedCorpusError(ValueError):
-    """A document cannot be read, and data.damaged is stop."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ class _Writer:
         if self._stop or len(self._named) < _NAMED:
             described = f"{name_of(self._shard.parts[part], place)}: {error}"
             if self._stop:
-                raise DamagedCorpusError(f"{described}; repair or remove it, or set data.damaged=skip")
+                raise ValueError(f"{described}; repair or remove it, or set data.damaged=skip")
             self._named.append((part, described.removeprefix(file_of(self._shard.parts[part]))))
         self._append(part, place, 0, 0, damaged=True)
 
@@ -202,16 +198,11 @@ def write_shard(
     *,
     stop_at_damage: bool,
     special_tokens: bool,
-    progress: Callable[[int], None] = lambda characters: None,
 ) -> ShardCounts:
     """Tokenise `shard` into `folder`, which appears whole or not at all. Another process may write it at the same time.
 
-    Args:
-        progress: called with the characters of every batch that is written.
-
     Raises:
-        DamagedCorpusError: a document is damaged, and `stop_at_damage`.
-        ValueError: a column or a file is not as the configuration says.
+        ValueError: a column or a file is not as the configuration says, or a document is damaged and `stop_at_damage`.
         OSError: the storage of the data or of the cache fails, or is full.
     """
     partial = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}.{time.monotonic_ns()}")
@@ -221,7 +212,6 @@ def write_shard(
         for batch in _batches(shard):
             if isinstance(batch, list):
                 writer.add_texts(batch)
-                progress(sum(len(text) for _, _, text in batch))
             else:
                 part, document, damage = batch
                 if damage is None:

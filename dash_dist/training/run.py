@@ -417,33 +417,22 @@ def _open_data(
     config: RunConfig, dims: Dims, control: ControlGroup, note: Callable[[str], None], beat: Callable[[], None]
 ) -> tuple[Tokenizer, list[str], DataStream]:
     """The tokenizer, sentences about damaged documents, and this data-parallel rank's stream."""
-    training = config.training
+    sizes = {
+        "sequence_length": config.training.sequence_length,
+        "global_batch_size": config.training.global_batch_size,
+        "dp_rank": dims.dp_rank,
+        "dp_size": dims.dp_size,
+        "micro_batch_size": config.training.micro_batch_size,
+        "chunk_size": config.attention.chunk_size,
+    }
     with control.together("the run cannot start", ConfigError):
         tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
         config.model.embedded_tokens(tokenizer.vocab_size)
-        check_sizes(
-            config.data,
-            sequence_length=training.sequence_length,
-            global_batch_size=training.global_batch_size,
-            dp_rank=dims.dp_rank,
-            dp_size=dims.dp_size,
-            micro_batch_size=training.micro_batch_size,
-            chunk_size=config.attention.chunk_size,
-        )
+        check_sizes(config.data, **sizes)  # before the data is prepared, which can take long
     corpus = prepare_together(config.data, tokenizer, control, note=note, beat=beat)
     if config.data.special_tokens:
         before, after = tokenizer.special_tokens
         note(f"data.special_tokens puts {list(before)} before and {list(after)} after each document")
     with control.together("the run cannot start", ConfigError):
-        stream = build_data_stream(
-            config.data,
-            tokenizer=tokenizer,
-            sequence_length=training.sequence_length,
-            global_batch_size=training.global_batch_size,
-            dp_rank=dims.dp_rank,
-            dp_size=dims.dp_size,
-            micro_batch_size=training.micro_batch_size,
-            chunk_size=config.attention.chunk_size,
-            corpus=corpus,
-        )
+        stream = build_data_stream(config.data, tokenizer=tokenizer, corpus=corpus, **sizes)
     return tokenizer, corpus.damage, stream
