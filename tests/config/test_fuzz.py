@@ -47,9 +47,16 @@ words = st.one_of(
     st.sampled_from(["", "auto", "none", "\0", "\ud800", "../..", "1e-3", "ä/ö", "x" * 5000, "[", "files", "\n"]),
 )
 scalars = st.one_of(st.none(), st.booleans(), integers, floats, words, st.binary(max_size=4), st.dates())
+
+
+# Named: hypothesis parses the source of a lambda, which Python 3.11.7 can fail (python/cpython#106905).
+def lists_and_mappings(inner: st.SearchStrategy) -> st.SearchStrategy:
+    return st.one_of(st.lists(inner, max_size=3), st.dictionaries(scalars, inner, max_size=3))
+
+
 values = st.recursive(
     scalars,
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(scalars, inner, max_size=3)),
+    lists_and_mappings,
     max_leaves=6,
 )
 

@@ -32,21 +32,46 @@ texts = st.one_of(
     st.text(max_size=30),
     st.sampled_from(["", " \n", "\0", "\ufeff", "word " * 40, "é" * 50, "\r\n\r\n", "\x85\u2028\x0c", "<|endoftext|>"]),
 )
-encoded = st.builds(lambda text, encoding: text.encode(encoding, errors="replace"), texts, encodings)
+
+
+# Named functions: hypothesis parses the source of a lambda, which Python 3.11.7 can fail (python/cpython#106905).
+def encode(text: str, encoding: str) -> bytes:
+    return text.encode(encoding, errors="replace")
+
+
+def lists_and_objects(inner: st.SearchStrategy) -> st.SearchStrategy:
+    return st.one_of(st.lists(inner, max_size=2), st.dictionaries(texts, inner, max_size=2))
+
+
+def json_bytes(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def line_of(text: str) -> bytes:
+    return json_bytes({"text": text})
+
+
+def table_of_text(rows: list) -> pa.Table:
+    return pa.table({"text": pa.array(rows, pa.string())})
+
+
+def table_of_bytes(rows: list) -> pa.Table:
+    return pa.table({"text": pa.array(rows, pa.binary())})
+
+
+encoded = st.builds(encode, texts, encodings)
 contents = st.one_of(encoded, st.binary(max_size=60), st.just(b""), st.just(b"\xff" * 5000), st.just(b"x" * 70_000))
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts),
-    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(texts, inner, max_size=2)),
+    lists_and_objects,
     max_leaves=3,
 )
-good_lines = texts.map(lambda text: json.dumps({"text": text}).encode())
+good_lines = texts.map(line_of)
 json_lines = st.one_of(
     good_lines,
     good_lines,
-    st.dictionaries(st.one_of(st.just("text"), texts), json_values, max_size=2).map(
-        lambda row: json.dumps(row).encode()
-    ),
-    json_values.map(lambda value: json.dumps(value).encode()),
+    st.dictionaries(st.one_of(st.just("text"), texts), json_values, max_size=2).map(json_bytes),
+    json_values.map(json_bytes),
     encoded,
     st.binary(max_size=20),
     st.sampled_from(
@@ -58,10 +83,8 @@ json_lines = st.one_of(
 separators = st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\r"])
 TWICE = pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
 parquet_tables = st.one_of(
-    st.lists(st.one_of(st.none(), texts), max_size=6).map(lambda rows: pa.table({"text": pa.array(rows, pa.string())})),
-    st.lists(st.one_of(st.none(), contents), max_size=6).map(
-        lambda rows: pa.table({"text": pa.array(rows, pa.binary())})
-    ),
+    st.lists(st.one_of(st.none(), texts), max_size=6).map(table_of_text),
+    st.lists(st.one_of(st.none(), contents), max_size=6).map(table_of_bytes),
     st.just(pa.table({"other": ["x"]})),
     st.just(pa.table({"text": [["nested"]]})),
     st.just(pa.table({"text": pa.array([None, None], pa.null())})),
