@@ -8,15 +8,9 @@ from dash_dist.config.run import RunConfig
 from dash_dist.errors import ConfigError
 
 
-def model_ranks(config: RunConfig) -> int:
-    """Workers of one replica of the model: tensor x context x pipeline."""
-    parallel = config.parallel
-    return parallel.tensor * parallel.context * parallel.pipeline
-
-
 def usable_workers(config: RunConfig, room: int) -> int:
     """The most workers, of the `room` there is, that `config` can run on with its global batch; 0 if there is none."""
-    ranks = model_ranks(config)
+    ranks = config.model_ranks
     for workers in range(room - room % ranks, 0, -ranks):
         try:
             config.check_world_size(workers)
@@ -31,7 +25,7 @@ def default_num_workers(config: RunConfig, gpus: int) -> int:
 
     Raises ConfigError if there are GPUs, but too few for one replica of the model.
     """
-    ranks = model_ranks(config)
+    ranks = config.model_ranks
     if gpus == 0:
         return ranks
     if workers := usable_workers(config, gpus):

@@ -6,7 +6,7 @@ Knows the order of things: connect, decide how many workers, supervise, disconne
 import os
 from pathlib import Path
 
-from dash_dist.cluster.capacity import check_limits, check_local_gpus, default_num_workers, model_ranks
+from dash_dist.cluster.capacity import check_limits, check_local_gpus, default_num_workers
 from dash_dist.cluster.environment import connect
 from dash_dist.cluster.limits import Limits
 from dash_dist.cluster.nodes import CPU_WORKER, GPU_WORKER, alive_nodes
@@ -28,7 +28,7 @@ def launch(config: RunConfig, limits: Limits) -> None:
     check_limits(config, limits)
     local = not os.environ.get("RAY_ADDRESS")
     console = ConsoleProgress()
-    connect(cpus=max(len(os.sched_getaffinity(0)), limits.num_workers or model_ranks(config)))
+    connect(cpus=max(len(os.sched_getaffinity(0)), limits.num_workers or config.model_ranks))
     try:
         gpus = sum(node.room for node in alive_nodes(GPU_WORKER))
         if local and limits.num_workers is not None:

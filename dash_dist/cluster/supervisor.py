@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from dash_dist.cluster.capacity import model_ranks, usable_workers
+from dash_dist.cluster.capacity import usable_workers
 from dash_dist.cluster.failures import FailureLog
 from dash_dist.cluster.group import AttemptFailed, NodeLost
 from dash_dist.cluster.limits import Limits
@@ -128,7 +128,7 @@ class Supervisor:
             config = config.going_on()
         self._job = Job(config=config, directory=str(directory), join_seconds=limits.start_timeout_seconds)
         self._asked_for_nodes = False
-        self._fewest = limits.min_workers or model_ranks(config)
+        self._fewest = limits.min_workers or config.model_ranks
         self._retries = Retries(limits.max_failures, saved_step=saved_step)
         self._trained = False
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dash_dist.config.run import RunConfig
+from dash_dist.config.stages import StageSection
 from dash_dist.config.yaml_reader import parse
 from dash_dist.errors import ConfigError
 
@@ -110,6 +111,9 @@ def _explain(error: ErrorDetails) -> str:
 
 
 def _suggestion(key: str) -> str:
+    stage = re.match(r"stages\.\d+\.", key)
+    if stage and "." not in (key := key[stage.end() :]):
+        return f"; a stage has {', '.join(StageSection.model_fields)}"
     known = list(_settings(RunConfig))
     section, _, leaf = key.rpartition(".")
     beside = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == section}

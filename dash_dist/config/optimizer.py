@@ -24,8 +24,11 @@ class OptimizerConfig(Section):
     grad_clip: float | None = Field(default=1.0, gt=0.0, description="largest global gradient norm; None: no clipping")
     warmup_steps: int = Field(default=0, ge=0)
     decay_steps: int | None = Field(
-        default=None, gt=0, description="step at which the cosine reaches min_lr; None: training.steps"
+        default=None,
+        gt=0,
+        description="steps after schedule_start at which the cosine reaches min_lr; None: the last step",
     )
+    schedule_start: int = Field(default=0, ge=0, description="steps of the run before the schedule begins")
 
     def schedule(self, total_steps: int) -> dict[str, int | float]:
         """Return the settings that determine the learning rate of every step of a run of `total_steps`."""
@@ -33,8 +36,13 @@ class OptimizerConfig(Section):
             "lr": self.lr,
             "min_lr": self.min_lr,
             "warmup_steps": self.warmup_steps,
-            "decay_steps": self.decay_steps or total_steps,
+            "decay_steps": self.steps_of_decay(total_steps),
+            "schedule_start": self.schedule_start,
         }
+
+    def steps_of_decay(self, total_steps: int) -> int:
+        """Return the steps from `schedule_start` to the end of the decay in a run of `total_steps`."""
+        return self.decay_steps or max(1, total_steps - self.schedule_start)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

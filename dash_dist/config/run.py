@@ -4,13 +4,17 @@ Knows every setting and the combinations that cannot work on any machine; does n
 (`file.py` does).
 """
 
+import math
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.combination import check_combination
@@ -21,6 +25,7 @@ from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.section import Section
+from dash_dist.config.stages import GateSection, StageSection, complete_training, stage_settings
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -89,6 +94,11 @@ class TrainingSection(Section):
     global_batch_size: Positive = 1
     micro_batch_size: Positive = 1
     distributed_timeout_seconds: Annotated[int, Field(gt=0, le=365 * 86400)] = 1800
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch, padding included."""
+        return self.global_batch_size * self.sequence_length
 
     @property
     def distributed_timeout(self) -> timedelta:
@@ -160,7 +170,8 @@ class LoggingSection(Section):
 class RunConfig(Section):
     """All settings that determine a run.
 
-    `engine` selects Megatron-core's optimizer, or DeepSpeed's ZeRO with the settings of the section `deepspeed`.
+    `engine` selects Megatron-core's optimizer, or DeepSpeed's ZeRO with the settings of the section `deepspeed`. With
+    `stages`, the sections hold what the stages have in common, and `stage_list` the settings of each.
 
     Raises:
         pydantic.ValidationError: a setting or a combination is refused. `load_config` makes it readable.
@@ -179,6 +190,12 @@ class RunConfig(Section):
     faults: FaultsSection = Field(default_factory=FaultsSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    stages: tuple[StageSection, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_give_the_steps(cls, settings: Any) -> Any:
+        return complete_training(settings) if isinstance(settings, Mapping) else settings
 
     @model_validator(mode="before")
     @classmethod
@@ -191,9 +208,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "RunConfig":
+        if self.stages:
+            return self
         warmup, decay = self.optimizer.warmup_steps, self.optimizer.decay_steps
-        if warmup >= (decay or self.training.steps):
+        if warmup >= self.optimizer.steps_of_decay(self.training.steps):
             end = f"training.steps = {self.training.steps}" if decay is None else f"optimizer.decay_steps = {decay}"
+            if decay is None and (start := self.optimizer.schedule_start):
+                end = f"the {self.training.steps - start} steps after step {start}"
             remedy = "train longer" if decay is None else "decay longer"
             raise ValueError(
                 f"optimizer.warmup_steps = {warmup} is not below {end}: lower it, to 0 if need be, or {remedy}"
@@ -214,6 +235,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _documents_fit(self) -> "RunConfig":
+        if self.stages:
+            return self
         if self.data.documents == "separate":
             check_separate(
                 sequence_length=self.training.sequence_length,
@@ -224,6 +247,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _evaluation_fits(self) -> "RunConfig":
+        if self.stages:
+            return self
         evaluation, heldout = self.evaluation, self.evaluation.data
         length = self.training.sequence_length
         if beyond := [end for end in evaluation.buckets if end > length]:
@@ -267,8 +292,77 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "RunConfig":
-        self.check_world_size(self.parallel.tensor * self.parallel.context * self.parallel.pipeline)
+        if not self.stages:
+            self.check_world_size(self.model_ranks)
         return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "RunConfig":
+        if not self.stages:
+            return self
+        names = [stage.name for stage in self.stages]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"stages: {repeated[0]} is the name of two stages: name each once")
+        if self.run.resume not in ("auto", "never"):
+            raise ValueError(
+                f"run.resume = {self.run.resume} with stages, whose steps count from 0: export that checkpoint and "
+                "set model.weights to the folder"
+            )
+        stages = self.stage_list
+        for stage in stages:
+            if stage.gate.heldout_loss is not None and stage.config.evaluation.interval is None:
+                raise ValueError(
+                    f"stage {stage.name} has gate.heldout_loss = {stage.gate.heldout_loss:g} and no evaluation: set "
+                    "evaluation.interval and evaluation.data"
+                )
+        steps = stages[-1].last_step
+        if self.training.steps != steps:
+            raise ValueError(
+                f"training.steps = {self.training.steps}, and the stages have {steps} steps: drop training.steps"
+            )
+        return self
+
+    @property
+    def model_ranks(self) -> int:
+        """Processes of one replica of the model: tensor x context x pipeline, the most that a stage has."""
+        parts = [stage.config.parallel for stage in self.stage_list]
+        return math.lcm(*(one.tensor * one.context * one.pipeline for one in parts))
+
+    @property
+    def stage_list(self) -> "tuple[Stage, ...]":
+        """The stages in order; without `stages` the run is one, whose name is empty.
+
+        Raises ValidationError for a stage whose settings are refused.
+        """
+        if not self.stages:
+            return (Stage(0, "", 0, self),)
+        base = self.model_dump(exclude_unset=True, exclude={"stages"})
+        found: list[Stage] = []
+        problems: list[InitErrorDetails] = []
+        first_step = 0
+        for number, (section, settings) in enumerate(zip(self.stages, stage_settings(base, self.stages), strict=True)):
+            try:
+                config = RunConfig.model_validate(settings, strict=True)
+            except ValidationError as error:
+                problems += _within(("stages", number), error)
+                continue
+            found.append(Stage(number, section.name, first_step, config, section.gate))
+            first_step = config.training.steps
+        if problems:
+            raise ValidationError.from_exception_data("RunConfig", problems)
+        return tuple(found)
+
+    def stage_at(self, step: int) -> "Stage":
+        """Return the stage of the step after `step`; after the last step, the last stage."""
+        stages = self.stage_list
+        return next((stage for stage in stages if step < stage.last_step), stages[-1])
+
+    def tokens_of_steps(self, steps: int) -> int:
+        """Return the tokens of the first `steps` global batches, padding included."""
+        return sum(
+            max(0, min(steps, stage.last_step) - stage.first_step) * stage.config.training.tokens_per_step
+            for stage in self.stage_list
+        )
 
     def going_on(self) -> "RunConfig":
         """Return the configuration of later attempts, which resume from the checkpoints of earlier ones."""
@@ -278,6 +372,13 @@ class RunConfig(Section):
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse, with ValueError, a number of processes that this configuration cannot run on."""
+        if self.stages:
+            for stage in self.stage_list:
+                try:
+                    stage.config.check_world_size(world_size)
+                except ValueError as error:
+                    raise ValueError(f"stage {stage.name}: {error}") from None
+            return
         check_combination(
             self.model,
             self.attention,
@@ -301,6 +402,45 @@ class RunConfig(Section):
                 f"training.micro_batch_size = {dp_size} x {self.training.micro_batch_size}: "
                 f"set it to {-(-sequences // unit) * unit}"
             )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        number: counts from 0.
+        name: empty where the run has no stages.
+        first_step: steps of the stages before.
+        config: settings of the run during this stage; training.steps is `last_step`.
+        gate: conditions at its end.
+    """
+
+    number: int
+    name: str
+    first_step: int
+    config: RunConfig
+    gate: GateSection = field(default_factory=GateSection)
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the stages up to the end of this one."""
+        return self.config.training.steps
+
+
+def _within(place: tuple[str | int, ...], error: ValidationError) -> list[InitErrorDetails]:
+    """Return the problems of `error` as problems of the settings at `place`."""
+    return [
+        InitErrorDetails(
+            type=PydanticCustomError("value_error", "{reason}", {"reason": found["msg"]})
+            if found["type"] == "value_error"
+            else found["type"],
+            loc=(*place, *found["loc"]),
+            input=found["input"],
+            ctx=found.get("ctx", {}),
+        )
+        for found in error.errors(include_url=False)
+    ]
 
 
 def _is_encodable(path: str) -> bool:

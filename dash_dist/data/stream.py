@@ -22,6 +22,7 @@ from dash_dist.data.tokenizer import Tokenizer
 
 _VERSION = 2
 _IDENTITY = ("tokenizer", "special_tokens", "documents", "shuffle_seed")
+_ORDER = ("documents", "shuffle_seed")
 _SIZES = ("sequence_length", "global_batch_size")
 
 
@@ -166,11 +167,15 @@ class DataStream:
             "waiting": [[one.source, one.document, one.offset] for one in self._packer.waiting],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+    def load_state_dict(self, state: Mapping[str, Any], *, new_stage: bool = False) -> list[str]:
         """Continue exactly where the run that saved `state` stopped; returns a sentence for each difference.
 
         Another sequence length or global batch size continues with the next unread token. A repaired document changes
         nothing else. Other changes of the documents need data.accept_changes.
+
+        Args:
+            new_stage: `state` is of the stage before, which may have read other sources, treated documents in another
+                way or read them in another order. Sources that both read in the same way continue.
 
         Raises ValueError if it is a position in other data.
         """
@@ -179,6 +184,12 @@ class DataStream:
                 f"the checkpoint's position in the data is of version {state.get('version', 1)}, and this one reads "
                 f"{_VERSION}: continue with the version of dash-dist that saved it, or start a new run from its weights"
             )
+        anew_for = [key for key in _ORDER if new_stage and state[key] != self._identity[key]]
+        if anew_for:
+            return [
+                f"data.{key} was {state[key]} and is {self._identity[key]}: the documents are read from the beginning"
+                for key in anew_for
+            ]
         for key in _IDENTITY:
             if state[key] != self._identity[key]:
                 raise ValueError(
@@ -190,7 +201,7 @@ class DataStream:
             for key in _SIZES
             if state[key] != self._identity[key]
         ]
-        number_of, more = self._match(state["sources"])
+        number_of, more = self._match(state["sources"], may_have_moved=not new_stage)
         notes += more
         anew = set()
         for old, number in number_of.items():
@@ -219,10 +230,10 @@ class DataStream:
         self._packer.resume(waiting)
         return notes
 
-    def _match(self, saved: list[Mapping[str, Any]]) -> tuple[dict[int, int], list[str]]:
+    def _match(self, saved: list[Mapping[str, Any]], *, may_have_moved: bool) -> tuple[dict[int, int], list[str]]:
         """Return the number of each saved source in this run, and a sentence for each that is new or gone."""
         titles = list(self._corpus.sources)
-        if len(saved) == len(titles) == 1:  # which may have moved
+        if may_have_moved and len(saved) == len(titles) == 1:
             return {0: 0}, []
         before = [one["title"] for one in saved]
         notes = [f"data.sources: {title} is new" for title in titles if title not in before]

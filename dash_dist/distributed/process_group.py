@@ -4,7 +4,9 @@ Knows torch.distributed, and the environment variables that torchrun and DeepSpe
 the ranks compute.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +48,23 @@ def join_process_group(
         world_size=world_size,
         timeout=timeout,
     )
+
+
+@contextlib.contextmanager
+def joined_process_group(*, timeout: timedelta) -> Iterator[None]:
+    """Join the group that the environment describes, and leave it at the end; an initialised group is used as it is.
+
+    Chooses this rank's device.
+    """
+    device = choose_device()
+    if dist.is_initialized():
+        yield
+        return
+    join_from_environment(device, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def join_from_environment(device: torch.device, *, timeout: timedelta) -> None:

@@ -55,12 +55,13 @@ class Schedule:
     """
 
     def __init__(self, optimizer: _HasParameterGroups, config: OptimizerConfig, *, total_steps: int) -> None:
-        decay_steps = config.decay_steps or total_steps
+        decay_steps = config.steps_of_decay(total_steps)
         if config.warmup_steps >= decay_steps:
             raise ValueError(
                 f"warmup_steps {config.warmup_steps} is not below the {decay_steps} steps of the learning rate's "
                 "decay: lower it or decay longer"
             )
+        self._start = config.schedule_start
         self._megatron = OptimizerParamScheduler(
             optimizer,
             init_lr=0.0,
@@ -78,7 +79,7 @@ class Schedule:
     def set_step(self, step: int) -> None:
         """Choose the values of step `step`; the first step of a run is 1."""
         self._megatron.num_steps = 0
-        self._megatron.step(step)
+        self._megatron.step(max(0, step - self._start))
 
 
 def scheduled_learning_rate(schedule: Mapping[str, Any], step: int) -> float:

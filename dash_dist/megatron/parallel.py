@@ -123,6 +123,13 @@ class ParallelDims:
             f"tp {self.tp_size} x cp {self.cp_size} x pp {self.pp_size} x dp {self.dp_size}"
         )
 
+    def disband(self) -> None:
+        """Destroy Megatron-core's groups, which hold memory and connections until then. Every rank calls it, when no
+        collective is under way; `close` comes after it."""
+        for group in parallel_state._global_process_group_list or []:
+            if group is not None:  # the default group
+                dist.destroy_process_group(group)
+
     def close(self) -> None:
         """Leave Megatron-core's groups, and the process group if `initialise` started it."""
         parallel_state.destroy_model_parallel()

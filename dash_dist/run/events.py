@@ -28,6 +28,7 @@ EventKind = Literal[
     "metrics_failed",  # curves could not be written
     "resized",  # the run continues with another number of processes
     "schedule_changed",  # the run continues with another learning-rate curve than its checkpoint's
+    "stage",  # a stage begins, or passes its gate
 ]
 
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)

@@ -21,6 +21,7 @@ class RunState:
         origin: checkpoint that the run was started from (`run.resume=PATH`); None for a run from scratch.
         schedule: settings of the learning rate (`OptimizerConfig.schedule`) of the last step; empty where a checkpoint
             of an earlier version does not say.
+        stage: name of the stage of the last step; empty where the run has none.
         skipped_in_a_row, recent_losses: state of the checks for bad losses.
     """
 
@@ -32,5 +33,6 @@ class RunState:
     last_loss: float | None = None
     origin: str | None = None
     schedule: dict[str, int | float] = field(default_factory=dict)
+    stage: str = ""
     skipped_in_a_row: int = 0
     recent_losses: list[float] = field(default_factory=list)

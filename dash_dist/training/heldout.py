@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from dash_dist.config.run import RunConfig
 from dash_dist.data.corpus import Corpus
-from dash_dist.data.prepare import prepare_together
 from dash_dist.data.stream import DataStream, build_data_stream
 from dash_dist.data.tokenizer import Tokenizer
 from dash_dist.distributed.agreement import ControlGroup
@@ -27,21 +26,25 @@ class HeldOut:
 
     Args:
         config: with `evaluation.interval`.
+        corpus: the prepared documents of `evaluation.data`.
+        first_step: steps of the run before the ones that `config` is for.
         tokenizer: the run's.
         note: called at every rank with remarks for the console.
         beat: called between batches.
 
     Raises:
-        ConfigError: at every rank, if any rank cannot prepare or read the data.
+        ConfigError: at every rank, if any rank cannot read the data.
     """
 
     def __init__(
         self,
         config: RunConfig,
+        corpus: Corpus,
         tokenizer: Tokenizer,
         dims: Dims,
         control: ControlGroup,
         *,
+        first_step: int,
         note: Callable[[str], None],
         beat: Callable[[], None],
     ) -> None:
@@ -52,7 +55,8 @@ class HeldOut:
         # Whole micro-batches of every rank: both numbers are multiples of data-parallel size x micro-batch size.
         self._batch = math.gcd(self._section.sequences, config.training.global_batch_size)
         self._edges = self._section.edges(config.training.sequence_length)
-        self._corpus: Corpus = prepare_together(self._data, tokenizer, control, note=note, beat=beat)
+        self._corpus = corpus
+        self._first_step = first_step
         with control.together("the held-out data cannot be read", ConfigError):
             self._stream()
         for told in self._corpus.damage:
@@ -62,7 +66,7 @@ class HeldOut:
     def is_due(self, step: int) -> bool:
         """Return whether an evaluation follows step `step`."""
         assert self._section.interval is not None
-        return step in (1, self._config.training.steps) or step % self._section.interval == 0
+        return step in (self._first_step + 1, self._config.training.steps) or step % self._section.interval == 0
 
     def evaluate(self, engine: Engine, step: int) -> HeldOutMetrics:
         """Compute the loss after step `step`.

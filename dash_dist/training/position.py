@@ -4,10 +4,11 @@ Knows the interfaces of engine and data stream, and RunState; does not know when
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dash_dist.config.run import Stage
 from dash_dist.data.stream import Batch, DataStream
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.batch import BatchError
@@ -17,6 +18,24 @@ from dash_dist.errors import CheckpointError, RunError
 from dash_dist.run.state import RunState
 from dash_dist.training.checkpoints import CheckpointManager
 from dash_dist.training.faults.guard import LossGuard
+from dash_dist.training.schedule import describe_change
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Differences between a checkpoint and the run that continues from it, in words.
+
+    Attributes:
+        new_stage: the checkpoint is of another stage.
+        function: settings by which the weights now compute another function.
+        data: documents, sources and sizes.
+        schedule: the learning rate of the next step; None for the same schedule.
+    """
+
+    new_stage: bool = False
+    function: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    schedule: str | None = None
 
 
 class RunPosition:
@@ -24,10 +43,6 @@ class RunPosition:
 
     Attributes:
         state: the counters after the last step.
-        schedule_before: the learning rate's schedule in the checkpoint that was loaded last; empty without one.
-
-    Args:
-        schedule: of this run, see `RunState.schedule`.
     """
 
     def __init__(
@@ -36,11 +51,11 @@ class RunPosition:
         data: DataStream,
         dims: Dims,
         control: ControlGroup,
-        schedule: dict[str, int | float],
+        stage: Stage,
     ) -> None:
-        self.state = RunState(schedule=schedule)
-        self.schedule_before: dict[str, int | float] = {}
-        self._schedule = schedule
+        self._stage = stage
+        schedule = stage.config.optimizer.schedule(stage.last_step)
+        self.state = RunState(schedule=schedule, stage=stage.name)
         self._engine = engine
         self._data = data
         self._control = control
@@ -48,23 +63,29 @@ class RunPosition:
         self._represents_rows = dims.tp_rank == dims.cp_rank == dims.pp_rank == 0
         self._data_state = data.state_dict()
 
-    def load(self, checkpoints: CheckpointManager, origin: Path) -> tuple[list[str], list[str]]:
-        """Move to a checkpoint; returns the messages of `Engine.load` and of `DataStream.load_state_dict`.
+    def load(self, checkpoints: CheckpointManager, origin: Path) -> Changes:
+        """Move to a checkpoint; returns how the run differs from it.
 
-        Raises CheckpointError at every rank.
+        The first checkpoint of a stage is the last one of the stage before. Its position in the data is continued as
+        far as the documents are the same. Raises CheckpointError at every rank.
         """
-        state, data_state, changes = checkpoints.load(origin, self._engine)
-        with self._control.together(f"cannot continue from {origin}", CheckpointError):
-            try:
-                data_changes = self._data.load_state_dict(data_state)
-            except (AttributeError, KeyError, TypeError) as error:
-                # No stream wrote this, though its checksum is right.
-                raise CheckpointError(f"{origin / 'data.json'} is not a position in data: {error!r}") from error
+        state, data_state, function = checkpoints.load(origin, self._engine)
+        new_stage = bool(self._stage.name) and state.stage != self._stage.name
+        data: list[str] = []
+        if state.step >= self._stage.first_step:  # else an earlier stage goes on from here, with its own documents
+            with self._control.together(f"cannot continue from {origin}", CheckpointError):
+                try:
+                    data = self._data.load_state_dict(data_state, new_stage=new_stage)
+                except (AttributeError, KeyError, TypeError) as error:
+                    # No stream wrote this, though its checksum is right.
+                    raise CheckpointError(f"{origin / 'data.json'} is not a position in data: {error!r}") from error
         own = origin.parent == checkpoints.directory
-        self.schedule_before = state.schedule
-        self.state = replace(state, origin=state.origin if own else str(origin), schedule=self._schedule)
+        schedule, before = self.state.schedule, state.schedule
+        self.state = replace(
+            state, origin=state.origin if own else str(origin), schedule=schedule, stage=self._stage.name
+        )
         self.advance_data()
-        return changes, data_changes
+        return Changes(new_stage, tuple(function), tuple(data), describe_change(before, schedule, state.step + 1))
 
     def train(self, micro_batches: list[Batch]) -> StepResult:
         """Train on the next global batch. The position in the data stays before it until `advance_data` is called.
