@@ -81,7 +81,9 @@ def prepare_data(
         int | None, typer.Option(min=1, help="Processes that tokenise. Default: the cores of this machine.")
     ] = None,
 ) -> None:
-    """Tokenise the documents of CONFIG into data.cache, where runs look for them; what is there is kept."""
+    """Tokenise the documents of CONFIG, held-out ones included, into data.cache, where runs look for them; what is
+    there is kept.
+    """
     import os
 
     from rich.console import Console
@@ -89,11 +91,8 @@ def prepare_data(
     from dash_dist.config.file import load_config
     from dash_dist.data.command import prepare
 
-    prepare(
-        load_config(config, overrides or []).data,
-        processes=processes or len(os.sched_getaffinity(0)),
-        console=Console(),
-    )
+    for data in load_config(config, overrides or []).all_data:
+        prepare(data, processes=processes or len(os.sched_getaffinity(0)), console=Console())
 
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and export the checkpoints of a run.")

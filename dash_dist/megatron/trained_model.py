@@ -224,4 +224,5 @@ def _not_default(section: BaseModel, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _setting(function: Mapping[str, Any], name: str) -> Any:
-    return function.get(name, "the default")
+    value = function.get(name, "the default")
+    return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value

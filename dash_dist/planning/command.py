@@ -9,8 +9,10 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dash_dist.config.file import load_config
+from dash_dist.config.run import RunConfig
 from dash_dist.errors import ConfigError
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.calibration import Calibration, calibrate
@@ -72,14 +74,32 @@ class Options:
 
 
 def run_plan(path: Path, overrides: list[str], options: Options, *, json_path: Path | None) -> None:
-    """Print the plan of the configuration at `path`, and write it as JSON where asked. Raises ConfigError."""
+    """Print the plan of the configuration at `path`, stage by stage, and write it as JSON where asked.
+
+    Raises ConfigError.
+    """
     config = load_config(path, overrides)
-    machine = options.machine()
-    vocab_size = options.vocab_size or vocabulary_of(config)
     calibration = None
     if options.calibrate:
         calibration = calibrate(options.calibrate, gpu=options.gpu.upper(), gpus_per_node=options.gpus_per_node)
-    assumptions = options.assumptions(calibration)
+    plans: dict[str, dict[str, Any]] = {}
+    for stage in config.stage_list:
+        if stage.name:
+            sys.stdout.write(f"Stage {stage.name}, steps {stage.first_step + 1} to {stage.last_step}\n\n")
+        text, plans[stage.name] = _plan(stage.config, options, calibration)
+        sys.stdout.write(text)
+    if json_path is not None:
+        content = {"stages": plans} if config.stages else plans[""]
+        try:
+            json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json {json_path}: {error.strerror}") from None
+
+
+def _plan(config: RunConfig, options: Options, calibration: Calibration | None) -> tuple[str, dict[str, Any]]:
+    """Return the plan of one stage as a report and as JSON."""
+    machine, assumptions = options.machine(), options.assumptions(calibration)
+    vocab_size = options.vocab_size or vocabulary_of(config)
     asked: Prediction | None = None
     refusal = None
     try:
@@ -87,24 +107,16 @@ def run_plan(path: Path, overrides: list[str], options: Options, *, json_path: P
     except ValueError as error:
         refusal = str(error)
     best, looked_at = best_layouts(config, machine, assumptions, vocab_size=vocab_size)
-    sys.stdout.write(
-        as_text(
-            config,
-            machine,
-            assumptions,
-            asked,
-            refusal,
-            best,
-            looked_at,
-            vocab_size=vocab_size,
-            calibration=calibration,
-        )
+    text = as_text(
+        config,
+        machine,
+        assumptions,
+        asked,
+        refusal,
+        best,
+        looked_at,
+        vocab_size=vocab_size,
+        calibration=calibration,
     )
-    if json_path is not None:
-        content = as_json(machine, assumptions, asked, refusal, best, looked_at, vocab_size=vocab_size)
-        if calibration is not None:
-            content |= calibration.as_json()
-        try:
-            json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--json {json_path}: {error.strerror}") from None
+    content = as_json(machine, assumptions, asked, refusal, best, looked_at, vocab_size=vocab_size)
+    return text, content if calibration is None else content | calibration.as_json()

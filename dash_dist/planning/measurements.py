@@ -64,20 +64,23 @@ class Measurement:
 def measure_run(folder: Path, *, gpu: str | None = None) -> Measurement:
     """Read a run's config.yaml and its TensorBoard curves. Raises ConfigError where something is missing.
 
-    The first steps are left out, and steps that recorded their routing, whose time differs.
+    The first steps are left out, and steps that recorded their routing, whose time differs. Of a run with stages the
+    last one that was reached counts.
     """
-    config = load_config(folder / "config.yaml")
+    run = load_config(folder / "config.yaml")
     curves = _curves(folder / "tensorboard")
     seconds, routed = curves.get("perf/step_seconds", {}), curves.get("routing/density/layer_0", {})
-    counted = {step: value for step, value in seconds.items() if step > WARMUP_STEPS and step not in routed}
+    stage = run.stage_at(max(seconds, default=1) - 1)
+    config, begin = stage.config, stage.first_step + WARMUP_STEPS
+    counted = {step: value for step, value in seconds.items() if step > begin and step not in routed}
     if not counted:
         raise ConfigError(
-            f"{folder} has no step time beyond step {WARMUP_STEPS} without recorded routing: run it for more steps "
+            f"{folder} has no step time beyond step {begin} without recorded routing: run it for more steps "
             "with logging.interval=1 and a large logging.routing_interval"
         )
     step = max(counted)
     rate = curves["perf/tokens_per_second_per_gpu"][step]
-    tokens = (1 - curves["data/padding"][step]) * config.training.global_batch_size * config.training.sequence_length
+    tokens = (1 - curves["data/padding"][step]) * config.training.tokens_per_step
 
     def peak(name: str) -> float | None:
         values = [value for at, value in curves.get(name, {}).items() if at in counted]

@@ -103,7 +103,7 @@ def predict(
     sent = _bytes(sizes, layout, machine, exchange, most, distributed=distributed)
     pace = Pace(machine, assumptions)
     time = _time(config, sizes, layout, pace, exchange, sent, most, distributed=distributed)
-    tokens = config.training.global_batch_size * config.training.sequence_length
+    tokens = config.training.tokens_per_step
     model_flops = tokens * flops_per_token(
         config.model,
         config.attention,

@@ -337,6 +337,40 @@ def test_a_position_in_another_order_is_refused(corpus, change, message):
         resume(config.model_copy(update=change), state, tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        ({"shuffle_seed": 1}, "data.shuffle_seed was 0 and is 1: the documents are read from the beginning"),
+        ({"documents": "separate"}, "data.documents was joined and is separate: the documents are read from the"),
+    ],
+)
+def test_a_new_stage_may_read_in_another_order(corpus, change, note):
+    config = corpus("text")
+    stream = build(config)
+    stream.next_step()
+    config = config.model_copy(update=change)
+    begun = build(config)
+    (found,) = begun.load_state_dict(saved(stream), new_stage=True)
+    assert found.startswith(note)
+    assert global_steps([begun], 2) == global_steps([build(config)], 2)
+
+
+def test_a_new_stage_continues_the_sources_that_both_read(corpus):
+    common, other = corpus("text"), corpus("jsonl")
+    stream = build(common)
+    expected = global_steps([stream], 2)[1]
+    alone = build(common)
+    alone.next_step()
+    state = saved(alone)
+    same = build(common)
+    assert same.load_state_dict(state, new_stage=True) == []
+    assert global_steps([same], 1) == [expected]
+    elsewhere = build(other)
+    notes = elsewhere.load_state_dict(state, new_stage=True)
+    assert [note.split(" ", 2)[-1].rsplit(" ", 2)[-2:] for note in notes] == [["is", "new"], ["longer", "read"]]
+    assert global_steps([elsewhere], 1) == global_steps([build(other)], 1)
+
+
 def test_a_position_of_an_earlier_version_is_refused(corpus):
     config = corpus("text")
     with pytest.raises(ValueError, match="is of version 1, and this one reads 2: continue with the version of dash"):

@@ -16,6 +16,7 @@ from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from dash_dist.config.file import load_config
 from dash_dist.doctor import Finding, Site, Status
@@ -352,3 +353,19 @@ def test_processes_that_do_not_fit_the_gpus(tmp_path):
         assert finding.status is status
         if gpus == 1:
             assert "lower parallel.context" in finding.advice
+
+
+def test_every_stage_is_checked(tmp_path):
+    settings = yaml.safe_load(write_config(tmp_path).read_text())
+    del settings["training"]["steps"]
+    settings["stages"] = [
+        {"name": "short", "steps": 5},
+        {"name": "long", "steps": 5, "parallel": {"context": 4}, "data": {"source": "files", "paths": "none.txt"}},
+    ]
+    path = tmp_path / "staged.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    site = Site(ranks=2, gpus=2, directory=tmp_path, config=load_config(path))
+    found = {one.name: one.status for one in configuration.world_size(site)}
+    assert found == {"processes, stage short": Status.OK, "processes, stage long": Status.WARNING}
+    found = {one.name: one.status for one in configuration.data(site)}
+    assert found == {"tokenizer": Status.OK, "data, stage short": Status.OK, "data, stage long": Status.FAILURE}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from dash_dist.config.run import LoggingSection
+from dash_dist.config.upkeep import LoggingSection
 from dash_dist.doctor import Site, Status
 from dash_dist.doctor.checks.ray_cluster import ray_answers
 from dash_dist.doctor.command import examine

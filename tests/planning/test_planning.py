@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +21,7 @@ from dash_dist.errors import ConfigError
 from dash_dist.planning import GPUS, Assumptions, Prediction, best_layouts, predict
 from dash_dist.planning.advice import what_would_help
 from dash_dist.planning.calibration import calibrate, fit, predict_measured
+from dash_dist.planning.command import Options, run_plan
 from dash_dist.planning.measurements import Measurement, read_measurements
 from dash_dist.planning.search import layouts
 from dash_dist.planning.selection import tile_efficiency, union
@@ -271,6 +274,25 @@ def test_an_impossible_layout_is_explained_and_others_are_proposed(capsys: pytes
     output = dash_dist(str(CONFIGS / "llama_1b_128k.yaml"), "--gpus", "4", capsys=capsys)
     assert "cannot run on 4 GPUs: world size 4 is not a multiple of" in output
     assert "The best of" in output
+
+
+def test_every_stage_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load((CONFIGS / "llama_1b_128k.yaml").read_text())
+    lengths = {"short": 32768, "long": 131072}
+    del content["training"]["steps"]
+    content["optimizer"]["warmup_steps"] = 2
+    content["stages"] = [
+        {"name": name, "steps": 5, "training": {"sequence_length": length}} for name, length in lengths.items()
+    ]
+    config, out = tmp_path / "staged.yaml", tmp_path / "plan.json"
+    config.write_text(yaml.safe_dump(content))
+    run_plan(config, [], Options(gpus=8, vocab_size=128_256), json_path=out)
+    text = capsys.readouterr().out
+    for name, length, steps in (("short", 32768, "1 to 5"), ("long", 131072, "6 to 10")):
+        assert re.search(rf"Stage {name}, steps {steps}\n(?s:.*?)x {length:,} ", text)
+    plans = json.loads(out.read_text())["stages"]
+    seconds = [plans[name]["config"]["seconds"]["total"] for name in lengths]
+    assert seconds[0] < seconds[1]
 
 
 def test_planning_needs_no_torch() -> None:

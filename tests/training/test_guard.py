@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dash_dist.config.run import FaultsSection
+from dash_dist.config.upkeep import FaultsSection
 from dash_dist.run.state import RunState
 from dash_dist.training.faults.guard import LossGuard
 

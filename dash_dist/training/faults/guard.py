@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
-from dash_dist.config.run import FaultsSection
+from dash_dist.config.upkeep import FaultsSection
 from dash_dist.run.state import RunState
 
 # The median absolute deviation of a normal distribution times this is its standard deviation.

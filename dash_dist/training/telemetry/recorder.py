@@ -8,7 +8,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from dash_dist.config.run import LoggingSection, RunConfig
+from dash_dist.config.run import RunConfig
+from dash_dist.config.upkeep import LoggingSection
 from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.extras import require_extra
 from dash_dist.training.telemetry.curves import Curves
