@@ -29,11 +29,11 @@ def run_app(command: typer.Typer) -> None:
     try:
         command()
     except Exception as error:
-        from dash_dist.errors import ConfigError, RunError
+        from dash_dist.errors import ConfigError, RankError, RunError
 
         if not isinstance(error, RunError):
             raise
-        # Such an error is raised at every rank; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
+        # Such an error is raised at every rank; one of them says it. A rank that failed alone has said so.
+        if not isinstance(error, RankError) and os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

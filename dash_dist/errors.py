@@ -36,6 +36,10 @@ class RunError(Exception):
         self.retryable = retryable
 
 
+class RankError(RunError):
+    """Failure of one rank alone, while the others go on; every other RunError is raised at all ranks."""
+
+
 class ConfigError(RunError):
     """Refusal of a configuration."""
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from dash_dist.cluster.processes import signal_all, wait_until_gone
 from dash_dist.cluster.rank import Job, Place, ProgressMessage, RankEnv, RankProcess, RankResult
+from dash_dist.errors import RankError
 from dash_dist.run.requests import Command
 
 # How often a rank other than the first is asked whether it is there, in seconds.
@@ -138,6 +139,8 @@ class WorkerGroup:
     def results(self) -> tuple[list[RankResult], list[ProgressMessage]]:
         """Return the result of each rank and the last messages; waits for ranks that are still ending.
 
+        Of a rank that failed alone and for good, its result is the only one: nobody waits for the others.
+
         Raises AttemptFailed if one of them does not end by itself.
         """
         import ray
@@ -150,6 +153,8 @@ class WorkerGroup:
             if not done:
                 raise AttemptFailed(f"{self._described(self._runs.index(running[0]))} did not end with the others")
             outcome = self._outcome(done[0])
+            if isinstance(outcome, RankResult) and isinstance(outcome.refusal, RankError):
+                return [outcome], []
             if isinstance(outcome, BaseException):
                 self._raise_failure()
             else:

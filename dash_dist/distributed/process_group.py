@@ -64,7 +64,8 @@ def joined_process_group(*, timeout: timedelta) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a failure may have aborted it
+            dist.destroy_process_group()
 
 
 def join_from_environment(device: torch.device, *, timeout: timedelta) -> None:

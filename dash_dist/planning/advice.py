@@ -34,7 +34,7 @@ def what_would_help(
     if best:
         if asked is None or asked.fits:
             return []
-        change = _smallest_change(config, machine, assumptions, asked.layout, vocab_size=vocab_size)
+        change = smallest_change(config, machine, assumptions, asked.layout, vocab_size=vocab_size)
         return [f"\nThe smallest change that fits: {change}" if change else "\nNo single change of its layout fits."]
     if not looked_at:
         return [
@@ -60,7 +60,7 @@ def what_would_help(
     return lines
 
 
-def _smallest_change(
+def smallest_change(
     config: RunConfig, machine: Machine, assumptions: Assumptions, layout: Layout, *, vocab_size: int
 ) -> str | None:
     """Recompute first, then context, tensor and pipeline parallelism in place of data parallelism, each doubled until

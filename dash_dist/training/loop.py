@@ -8,17 +8,20 @@ import contextlib
 from collections.abc import Iterator
 from statistics import fmean
 
+import torch
+
 from dash_dist.config.file import to_yaml
 from dash_dist.config.run import Stage
 from dash_dist.data.stream import Batch
 from dash_dist.engine.protocol import StepResult
-from dash_dist.errors import ConfigError, RunError
+from dash_dist.errors import ConfigError, RankError, RunError
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.curve_names import pages
 from dash_dist.run.messages import RunStart, RunSummary, StepReport
 from dash_dist.run.requests import Request
 from dash_dist.run.state import RunState
 from dash_dist.training.engines import build_engine
+from dash_dist.training.faults.memory import allocated_bytes, out_of_memory, plan_memory
 from dash_dist.training.faults.recovery import LossRecovery
 from dash_dist.training.gate import missed
 from dash_dist.training.heldout import HeldOut, in_words
@@ -98,6 +101,10 @@ class TrainingLoop:
             beat=session.watchdog.beat,
             undone=self._continue_curves,
         )
+        self._memory = plan_memory(config, dims, vocab_size)
+        self._kept_bytes = allocated_bytes(dims.device)
+        if self._memory is not None and (warning := self._memory.warning()) is not None:
+            session.note(warning)
         self._is_new = origin is None
         self._peak_flops = peak_bf16_flops(dims.device)
         self._density: dict[int, float] = {}
@@ -153,7 +160,17 @@ class TrainingLoop:
         """Train to the last step of the stage or to a request to stop, and save a checkpoint there.
 
         A rollback to an earlier stage ends the loop, too.
+
+        Raises:
+            RankError: at one rank alone, whose device has no more memory.
         """
+        try:
+            return self._train_to_the_end()
+        except torch.OutOfMemoryError as error:
+            kept, step = self._kept_bytes, self._state.step
+            raise RankError(out_of_memory(self._memory, self._dims.rank, step, error, kept)) from error
+
+    def _train_to_the_end(self) -> RunSummary:
         first, steps, session = self._stage.first_step, self._config.training.steps, self._session
         if self._state.step >= session.config.training.steps:
             self._log.note(

@@ -7,6 +7,7 @@ computed.
 import contextlib
 
 from dash_dist.config.run import RunConfig
+from dash_dist.distributed.first_failure import FirstFailure
 from dash_dist.distributed.process_group import joined_process_group
 from dash_dist.errors import ConfigError
 from dash_dist.megatron.parallel import ParallelDims
@@ -44,12 +45,14 @@ def train(
         ConfigError: the configuration cannot work on these processes or this machine.
         CheckpointError: a checkpoint cannot be written, found or read.
         RunError: the data cannot be read, the loss is no longer finite, or a stage misses its gate.
+        RankError: at one rank alone, whose device has no more memory. Every other rank is ended soon.
     """
     reporter = reporter or ConsoleProgress()
     with permanent_failures_recorded(config.run.path), contextlib.ExitStack() as cleanup:
         # Left last: it also ends a process that hangs while it leaves.
         watchdog = cleanup.enter_context(Watchdog(config.faults.hang_timeout_seconds))
         cleanup.enter_context(joined_process_group(timeout=config.training.distributed_timeout))
+        cleanup.enter_context(FirstFailure())
         cleanup.callback(reporter.close)
         stop = cleanup.enter_context(StopSignal())
         session = Session(config, reporter, RequestsOfRank(requests, lambda: stop.requested), watchdog, cleanup)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dash_dist.errors import RunError
+from dash_dist.errors import RankError, RunError
 from dash_dist.run.events import EventLog
 from dash_dist.training.faults.lock import RunLock
 
@@ -17,10 +17,14 @@ from dash_dist.training.faults.lock import RunLock
 def permanent_failures_recorded(run_directory: Path) -> Iterator[None]:
     """Record a RunError of the body as the event `failed`, unless another attempt may succeed. Re-raises it.
 
-    Entered at every rank, outside the run's own lock; rank 0 writes.
+    Entered at every rank, outside the run's own lock; rank 0 writes, and a rank that fails alone.
     """
     try:
         yield
+    except RankError as error:
+        with contextlib.suppress(OSError):
+            EventLog(run_directory).append("failed", str(error))  # rank 0 holds the lock, perhaps in a collective
+        raise
     except RunError as error:
         if not error.retryable and os.environ.get("RANK", "0") == "0":
             mark_permanent_failure(run_directory, error)

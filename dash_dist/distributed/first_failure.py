@@ -1,0 +1,139 @@
+"""The first failure among the ranks of a run, told to all of them at once.
+
+Knows torch.distributed and its store; does not know what the ranks compute.
+
+A rank that raises alone leaves the others in a collective. Over NCCL nothing wakes them before its timeout. So the rank
+writes its reason to the group's store, and every other rank has a thread that reads it there: a rank that does not end
+by itself is ended by that thread.
+"""
+
+import itertools
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from dash_dist.errors import RankError, RunError
+
+_POLL_SECONDS = 1.0
+# For a rank that meets the failure itself, in a broken connection or an error that all ranks raise.
+_PATIENCE_SECONDS = 15.0
+# For the others to read the reason, which may be kept by the rank that failed.
+_READING_SECONDS = 5.0
+
+_runs = itertools.count()
+"""Runs of this process, which its group has seen in the same number: they do not read each other's failures."""
+
+
+class FirstFailure:
+    """Context of the ranks' common work, in an initialised process group; entered and left at every rank.
+
+    An error that leaves it is printed at once and told to the other ranks, unless it is a RunError that every rank
+    raises. NCCL's communicators are then aborted, since leaving them would wait for the others.
+
+    Args:
+        patience: seconds from another rank's failure to the end of this process, if it does not leave the context.
+        end: ends the process.
+    """
+
+    def __init__(self, *, patience: float = _PATIENCE_SECONDS, end: Callable[[], object] | None = None) -> None:
+        self._patience = patience
+        self._end = end or _end_process
+        self._rank = dist.get_rank()
+        self._key = f"dash_dist/first_failure/{next(_runs)}"
+        self._readers = f"{self._key}/readers"
+        store: Any = distributed_c10d._get_default_store()
+        # A connection of its own: another thread may wait in the group's.
+        self._store = store.clone() if dist.get_world_size() > 1 else None
+        self._reason: str | None = None  # another rank's
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="first failure", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._store is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        if self._store is not None:
+            self._thread.join()
+        if error is None or (isinstance(error, RunError) and not isinstance(error, RankError)):
+            return
+        first = self._tell(_in_words(self._rank, error))
+        if isinstance(error, RankError):
+            _print(f"error: {error}")
+        else:
+            _print(f"rank {self._rank} failed:\n{''.join(traceback.format_exception(error)).rstrip()}")
+        if first is not None:
+            _print(f"rank {self._rank} failed after another one: {first}")
+        else:
+            self._wait_for_readers()
+        if "nccl" in str(dist.get_backend()):
+            with suppress(RuntimeError):  # of a communicator that is broken already
+                distributed_c10d._abort_process_group()
+
+    def _tell(self, reason: str) -> str | None:
+        """Write the reason, if it is the first one; returns another rank's that came before."""
+        if self._store is None or self._reason is not None:
+            return self._reason
+        try:
+            found: str = self._store.compare_set(self._key, "", reason).decode()
+            if found != reason:
+                self._store.add(self._readers, 1)
+        except (RuntimeError, OSError):  # the rank that keeps the store is gone, and so had failed before
+            return "the rank that keeps the store has ended"
+        return None if found == reason else found
+
+    def _wait_for_readers(self) -> None:
+        deadline = time.monotonic() + _READING_SECONDS
+        with suppress(RuntimeError, OSError):
+            while self._store is not None and time.monotonic() < deadline:
+                if self._store.add(self._readers, 0) >= dist.get_world_size() - 1:
+                    return
+                time.sleep(_READING_SECONDS / 50)
+
+    def _watch(self) -> None:
+        assert self._store is not None
+        while not self._left.wait(_POLL_SECONDS):
+            self._reason = self._read()
+            if self._reason is None:
+                continue
+            if not self._left.wait(self._patience):
+                _print(f"error: rank {self._rank} is ended, because another one failed: {self._reason}")
+                self._end()
+            return
+
+    def _read(self) -> str | None:
+        assert self._store is not None
+        try:
+            if not self._store.check([self._key]):
+                return None
+            found: str = self._store.get(self._key).decode()
+            self._store.add(self._readers, 1)
+            return found
+        except (RuntimeError, OSError) as error:
+            return f"the rank that keeps the store has ended ({error})"
+
+
+def _in_words(rank: int, error: BaseException) -> str:
+    return str(error) if isinstance(error, RankError) else f"rank {rank}: {type(error).__name__}: {error}"
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _end_process() -> NoReturn:
+    sys.stdout.flush()
+    os._exit(1)  # the main thread waits in a collective, and would not see an exception
