@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import struct
 import uuid
 import zlib
 from collections.abc import Sequence
@@ -21,11 +20,11 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from dash_dist.data.sources import Source
+from dash_dist.data.token_files import REMEDY, checked_lengths, open_dataset
 from dash_dist.data.token_shard import read_counts
 from dash_dist.run.files import read_json, write_json
 
 _OPEN_SHARDS = 128  # each holds two file descriptors
-_REMEDY = "remove its folder if it is in data.cache, and its tokens are made again"
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,13 @@ class TokenSource:
         while 0 < len(data) < wanted and (more := os.pread(file.fileno(), wanted - len(data), offset + len(data))):
             data += more
         if len(data) != wanted:
-            raise ValueError(f"{file.name} ends before document {local} does: {_REMEDY}")
+            raise ValueError(f"{file.name} ends before document {local} does: {REMEDY}")
         tokens = np.frombuffer(data, dtype=dataset.index.dtype).astype(np.int64)
         return np.append(tokens, self._end_of_document) if stop > stored else tokens
 
     def _open_shard(self, shard: int) -> tuple[IndexedDataset, IO[bytes]]:
         prefix = str(self._cache / self.record.shards[shard])
-        return _open_dataset(prefix), open(f"{prefix}.bin", "rb", buffering=0)
+        return open_dataset(prefix), open(f"{prefix}.bin", "rb", buffering=0)
 
 
 class Corpus:
@@ -189,7 +188,7 @@ def _record_shards(source: Source, cache: Path, folder_of: dict[str, Path], leng
         with np.load(folder / "documents.npz") as arrays:
             digest = zlib.crc32(arrays["damaged"].tobytes(), zlib.crc32(arrays["digest"].tobytes(), digest))
         if counts.tokens:
-            lengths.write(_checked_lengths(_open_dataset(str(folder / "tokens"))).tobytes())
+            lengths.write(checked_lengths(open_dataset(str(folder / "tokens"))).tobytes())
         else:
             lengths.write(bytes(4 * counts.documents))
         shards.append(str((folder / "tokens").relative_to(cache)))
@@ -217,8 +216,8 @@ def _record_datasets(source: Source, lengths: IO[bytes], end_of_document: int) -
     digest = tokens = empty = 0
     documents = []
     for prefix in source.prefixes:
-        dataset = _open_dataset(prefix)
-        own = _checked_lengths(dataset)
+        dataset = open_dataset(prefix)
+        own = checked_lengths(dataset)
         if len(dataset.document_indices) != len(own) + 1:
             raise ValueError(
                 f"{prefix} has {len(dataset.document_indices) - 1} documents in {len(own)} sequences: prepare it "
@@ -276,22 +275,3 @@ def _read_records(folder: Path) -> list[SourceRecord]:
 
 def _map(path: Path) -> np.ndarray:
     return np.memmap(path, dtype=np.int32, mode="r")
-
-
-def _open_dataset(prefix: str) -> IndexedDataset:
-    try:
-        return IndexedDataset(prefix, mmap=False)
-    except (AssertionError, ValueError, struct.error) as error:
-        raise ValueError(
-            f"{prefix}: not an indexed dataset of Megatron-core: {error or 'damaged'}; {_REMEDY}"
-        ) from error
-
-
-def _checked_lengths(dataset: IndexedDataset) -> np.ndarray:
-    """Return the tokens of each document, after a check that the file of tokens is as long. A copy."""
-    lengths = np.array(dataset.sequence_lengths)
-    path = f"{dataset.path_prefix}.bin"
-    expected = int(lengths.sum(dtype=np.int64)) * np.dtype(dataset.index.dtype).itemsize
-    if (actual := os.path.getsize(path)) != expected:
-        raise ValueError(f"{path} has {actual} bytes and should have {expected}: {_REMEDY}")
-    return lengths
