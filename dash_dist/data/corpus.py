@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from dash_dist.data.loss_spans import LossSpans
 from dash_dist.data.sources import Source
 from dash_dist.data.token_files import REMEDY, checked_lengths, open_dataset
 from dash_dist.data.token_shard import read_counts
@@ -36,6 +37,7 @@ class SourceRecord:
         documents: of each shard.
         digest: of all documents in order, wherever shards begin.
         named: the first damaged documents, with reasons.
+        loss_tokens: tokens that count in the loss; None if all do.
     """
 
     title: str
@@ -47,6 +49,7 @@ class SourceRecord:
     damaged: int
     named: tuple[str, ...]
     digest: str
+    loss_tokens: int | None = None
 
 
 class TokenSource:
@@ -60,6 +63,7 @@ class TokenSource:
         self._first = np.cumsum([0, *record.documents])
         self._end_of_document = end_of_document
         self._open = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
+        self._open_spans = functools.lru_cache(_OPEN_SHARDS)(self._load_spans)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -69,9 +73,9 @@ class TokenSource:
 
         Raises OSError or ValueError if the shard is no longer there or damaged.
         """
-        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        shard, local = self._place(document)
         dataset, file = self._open(shard)
-        local, own = document - int(self._first[shard]), int(self.lengths[document])
+        own = int(self.lengths[document])
         ends = own - int(dataset.sequence_lengths[local])
         if ends not in (0, 1):
             raise ValueError(f"{file.name} is not the file that the run began with: start it again")
@@ -86,6 +90,36 @@ class TokenSource:
             raise ValueError(f"{file.name} ends before document {local} does: {REMEDY}")
         tokens = np.frombuffer(data, dtype=dataset.index.dtype).astype(np.int64)
         return np.append(tokens, self._end_of_document) if stop > stored else tokens
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some tokens do not count in the loss."""
+        return self.record.loss_tokens is not None
+
+    def loss_mask(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Return which of the tokens start to stop of a document count in the loss as labels, bool.
+
+        Raises OSError or ValueError if the shard is no longer there or damaged.
+        """
+        if not self.is_masked:
+            return np.ones(stop - start, dtype=bool)
+        shard, local = self._place(document)
+        return self._open_spans(shard).mask(local, start, stop)
+
+    def count_loss_tokens(self, document: int, start: int, stop: int) -> int:
+        """Return how many of the tokens start to stop of a document count in the loss. Raises as `loss_mask` does."""
+        if not self.is_masked:
+            return stop - start
+        shard, local = self._place(document)
+        return self._open_spans(shard).count(local, start, stop)
+
+    def _place(self, document: int) -> tuple[int, int]:
+        """Return the shard of a document, and its number there."""
+        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        return shard, document - int(self._first[shard])
+
+    def _load_spans(self, shard: int) -> LossSpans:
+        return LossSpans((self._cache / self.record.shards[shard]).parent, self.record.documents[shard])
 
     def _open_shard(self, shard: int) -> tuple[IndexedDataset, IO[bytes]]:
         prefix = str(self._cache / self.record.shards[shard])
@@ -179,6 +213,7 @@ def _record_shards(source: Source, cache: Path, folder_of: dict[str, Path], leng
     documents: list[int] = []
     named: list[str] = []
     tokens = empty = damaged = 0
+    loss_tokens: int | None = None
     for shard in source.shards:
         folder = folder_of[shard.key]
         counts = read_counts(folder)
@@ -191,6 +226,9 @@ def _record_shards(source: Source, cache: Path, folder_of: dict[str, Path], leng
             lengths.write(checked_lengths(open_dataset(str(folder / "tokens"))).tobytes())
         else:
             lengths.write(bytes(4 * counts.documents))
+        if counts.loss_tokens is not None:
+            LossSpans(folder, counts.documents)  # whole
+            loss_tokens = (loss_tokens or 0) + counts.loss_tokens
         shards.append(str((folder / "tokens").relative_to(cache)))
         documents.append(counts.documents)
         tokens, empty, damaged = tokens + counts.tokens, empty + counts.empty, damaged + counts.damaged
@@ -205,6 +243,7 @@ def _record_shards(source: Source, cache: Path, folder_of: dict[str, Path], leng
         damaged,
         tuple(named[:20]),
         f"{digest:08x}",
+        loss_tokens,
     )
 
 
