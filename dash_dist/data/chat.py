@@ -30,7 +30,15 @@ Message = Mapping[str, Any]
 
 
 class InexactTurn(DamagedDocument):
-    """The template does not show where a turn of the assistant begins and ends."""
+    """The template does not show where a turn of the assistant begins and ends.
+
+    Attributes:
+        remedy: for a template that shows it in no conversation.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 class MarkedText(NamedTuple):
@@ -81,7 +89,8 @@ class ChatTemplate:
             upto, _ = self._render(messages[: number + 1], tools)
             if not (text.startswith(upto) and upto.startswith(before)):
                 raise InexactTurn(
-                    f"by {self.origin} the conversation up to message {number + 1} is not the beginning of the whole"
+                    f"by {self.origin} the conversation up to message {number + 1} is not the beginning of the whole",
+                    "one with {% generation %} and {% endgeneration %} around the turns of the assistant",
                 )
             turn, content = upto[len(before) :].rstrip(), str(message.get("content", "")).rstrip()
             marked.spans.append((len(before), len(upto)))

@@ -93,7 +93,7 @@ class TokenSource:
 
     @property
     def is_masked(self) -> bool:
-        """Whether some tokens do not count in the loss."""
+        """Return whether some tokens do not count in the loss."""
         return self.record.loss_tokens is not None
 
     def loss_mask(self, document: int, start: int, stop: int) -> np.ndarray:

@@ -47,7 +47,7 @@ class Rows(Protocol):
 
     @property
     def whole(self) -> bool:
-        """Whether rows bring their own first and last tokens, and nothing that is put around documents counts."""
+        """Return whether rows bring their own first and last tokens, and nothing that is put around documents counts."""
 
     def mark(self, values: Values) -> MarkedText | None:
         """Make the text of a row from its columns; None for an empty row. Raises DamagedDocument."""
@@ -109,11 +109,13 @@ class ChatRows:
     def refusal(self, tokenizer: Tokenizer) -> str | None:
         try:
             encode_marked(self.template.probe(), tokenizer)
-        except DamagedDocument as error:
+        except InexactTurn as error:
             return (
-                f"{self.template.origin} does not show which tokens are the assistant's ({error}): set "
-                "data.chat_template to a file of it with {% generation %} and {% endgeneration %} around them"
+                f"{self.template.origin} does not show which tokens are the assistant's: {error}; set "
+                f"data.chat_template to {error.remedy}"
             )
+        except DamagedDocument:
+            return None  # it takes only other conversations, which may be exact
         return None
 
 
@@ -175,7 +177,8 @@ def encode_marked(marked: MarkedText, tokenizer: Tokenizer) -> MarkedTokens:
                 raise InexactTurn(
                     f"the tokens at character {cut}, between {text[max(0, cut - 20) : cut]!r} and "
                     f"{text[cut : cut + 20]!r}, are not those of the text before it: move white space from one side "
-                    "to the other"
+                    "to the other",
+                    "one whose generation prompt ends with a token that joins no other, such as a special token",
                 )
         start, stop = (int(count or 0) for count in counts[2 * number :][:2])
         while trimmed and stop > start + 1 and tokenizer.decode(ids[stop - 1 : stop]).isspace():
