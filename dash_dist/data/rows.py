@@ -47,7 +47,7 @@ class Rows(Protocol):
 
     @property
     def whole(self) -> bool:
-        """Return whether rows bring their own first and last tokens, and nothing that is put around documents counts."""
+        """Return whether rows bring their own first and last tokens, and what is put behind them does not count."""
 
     def mark(self, values: Values) -> MarkedText | None:
         """Make the text of a row from its columns; None for an empty row. Raises DamagedDocument."""

@@ -96,7 +96,11 @@ class DataStream:
         }
         drops = config.documents == "separate" and config.long_documents == "drop"
         longest = sequence_length + 1 if drops else None
-        self._cursors = [SourceCursor(source, config.shuffle_seed, longest=longest) for source in self._sources]
+        self._weights = [dict(one.length_weights) for one in config.all_sources]
+        self._cursors = [
+            SourceCursor(source, config.shuffle_seed, longest=longest, weights=weights)
+            for source, weights in zip(self._sources, self._weights, strict=True)
+        ]
         mixture = Mixture(self._cursors, shares_of(config, corpus))
         self._shares = mixture.shares
         self._packer: Packer
@@ -128,12 +132,10 @@ class DataStream:
         return {
             title: SourceProgress(
                 self._tokens[number],
-                cursor.epoch + cursor.place / len(source),
+                cursor.epochs,
                 self._loss_tokens[number] if self._is_masked else None,
             )
-            for number, ((title, source), cursor) in enumerate(
-                zip(self._corpus.sources.items(), self._cursors, strict=True)
-            )
+            for number, (title, cursor) in enumerate(zip(self._corpus.sources, self._cursors, strict=True))
         }
 
     def next_step(self) -> list[Batch]:
@@ -191,6 +193,7 @@ class DataStream:
                     "share": share,
                     "tokens": self._tokens[number],
                     **({"loss_tokens": self._loss_tokens[number]} if self._is_masked else {}),
+                    "length_weights": _jsonable(self._weights[number]),
                     **cursor.state_dict(),
                 }
                 for number, ((title, source), share, cursor) in enumerate(
@@ -232,8 +235,15 @@ class DataStream:
             same_order, note = self._check_documents(state["corpus"], saved, source.record.title)
             if note:
                 notes.append(note)
+            weights = saved.get("length_weights", {}), _jsonable(self._weights[number])
+            if weights[0] != weights[1]:
+                notes.append(
+                    f"length_weights of {source.record.title} were {weights[0]} and are {weights[1]}: "
+                    "a new epoch begins"
+                )
             if not same_order:
                 anew.add(old)
+            if not same_order or weights[0] != weights[1]:
                 saved = {**saved, "epoch": saved["epoch"] + 1, "place": 0}
             self._cursors[number].load_state_dict(saved)
             self._tokens[number] = saved["tokens"]
@@ -284,6 +294,10 @@ class DataStream:
         if not self._config.accept_changes:
             raise ValueError(f"{told}: {remedy} them as they are now")
         return True, f"{told}: continuing with them as they are now"
+
+
+def _jsonable(weights: Mapping[int, float]) -> dict[str, float]:
+    return {str(length): weight for length, weight in weights.items()}
 
 
 def _percents(shares: list[float]) -> str:
