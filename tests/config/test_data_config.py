@@ -36,6 +36,29 @@ from dash_dist.config.data import DataConfig
         ({"documents": "separate", "length_buckets": [4, 4]}, "is not ascending"),
         ({"documents": "separate", "length_buckets": [0]}, "greater than 0"),
         ({"temperature": 2}, "data.temperature is read only with data.sources"),
+        ({"rows": "messages"}, "data.rows=messages needs rows: set data.source to files or hub"),
+        (
+            {"source": "files", "paths": "a", "format": "text", "rows": "completions"},
+            "data.rows=completions needs rows",
+        ),
+        ({"source": "megatron", "paths": "a", "rows": "messages"}, "data.rows=messages needs rows"),
+        ({"source": "files", "paths": "a", "rows": "chat"}, "'text', 'messages' or 'completions'"),
+        (
+            {"source": "files", "paths": "a", "chat_template": "t"},
+            "chat_template=t is read only with",
+        ),
+        ({"source": "files", "paths": "a", "prompt_column": "q"}, "only with data.rows=completions, not text"),
+        (
+            {"source": "files", "paths": "a", "rows": "messages", "text_column": "q"},
+            "data.text_column=q is read only with data.rows=text, not messages",
+        ),
+        ({"length_weights": {0: 2}}, "greater than 0"),
+        ({"length_weights": {4: 0}}, "greater than 0"),
+        ({"length_weights": {4: 2}, "shuffle_seed": None}, "data.length_weights needs an order by chance"),
+        (
+            {"sources": [{"paths": "a"}], "length_weights": {4: 2}},
+            "data.length_weights and data.sources are both given",
+        ),
     ],
 )
 def test_refused(options, message):
