@@ -152,7 +152,8 @@ class DataStream:
                 break
         else:
             raise ValueError(
-                f"no token of {_EMPTY_BATCHES} global batches counts in the loss: add documents whose tokens do"
+                f"no token of {_EMPTY_BATCHES} global batches of {', '.join(self._corpus.sources)} counts in the loss: "
+                "add documents whose tokens do"
             )
         self._loss_tokens.update(loss_tokens or {})
         before = self._tokens.total()
