@@ -58,6 +58,19 @@ class SourceConfig(Section):
     revision: str | None = None
     """Commit, tag or branch of the hub dataset. Pin it if the run must resume after the dataset is updated."""
 
+    @field_validator("chat_template", "cache", mode="before", check_fields=False)
+    @classmethod
+    def _text_is_a_path(cls, value: object) -> object:
+        return Path(value) if isinstance(value, str) else value
+
+    @field_validator("length_weights", mode="before")
+    @classmethod
+    def _keys_are_numbers(cls, weights: object) -> object:
+        if not isinstance(weights, dict):
+            return weights
+        # A resolved configuration spells keys as text.
+        return {int(key) if isinstance(key, str) and key.isdecimal() else key: value for key, value in weights.items()}
+
     @field_validator("paths", mode="before")
     @classmethod
     def _one_path_is_a_list_of_one(cls, value: object) -> object:

@@ -135,6 +135,8 @@ class _Writer:
         except DamagedDocument as error:
             self.add_damaged(part, row.place, error)
             return
+        except ValueError as error:
+            raise ValueError(f"{name_of(self._shard.parts[part], row.place)}: {error}") from error
         self._start()
         if encoded is None:
             self._finish(part, row.place, 0)

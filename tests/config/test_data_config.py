@@ -1,9 +1,13 @@
 """Options that do not go together are refused with the one to change."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from dash_dist.config.data import DataConfig
+from dash_dist.config.file import load_config, to_yaml
+from dash_dist.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -110,3 +114,18 @@ def test_a_resolved_config_can_be_read_back():
         DataConfig(sources=[A, B], temperature=2, documents="separate", length_buckets=[4, 8], shuffle_seed=None),
     ):
         assert DataConfig(**config.model_dump(mode="json")) == config
+
+
+def test_paths_and_weights_of_a_resolved_configuration_are_read_again(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(Path("configs/demo.yaml").read_text())
+    source = "{paths: [a.jsonl], rows: messages, chat_template: t.jinja, length_weights: {4096: 2, 32768: 2.5}}"
+    config = load_config(path, ["data.source=stdlib", f"data.sources=[{source}]", "data.cache=tokens"])
+    (one,) = config.data.sources
+    assert (one.chat_template, config.data.cache) == (Path("t.jinja"), Path("tokens"))
+    assert one.length_weights == {4096: 2.0, 32768: 2.5}
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+    path.write_text(path.read_text().replace("'4096'", "many"))
+    with pytest.raises(ConfigError, match="length_weights"):
+        load_config(path)

@@ -251,7 +251,7 @@ def test_a_template_whose_turns_are_not_parts_of_the_whole_is_refused(tmp_path):
     tokenizer = loaded(tmp_path, FORGETFUL)
     with pytest.raises(
         ValueError,
-        match=r"template of .* does not show which tokens .* up to message 2 is not .* to one with {% generation %}",
+        match=r"chat\.jsonl line 1: .* not show which tokens .* up to message 2 is not .* to one with {% generation %}",
     ):
         documents(chat(write(tmp_path, TALK)), tokenizer)
     # One turn is exact.
