@@ -118,7 +118,7 @@ def test_a_resolved_config_can_be_read_back():
 
 def test_paths_and_weights_of_a_resolved_configuration_are_read_again(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(Path("configs/demo.yaml").read_text())
+    path.write_text((Path(__file__).parents[2] / "configs" / "demo.yaml").read_text())
     source = "{paths: [a.jsonl], rows: messages, chat_template: t.jinja, length_weights: {4096: 2, 32768: 2.5}}"
     config = load_config(path, ["data.source=stdlib", f"data.sources=[{source}]", "data.cache=tokens"])
     (one,) = config.data.sources
