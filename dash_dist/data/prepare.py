@@ -56,7 +56,10 @@ class Preparation:
     def of(cls, config: DataConfig, tokenizer: Tokenizer) -> "Preparation":
         """Find the files of all sources. Raises as `open_source` and `rows_of` do."""
         cache, reading = cache_folder(config), (tokenizer.fingerprint, config.special_tokens)
-        sources = tuple(open_source(one, cache, list(reading), rows_of(one, tokenizer)) for one in config.all_sources)
+        sources = tuple(
+            open_source(one, cache, list(reading), rows_of(one, tokenizer, config.tokenizer))
+            for one in config.all_sources
+        )
         return cls(config, tokenizer, cache, sources, reading)
 
     @property

@@ -119,8 +119,11 @@ class ChatRows:
         return None
 
 
-def rows_of(config: MixtureSource, tokenizer: Tokenizer) -> Rows | None:
+def rows_of(config: MixtureSource, tokenizer: Tokenizer, tokenizer_name: str) -> Rows | None:
     """Return the kind of rows of a source; None for texts.
+
+    Args:
+        tokenizer_name: `data.tokenizer`, for messages.
 
     Raises:
         OSError, ValueError: there is no chat template, or it is none.
@@ -135,8 +138,8 @@ def rows_of(config: MixtureSource, tokenizer: Tokenizer) -> Rows | None:
         template = read_template(config.chat_template, () if template is None else template.special_tokens)
     if template is None:
         raise ValueError(
-            "data.rows = messages, and the files of data.tokenizer have no chat template: set data.chat_template to a "
-            "file of Jinja, or data.tokenizer to the folder of a chat model's tokenizer"
+            f"data.rows=messages of {config.title}, and data.tokenizer={tokenizer_name} has no chat template: set "
+            "data.chat_template to a file of Jinja, or data.tokenizer to the folder of a chat model's tokenizer"
         )
     template.check()
     return ChatRows(config.messages_column, template)

@@ -291,7 +291,9 @@ def test_a_row_with_tokens_on_both_sides_of_a_border_is_damaged(tmp_path):
 def test_a_tokenizer_without_template_is_refused_with_the_remedy(tmp_path):
     path = write(tmp_path, TALK)
     for tokenizer in (ByteTokenizer(), loaded(tmp_path, None)):
-        with pytest.raises(ValueError, match=r"have no chat template: set data\.chat_template to a file of Jinja"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer=bytes has no chat template: set data\.chat_template to a file of Jinja"
+        ):
             documents(chat(path), tokenizer)
     (tmp_path / "own.jinja").write_text(CHATML)
     ((_, counted),) = documents(chat(path, chat_template=tmp_path / "own.jinja"), ByteTokenizer())
