@@ -34,12 +34,42 @@ class SourceConfig(Section):
     text_column: str = Field(default="text", min_length=1)
     """Column or JSON key that holds the document; `meta.body` is the field body of the column meta."""
 
+    rows: Literal["text", "messages", "completions"] = "text"
+    """Contents of a line or row. text: a document in `text_column`. messages: a conversation in `messages_column`, made
+    a text by the chat template, of which the assistant's turns count in the loss. completions: a prompt and its
+    completion, which alone counts, with the end of the document."""
+
+    messages_column: str = Field(default="messages", min_length=1)
+    """Column of a list of {role, content}. A column `tools`, where there is one, holds the tools of a conversation."""
+    prompt_column: str = Field(default="prompt", min_length=1)
+    completion_column: str = Field(default="completion", min_length=1)
+
+    chat_template: Path | None = None
+    """File of Jinja, instead of the chat template in the tokenizer's files."""
+
+    length_weights: dict[Annotated[int, Field(gt=0)], Share] = Field(default_factory=dict)
+    """Weights of documents by length: `{4096: 2, 32768: 5}` reads documents of at least 4096 tokens twice an epoch, and
+    those of at least 32768 five times. Weights may be fractions."""
+
     name: str | None = None
     """Hub dataset, `owner/name`, or the folder of a dataset in the hub's layout."""
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
     """Commit, tag or branch of the hub dataset. Pin it if the run must resume after the dataset is updated."""
+
+    @field_validator("chat_template", "cache", mode="before", check_fields=False)
+    @classmethod
+    def _text_is_a_path(cls, value: object) -> object:
+        return Path(value) if isinstance(value, str) else value
+
+    @field_validator("length_weights", mode="before")
+    @classmethod
+    def _keys_are_numbers(cls, weights: object) -> object:
+        if not isinstance(weights, dict):
+            return weights
+        # A resolved configuration spells keys as text.
+        return {int(key) if isinstance(key, str) and key.isdecimal() else key: value for key, value in weights.items()}
 
     @field_validator("paths", mode="before")
     @classmethod
@@ -70,12 +100,33 @@ class SourceConfig(Section):
                     f"data.{given[0]}={getattr(self, given[0])} is read only with data.source=hub, not {self.source}: "
                     "set it or drop the option"
                 )
+        self._check_rows()
         if self.text_column != "text" and (self.source in ("stdlib", "megatron") or self.format == "text"):
             raise ValueError(
                 f"data.text_column={self.text_column}: text files have no columns; drop it, or set data.format to "
                 "jsonl or parquet"
             )
         return self
+
+    def _check_rows(self) -> None:
+        if self.rows != "text" and (self.source in ("stdlib", "megatron") or self.format == "text"):
+            raise ValueError(
+                f"data.rows={self.rows} needs rows: set data.source to files or hub, of JSON Lines or Parquet"
+            )
+        readers = {
+            "text_column": "text",
+            "messages_column": "messages",
+            "chat_template": "messages",
+            "prompt_column": "completions",
+            "completion_column": "completions",
+        }
+        for option, rows in readers.items():
+            value = getattr(self, option)
+            if rows != self.rows and value != type(self).model_fields[option].default:
+                raise ValueError(
+                    f"data.{option}={value} is read only with data.rows={rows}, not {self.rows}: set it or drop the "
+                    "option"
+                )
 
 
 class MixtureSource(SourceConfig):
@@ -148,7 +199,10 @@ class DataConfig(SourceConfig):
     def _options_fit_each_other(self) -> Self:
         if self.sources:
             # By value: a resolved configuration, read back, has set all of them.
-            single = [name for name, field in SourceConfig.model_fields.items() if getattr(self, name) != field.default]
+            fields = SourceConfig.model_fields.items()
+            single = [
+                name for name, field in fields if getattr(self, name) != field.get_default(call_default_factory=True)
+            ]
             if single:
                 raise ValueError(f"data.{single[0]} and data.sources are both given: move it into data.sources")
             weighted = [one for one in self.sources if one.weight is not None]
@@ -171,6 +225,8 @@ class DataConfig(SourceConfig):
             )
         if list(self.length_buckets) != sorted(set(self.length_buckets)):
             raise ValueError(f"data.length_buckets={list(self.length_buckets)} is not ascending: sort it")
+        if self.shuffle_seed is None and any(one.length_weights for one in self.all_sources):
+            raise ValueError("data.length_weights needs an order by chance: set data.shuffle_seed, or drop it")
         if self.documents == "joined":
             given = [
                 name

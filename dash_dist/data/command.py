@@ -56,9 +56,10 @@ def prepare(config: DataConfig, *, processes: int, console: Console) -> None:
 
 
 def _table(config: DataConfig, corpus: Corpus) -> Table:
-    table = Table("source", "documents", "empty", "damaged", "tokens", "share")
+    table = Table("source", "documents", "empty", "damaged", "tokens", "in the loss", "share")
     for (title, source), share in zip(corpus.sources.items(), shares_of(config, corpus), strict=True):
         record = source.record
-        numbers = (f"{number:,}" for number in (len(source), record.empty, record.damaged, record.tokens))
-        table.add_row(title, *numbers, f"{share:.2%}")
+        counted = record.tokens if record.loss_tokens is None else record.loss_tokens
+        numbers = (len(source), record.empty, record.damaged, record.tokens, counted)
+        table.add_row(title, *(f"{number:,}" for number in numbers), f"{share:.2%}")
     return table

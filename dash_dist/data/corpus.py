@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import struct
 import uuid
 import zlib
 from collections.abc import Sequence
@@ -20,12 +19,13 @@ from typing import IO, Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from dash_dist.data.loss_spans import LossSpans
 from dash_dist.data.sources import Source
+from dash_dist.data.token_files import REMEDY, checked_lengths, open_dataset
 from dash_dist.data.token_shard import read_counts
 from dash_dist.run.files import read_json, write_json
 
 _OPEN_SHARDS = 128  # each holds two file descriptors
-_REMEDY = "remove its folder if it is in data.cache, and its tokens are made again"
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class SourceRecord:
         documents: of each shard.
         digest: of all documents in order, wherever shards begin.
         named: the first damaged documents, with reasons.
+        loss_tokens: tokens that count in the loss; None if all do.
     """
 
     title: str
@@ -48,6 +49,7 @@ class SourceRecord:
     damaged: int
     named: tuple[str, ...]
     digest: str
+    loss_tokens: int | None = None
 
 
 class TokenSource:
@@ -61,6 +63,7 @@ class TokenSource:
         self._first = np.cumsum([0, *record.documents])
         self._end_of_document = end_of_document
         self._open = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
+        self._open_spans = functools.lru_cache(_OPEN_SHARDS)(self._load_spans)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -70,9 +73,9 @@ class TokenSource:
 
         Raises OSError or ValueError if the shard is no longer there or damaged.
         """
-        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        shard, local = self._place(document)
         dataset, file = self._open(shard)
-        local, own = document - int(self._first[shard]), int(self.lengths[document])
+        own = int(self.lengths[document])
         ends = own - int(dataset.sequence_lengths[local])
         if ends not in (0, 1):
             raise ValueError(f"{file.name} is not the file that the run began with: start it again")
@@ -84,13 +87,43 @@ class TokenSource:
         while 0 < len(data) < wanted and (more := os.pread(file.fileno(), wanted - len(data), offset + len(data))):
             data += more
         if len(data) != wanted:
-            raise ValueError(f"{file.name} ends before document {local} does: {_REMEDY}")
+            raise ValueError(f"{file.name} ends before document {local} does: {REMEDY}")
         tokens = np.frombuffer(data, dtype=dataset.index.dtype).astype(np.int64)
         return np.append(tokens, self._end_of_document) if stop > stored else tokens
 
+    @property
+    def is_masked(self) -> bool:
+        """Return whether some tokens do not count in the loss."""
+        return self.record.loss_tokens is not None
+
+    def loss_mask(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Return which of the tokens start to stop of a document count in the loss as labels, bool.
+
+        Raises OSError or ValueError if the shard is no longer there or damaged.
+        """
+        if not self.is_masked:
+            return np.ones(stop - start, dtype=bool)
+        shard, local = self._place(document)
+        return self._open_spans(shard).mask(local, start, stop)
+
+    def count_loss_tokens(self, document: int, start: int, stop: int) -> int:
+        """Return how many of the tokens start to stop of a document count in the loss. Raises as `loss_mask` does."""
+        if not self.is_masked:
+            return stop - start
+        shard, local = self._place(document)
+        return self._open_spans(shard).count(local, start, stop)
+
+    def _place(self, document: int) -> tuple[int, int]:
+        """Return the shard of a document, and its number there."""
+        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        return shard, document - int(self._first[shard])
+
+    def _load_spans(self, shard: int) -> LossSpans:
+        return LossSpans((self._cache / self.record.shards[shard]).parent, self.record.documents[shard])
+
     def _open_shard(self, shard: int) -> tuple[IndexedDataset, IO[bytes]]:
         prefix = str(self._cache / self.record.shards[shard])
-        return _open_dataset(prefix), open(f"{prefix}.bin", "rb", buffering=0)
+        return open_dataset(prefix), open(f"{prefix}.bin", "rb", buffering=0)
 
 
 class Corpus:
@@ -180,6 +213,7 @@ def _record_shards(source: Source, cache: Path, folder_of: dict[str, Path], leng
     documents: list[int] = []
     named: list[str] = []
     tokens = empty = damaged = 0
+    loss_tokens: int | None = None
     for shard in source.shards:
         folder = folder_of[shard.key]
         counts = read_counts(folder)
@@ -189,9 +223,12 @@ def _record_shards(source: Source, cache: Path, folder_of: dict[str, Path], leng
         with np.load(folder / "documents.npz") as arrays:
             digest = zlib.crc32(arrays["damaged"].tobytes(), zlib.crc32(arrays["digest"].tobytes(), digest))
         if counts.tokens:
-            lengths.write(_checked_lengths(_open_dataset(str(folder / "tokens"))).tobytes())
+            lengths.write(checked_lengths(open_dataset(str(folder / "tokens"))).tobytes())
         else:
             lengths.write(bytes(4 * counts.documents))
+        if counts.loss_tokens is not None:
+            LossSpans(folder, counts.documents)  # whole
+            loss_tokens = (loss_tokens or 0) + counts.loss_tokens
         shards.append(str((folder / "tokens").relative_to(cache)))
         documents.append(counts.documents)
         tokens, empty, damaged = tokens + counts.tokens, empty + counts.empty, damaged + counts.damaged
@@ -206,6 +243,7 @@ def _record_shards(source: Source, cache: Path, folder_of: dict[str, Path], leng
         damaged,
         tuple(named[:20]),
         f"{digest:08x}",
+        loss_tokens,
     )
 
 
@@ -217,8 +255,8 @@ def _record_datasets(source: Source, lengths: IO[bytes], end_of_document: int) -
     digest = tokens = empty = 0
     documents = []
     for prefix in source.prefixes:
-        dataset = _open_dataset(prefix)
-        own = _checked_lengths(dataset)
+        dataset = open_dataset(prefix)
+        own = checked_lengths(dataset)
         if len(dataset.document_indices) != len(own) + 1:
             raise ValueError(
                 f"{prefix} has {len(dataset.document_indices) - 1} documents in {len(own)} sequences: prepare it "
@@ -276,22 +314,3 @@ def _read_records(folder: Path) -> list[SourceRecord]:
 
 def _map(path: Path) -> np.ndarray:
     return np.memmap(path, dtype=np.int32, mode="r")
-
-
-def _open_dataset(prefix: str) -> IndexedDataset:
-    try:
-        return IndexedDataset(prefix, mmap=False)
-    except (AssertionError, ValueError, struct.error) as error:
-        raise ValueError(
-            f"{prefix}: not an indexed dataset of Megatron-core: {error or 'damaged'}; {_REMEDY}"
-        ) from error
-
-
-def _checked_lengths(dataset: IndexedDataset) -> np.ndarray:
-    """Return the tokens of each document, after a check that the file of tokens is as long. A copy."""
-    lengths = np.array(dataset.sequence_lengths)
-    path = f"{dataset.path_prefix}.bin"
-    expected = int(lengths.sum(dtype=np.int64)) * np.dtype(dataset.index.dtype).itemsize
-    if (actual := os.path.getsize(path)) != expected:
-        raise ValueError(f"{path} has {actual} bytes and should have {expected}: {_REMEDY}")
-    return lengths

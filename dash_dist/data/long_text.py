@@ -5,7 +5,7 @@ not depend on what lies further away: a part that ends soon after the cut and a 
 agree on the tokens around it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +78,27 @@ def _find_cut(text: str, begin: int, end: int, encode: EncodeTexts) -> int | Non
         if tokens is not None and tokens == _around(right, cut - right_start):
             return cut
     return None
+
+
+def tokens_before(text: str, encoded: EncodedText, cuts: Sequence[int], encode: EncodeTexts) -> list[int | None]:
+    """Return the number of tokens before each cut; None where the text up to the cut, alone, has others near it.
+
+    Args:
+        encoded: the whole text.
+        cuts: ascending, in characters.
+    """
+    counts: list[int | None] = []
+    starts = [max(0, cut - 2 * _CONTEXT) for cut in cuts]
+    for cut, start, alone in zip(
+        cuts, starts, encode([text[start:cut] for start, cut in zip(starts, cuts, strict=True)]), strict=True
+    ):
+        first = cut - _CONTEXT if start else 0
+        before = encoded.offsets[:, 0] < cut
+        across = before & (encoded.offsets[:, 1] > cut)  # unknown characters can have one token on both sides
+        near = before & (encoded.offsets[:, 0] >= first)
+        same = encoded.ids[near].tolist() == alone.ids[alone.offsets[:, 0] >= first - start].tolist()
+        counts.append(int(before.sum()) if same and not across.any() else None)
+    return counts
 
 
 def _candidates(text: str, begin: int, end: int) -> Iterator[int]:

@@ -6,13 +6,14 @@ is one number and one epoch for each source.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from dash_dist.config.data import DataConfig
 from dash_dist.data.corpus import Corpus, TokenSource
-from dash_dist.data.order import permute
+from dash_dist.data.order import DocumentOrder, groups_of
 
 _BLOCK = 1024
 LEAST_TOKENS = 2
@@ -35,10 +36,11 @@ class Waiting:
 
 
 class SourceCursor:
-    """The documents of one source without end, each once in every epoch.
+    """The documents of one source without end, each once in every epoch unless it has another weight.
 
     Args:
         longest: tokens of the longest document that is read; None is any.
+        weights: `data.length_weights`.
 
     Attributes:
         epoch, place: of the next document.
@@ -47,9 +49,16 @@ class SourceCursor:
         dropped: documents passed over since they are longer than `longest`, again in each epoch.
     """
 
-    def __init__(self, source: TokenSource, seed: int | None, *, longest: int | None) -> None:
+    def __init__(
+        self,
+        source: TokenSource,
+        seed: int | None,
+        *,
+        longest: int | None,
+        weights: Mapping[int, float] = MappingProxyType({}),
+    ) -> None:
         self._source = source
-        self._seed = seed
+        self._order = DocumentOrder(source.lengths, seed, weights)
         self._longest = longest
         self.epoch = self.place = self.drawn = self.skipped = self.dropped = 0
         self._block: tuple[int, int, np.ndarray, np.ndarray] | None = None
@@ -75,19 +84,21 @@ class SourceCursor:
                 return document, length
 
     def _next(self) -> tuple[int, int]:
-        n = len(self._source)
-        if self.place >= n:
+        while self.place >= (places := self._order.places(self.epoch)):  # of small weights, none in some epochs
             self.epoch, self.place = self.epoch + 1, 0
         first = self.place - self.place % _BLOCK
         if self._block is None or self._block[:2] != (self.epoch, first):
-            documents = np.arange(first, min(first + _BLOCK, n))
-            if self._seed is not None:
-                documents = permute(documents, n, seed=self._seed, epoch=self.epoch)
+            documents = self._order.documents(self.epoch, first, min(first + _BLOCK, places))
             self._block = self.epoch, first, documents, self._source.lengths[documents]
         _, _, documents, lengths = self._block
         index = self.place - first
         self.place += 1
         return int(documents[index]), int(lengths[index])
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the documents, the current one as a fraction."""
+        return self.epoch + self.place / max(1, self._order.places(self.epoch))
 
     def state_dict(self) -> dict[str, int]:
         """Return the position."""
@@ -97,14 +108,17 @@ class SourceCursor:
         """Continue at a position."""
         for name in ("epoch", "place", "drawn", "skipped", "dropped"):
             setattr(self, name, int(state[name]))
-        if not 0 <= self.place <= len(self._source):
-            raise ValueError(f"place {self.place} is not one of {len(self._source)} documents")
+        if not 0 <= self.place <= (places := self._order.places(self.epoch)):
+            raise ValueError(f"place {self.place} is not one of {places} in epoch {self.epoch}")
 
 
 def shares_of(config: DataConfig, corpus: Corpus) -> list[float]:
     """Return the share of each source in the tokens; they sum to 1."""
-    tokens = [float(source.record.tokens) for source in corpus.sources.values()]
     sources = config.all_sources
+    tokens = [
+        _tokens_of_epoch(source, one.length_weights)
+        for source, one in zip(corpus.sources.values(), sources, strict=True)
+    ]
     if sources[0].weight is not None:
         amounts = [one.weight or 0.0 for one in sources]
     elif sources[0].epochs is not None:
@@ -112,6 +126,13 @@ def shares_of(config: DataConfig, corpus: Corpus) -> list[float]:
     else:
         amounts = [own ** (1 / (config.temperature or 1.0)) for own in tokens]
     return [amount / sum(amounts) for amount in amounts]
+
+
+def _tokens_of_epoch(source: TokenSource, weights: Mapping[int, float]) -> float:
+    if not weights:
+        return float(source.record.tokens)
+    group, of_group = groups_of(source.lengths, weights)
+    return float(np.bincount(group, source.lengths, len(of_group)) @ np.array(of_group))
 
 
 class Mixture:

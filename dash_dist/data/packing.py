@@ -30,7 +30,7 @@ class PackedSequence:
     Attributes:
         tokens: int64 [T].
         labels: int64 [T], the token after each token.
-        loss_mask: bool [T], where the label counts: everywhere but at padding.
+        loss_mask: bool [T], where the label counts: nowhere at padding.
         cu_seqlens: int32 [documents + 1], where each document begins, and T; None where documents are joined.
     """
 
@@ -40,8 +40,8 @@ class PackedSequence:
     cu_seqlens: np.ndarray | None
 
 
-Read = Callable[[Piece], np.ndarray]
-"""Returns the tokens of a piece, int64 [stop - start]."""
+Read = Callable[[Piece], tuple[np.ndarray, np.ndarray]]
+"""Returns the tokens of a piece, int64 [stop - start], and which of them count in the loss as labels, bool."""
 
 
 class Packer(ABC):
@@ -58,6 +58,10 @@ class Packer(ABC):
     @abstractmethod
     def fill(self, pieces: Sequence[Piece], read: Read) -> PackedSequence:
         """Read the tokens of a planned sequence."""
+
+    @abstractmethod
+    def labels(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Return the pieces of documents that are labels in a planned sequence."""
 
     @property
     @abstractmethod
@@ -99,8 +103,13 @@ class JoinedPacker(Packer):
         self._current = waiting[0] if waiting else None
 
     def fill(self, pieces: Sequence[Piece], read: Read) -> PackedSequence:
-        window = np.concatenate([read(piece) for piece in pieces])
-        return PackedSequence(window[:-1], window[1:], np.ones(self._length, dtype=bool), cu_seqlens=None)
+        tokens, counts = zip(*(read(piece) for piece in pieces), strict=True)
+        window = np.concatenate(tokens)
+        return PackedSequence(window[:-1], window[1:], np.concatenate(counts)[1:], cu_seqlens=None)
+
+    def labels(self, pieces: Sequence[Piece]) -> list[Piece]:
+        first, *rest = pieces
+        return [first._replace(start=first.start + 1), *rest]
 
 
 class SeparatePacker(Packer):
@@ -196,14 +205,17 @@ class SeparatePacker(Packer):
         borders = [0]
         for piece in pieces:
             start, taken = borders[-1], piece.stop - piece.start
-            text = read(piece._replace(stop=piece.stop + 1))
+            text, counts = read(piece._replace(stop=piece.stop + 1))
             tokens[start : start + taken] = text[:-1]
             labels[start : start + taken] = text[1:]
-            loss_mask[start : start + taken] = True
+            loss_mask[start : start + taken] = counts[1:]
             borders.append(start + self._padded(taken))
         if borders[-1] < self._length:
             borders.append(self._length)
         return PackedSequence(tokens, labels, loss_mask, np.array(borders, dtype=np.int32))
+
+    def labels(self, pieces: Sequence[Piece]) -> list[Piece]:
+        return [piece._replace(start=piece.start + 1, stop=piece.stop + 1) for piece in pieces]
 
 
 def _take(one: Waiting, left: int) -> Piece:

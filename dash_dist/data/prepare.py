@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dash_dist.config.data import DataConfig
+from dash_dist.data.columns import DamagedDocument
 from dash_dist.data.corpus import Corpus, record_corpus
-from dash_dist.data.readers import DamagedDocument, read_documents
+from dash_dist.data.readers import FileRange, HubShard, read_documents, read_rows
+from dash_dist.data.rows import encode_row, rows_of
 from dash_dist.data.sources import Shard, Source, open_source
 from dash_dist.data.token_shard import read_counts, write_shard
 from dash_dist.data.tokenizer import Tokenizer, load_tokenizer
@@ -52,9 +54,12 @@ class Preparation:
 
     @classmethod
     def of(cls, config: DataConfig, tokenizer: Tokenizer) -> "Preparation":
-        """Find the files of all sources. Raises as `open_source` does."""
+        """Find the files of all sources. Raises as `open_source` and `rows_of` do."""
         cache, reading = cache_folder(config), (tokenizer.fingerprint, config.special_tokens)
-        sources = tuple(open_source(one, cache, list(reading)) for one in config.all_sources)
+        sources = tuple(
+            open_source(one, cache, list(reading), rows_of(one, tokenizer, config.tokenizer))
+            for one in config.all_sources
+        )
         return cls(config, tokenizer, cache, sources, reading)
 
     @property
@@ -138,16 +143,23 @@ def prepare_here(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
 def read_first_documents(preparation: Preparation) -> None:
     """Read the first document of each source. Raises ValueError for a source without any, and as readers do."""
     for source in preparation.sources:
-        documents = (
-            one for shard in source.shards for part in shard.parts for one in read_documents(part, shard.column)
-        )
-        for document in documents:
+        parts = ((shard, part) for shard in source.shards for part in shard.parts)
+        if source.shards and not any(_has_text(shard, part, preparation.tokenizer) for shard, part in parts):
+            raise ValueError(f"{source.description} has no text")
+
+
+def _has_text(shard: Shard, part: FileRange | HubShard, tokenizer: Tokenizer) -> bool:
+    if shard.rows is None:
+        for document in read_documents(part, shard.columns.names[0]):
             with contextlib.suppress(DamagedDocument):
                 if any(document.pieces):
-                    break
-        else:
-            if source.shards:
-                raise ValueError(f"{source.description} has no text")
+                    return True
+        return False
+    for row in read_rows(part, shard.columns):
+        with contextlib.suppress(DamagedDocument):
+            if not isinstance(row.values, DamagedDocument) and encode_row(shard.rows, row.values, tokenizer):
+                return True
+    return False
 
 
 _tokenizer_of_worker: Tokenizer | None = None

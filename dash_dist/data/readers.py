@@ -5,7 +5,6 @@ it moves no other document.
 """
 
 import codecs
-import json
 import lzma
 import os
 import zlib
@@ -17,9 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dash_dist.data.columns import Columns, DamagedDocument, fields_of_line, missing_at, text_of, value_of
 from dash_dist.data.files import FileFormat, encoding_of, open_bytes, printable
 
 _BLOCK = 4 << 20
+_REMEDY = "data.text_column, or the columns of data.rows,"
 _DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
 _TEXT_TYPES = (
     pa.types.is_string,
@@ -30,10 +31,6 @@ _TEXT_TYPES = (
     pa.types.is_binary_view,
     pa.types.is_null,
 )
-
-
-class DamagedDocument(Exception):
-    """A document cannot be read; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +72,46 @@ class Document:
     pieces: Iterable[str]
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row of several columns.
+
+    Attributes:
+        place: as of a document.
+        values: of each column, None where it has none; texts of Parquet as bytes. Or the reason why it cannot be read.
+    """
+
+    place: int
+    values: tuple[Any, ...] | DamagedDocument
+
+
 def read_documents(part: FileRange | HubShard, column: str) -> Iterator[Document]:
     """Yield the documents of `part` in order.
 
     Raises ValueError for a column that no document has, or that is not text; OSError for storage that does not answer.
     """
+    if isinstance(part, FileRange) and part.format == "text":
+        yield Document(0, _text_pieces(part.path))
+        return
+    for row in read_rows(part, Columns((column,))):
+        try:
+            if isinstance(row.values, DamagedDocument):
+                raise row.values
+            yield Document(row.place, (text_of(row.values[0], column),))
+        except DamagedDocument as error:
+            yield Document(row.place, _raising(error))
+
+
+def read_rows(part: FileRange | HubShard, columns: Columns) -> Iterator[Row]:
+    """Yield the rows of `part` in order.
+
+    Raises ValueError for a column that no row has; OSError for storage that does not answer.
+    """
     if isinstance(part, HubShard):
-        return _read_hub(part, column)
-    if part.format == "text":
-        return iter([Document(0, _text_pieces(part.path))])
+        return _read_hub(part, columns)
     if part.format == "jsonl":
-        return _read_lines(part, column)
-    return _read_rows(part, column)
+        return _read_lines(part, columns)
+    return _read_table(part, columns)
 
 
 def file_of(part: FileRange | HubShard) -> str:
@@ -138,28 +163,30 @@ def _text_pieces(path: str) -> Iterator[str]:
         raise DamagedDocument(f"cannot be decompressed: {error}") from error  # gzip and bz2 raise it without a number
 
 
-def _read_lines(part: FileRange, column: str) -> Iterator[Document]:
-    path = column.split(".")
+def _read_lines(part: FileRange, columns: Columns) -> Iterator[Row]:
     found, lacking = False, ""
     for offset, line in _lines(part):
         if isinstance(line, DamagedDocument):
-            yield Document(offset, _raising(line))
+            yield Row(offset, line)
             continue
         line = line.removeprefix(codecs.BOM_UTF8)
         if line.isspace() or not line:
             continue
         try:
-            text = _text_of_line(line, column, path)
-        except KeyError as error:
-            lacking = lacking or f"{name_of(part, offset)} has no column {column!r}, it has {error.args[0]}"
-            yield Document(offset, _raising(DamagedDocument(f"no column {column!r}")))
+            fields = fields_of_line(line)
+            missing = [(name, there) for name in columns.names if (there := missing_at(fields, name)) is not None]
+            if required := [one for one in missing if one[0] not in columns.optional]:
+                name, there = required[0]
+                told = f"{name_of(part, offset)} has no column {name!r}, it has {there}: set {_REMEDY} to others"
+                lacking = lacking or told
+                raise DamagedDocument(f"no column {name!r}")
         except DamagedDocument as error:
-            yield Document(offset, _raising(error))
+            yield Row(offset, error)
         else:
             found = True
-            yield Document(offset, (text,))
+            yield Row(offset, tuple(value_of(fields, name) for name in columns.names))
     if lacking and not found:
-        raise ValueError(f"{lacking}: set data.text_column")
+        raise ValueError(lacking)
 
 
 def _lines(part: FileRange) -> Iterator[tuple[int, bytes | DamagedDocument]]:
@@ -210,39 +237,7 @@ def _lines_of_utf16(file: IO[bytes], encoding: str, mark: int) -> Iterator[tuple
             return
 
 
-def _text_of_line(line: bytes, column: str, path: list[str]) -> str:
-    """Return the text of a line of JSON, "" for null. Raises KeyError with its keys if the column is missing."""
-    try:
-        value: Any = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DamagedDocument(str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedDocument(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DamagedDocument("not a JSON object")
-    if column in value:
-        return _checked(value[column], column)
-    for key in path:
-        if not isinstance(value, dict) or key not in value:
-            raise KeyError(sorted(value) if isinstance(value, dict) else type(value).__name__)
-        value = value[key]
-    return _checked(value, column)
-
-
-def _checked(value: object, column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DamagedDocument(f"column {column!r} holds {type(value).__name__}, not text")
-    # JSON can spell half of a surrogate pair ("\ud800"), which is a str but no text.
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DamagedDocument(str(error)) from error
-    return value
-
-
-def row_groups_of(path: str, column: str) -> int:
+def row_groups_of(path: str, columns: Columns) -> int:
     """Return the number of row groups of a Parquet file. Raises ValueError for a missing column or one without text."""
     name = printable(path)
     try:
@@ -250,12 +245,19 @@ def row_groups_of(path: str, column: str) -> int:
             schema, row_groups = file.schema_arrow, file.num_row_groups
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name}: not a readable Parquet file: {error}; repair or remove the file") from error
-    kind = _type_of(schema, column, name)
+    for column in columns.names:
+        if column in columns.optional and column not in schema.names:
+            continue
+        kind = _type_of(schema, column, name)
+        if columns.of_text and not _is_text(kind):
+            raise ValueError(f"{name}: column {column!r} holds {kind}, not text: set {_REMEDY} to a text column")
+    return row_groups
+
+
+def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not any(is_text(kind) for is_text in _TEXT_TYPES):
-        raise ValueError(f"{name}: column {column!r} holds {kind}, not text: set data.text_column to a text column")
-    return row_groups
+    return any(is_text(kind) for is_text in _TEXT_TYPES)
 
 
 def _type_of(schema: pa.Schema, column: str, name: str) -> pa.DataType:
@@ -264,7 +266,7 @@ def _type_of(schema: pa.Schema, column: str, name: str) -> pa.DataType:
     if column in schema.names:
         return schema.field(column).type
     first, *rest = column.split(".")
-    missing = ValueError(f"{name} has no column {column!r}, it has {schema.names}: set data.text_column")
+    missing = ValueError(f"{name} has no column {column!r}, it has {schema.names}: set {_REMEDY} to others")
     if first not in schema.names:
         raise missing
     kind = schema.field(first).type
@@ -275,38 +277,46 @@ def _type_of(schema: pa.Schema, column: str, name: str) -> pa.DataType:
     return kind
 
 
-def _read_rows(part: FileRange, column: str) -> Iterator[Document]:
+def _read_table(part: FileRange, columns: Columns) -> Iterator[Row]:
     name = printable(part.path)
     try:
         with _open(part.path) as source, pq.ParquetFile(source) as file:
             rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            top_level = column in file.schema_arrow.names
+            names = file.schema_arrow.names
+            there = [column for column in columns.names if column not in columns.optional or column in names]
             for group in range(part.start, len(rows) if part.stop is None else part.stop):
                 first = number = sum(rows[:group])
                 try:
-                    for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
-                        values = batch.column(0)
-                        for key in [] if top_level else column.split(".")[1:]:
-                            values = pc.struct_field(values, key)
-                        # As bytes, so that a row that is not UTF-8 fails alone.
-                        for value in values.cast(pa.large_binary()):
-                            yield Document(number, _decoded(value.as_py()))
+                    for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=there):
+                        values = [
+                            _column_of(batch, column, names) if column in there else None for column in columns.names
+                        ]
+                        for index in range(len(batch)):
+                            yield Row(number, _values_at(values, index))
                             number += 1
                 except (pa.ArrowException, OSError) as error:
                     if isinstance(error, OSError) and error.errno is not None:
                         raise
                     for lost in range(number, first + rows[group]):
-                        reason = f"row group {group} cannot be read: {error}"
-                        yield Document(lost, _raising(DamagedDocument(reason)))
+                        yield Row(lost, DamagedDocument(f"row group {group} cannot be read: {error}"))
     except pa.ArrowException as error:
         raise ValueError(f"{name}: not a readable Parquet file: {error}; repair or remove the file") from error
 
 
-def _decoded(value: bytes | None) -> Iterable[str]:
+def _column_of(batch: pa.RecordBatch, column: str, names: list[str]) -> pa.Array:
+    first, *rest = [column] if column in names else column.split(".")
+    values = batch.column(first)
+    for key in rest:
+        values = pc.struct_field(values, key)
+    # As bytes, so that a row that is not UTF-8 fails alone.
+    return values.cast(pa.large_binary()) if _is_text(values.type) else values
+
+
+def _values_at(columns: list[pa.Array | None], index: int) -> tuple[Any, ...] | DamagedDocument:
     try:
-        return ((value or b"").decode("utf-8"),)
+        return tuple(None if column is None else column[index].as_py() for column in columns)
     except UnicodeDecodeError as error:
-        return _raising(DamagedDocument(str(error)))
+        return DamagedDocument(str(error))
 
 
 def _raising(error: DamagedDocument) -> Iterator[str]:
@@ -319,18 +329,11 @@ def _open(path: str) -> pa.NativeFile:
     return pa.OSFile(os.fsencode(path))
 
 
-def _read_hub(part: HubShard, column: str) -> Iterator[Document]:
+def _read_hub(part: HubShard, columns: Columns) -> Iterator[Row]:
     from datasets import load_dataset
 
     stream = load_dataset(part.name, part.subset, split=part.split, revision=part.revision, streaming=True)
     if part.shards > 1:
         stream = stream.shard(part.shards, part.shard)
-    first, *rest = column.split(".")
     for number, row in enumerate(stream):
-        value = row[column] if column in row else row[first]
-        for key in [] if column in row else rest:
-            value = None if value is None else value[key]
-        try:
-            yield Document(number, (_checked(value, column),))
-        except DamagedDocument as error:
-            yield Document(number, _raising(error))
+        yield Row(number, tuple(value_of(row, column) for column in columns.names))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dash_dist.config.data import MixtureSource
+from dash_dist.data.columns import Columns
 from dash_dist.data.files import (
     FileFormat,
     FileIdentity,
@@ -27,6 +28,7 @@ from dash_dist.data.files import (
     stat_of_readable_file,
 )
 from dash_dist.data.readers import FileRange, HubShard, row_groups_of
+from dash_dist.data.rows import Rows
 from dash_dist.run.files import replace_text
 
 _FORMAT_VERSION = 1
@@ -43,12 +45,14 @@ class Shard:
     Attributes:
         key: names its content and how it is read.
         parts: ranges of files, or one shard of a hub dataset.
+        rows: None for texts.
         size: bytes of the files, 0 if unknown; for progress.
     """
 
     key: str
     parts: tuple[FileRange | HubShard, ...]
-    column: str
+    columns: Columns
+    rows: Rows | None
     size: int
 
 
@@ -62,12 +66,13 @@ class Source:
     prefixes: tuple[str, ...] = ()
 
 
-def open_source(config: MixtureSource, cache: Path, reading: list[object]) -> Source:
+def open_source(config: MixtureSource, cache: Path, reading: list[object], rows: Rows | None = None) -> Source:
     """Find the files of a source and cut them into shards, without reading their documents.
 
     Args:
         cache: folder that remembers the digests of files.
         reading: everything besides the files that decides on their tokens; part of every key.
+        rows: None for texts.
 
     Raises:
         FileNotFoundError, PermissionError: paths that match nothing, files that may not be read.
@@ -75,9 +80,9 @@ def open_source(config: MixtureSource, cache: Path, reading: list[object]) -> So
     """
     if config.source == "megatron":
         return Source(config.title, f"data.paths={list(config.paths)}", prefixes=tuple(_prefixes(config)))
-    reading = [*reading, _FORMAT_VERSION, config.text_column]
+    reading = [*reading, _FORMAT_VERSION, config.text_column if rows is None else rows.identity]
     if config.source == "hub":
-        return _hub(config, reading)
+        return _hub(config, reading, rows)
     if config.source == "stdlib":
         paths, description = standard_library_files(), "the standard library of this Python"
     else:
@@ -88,10 +93,16 @@ def open_source(config: MixtureSource, cache: Path, reading: list[object]) -> So
             f"data.text_column={config.text_column}: {printable(paths[0])} is read as text, which has no columns: "
             "drop data.text_column or set data.format"
         )
+    texts = [path for path, chosen in formats.items() if chosen == "text"]
+    if rows is not None and texts:
+        raise ValueError(
+            f"data.rows={config.rows}: {printable(texts[0])} is read as text, which has no rows: leave it out, or set "
+            "data.format"
+        )
     identities = _identities(paths, cache)
     shards: list[Shard] = []
     for group in _groups(paths, identities):
-        shards += _cut(group, formats, identities, config, reading)
+        shards += _cut(group, formats, identities, config, reading, rows)
     return Source(config.title, f"{description} ({len(paths)} files)", tuple(shards))
 
 
@@ -158,13 +169,19 @@ def _cut(
     identities: dict[str, FileIdentity],
     config: MixtureSource,
     reading: list[object],
+    rows: Rows | None,
 ) -> Iterable[Shard]:
     """Yield the shards of a group of files: one, or several for a single long file."""
+    columns = _columns(config, rows)
+
+    def shard(parts: tuple[FileRange, ...]) -> Shard:
+        return _shard(parts, identities, columns, rows, reading)
+
     parts: list[FileRange] = []
     for path in group:
         size = identities[path].size
         if formats[path] == "parquet":
-            row_groups = row_groups_of(path, config.text_column)
+            row_groups = row_groups_of(path, columns)
             pieces = max(1, min(row_groups, round(size / _SHARD_BYTES)))
             cuts = [row_groups * piece // pieces for piece in range(pieces + 1)]
         else:
@@ -176,25 +193,30 @@ def _cut(
             parts.append(FileRange(path, formats[path]))
             continue
         if parts:  # in the order of the files
-            yield _shard(tuple(parts), identities, config.text_column, reading)
+            yield shard(tuple(parts))
             parts = []
         for start, stop in itertools.pairwise(cuts):
             ranged = FileRange(path, formats[path], start, stop)
-            yield _shard((ranged,), identities, config.text_column, reading)
+            yield shard((ranged,))
     if parts:
-        yield _shard(tuple(parts), identities, config.text_column, reading)
+        yield shard(tuple(parts))
 
 
 def _shard(
     parts: tuple[FileRange, ...],
     identities: dict[str, FileIdentity],
-    column: str,
+    columns: Columns,
+    rows: Rows | None,
     reading: list[object],
 ) -> Shard:
     content = [[part.format, _compression(part.path), *_content(part, identities[part.path])] for part in parts]
     whole = len(parts) > 1 or parts[0].stop is None
     size = sum(identities[part.path].size for part in parts) if whole else _SHARD_BYTES
-    return Shard(_key([reading, content]), parts, column, size)
+    return Shard(_key([reading, content]), parts, columns, rows, size)
+
+
+def _columns(config: MixtureSource, rows: Rows | None) -> Columns:
+    return Columns((config.text_column,)) if rows is None else rows.columns
 
 
 def _content(part: FileRange, identity: FileIdentity) -> list[object]:
@@ -214,7 +236,7 @@ def _key(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
-def _hub(config: MixtureSource, reading: list[object]) -> Source:
+def _hub(config: MixtureSource, reading: list[object], rows: Rows | None) -> Source:
     from datasets import config as datasets_config
     from datasets import load_dataset_builder
 
@@ -233,9 +255,11 @@ def _hub(config: MixtureSource, reading: list[object]) -> Source:
         stream = builder.as_streaming_dataset(split=config.split)
     except ValueError as error:
         raise ValueError(f"{description}: {error}: set data.split") from error
-    columns, column = stream.column_names, config.text_column
-    if columns is not None and column not in columns and column.split(".")[0] not in columns:
-        raise ValueError(f"{description} has no column {column!r}, it has {columns}: set data.text_column")
+    columns, there = _columns(config, rows), stream.column_names
+    for name in columns.names if there is not None else ():
+        if name not in there and name.split(".")[0] not in there and name not in columns.optional:
+            setting = "data.text_column" if rows is None else f"the columns of data.rows={config.rows}"
+            raise ValueError(f"{description} has no column {name!r}, it has {there}: set {setting}")
     shards = stream.num_shards
     # builder.hash is the commit for a dataset of the hub.
     identity = [config.name, config.subset, config.split, builder.hash, shards]
@@ -246,7 +270,8 @@ def _hub(config: MixtureSource, reading: list[object]) -> Source:
             Shard(
                 _key([reading, identity, shard]),
                 (HubShard(config.name, config.subset, config.split, config.revision, shard, shards),),
-                column,
+                columns,
+                rows,
                 0,
             )
             for shard in range(shards)

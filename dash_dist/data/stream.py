@@ -22,6 +22,7 @@ from dash_dist.data.tokenizer import Tokenizer
 
 _VERSION = 2
 _IDENTITY = ("tokenizer", "special_tokens", "documents", "shuffle_seed")
+_EMPTY_BATCHES = 1000
 _ORDER = ("documents", "shuffle_seed")
 _SIZES = ("sequence_length", "global_batch_size")
 
@@ -35,7 +36,7 @@ class Batch:
     labels: torch.Tensor
     """int64 [micro_batch_size, T]: the token after each token."""
     loss_mask: torch.Tensor
-    """bool [micro_batch_size, T]: where the label counts, which is everywhere but at padding."""
+    """bool [micro_batch_size, T]: where the label counts: not at padding, nor where its row's kind leaves it out."""
     cu_seqlens: torch.Tensor | None
     """int32 [documents + 1] on the CPU, where documents are separate: document i of the one sequence is its tokens
     cu_seqlens[i] to cu_seqlens[i + 1] - 1, whole chunks, padding included. None where documents are joined."""
@@ -56,10 +57,12 @@ class SourceProgress:
     Attributes:
         tokens: inputs of all sequences.
         epochs: passes over its documents, the current one as a fraction.
+        loss_tokens: labels that count in the loss; None if all of every source do.
     """
 
     tokens: int
     epochs: float
+    loss_tokens: int | None = None
 
 
 class DataStream:
@@ -94,7 +97,11 @@ class DataStream:
         }
         drops = config.documents == "separate" and config.long_documents == "drop"
         longest = sequence_length + 1 if drops else None
-        self._cursors = [SourceCursor(source, config.shuffle_seed, longest=longest) for source in self._sources]
+        self._weights = [dict(one.length_weights) for one in config.all_sources]
+        self._cursors = [
+            SourceCursor(source, config.shuffle_seed, longest=longest, weights=weights)
+            for source, weights in zip(self._sources, self._weights, strict=True)
+        ]
         mixture = Mixture(self._cursors, shares_of(config, corpus))
         self._shares = mixture.shares
         self._packer: Packer
@@ -110,6 +117,10 @@ class DataStream:
                 end_of_document=tokenizer.end_of_document,
             )
         self._tokens: Counter[int] = Counter()
+        self._is_masked = any(source.is_masked for source in self._sources)
+        self._loss_tokens: Counter[int] = Counter()
+        self.step_tokens = 0
+        """Inputs of the last global batch, without padding."""
 
     @property
     def skipped_documents(self) -> int:
@@ -120,29 +131,54 @@ class DataStream:
     def progress(self) -> dict[str, SourceProgress]:
         """Use of each source by all ranks since the start of training, by title."""
         return {
-            title: SourceProgress(self._tokens[number], cursor.epoch + cursor.place / len(source))
-            for number, ((title, source), cursor) in enumerate(
-                zip(self._corpus.sources.items(), self._cursors, strict=True)
+            title: SourceProgress(
+                self._tokens[number],
+                cursor.epochs,
+                self._loss_tokens[number] if self._is_masked else None,
             )
+            for number, (title, cursor) in enumerate(zip(self._corpus.sources, self._cursors, strict=True))
         }
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch, rows in ascending order.
 
-        Raises OSError or ValueError if tokens cannot be read.
+        A global batch none of whose labels counts in the loss is passed over, at every rank alike.
+
+        Raises OSError or ValueError if tokens cannot be read, or none counts in very many batches.
         """
-        own: list[list[Piece]] = []
-        for row in range(self._rows_of_all):
-            pieces = self._packer.plan()
+        for _ in range(_EMPTY_BATCHES):
+            planned = [self._packer.plan() for _ in range(self._rows_of_all)]
+            loss_tokens = self._count_loss_tokens(planned)
+            if loss_tokens is None or loss_tokens.total():
+                break
+        else:
+            raise ValueError(
+                f"no token of {_EMPTY_BATCHES} global batches of {', '.join(self._corpus.sources)} counts in the loss: "
+                "add documents whose tokens do"
+            )
+        self._loss_tokens.update(loss_tokens or {})
+        before = self._tokens.total()
+        for pieces in planned:
             self._tokens.update(count_inputs(pieces, self._length))
-            if row in self._rows:
-                own.append(pieces)
+        self.step_tokens = self._tokens.total() - before
+        own = planned[self._rows.start : self._rows.stop]
         sequences = [self._packer.fill(pieces, self._read) for pieces in own]
         size = self._micro_batch_size
         return [_batch(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 
-    def _read(self, piece: Piece) -> np.ndarray:
-        return self._sources[piece.source].read(piece.document, piece.start, piece.stop)
+    def _count_loss_tokens(self, planned: list[list[Piece]]) -> Counter[int] | None:
+        """Return the labels of a global batch that count, by source; None where all labels of every source do."""
+        if not self._is_masked:
+            return None
+        counts: Counter[int] = Counter()
+        for pieces in planned:
+            for one in self._packer.labels(pieces):
+                counts[one.source] += self._sources[one.source].count_loss_tokens(one.document, one.start, one.stop)
+        return counts
+
+    def _read(self, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+        source, place = self._sources[piece.source], (piece.document, piece.start, piece.stop)
+        return source.read(*place), source.loss_mask(*place)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step, the same at every rank. JSON-serialisable, a few hundred bytes, and some
@@ -158,6 +194,8 @@ class DataStream:
                     "digest": source.record.digest,
                     "share": share,
                     "tokens": self._tokens[number],
+                    **({"loss_tokens": self._loss_tokens[number]} if self._is_masked else {}),
+                    "length_weights": _jsonable(self._weights[number]),
                     **cursor.state_dict(),
                 }
                 for number, ((title, source), share, cursor) in enumerate(
@@ -209,11 +247,19 @@ class DataStream:
             same_order, note = self._check_documents(state["corpus"], saved, source.record.title)
             if note:
                 notes.append(note)
+            weights = saved.get("length_weights", {}), _jsonable(self._weights[number])
+            if weights[0] != weights[1]:
+                notes.append(
+                    f"length_weights of {source.record.title} were {weights[0]} and are {weights[1]}: "
+                    "a new epoch begins"
+                )
             if not same_order:
                 anew.add(old)
+            if not same_order or weights[0] != weights[1]:
                 saved = {**saved, "epoch": saved["epoch"] + 1, "place": 0}
             self._cursors[number].load_state_dict(saved)
             self._tokens[number] = saved["tokens"]
+            self._loss_tokens[number] = saved.get("loss_tokens", saved["tokens"])
         before = [state["sources"][old]["share"] for old in number_of]
         now = [self._shares[new] for new in number_of.values()]
         if before != now:
@@ -260,6 +306,10 @@ class DataStream:
         if not self._config.accept_changes:
             raise ValueError(f"{told}: {remedy} them as they are now")
         return True, f"{told}: continuing with them as they are now"
+
+
+def _jsonable(weights: Mapping[int, float]) -> dict[str, float]:
+    return {str(length): weight for length, weight in weights.items()}
 
 
 def _percents(shares: list[float]) -> str:

@@ -1,8 +1,8 @@
 """The tokens of one shard on disk, in the format of Megatron-core's indexed datasets.
 
 Knows how a shard is written whole and read document by document; does not know the order of documents. A folder holds
-tokens.bin and tokens.idx, which Megatron-core reads, documents.npz with the place and a digest of every document, and
-shard.json with counts and the names of damaged documents.
+tokens.bin and tokens.idx, which Megatron-core reads, documents.npz with the place and a digest of every document,
+shard.json with counts and the names of damaged documents, and the loss spans of rows whose tokens do not all count.
 """
 
 import json
@@ -18,7 +18,10 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from dash_dist.data.readers import DamagedDocument, Document, file_of, name_of, read_documents
+from dash_dist.data.columns import DamagedDocument
+from dash_dist.data.loss_spans import SpanWriter
+from dash_dist.data.readers import Document, Row, file_of, name_of, read_documents, read_rows
+from dash_dist.data.rows import Rows, encode_row
 from dash_dist.data.sources import Shard
 from dash_dist.data.tokenizer import Tokenizer
 
@@ -39,6 +42,7 @@ class ShardCounts:
         tokens: end-of-document tokens included.
         empty: documents without text.
         damaged: documents that cannot be read.
+        loss_tokens: tokens that count in the loss; None if all do.
         named: the first of those: number of the part, and what follows the name of its file. So files may move.
     """
 
@@ -47,6 +51,7 @@ class ShardCounts:
     empty: int
     damaged: int
     named: tuple[tuple[int, str], ...]
+    loss_tokens: int | None = None
 
     def names(self, shard: Shard) -> list[str]:
         """Return the first damaged documents where they are now, each with the reason."""
@@ -68,7 +73,8 @@ class _Writer:
         self._shard = shard
         self._tokenizer = tokenizer
         self._stop = stop_at_damage
-        before, after = tokenizer.special_tokens if special_tokens else ((), ())
+        whole = shard.rows is not None and shard.rows.whole
+        before, after = tokenizer.special_tokens if special_tokens and not whole else ((), ())
         if not len(after) or after[-1] != tokenizer.end_of_document:
             after = (*after, tokenizer.end_of_document)
         self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
@@ -80,6 +86,7 @@ class _Writer:
         self._builder.document_indices = array("q", [0])
         self._index = str(folder / "tokens.idx")
         self._places = _Places()
+        self._spans = None if shard.rows is None else SpanWriter()
         self._unwritten: list[np.ndarray] = []
         self._tokens = 0
         self._empty = 0
@@ -119,6 +126,30 @@ class _Writer:
             self._finish(part, place, digest)
             self._flush()
 
+    def add_row(self, part: int, row: Row, rows: Rows) -> None:
+        """Append a row of several columns, or its place if it turns out to be damaged."""
+        try:
+            if isinstance(row.values, DamagedDocument):
+                raise row.values
+            encoded = encode_row(rows, row.values, self._tokenizer)
+        except DamagedDocument as error:
+            self.add_damaged(part, row.place, error)
+            return
+        except ValueError as error:
+            raise ValueError(f"{name_of(self._shard.parts[part], row.place)}: {error}") from error
+        self._start()
+        if encoded is None:
+            self._finish(part, row.place, 0)
+            return
+        ids, spans, digest = encoded
+        self._write(ids)
+        ended = rows.whole and ids[-1] == self._tokenizer.end_of_document
+        spans = [(start + len(self._before), stop + len(self._before)) for start, stop in spans]
+        if not rows.whole:
+            spans.append((self._length, self._length + len(self._after)))
+        self._finish(part, row.place, digest, spans, ended=ended)
+        self._flush()
+
     def add_damaged(self, part: int, place: int, error: DamagedDocument) -> None:
         """Append the place of a document that cannot be read."""
         if self._stop or len(self._named) < _NAMED:
@@ -142,20 +173,33 @@ class _Writer:
             self._builder.data_file.write(tokens.data)
             self._unwritten.clear()
 
-    def _finish(self, part: int, place: int, digest: int) -> None:
-        if self._length:
+    def _finish(
+        self, part: int, place: int, digest: int, spans: Iterable[tuple[int, int]] = (), *, ended: bool = False
+    ) -> None:
+        if self._length and not ended:
             self._unwritten.append(self._after)
             self._length += len(self._after)
-        else:
+        elif not self._length:
             self._empty += 1
         if self._length > MAX_DOCUMENT_TOKENS:
             raise ValueError(
                 f"{name_of(self._shard.parts[part], place)} has {self._length} tokens, more than {MAX_DOCUMENT_TOKENS} "
                 "in one document: split it into several"
             )
-        self._append(part, place, self._length, digest, damaged=False)
+        self._append(part, place, self._length, digest, damaged=False, spans=spans)
 
-    def _append(self, part: int, place: int, length: int, digest: int, *, damaged: bool) -> None:
+    def _append(
+        self,
+        part: int,
+        place: int,
+        length: int,
+        digest: int,
+        *,
+        damaged: bool,
+        spans: Iterable[tuple[int, int]] = (),
+    ) -> None:
+        if self._spans is not None:
+            self._spans.add(spans)
         self._builder.sequence_lengths.append(length)
         self._builder.end_document()
         self._tokens += length
@@ -180,12 +224,15 @@ class _Writer:
             digest=digests,
             damaged=damaged,
         )
+        if self._spans is not None:
+            self._spans.close(folder)
         counts = ShardCounts(
             documents=len(digests),
             tokens=self._tokens,
             empty=self._empty,
             damaged=int(damaged.sum()),
             named=tuple(self._named),
+            loss_tokens=None if self._spans is None else self._spans.tokens,
         )
         (folder / "shard.json").write_text(json.dumps(asdict(counts)))
         return counts
@@ -209,7 +256,11 @@ def write_shard(
     partial.mkdir(parents=True)
     try:
         writer = _Writer(partial, shard, tokenizer, stop_at_damage=stop_at_damage, special_tokens=special_tokens)
-        for batch in _batches(shard):
+        if shard.rows is not None:
+            for index, part_of_rows in enumerate(shard.parts):
+                for row in read_rows(part_of_rows, shard.columns):
+                    writer.add_row(index, row, shard.rows)
+        for batch in _batches(shard) if shard.rows is None else ():
             if isinstance(batch, list):
                 writer.add_texts(batch)
             else:
@@ -238,7 +289,7 @@ def _batches(shard: Shard) -> Iterator[_Batch]:
     batch: list[tuple[int, int, str]] = []
     characters = 0
     for index, part in enumerate(shard.parts):
-        for document in read_documents(part, shard.column):
+        for document in read_documents(part, shard.columns.names[0]):
             text, rest, damage = _beginning(document)
             if damage is None and rest is None:
                 batch.append((index, document.place, text))

@@ -6,13 +6,14 @@ end-of-document token is named here and put after each document by the packer.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from dash_dist.data.long_text import EncodedText, encode_long_text
+from dash_dist.data.chat import ChatTemplate, template_in_settings
+from dash_dist.data.long_text import EncodedText, encode_long_text, tokens_before
 from dash_dist.extras import require_extra
 
 # Texts that are an end-of-document token in every published vocabulary that has them.
@@ -38,8 +39,18 @@ class Tokenizer(Protocol):
     def special_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids that the tokenizer's own post-processor puts before and after a text."""
 
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template of conversations in the tokenizer's own files."""
+
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each document, 1-d, any integer dtype, without special tokens added."""
+
+    def encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, list[int | None]]:
+        """Token ids of a text, and for each of the ascending `cuts` in its characters the number of tokens before it.
+
+        None where the tokens before a cut are others than those of the text that ends there.
+        """
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the token ids of one long document that is read in pieces, equal to those of the whole."""
@@ -55,10 +66,14 @@ class ByteTokenizer:
     end_of_document = 256
     fingerprint = "bytes"
     special_tokens: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    chat_template: ChatTemplate | None = None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """uint8 ids, one per byte; views of the encoded texts, not copies."""
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, list[int | None]]:
+        return self.encode_batch([text])[0], [len(text[:cut].encode("utf-8")) for cut in cuts]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         for piece in pieces:
@@ -74,8 +89,9 @@ class _FastTokenizer:
     """A tokenizer of the `tokenizers` library. Texts of special tokens inside a document become those tokens, as the
     tokenizer's own file says."""
 
-    def __init__(self, tokenizer: Any, end_of_document: int):
+    def __init__(self, tokenizer: Any, end_of_document: int, chat_template: ChatTemplate | None):
         self._tokenizer = tokenizer
+        self.chat_template = chat_template
         # One past the highest id: added tokens may leave holes.
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_document = end_of_document
@@ -87,6 +103,10 @@ class _FastTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, list[int | None]]:
+        (encoded,) = self._encode_with_offsets([text])
+        return encoded.ids, tokens_before(text, encoded, cuts, self._encode_with_offsets)
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         return encode_long_text(pieces, self._encode_with_offsets)
@@ -106,8 +126,9 @@ class _FastTokenizer:
 class _SlowTokenizer:
     """A tokenizer of `transformers` written in Python, without a `tokenizers` backend."""
 
-    def __init__(self, tokenizer: Any, end_of_document: int):
+    def __init__(self, tokenizer: Any, end_of_document: int, chat_template: ChatTemplate | None):
         self._tokenizer = tokenizer
+        self.chat_template = chat_template
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = end_of_document
@@ -122,6 +143,10 @@ class _SlowTokenizer:
             np.asarray(self._tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int32)
             for text in texts
         ]
+
+    def encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, list[int | None]]:
+        ids, *before = self.encode_batch([text, *(text[:cut] for cut in cuts)])
+        return ids, [len(one) if np.array_equal(one, ids[: len(one)]) else None for one in before]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Encode the whole text at once: these tokenizers tell no offsets to cut by."""
@@ -165,12 +190,17 @@ def _load_file(path: Path, end_of_document: str | None) -> Tokenizer:
     # Padding and truncation settings belong to a model's batches; here they would change documents silently.
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    settings = path.with_name("tokenizer_config.json")
+    beside = path.with_name("tokenizer_config.json")
+    settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     named = end_of_document
-    if named is None and settings.is_file():
-        eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+    if named is None:
+        eos = settings.get("eos_token")
         named = eos.get("content") if isinstance(eos, dict) else eos
-    return _FastTokenizer(tokenizer, _end_id(str(path), named, tokenizer.get_vocab(with_added_tokens=True)))
+    template = path.with_name("chat_template.jinja")
+    if template.is_file():
+        settings = {**settings, "chat_template": template.read_text(encoding="utf-8")}
+    end_id = _end_id(str(path), named, tokenizer.get_vocab(with_added_tokens=True))
+    return _FastTokenizer(tokenizer, end_id, template_in_settings(f"tokenizer {path}", settings))
 
 
 def _load_folder(path: Path, end_of_document: str | None) -> Tokenizer:
@@ -183,12 +213,14 @@ def _load_folder(path: Path, end_of_document: str | None) -> Tokenizer:
         raise ValueError(f"tokenizer folder {path}: transformers cannot load it: {error}") from error
     named = end_of_document if end_of_document is not None else tokenizer.eos_token
     end_id = _end_id(str(path), named, tokenizer.get_vocab())
+    settings = {**tokenizer.special_tokens_map, "chat_template": tokenizer.chat_template}
+    template = template_in_settings(f"tokenizer {path}", settings)
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
-        return _FastTokenizer(backend, end_id)
-    return _SlowTokenizer(tokenizer, end_id)
+        return _FastTokenizer(backend, end_id, template)
+    return _SlowTokenizer(tokenizer, end_id, template)
 
 
 def _end_id(source: str, named: str | None, vocabulary: dict[str, int]) -> int:

@@ -69,7 +69,7 @@ def pages(*, with_mfu: bool, context_parallel: bool, with_heldout: bool = False)
         "Learning rate": ["train/learning_rate"],
         "Padding (share)": ["data/padding"],
         "Skipped documents": ["data/skipped_documents"],
-        "Tokens by source": ["data/tokens/.*"],
+        "Tokens by source": ["data/tokens/.*", "data/loss_tokens/.*"],
         "Epochs by source": ["data/epochs/.*"],
     }
     heldout = {

@@ -78,7 +78,7 @@ class TrainingLoop:
         with self._control.together("the model cannot be built", ConfigError):
             vocab_size = config.model.embedded_tokens(prepared.tokenizer.vocab_size)
             self._engine = build_engine(config, dims, vocab_size, resumed=origin is not None)
-        self._position = RunPosition(self._engine, self._data, dims, self._control, stage)
+        self._position = RunPosition(self._engine, self._data, self._control, stage)
         changes = Changes() if origin is None else self._position.load(self._checkpoints, origin)
         self._saver = Saver(
             self._checkpoints,
@@ -189,7 +189,7 @@ class TrainingLoop:
                 self.stopped = True
                 break
             if self._recovery.should_skip(self._state.step + 1):
-                self._position.skip_batch(micro_batches)
+                self._position.skip_batch()
                 self._pace.go_to(self._state.step)
                 self._evaluate_if_due()
             else:
@@ -262,7 +262,7 @@ class TrainingLoop:
         self._engine.telemetry.record_routing = with_routing
         self._telemetry.before_step(step, logged=logged)
         result = self._position.train(micro_batches)
-        seconds = self._pace.step(result.tokens)
+        seconds = self._pace.step(self._data.step_tokens)
         if not self._recovery.check(result):
             return
         self._position.advance_data()
@@ -328,8 +328,9 @@ class TrainingLoop:
             return
         config, world_size = self._config, self._dims.world_size
         density = sum(self._density.values()) / len(self._density) if self._density else None
+        tokens = self._data.step_tokens
         flops = self._engine.flops_per_step(
-            result.tokens,
+            tokens,
             document_length=fmean(length for _, length, _ in of_ranks),
             density=1.0 if density is None else density,
         )
@@ -342,10 +343,10 @@ class TrainingLoop:
             learning_rate=result.learning_rate,
             tokens=self._state.tokens,
             step_seconds=seconds,
-            tokens_per_second_per_gpu=result.tokens / (seconds * world_size),
+            tokens_per_second_per_gpu=tokens / (seconds * world_size),
             model_tflops_per_gpu=flops_per_gpu / 1e12,
             mfu=None if self._peak_flops is None else flops_per_gpu / self._peak_flops,
-            padding=1.0 - result.tokens / self._config.training.tokens_per_step,
+            padding=1.0 - tokens / self._config.training.tokens_per_step,
             skipped_documents=self._data.skipped_documents,
             sources=self._data.progress,
             memory={name: max(used[name] for used, *_ in of_ranks) for name in memory},

@@ -3,7 +3,6 @@
 Knows the interfaces of engine and data stream, and RunState; does not know when to move nor what to log.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from dash_dist.data.stream import Batch, DataStream
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.batch import BatchError
 from dash_dist.engine.protocol import Engine, StepResult
-from dash_dist.engine.ranks import Dims
 from dash_dist.errors import CheckpointError, RunError
 from dash_dist.run.state import RunState
 from dash_dist.training.checkpoints import CheckpointManager
@@ -49,7 +47,6 @@ class RunPosition:
         self,
         engine: Engine,
         data: DataStream,
-        dims: Dims,
         control: ControlGroup,
         stage: Stage,
     ) -> None:
@@ -59,8 +56,6 @@ class RunPosition:
         self._engine = engine
         self._data = data
         self._control = control
-        # One rank of each data-parallel index counts for the others, which read the same rows.
-        self._represents_rows = dims.tp_rank == dims.cp_rank == dims.pp_rank == 0
         self._data_state = data.state_dict()
 
     def load(self, checkpoints: CheckpointManager, origin: Path) -> Changes:
@@ -100,21 +95,20 @@ class RunPosition:
         self.state = replace(
             self.state,
             step=step,
-            tokens=self.state.tokens + result.tokens,
+            tokens=self.state.tokens + self._data.step_tokens,
             first_loss=result.loss if step == 1 else self.state.first_loss,
             last_loss=result.loss,
         )
         return result
 
-    def skip_batch(self, micro_batches: list[Batch]) -> None:
+    def skip_batch(self) -> None:
         """Count the next global batch as a step without training on it.
 
         Step number, learning rate and position in the data advance as in `train`.
         """
-        tokens = sum(self._control.gather(self.count_own_rows(lambda: _loss_tokens(micro_batches))))
         step = self.state.step + 1
         self._engine.step = step
-        self.state = replace(self.state, step=step, tokens=self.state.tokens + tokens)
+        self.state = replace(self.state, step=step, tokens=self.state.tokens + self._data.step_tokens)
         self.advance_data()
 
     def remember(self, guard: LossGuard) -> None:
@@ -129,11 +123,3 @@ class RunPosition:
     def data_state(self) -> dict[str, Any]:
         """The position in the data, the same at every rank."""
         return self._data_state
-
-    def count_own_rows(self, count: Callable[[], int]) -> int:
-        """Return `count()`, or 0 at a rank that another one reports for. The sum counts each row once."""
-        return count() if self._represents_rows else 0
-
-
-def _loss_tokens(micro_batches: list[Batch]) -> int:
-    return sum(int(batch.loss_mask.sum()) for batch in micro_batches)

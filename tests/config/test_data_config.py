@@ -1,9 +1,13 @@
 """Options that do not go together are refused with the one to change."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from dash_dist.config.data import DataConfig
+from dash_dist.config.file import load_config, to_yaml
+from dash_dist.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -36,6 +40,29 @@ from dash_dist.config.data import DataConfig
         ({"documents": "separate", "length_buckets": [4, 4]}, "is not ascending"),
         ({"documents": "separate", "length_buckets": [0]}, "greater than 0"),
         ({"temperature": 2}, "data.temperature is read only with data.sources"),
+        ({"rows": "messages"}, "data.rows=messages needs rows: set data.source to files or hub"),
+        (
+            {"source": "files", "paths": "a", "format": "text", "rows": "completions"},
+            "data.rows=completions needs rows",
+        ),
+        ({"source": "megatron", "paths": "a", "rows": "messages"}, "data.rows=messages needs rows"),
+        ({"source": "files", "paths": "a", "rows": "chat"}, "'text', 'messages' or 'completions'"),
+        (
+            {"source": "files", "paths": "a", "chat_template": "t"},
+            "chat_template=t is read only with",
+        ),
+        ({"source": "files", "paths": "a", "prompt_column": "q"}, "only with data.rows=completions, not text"),
+        (
+            {"source": "files", "paths": "a", "rows": "messages", "text_column": "q"},
+            "data.text_column=q is read only with data.rows=text, not messages",
+        ),
+        ({"length_weights": {0: 2}}, "greater than 0"),
+        ({"length_weights": {4: 0}}, "greater than 0"),
+        ({"length_weights": {4: 2}, "shuffle_seed": None}, "data.length_weights needs an order by chance"),
+        (
+            {"sources": [{"paths": "a"}], "length_weights": {4: 2}},
+            "data.length_weights and data.sources are both given",
+        ),
     ],
 )
 def test_refused(options, message):
@@ -87,3 +114,18 @@ def test_a_resolved_config_can_be_read_back():
         DataConfig(sources=[A, B], temperature=2, documents="separate", length_buckets=[4, 8], shuffle_seed=None),
     ):
         assert DataConfig(**config.model_dump(mode="json")) == config
+
+
+def test_paths_and_weights_of_a_resolved_configuration_are_read_again(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text((Path(__file__).parents[2] / "configs" / "demo.yaml").read_text())
+    source = "{paths: [a.jsonl], rows: messages, chat_template: t.jinja, length_weights: {4096: 2, 32768: 2.5}}"
+    config = load_config(path, ["data.source=stdlib", f"data.sources=[{source}]", "data.cache=tokens"])
+    (one,) = config.data.sources
+    assert (one.chat_template, config.data.cache) == (Path("t.jinja"), Path("tokens"))
+    assert one.length_weights == {4096: 2.0, 32768: 2.5}
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+    path.write_text(path.read_text().replace("'4096'", "many"))
+    with pytest.raises(ConfigError, match="length_weights"):
+        load_config(path)

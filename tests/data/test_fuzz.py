@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from dash_dist.config.data import DataConfig
 from dash_dist.data.stream import DataStream
+from tests.data.chat_templates import CHATML, CHATML_MARKED, FORGETFUL, MISTRAL
 from tests.data.data_streams import build, join_all
 
 CASES = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 30
@@ -51,6 +52,10 @@ def line_of(text: str) -> bytes:
     return json_bytes({"text": text})
 
 
+def line_of_messages(messages: list) -> bytes:
+    return json_bytes({"messages": messages})
+
+
 def table_of_text(rows: list) -> pa.Table:
     return pa.table({"text": pa.array(rows, pa.string())})
 
@@ -79,6 +84,39 @@ json_lines = st.one_of(
         + [b"\xef\xbb\xbf" + b'{"text": "after a byte order mark"}', b'{"text": ' + b"9" * 5000 + b"}", b"NaN"]
         + [b'{"text": "a"} {"text": "b"}', b'{"text": "' + b"y" * 40_000 + b'"}', b"\x00", b'{"text": "\xff"}']
     ),
+)
+
+
+def fields_of(names: list[str]) -> st.SearchStrategy:
+    """Lines with some of these fields and any values."""
+    return st.dictionaries(st.sampled_from(names), st.one_of(texts, json_values), max_size=4).map(json_bytes)
+
+
+def conversation(turns: list, tools: object) -> bytes:
+    return json_bytes({"messages": turns, "tools": tools})
+
+
+roles = st.sampled_from(["user", "assistant", "assistant", "system", "tool"])
+parts = st.lists(
+    st.fixed_dictionaries({"type": st.sampled_from(["text", "image"])}, optional={"text": texts}), max_size=2
+)
+turns = st.one_of(
+    st.fixed_dictionaries({"role": roles, "content": texts}),
+    st.fixed_dictionaries(
+        {"role": roles, "content": st.one_of(parts, json_values)}, optional={"tool_calls": json_values}
+    ),
+    json_values,
+)
+conversations = st.one_of(
+    st.lists(st.fixed_dictionaries({"role": roles, "content": texts}), max_size=5).map(line_of_messages),
+    st.builds(conversation, st.lists(turns, max_size=4), st.one_of(st.none(), json_values, st.just("[{}]"))),
+    fields_of(["messages", "tools", "text"]),
+    json_lines,
+)
+completions = st.one_of(
+    st.fixed_dictionaries({"prompt": texts, "completion": texts}).map(json_bytes),
+    fields_of(["prompt", "completion"]),
+    json_lines,
 )
 separators = st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\r"])
 TWICE = pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
@@ -191,6 +229,32 @@ def test_any_lines(in_a_folder, files, chosen):
     for name, (lines, separator) in files.items():
         write(root, f"{name}.jsonl", separator.join(lines))
     check(root, **chosen)
+
+
+TEMPLATES = {
+    "chatml.jinja": CHATML,
+    "marked.jinja": CHATML_MARKED,
+    "picky.jinja": MISTRAL,
+    "forgetful.jinja": FORGETFUL,
+}
+
+
+@FUZZ_FILES
+@given(
+    rows=st.one_of(
+        st.tuples(st.just("messages"), st.lists(conversations, max_size=6), st.sampled_from(sorted(TEMPLATES))),
+        st.tuples(st.just("completions"), st.lists(completions, max_size=6), st.none()),
+    ),
+    separator=separators,
+    chosen=options,
+)
+def test_any_rows(in_a_folder, rows, separator, chosen):
+    root, (kind, lines, template) = in_a_folder(), rows
+    write(root, "data/a.jsonl", separator.join(lines))
+    if template is not None:
+        write(root, template, TEMPLATES[template].encode())
+        chosen = {**chosen, "chat_template": root / template}
+    check(root / "data", rows=kind, **chosen)
 
 
 @FUZZ_FILES

@@ -168,3 +168,51 @@ def test_sources_that_come_and_go_and_other_shares_are_told(tmp_path):
     # The deficit of the new source since the start of training is not made up for.
     assert counts[ord("c")] / (counts[ord("b")] + counts[ord("c")]) == pytest.approx(0.75, abs=0.02)
     assert resumed.progress["b"].tokens > state["sources"][1]["tokens"]
+
+
+def test_weights_of_lengths_are_part_of_the_shares_and_of_the_epochs(tmp_path):
+    texts = ["a" * 9] * 40 + ["b" * 99] * 10
+    for name in "xy":
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines(*texts))
+    weighted = {"paths": str(tmp_path / "x.jsonl"), "length_weights": {50: 3}}
+    sources = [weighted, {"paths": str(tmp_path / "y.jsonl")}]
+    config = DataConfig(sources=sources)
+    stream = build(config, length=700, batch=4)  # half of an epoch of both
+    assert stream._shares == pytest.approx([3400 / 4800, 1400 / 4800])
+    counts = collections.Counter(inputs(stream, 12))
+    assert counts[ord("b")] / counts[ord("a")] == pytest.approx((30 + 10) * 99 / ((40 + 40) * 9), rel=0.02)
+    epochs = [one.epochs for one in stream.progress.values()]
+    assert epochs == pytest.approx([7, 7], abs=0.1)
+
+
+def test_a_run_with_weights_of_lengths_resumes_exactly_and_tells_of_others(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(*(chr(97 + i % 26) * int(rng.integers(1, 60)) for i in range(80))))
+    config = files(tmp_path / "a.jsonl", length_weights={20: 0.4, 40: 2.5})
+    stream = build(config, length=64, batch=2)
+    steps(stream, 17)
+    state = saved(stream)
+    resumed, notes = resume(config, state, length=64, batch=2)
+    assert notes == []
+    assert saved(resumed) == state
+    assert inputs(resumed, 40) == inputs(stream, 40)
+
+    other = config.model_copy(update={"length_weights": {20: 0.4}})
+    resumed, notes = resume(other, state, length=64, batch=2)
+    assert notes[0] == (
+        f"length_weights of {config.paths[0]} were {{'20': 0.4, '40': 2.5}} and are {{'20': 0.4}}: a new epoch begins"
+    )
+    assert saved(resumed)["sources"][0]["epoch"] == state["sources"][0]["epoch"] + 1
+    _, notes = resume(config.model_copy(update={"length_weights": {}}), state, length=64, batch=2)
+    assert "are {}: a new epoch begins" in notes[0]
+    del state["sources"][0]["length_weights"]  # as earlier versions save it
+    assert "were {} and are" in resume(config, state, length=64, batch=2)[1][0]
+
+
+def test_weights_that_leave_epochs_without_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines("a" * 9, "b" * 9, "c" * 9))
+    stream = build(files(tmp_path / "a.jsonl", length_weights={2: 0.1}), length=10, batch=1)
+    text = inputs(stream, 30)
+    assert collections.Counter(text)[END] == 30
+    assert {text.count(ord(letter)) for letter in "abc"} == {90}
+    assert saved(stream)["sources"][0]["epoch"] >= 99

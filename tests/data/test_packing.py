@@ -53,7 +53,11 @@ def plans_of(packer: Packer) -> list[list[Piece]]:
 
 
 def fill(packer: Packer, documents: list[np.ndarray], plans: list[list[Piece]]) -> list[PackedSequence]:
-    return [packer.fill(pieces, lambda piece: documents[piece.document][piece.start : piece.stop]) for pieces in plans]
+    def read(piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+        tokens = documents[piece.document][piece.start : piece.stop]
+        return tokens, np.ones(len(tokens), dtype=bool)
+
+    return [packer.fill(pieces, read) for pieces in plans]
 
 
 @ANY

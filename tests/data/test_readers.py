@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dash_dist.data.readers import DamagedDocument, FileRange, name_of, read_documents
+from dash_dist.data.columns import DamagedDocument
+from dash_dist.data.readers import FileRange, name_of, read_documents
 from tests.data.data_streams import build, documents_of, files, json_lines
 
 TEXTS = ["first line\nsecond\r\nthird", "é ✓ 😀", "x" * 5000, " spaces  "]

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -178,6 +179,7 @@ def test_our_shards_are_datasets_of_megatron_for_another_run(tmp_path, small_sha
     assert documents_of(DataConfig(source="megatron", paths=tuple(prefixes_of(config)))) == MANY
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_datasets_that_do_not_fit_are_refused(tmp_path):
     def opened(name: str):
         return build(DataConfig(source="megatron", paths=(str(tmp_path / name),)))
@@ -198,12 +200,22 @@ def test_datasets_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no document of at least 2 tokens"):
         opened("ends")
     (tmp_path / "noise.bin").write_bytes(b"x" * 100)
-    for content in (b"y" * 100, b"MMIDIDX\x00\x00", b""):
+    header = struct.Struct("<9sQBQQ")
+    damaged = {
+        b"y" * 100: "does not begin as an index",
+        b"MMIDIDX\x00\x00": "has 9 bytes, and its header alone has 34",
+        b"": "has 0 bytes",
+        header.pack(b"MMIDIDX\x00\x00", 1, 77, 0, 1) + bytes(8): "tokens of the unknown type 77",
+        header.pack(b"MMIDIDX\x00\x00", 1, 8, 1 << 60, 2) + bytes(50): "has 84 bytes and should have 138",
+        header.pack(b"MMIDIDX\x00\x00", 1, 8, 1, 2) + bytes(28): "has 1 sequences and borders of 0",
+    }
+    for content, reason in damaged.items():
         (tmp_path / "noise.idx").write_bytes(content)
-        with pytest.raises(ValueError, match="noise: not an indexed dataset of Megatron-core"):
+        with pytest.raises(ValueError, match=f"noise: not an indexed dataset of Megatron-core: .*{reason}"):
             opened("noise")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx"])
 def test_cut_off_tokens_are_refused_with_the_remedy(tmp_path, name):
     (tmp_path / "a.jsonl").write_bytes(json_lines(*MANY))

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from dash_dist.config.data import DataConfig
 from dash_dist.data.tokenizer import ByteTokenizer
+from tests.data.chat_templates import lines_of
 from tests.data.data_streams import (
     CHUNK_SIZE,
     END,
@@ -100,15 +101,24 @@ def has_text(source: tuple[str, list[str], int]) -> bool:
 
 
 # Sources of JSON Lines, text files or tables, the documents of each, and their suffix.
-SOURCES = st.lists(
-    st.tuples(
-        st.sampled_from(["text", "text.gz", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"]),
-        st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=40), min_size=1, max_size=9),
-        st.integers(1, 4),
-    ).filter(has_text),
-    min_size=1,
-    max_size=3,
-)
+TEXT_KINDS = ["text", "text.gz", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
+ROW_KINDS = ["completions.jsonl", "completions.parquet", "messages.jsonl", "messages.parquet"]
+
+
+def sources_of(kinds: list[str]) -> st.SearchStrategy:
+    return st.lists(
+        st.tuples(
+            st.sampled_from(kinds),
+            st.lists(
+                st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=40), min_size=1, max_size=9
+            ),
+            st.integers(1, 4),
+        ).filter(has_text),
+        min_size=1,
+        max_size=3,
+    )
+
+
 LAYOUTS = st.sampled_from([(1, 1, 1), (2, 1, 1), (2, 2, 1), (3, 3, 1), (4, 2, 2), (4, 4, 1), (6, 2, 3), (4, 1, 4)])
 """Global batch, data-parallel size, micro-batch."""
 
@@ -127,7 +137,9 @@ def write_source(folder: Path, kind: str, texts: list[str], per_file: int) -> No
     suffix = kind.removeprefix("text") if kind.startswith("text") else f".{kind}"
     for part in range(0, len(texts), 1 if kind.startswith("text") else per_file):
         rows, name = texts[part : part + per_file], f"{part:03d}{suffix}"
-        if kind.startswith("text"):
+        if kind in ROW_KINDS:
+            write_rows(folder / name.replace(kind, kind.partition(".")[2]), kind, rows)
+        elif kind.startswith("text"):
             write(name, texts[part].encode())
         elif kind.startswith("jsonl"):
             write(name, json_lines(*rows))
@@ -135,15 +147,33 @@ def write_source(folder: Path, kind: str, texts: list[str], per_file: int) -> No
             pq.write_table(pa.table({"text": rows}), folder / name, row_group_size=2)
 
 
+def write_rows(path: Path, kind: str, texts: list[str]) -> None:
+    """Write rows whose first half is a prompt; an empty text is an empty row."""
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+    if kind.startswith("completions"):
+        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in halves]
+    else:
+        turns = [list(zip(("user", "assistant"), half, strict=True)) if any(half) else [] for half in halves]
+        rows = [{"messages": [{"role": role, "content": content} for role, content in talk]} for talk in turns]
+    if path.suffix == ".jsonl":
+        path.write_bytes(lines_of(*rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+
+
 def config_of(root: Path, sources: list, **options) -> DataConfig:
     for number, (kind, texts, per_file) in enumerate(sources):
         write_source(root / f"{number}", kind, texts, per_file)
-    paths = [str(root / f"{number}") for number in range(len(sources))]
-    # A mark at the start of a file is not part of its text.
-    if len(paths) == 1:
-        return DataConfig(source="files", paths=paths, **options)
-    weighted = [{"paths": path, "weight": number + 1} for number, path in enumerate(paths)]
-    return DataConfig(sources=weighted, **options)
+    (root / "contents.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    given: list[dict] = [{"paths": [str(root / f"{number}")]} for number in range(len(sources))]
+    for one, (kind, *_) in zip(given, sources, strict=True):
+        if kind in ROW_KINDS:
+            one["rows"] = kind.partition(".")[0]
+        if kind.startswith("messages"):
+            one["chat_template"] = root / "contents.jinja"
+    if len(given) == 1:
+        return DataConfig(source="files", **given[0], **options)
+    return DataConfig(sources=[{**one, "weight": number + 1} for number, one in enumerate(given)], **options)
 
 
 def bytes_of(sources: list) -> list[list[bytes]]:
@@ -155,12 +185,39 @@ def bytes_of(sources: list) -> list[list[bytes]]:
     return [[encoded(kind, text) for text in texts] for kind, texts, _ in sources]
 
 
+def counts_of(sources: list) -> list[list[list[bool]]]:
+    """Which tokens of the documents count in the loss, the end of the document included."""
+
+    def counts(kind: str, text: str) -> list[bool]:
+        size, prompt = len(text.encode()), len(text[: len(text) // 2].encode())
+        if kind not in ROW_KINDS:
+            return [True] * (size + 1)
+        return [False] * prompt + [True] * (size - prompt) + [kind.startswith("completions")]
+
+    # A mark at the start of a file is not part of its text.
+    return [
+        [counts(kind, text.removeprefix("\ufeff") if kind.startswith("text") else text) for text in texts]
+        for kind, texts, _ in sources
+    ]
+
+
+def windows_that_count(counts: list[bool], start: int, size: int, number: int) -> list[int]:
+    """Where the global batches of `size` tokens begin that are not passed over."""
+    found: list[int] = []
+    while len(found) < number:
+        assert start + size < len(counts)
+        if any(counts[start + 1 : start + size + 1]):
+            found.append(start)
+        start += size
+    return found
+
+
 MANY = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
 
 @MANY
 @given(
-    sources=SOURCES,
+    sources=sources_of([*TEXT_KINDS, *ROW_KINDS]),
     layout=LAYOUTS,
     other=LAYOUTS,
     chunks=st.integers(1, 5),
@@ -194,21 +251,29 @@ def test_batches_are_a_pure_function_of_the_configuration(sources, layout, other
         if documents == "joined":
             shares = [(number + 1) / sum(range(1, len(sources) + 1)) for number in range(len(sources))]
             other_batch, other_length = other[0], length + 3
-            expected, _ = tokens_in_order(
-                bytes_of(sources), shares, (batch * length + other_batch * other_length) * count + 1, seed=seed
+            size, other_size = batch * length, other_batch * other_length
+            expected, drawn = tokens_in_order(
+                bytes_of(sources), shares, (size + other_size) * count * 10 + 1000, seed=seed
             )
-            used = stop * batch * length
-            found = [token for step in whole for row in step for token in row[0]]
-            assert found == expected[: len(found)]
-            assert whole[-1][-1][1][-1] == expected[len(found)]
+            counts_in = counts_of(sources)
+            counts = [one for source, _, document in drawn for one in counts_in[source][document]]
+            starts = windows_that_count(counts, 0, size, count)
+            for step, start in zip(whole, starts, strict=True):
+                rows = [[token for row in step for token in row[part]] for part in range(3)]
+                assert rows[0] == expected[start : start + size]
+                assert rows[1][-1] == expected[start + size]
+                assert rows[2] == counts[start + 1 : start + size + 1]
             # Other sizes go on with the next unread token.
             resumed, notes = resume(config, states[stop], batch=other_batch, length=other_length)
             assert len(notes) == 1 + (batch != other_batch)
-            assert inputs(resumed, count) == expected[used : used + count * other_batch * other_length]
+            starts = windows_that_count(counts, starts[stop - 1] + size if stop else 0, other_size, count)
+            assert inputs(resumed, count) == [
+                token for start in starts for token in expected[start : start + other_size]
+            ]
 
 
 @MANY
-@given(sources=SOURCES, batch=st.integers(1, 3), documents=st.sampled_from(["joined", "separate"]))
+@given(sources=sources_of(TEXT_KINDS), batch=st.integers(1, 3), documents=st.sampled_from(["joined", "separate"]))
 def test_every_document_is_read_once_in_each_epoch(sources, batch, documents):
     # Numbered, so that no two are equal.
     sources = [

@@ -183,7 +183,7 @@ class SlowTokenizer(PreTrainedTokenizer):
 
 
 def test_tokenizers_written_in_python():
-    tokenizer = _SlowTokenizer(SlowTokenizer(), 0)
+    tokenizer = _SlowTokenizer(SlowTokenizer(), 0, None)
     assert encode(tokenizer, "abc").tolist() == [1, 2, 3]
     assert np.concatenate(list(tokenizer.encode_pieces(["ab", "c"]))).tolist() == [1, 2, 3]
     assert tokenizer.vocab_size == 28

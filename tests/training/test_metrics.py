@@ -1,6 +1,7 @@
 import io
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,13 @@ def test_a_step_writes_exactly_these_curves(tmp_path):
             "time_max/save": 0.25,
         }
     )
+
+
+def test_tokens_in_the_loss_are_written_where_they_are_not_all(tmp_path):
+    writer = MetricsWriter(tmp_path / "tensorboard", start_step=0)
+    writer.step(replace(step_metrics(1), sources={"chats": SourceProgress(tokens=5, epochs=0.5, loss_tokens=2)}))
+    writer.close()
+    assert read_curves(tmp_path).Scalars("data/loss_tokens/chats")[0].value == 2
 
 
 def test_mfu_is_written_where_it_is_known(tmp_path):

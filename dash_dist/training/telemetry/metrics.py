@@ -28,8 +28,8 @@ class StepMetrics:
     """Measurements of one optimizer step.
 
     Attributes:
-        loss: mean over the tokens of the global batch, in nats.
-        tokens: tokens of all global batches so far, including this one, each counted once.
+        loss: mean over the tokens of the global batch that count in it, in nats.
+        tokens: tokens of all global batches so far, including this one, each counted once, without padding.
         tokens_per_second_per_gpu: tokens of the global batch / step_seconds / ranks (processes, where there is no GPU).
         model_tflops_per_gpu: floating-point operations of the model, in 1e12 per second and GPU.
         mfu: model FLOPs utilisation, a share of the bf16 peak; None if that peak is unknown.
@@ -113,6 +113,11 @@ class MetricsWriter:
             "data/skipped_documents": metrics.skipped_documents,
             "data/padding": metrics.padding,
             **{f"data/tokens/{_tag(title)}": source.tokens for title, source in metrics.sources.items()},
+            **{
+                f"data/loss_tokens/{_tag(title)}": source.loss_tokens
+                for title, source in metrics.sources.items()
+                if source.loss_tokens is not None
+            },
             **{f"data/epochs/{_tag(title)}": source.epochs for title, source in metrics.sources.items()},
             **{f"memory/{name}": gib for name, gib in metrics.memory.items()},
             **{f"time/{part}": seconds for part, seconds in metrics.seconds.items()},
