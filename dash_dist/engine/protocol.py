@@ -51,9 +51,11 @@ class Engine(Saveable, Protocol):
     Attributes:
         step: steps done, skipped ones counted.
         telemetry: measurements of a step that are made on request.
+        optimizer_changes: in words, optimizer state that `load` did not find in the checkpoint.
     """
 
     step: int
+    optimizer_changes: list[str]
     telemetry: StepTelemetry
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:

@@ -17,6 +17,7 @@ from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.combination import check_combination
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.trainable import TrainableSection
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.engine.batch import MicroBatch, count_loss_tokens
@@ -27,7 +28,9 @@ from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.megatron.model import DashGPTModel, build_model, transformer_config
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch, split_micro_batches
+from dash_dist.megatron.trainable import select_parameters
 from dash_dist.models.start import open_start
+from dash_dist.models.table import parameter_table
 
 _SHAPES = (
     "num_layers",
@@ -51,8 +54,12 @@ class TrainedModel:
         sequence_length: tokens of a whole sequence.
         seed: of the initial weights, which do not depend on the layout.
 
+    Attributes:
+        learning_rates: of this rank's parameters that have their own.
+
     Raises:
-        ValueError: the configuration is impossible (see `check_combination`), or not on this rank's device.
+        ValueError: the configuration is impossible (see `check_combination`), or not on this rank's device; or
+            `trainable` names no parameter.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class TrainedModel:
         vocab_size: int,
         sequence_length: int,
         seed: int,
+        trainable: TrainableSection,
     ) -> None:
         check_combination(model, attention, parallel, world_size=dims.world_size, sequence_length=sequence_length)
         if attention.backend == "triton" and dims.device.type != "cuda":
@@ -99,6 +107,7 @@ class TrainedModel:
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32
         self.config = transformer_config(model, parallel, dtype=dtype, device=dims.device)
         self.module = self._build(seed)
+        self.learning_rates = select_parameters(self.module, trainable, parameter_table(model, vocab_size))
         self.telemetry = StepTelemetry(
             self.module, dims, attention, sequence_length=sequence_length, on_timing=self._time_stages
         )
@@ -210,6 +219,15 @@ class TrainedModel:
 
     def _time_stages(self, timer: StepTimer | None) -> None:
         self.config.timers = timer
+
+
+def describe_new_state(fresh: int) -> list[str]:
+    """Say in words that `fresh` parameters, over all ranks, found no optimizer state in a checkpoint."""
+    if not fresh:
+        return []
+    return [
+        f"{fresh} trained parameters have no optimizer state in the checkpoint, where they were frozen: it starts anew"
+    ]
 
 
 def _not_default(section: BaseModel, names: Iterable[str]) -> dict[str, Any]:

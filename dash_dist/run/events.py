@@ -28,6 +28,7 @@ EventKind = Literal[
     "metrics_failed",  # curves could not be written
     "resized",  # the run continues with another number of processes
     "schedule_changed",  # the run continues with another learning-rate curve than its checkpoint's
+    "trainable_changed",  # the run continues with parameters that its checkpoint had no optimizer state of
 ]
 
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)

@@ -190,6 +190,8 @@ class _Run:
         change = describe_change(self._position.schedule_before, schedule, self._state.step + 1)
         if change is not None and self._state.step < config.training.steps:
             self._log.record("schedule_changed", change, step=self._state.step)
+        if self._engine.optimizer_changes:
+            self._log.record("trainable_changed", "; ".join(self._engine.optimizer_changes), step=self._state.step)
         for change in data_changes:
             self._log.record("data_changed", change, step=self._state.step)
         if origin is None or data_changes:
