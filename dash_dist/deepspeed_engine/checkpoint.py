@@ -23,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from dash_dist.checkpoints.engine_state import LORA
 from dash_dist.checkpoints.folders import sync
 from dash_dist.checkpoints.integrity import FileChecksum, checksum_of
+from dash_dist.config.trainable import ADAPTERS
 from dash_dist.deepspeed_engine.slices import WEIGHT, OwnedSlice, needed_slices, owned_slices, parameter_shapes
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.distributed.agreement import Agreement
@@ -168,7 +170,7 @@ def load_checkpoint(
         problem = error
     agreement.raise_first(problem)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    fresh = sum(name in index["frozen"] for name in trained)
+    fresh = sum(name in index["frozen"] or name not in index["shapes"] for name in trained)
     optimizer.updates = index["updates"] if fresh < len(trained) else 0
     optimizer.share_weights()
     return EngineState(**index["run"]), fresh
@@ -191,6 +193,7 @@ def _read_index(directory: Path, identity: dict[str, Any], shapes: dict[str, lis
             raise ValueError(f"{directory / INDEX} has format {index['format']}, and this version reads {_FORMAT}")
         saved = EngineState(**index["run"])
         saved.identity.update(_shapes_as_settings(index["shapes"]))
+        shapes = {name: shape for name, shape in shapes.items() if ADAPTERS not in name or LORA in saved.identity}
         check_fit(directory, saved, identity | _shapes_as_settings(shapes))
         _check_coverage(index["slices"], index["shapes"], directory)
         if unknown := set(index["frozen"]) - index["shapes"].keys():
@@ -233,7 +236,7 @@ def _read_slices(
     with ExitStack() as open_files, torch.no_grad():
         readers: dict[str, Any] = {}
         for one in slices:
-            for start, end, file, offset in _overlaps(one, by_parameter[one.parameter]):
+            for start, end, file, offset in _overlaps(one, by_parameter.get(one.parameter, ())):  # a new adapter: none
                 try:
                     if file not in readers:
                         readers[file] = open_files.enter_context(safe_open(directory / file, framework="pt"))

@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dash_dist.checkpoints.background import FinishedCall, ForkedCall
-from dash_dist.checkpoints.engine_state import COMMON, RUN, EngineState, read_engine_state
+from dash_dist.checkpoints.engine_state import COMMON, LORA, RUN, EngineState, read_engine_state
 from dash_dist.checkpoints.integrity import FileChecksum
 from dash_dist.checkpoints.pickles import INDEX, read_index
+from dash_dist.config.trainable import ADAPTERS
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.optimizer import Optimizer
@@ -220,13 +221,16 @@ def load_checkpoint(
         ValueError: at every rank: the checkpoint's identity is not `identity`, and names what differs; or what it holds
             is not what this model needs.
     """
-    stored = Agreement().call_on_main(lambda: _stored_names(directory, identity))
+    stored, adapted = Agreement().call_on_main(lambda: _stored_names(directory, identity))
     run: EngineState | None = None
     counts = (0, 0)
     failure: tuple[str, int | None] | None = None
     try:
-        state = dist_checkpointing.load({"model": _model_state(model, dims)}, str(directory))
-        model.load_state_dict(state["model"])
+        wanted = {name: one for name, one in _model_state(model, dims).items() if ADAPTERS not in name or adapted}
+        state = dist_checkpointing.load({"model": wanted}, str(directory))
+        missing, unexpected = model.load_state_dict(state["model"], strict=False)
+        if absent := [name for name in missing if name in wanted or ADAPTERS not in name] + unexpected:
+            raise ValueError(f"{absent} are in one of both only")
         model_state = _model_state(model, dims)  # Megatron took the parameters out of the first one
         with torch.no_grad():
             counts = load_state(optimizer.megatron, model_state, stored, lambda wanted: _read(directory, wanted))
@@ -248,10 +252,14 @@ def load_checkpoint(
     return run, fresh
 
 
-def _stored_names(directory: Path, identity: dict[str, Any]) -> set[str]:
-    """Names of the tensors in a checkpoint. Raises OSError or ValueError, also if it does not fit this run."""
-    check_fit(directory, read_engine_state(directory), identity)
-    return set(read_index(directory / INDEX).state_dict_metadata)
+def _stored_names(directory: Path, identity: dict[str, Any]) -> tuple[set[str], bool]:
+    """Names of the tensors in a checkpoint, and True if it has adapters.
+
+    Raises OSError or ValueError, also if it does not fit this run.
+    """
+    run = read_engine_state(directory)
+    check_fit(directory, run, identity)
+    return set(read_index(directory / INDEX).state_dict_metadata), LORA in run.identity
 
 
 def _read(directory: Path, wanted: dict[int, dict[str, Sharded]]) -> dict[int, dict[str, torch.Tensor]]:
@@ -287,12 +295,17 @@ def create_directory(directory: Path) -> None:
 
 
 def check_fit(directory: Path, run: EngineState, identity: dict[str, Any]) -> None:
-    """Raise ValueError, which names what differs, if a checkpoint's identity is not `identity`."""
+    """Raise ValueError, which names what differs, if a checkpoint's identity is not `identity`.
+
+    A run with adapters may begin with a checkpoint without them.
+    """
     differing = [
         f"{key} is {run.identity.get(key)!r} in the checkpoint and {identity.get(key)!r} in this run"
         for key in sorted(identity.keys() | run.identity.keys())
-        if run.identity.get(key) != identity.get(key)
+        if run.identity.get(key) != identity.get(key) and not (key == LORA and LORA not in run.identity)
     ]
+    if LORA in run.identity and run.identity[LORA] != identity.get(LORA):
+        differing.append("set trainable.lora to that of the checkpoint, or export it, and name that in model.weights")
     if differing:
         raise ValueError(f"{directory} does not fit this run: {'; '.join(differing)}")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dash_dist.config.trainable import TrainableSection
+from dash_dist.config.trainable import ADAPTERS, TrainableSection
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.weights import global_name
 
@@ -25,7 +25,7 @@ def select_parameters(model: DashGPTModel, trainable: TrainableSection, names: I
     Megatron-core's linears compute no weight gradient for a frozen weight, and pass the gradient of their input on.
 
     Args:
-        names: of every parameter of the whole model.
+        names: of every parameter of the whole model, adapters excluded.
 
     Returns:
         The learning rates of this stage's parameters that have their own.
@@ -44,8 +44,10 @@ def select_parameters(model: DashGPTModel, trainable: TrainableSection, names: I
     own: LearningRates = {}
     for local_name, parameter in model.named_parameters():
         name = global_name(model, local_name)
-        parameter.requires_grad_(name in rates)
-        if (rate := rates.get(name)) is not None:
+        adapter = trainable.lora is not None and ADAPTERS in name
+        parameter.requires_grad_(adapter or name in rates)
+        rate = trainable.lora.lr if trainable.lora is not None and adapter else rates.get(name)
+        if rate is not None:
             own[parameter] = rate
     _let_recomputed_layers_train(model)
     return own

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 
-from dash_dist.checkpoints.engine_state import EngineState
+from dash_dist.checkpoints.engine_state import LORA, EngineState
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.combination import check_combination
 from dash_dist.config.model import ModelConfig
@@ -25,6 +25,7 @@ from dash_dist.engine.flops import flops_per_token
 from dash_dist.engine.protocol import BucketLoss
 from dash_dist.engine.step_timer import StepTimer
 from dash_dist.engine.telemetry import StepTelemetry
+from dash_dist.megatron.lora import add_adapters
 from dash_dist.megatron.model import DashGPTModel, build_model, transformer_config
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch, split_micro_batches
@@ -107,6 +108,9 @@ class TrainedModel:
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32
         self.config = transformer_config(model, parallel, dtype=dtype, device=dims.device)
         self.module = self._build(seed)
+        if trainable.lora is not None:
+            add_adapters(self.module, model, trainable.lora, dims, seed=seed)
+            self.identity[LORA] = trainable.lora.identity
         self.learning_rates = select_parameters(self.module, trainable, parameter_table(model, vocab_size))
         self.telemetry = StepTelemetry(
             self.module, dims, attention, sequence_length=sequence_length, on_timing=self._time_stages
@@ -225,9 +229,7 @@ def describe_new_state(fresh: int) -> list[str]:
     """Say in words that `fresh` parameters, over all ranks, found no optimizer state in a checkpoint."""
     if not fresh:
         return []
-    return [
-        f"{fresh} trained parameters have no optimizer state in the checkpoint, where they were frozen: it starts anew"
-    ]
+    return [f"{fresh} trained parameters have no optimizer state in the checkpoint: it starts anew"]
 
 
 def _not_default(section: BaseModel, names: Iterable[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from dash_dist.config.trainable import TrainableSection
+from dash_dist.config.trainable import ADAPTERS, Linear, LoraConfig, TrainableSection
 from dash_dist.planning.layouts import Sizes
 
 
@@ -36,28 +36,54 @@ class StageNumbers:
     trained: int
 
 
-def layer_weights(sizes: Sizes, layer: int) -> list[Weight]:
+def layer_weights(sizes: Sizes, layer: int, lora: LoraConfig | None = None) -> list[Weight]:
     """Return the weights of one decoder layer, in the order in which Megatron-core registers them."""
     weights = {
         "input_layernorm.weight": sizes.hidden,
         "self_attention.core_attention.attention.summary_query": sizes.kv_heads * sizes.head_dim,
         "self_attention.linear_proj.weight": sizes.q * sizes.hidden,
         "self_attention.linear_qkv.weight": (sizes.q + 2 * sizes.kv) * sizes.hidden,
+        **_adapters(sizes, lora, "self_attention"),
         "pre_mlp_layernorm.weight": sizes.hidden,
         "mlp.linear_fc1.weight": 2 * sizes.ffn * sizes.hidden,
         "mlp.linear_fc2.weight": sizes.ffn * sizes.hidden,
+        **_adapters(sizes, lora, "mlp"),
     }
     return [Weight(f"decoder.layers.{layer}.{name}", numbers) for name, numbers in weights.items()]
 
 
-def stage_weights(sizes: Sizes, *, pipeline: int, stage: int, tie_embeddings: bool) -> list[Weight]:
+def _adapters(sizes: Sizes, lora: LoraConfig | None, block: str) -> dict[str, int]:
+    linears: dict[str, dict[Linear, tuple[int, int]]] = {  # outputs and inputs at this rank
+        "self_attention": {
+            "q_proj": (sizes.q, sizes.hidden),
+            "k_proj": (sizes.kv, sizes.hidden),
+            "v_proj": (sizes.kv, sizes.hidden),
+            "o_proj": (sizes.hidden, sizes.q),
+        },
+        "mlp": {
+            "gate_proj": (sizes.ffn, sizes.hidden),
+            "up_proj": (sizes.ffn, sizes.hidden),
+            "down_proj": (sizes.hidden, sizes.ffn),
+        },
+    }
+    numbers = {}
+    for linear, (outputs, inputs) in linears[block].items():
+        if lora is not None and linear in lora.linears:
+            numbers[f"{block}{ADAPTERS}{linear}.a"] = lora.rank * inputs
+            numbers[f"{block}{ADAPTERS}{linear}.b"] = lora.rank * outputs
+    return numbers
+
+
+def stage_weights(
+    sizes: Sizes, *, pipeline: int, stage: int, tie_embeddings: bool, lora: LoraConfig | None = None
+) -> list[Weight]:
     """Return the weights of pipeline stage `stage` (from 0) of `pipeline`."""
     first, last = stage == 0, stage == pipeline - 1
     rows, shared = sizes.vocab * sizes.hidden, tie_embeddings and pipeline > 1
     embedding = Weight("embedding.word_embeddings.weight", rows, own_bucket=shared)
     weights = [embedding] if first else []
     for layer in range(sizes.layers):
-        weights += layer_weights(sizes, stage * sizes.layers + layer)
+        weights += layer_weights(sizes, stage * sizes.layers + layer, lora)
     if last:
         weights.append(Weight("decoder.final_layernorm.weight", sizes.hidden))
         if not tie_embeddings:
@@ -79,7 +105,7 @@ def stage_numbers(
     trainable: TrainableSection,
 ) -> StageNumbers:
     """Return the numbers of a stage; frozen weights are not in the buffers."""
-    weights = stage_weights(sizes, pipeline=pipeline, stage=stage, tie_embeddings=tie_embeddings)
+    weights = stage_weights(sizes, pipeline=pipeline, stage=stage, tie_embeddings=tie_embeddings, lora=trainable.lora)
     trained = [weight for weight in weights if trainable.trains(weight.name)]
     frozen = sum(weight.numbers for weight in weights) - sum(weight.numbers for weight in trained)
     numbers = buffer_numbers(trained, replicas, distributed_optimizer=distributed_optimizer)

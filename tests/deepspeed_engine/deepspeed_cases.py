@@ -23,6 +23,7 @@ class Run:
     bad_step: int | None = None
     decay_steps: int | None = None
     trainable: tuple[dict[str, Any], ...] | None = None  # patterns
+    lora: dict[str, Any] | None = None
 
 
 @dataclass

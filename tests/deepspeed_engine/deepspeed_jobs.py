@@ -54,7 +54,7 @@ def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
         "vocab_size": VOCAB_SIZE,
         "sequence_length": SEQUENCE_LENGTH,
         "total_steps": STEPS,
-        "trainable": TrainableSection.model_validate({"parameters": run.trainable}),
+        "trainable": TrainableSection.model_validate({"parameters": run.trainable, "lora": run.lora}),
     }
     real = model_module.transformer_config
 
