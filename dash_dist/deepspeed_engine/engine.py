@@ -91,7 +91,7 @@ class DeepSpeedEngine:
         self._zero.set_step(self.step)
         with self.telemetry.timer.span("optimizer"):
             grad_norm, skipped = self._zero.update()
-        return StepResult(loss, grad_norm, self._zero.learning_rate, tokens, skipped)
+        return StepResult(loss, grad_norm, self._zero.learning_rate, tokens, skipped, self._trained.curves())
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], edges: Sequence[int]) -> tuple[BucketLoss, ...]:
         """Compute losses by position, see `Engine.evaluate`."""

@@ -93,7 +93,7 @@ class MegatronEngine:
         loss, tokens = self._trained.loss_of_step(micro_batches, self._accumulate_gradients, step=self.step + 1)
         grad_norm, skipped = self._update_weights(loss)
         self.step += 1
-        return StepResult(loss, grad_norm, self._optimizer.learning_rate, tokens, skipped)
+        return StepResult(loss, grad_norm, self._optimizer.learning_rate, tokens, skipped, self._trained.curves())
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], edges: Sequence[int]) -> tuple[BucketLoss, ...]:
         """Compute losses by position, see `Engine.evaluate`."""

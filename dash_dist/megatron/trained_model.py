@@ -93,12 +93,9 @@ class TrainedModel:
             "vocab_size": vocab_size,
         }
         """Settings that a checkpoint must share."""
-        self._function = {
+        self._constants = {
             **{f"model.{name}": getattr(model, name) for name in ("rotary_base", "norm_epsilon")},
-            **{
-                f"attention.{name}": getattr(attention, name)
-                for name in ("chunk_size", "alpha", "routing_scale", "prior_sigma")
-            },
+            **{f"attention.{name}": getattr(attention, name) for name in ("chunk_size", "alpha", "prior_sigma")},
             **{
                 f"model.{name}": value
                 for name, value in _not_default(model, ("family", "positions", "layers_without_positions")).items()
@@ -132,6 +129,7 @@ class TrainedModel:
         Raises:
             BatchError, ExchangeError: see `Engine.train_step`.
         """
+        self._set_routing_scale(step)
         self.telemetry.begin_step()
         shards, tokens = self._shards(micro_batches)
         try:
@@ -148,6 +146,7 @@ class TrainedModel:
             forward: called without gradients with this rank's shards; returns its part of the `bucket_losses`.
             step: for messages.
         """
+        self._set_routing_scale(step)
         shards, _ = self._shards(micro_batches)
         self.module.eval()  # no recomputation, and no memory for it
         try:
@@ -192,13 +191,29 @@ class TrainedModel:
     def state(self, step: int) -> EngineState:
         """Return the state of an engine after `step` steps that is not a tensor."""
         return EngineState(
-            step=step, sequence_length=self.sequence_length, identity=self.identity, function=self._function
+            step=step, sequence_length=self.sequence_length, identity=self.identity, function=self._function(step)
         )
+
+    def curves(self) -> dict[str, float]:
+        """Return measurements of the last step that not every run has, by the names of their curves."""
+        return {} if self._attention.routing_warmup is None else {"routing/scale": self._routing_scale}
+
+    def _function(self, step: int) -> dict[str, Any]:
+        """Settings of the function that step `step` trains."""
+        return {**self._constants, "attention.routing_scale": self._attention.routing_scale_at(step)}
+
+    def _set_routing_scale(self, step: int) -> None:
+        """Give every layer the routing scale of a step. The kernels take it as an argument."""
+        self._routing_scale = self._attention.routing_scale_at(step)
+        if self._attention.routing_warmup is not None:
+            for _, attention in self.module.attentions():
+                attention.spec = attention.spec.replaced(routing_scale=self._routing_scale)
 
     def changes_since(self, saved: EngineState) -> list[str]:
         """Name each setting by which the weights now compute another function than in `saved`."""
-        names = [*self._function, *(name for name in saved.function if name not in self._function)]
-        pairs = [(name, _setting(saved.function, name), _setting(self._function, name)) for name in names]
+        function = self._function(saved.step)
+        names = [*function, *(name for name in saved.function if name not in function)]
+        pairs = [(name, _setting(saved.function, name), _setting(function, name)) for name in names]
         return [f"{name} was {before} and is {now}" for name, before, now in pairs if before != now]
 
     def _build(self, seed: int) -> DashGPTModel:

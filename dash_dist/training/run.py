@@ -316,6 +316,7 @@ class _Run:
                 with_mfu=self._peak_flops is not None,
                 context_parallel=self._dims.cp_size > 1,
                 with_heldout=self._heldout is not None,
+                with_routing_warmup=self._config.attention.routing_warmup is not None,
             ),
         )
 
@@ -363,6 +364,7 @@ class _Run:
             memory={name: max(used[name] for used, *_ in of_ranks) for name in memory},
             seconds=mean_seconds,
             seconds_max=max_seconds,
+            further=result.curves,
         )
 
         def write(writer: MetricsWriter) -> None:
