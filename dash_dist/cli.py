@@ -129,11 +129,14 @@ def verify_checkpoints(
 def export_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's step_* folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write the LoRA adapters alone, as peft reads them; default: merged.")
+    ] = False,
 ) -> None:
     """Write the weights alone as safetensors with the names of Hugging Face's Llama, and a config.json."""
     from dash_dist.checkpoints.commands import export
 
-    export(checkpoint, out, progress=lambda name: print(f"wrote {out / name}", file=sys.stderr))
+    export(checkpoint, out, progress=lambda name: print(f"wrote {out / name}", file=sys.stderr), adapter=adapter)
 
 
 @app.command("import")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich import filesize
@@ -99,28 +100,46 @@ def verify(path: Path, progress: Callable[[Path], None] = lambda _: None) -> Ite
         yield from _check(folder)[1]
 
 
-def export(checkpoint: Path, out: Path, progress: Callable[[str], None]) -> None:
-    """Write the weights of a verified checkpoint to `out`, see `dash_dist.megatron.export`.
+def export(checkpoint: Path, out: Path, progress: Callable[[str], None], *, adapter: bool = False) -> None:
+    """Write the weights of a verified checkpoint, or its LoRA adapters alone, to `out`; see `checkpoints.export`.
 
-    Raises CheckpointError: the checkpoint is damaged or not one of the Megatron engine, or `out` cannot be written.
+    Raises CheckpointError: the checkpoint is damaged or not one of the Megatron engine, or `out` cannot be written; or
+    other weights than the adapters and `summary_query` were trained.
     """
-    from dash_dist.checkpoints.export import export_weights
+    from dash_dist.checkpoints.export import export_adapters, export_weights
 
     problems = list(verify(checkpoint)) if (checkpoint / METADATA).exists() else [f"{checkpoint / METADATA} is missing"]
     if problems:
         raise CheckpointError(f"{checkpoint} is not exported: {problems[0]}")
+    settings = _settings(checkpoint.absolute().parents[1] / "config.yaml")
     try:
-        export_weights(checkpoint / ENGINE, out, progress=progress)
-        _copy_tokenizer(checkpoint.absolute().parents[1] / "config.yaml", out)
+        if adapter:
+            _check_adapters_are_all(settings)
+            export_adapters(checkpoint / ENGINE, out, base=settings.get("model", {}).get("weights"))
+        else:
+            export_weights(checkpoint / ENGINE, out, progress=progress)
+        _copy_tokenizer(settings, out)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} cannot be exported: {error}") from error
 
 
-def _copy_tokenizer(config: Path, out: Path) -> None:
-    """Copy the files of the run's `data.tokenizer`, where it is a file or a folder that is there."""
+def _settings(config: Path) -> dict[str, Any]:
+    """Settings of the run of a checkpoint; none where its file is not there."""
     if not config.is_file():
-        return
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        return {}
+    return yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+
+
+def _check_adapters_are_all(settings: dict[str, Any]) -> None:
+    patterns = (settings.get("trainable") or {}).get("parameters") or ()
+    if others := [one["match"] for one in patterns if not one["match"].endswith("summary_query")]:
+        raise ValueError(
+            f"trainable.parameters trained {others[0]} as well, which an adapter cannot hold: export without --adapter"
+        )
+
+
+def _copy_tokenizer(settings: dict[str, Any], out: Path) -> None:
+    """Copy the files of the run's `data.tokenizer`, where it is a file or a folder that is there."""
     tokenizer = Path(str(settings.get("data", {}).get("tokenizer", ""))).expanduser()
     if tokenizer.is_file():
         beside = tokenizer.with_name("tokenizer_config.json")

@@ -18,6 +18,9 @@ CONFIG = "metadata.json"
 RUN = "run"
 """The entry of `COMMON` that holds the `EngineState`."""
 
+LORA = "lora"
+"""The entry of an identity that describes adapters."""
+
 
 @dataclass(frozen=True)
 class EngineState:

@@ -6,6 +6,7 @@ Megatron-core, needs no GPU, and holds no more than one output file in memory.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -17,10 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from dash_dist.checkpoints.engine_state import EngineState, read_engine_state
+from dash_dist.checkpoints.engine_state import LORA, EngineState, read_engine_state
 from dash_dist.checkpoints.pickles import INDEX, FileSection, read_index
 from dash_dist.config.model import ModelConfig
+from dash_dist.config.trainable import LoraConfig
 from dash_dist.models.hugging_face import config_of
+from dash_dist.models.lora import AdapterEntry, adapter_table, merged, peft_config
 from dash_dist.models.table import Entry, parameter_table
 
 SHARD_BYTES = 5 * 10**9
@@ -90,6 +93,8 @@ def export_weights(
     `summary_query` of each layer is there as `model.layers.N.self_attn.summary_query`, [num_kv_heads, head_dim], which
     it leaves out. A run with dense attention has neither.
 
+    LoRA adapters are merged into their weights.
+
     Args:
         out: new or empty.
         shard_bytes: of the tensors in one file.
@@ -107,13 +112,14 @@ def export_weights(
     model, vocab_size = _model_of(run), run.identity["vocab_size"]
     dense = run.function.get("attention.kind") == "dense"
     outputs = list(_outputs(model, vocab_size, dense=dense))
+    adapters = _adapters(run, model, weights)
     dtypes = [weights.described(output.entry.checkpoint_key[0]).properties.dtype for output in outputs]
     sizes = [dtype.itemsize * math.prod(output.shape) for dtype, output in zip(dtypes, outputs, strict=True)]
     shards = _shards(outputs, sizes, shard_bytes)
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {output.name: _read(weights, output) for output in shard}
+        tensors = {output.name: _read(weights, output, adapters) for output in shard}
         save_file(tensors, out / name, metadata={"format": "pt"})
         (out / name).chmod(0o666 & out.stat().st_mode)  # safetensors makes files that only their owner can read
         places |= dict.fromkeys(tensors, name)
@@ -155,11 +161,72 @@ def _shards(outputs: list[_Output], sizes: list[int], shard_bytes: int) -> list[
     return shards
 
 
-def _read(weights: _Weights, output: _Output) -> torch.Tensor:
+def export_adapters(directory: Path, out: Path, *, base: str | None) -> None:
+    """Write the LoRA adapters in `directory`, an engine's verified checkpoint, as `peft` reads them.
+
+    `out` gets `adapter_config.json`, `adapter_model.safetensors`, and `summary_query.safetensors` with the routing of
+    each layer, which `peft` does not read.
+
+    Args:
+        out: new or empty.
+        base: folder or name of the model under the adapters; None if there is none.
+
+    Raises:
+        ValueError: the checkpoint has no adapters or is not one of this engine; or `out` is not empty.
+        OSError: a file cannot be read or written.
+    """
+    run = read_engine_state(directory)
+    lora, model, weights = _lora_of(run), _model_of(run), _Weights(directory)
+    if lora is None:
+        raise ValueError("it has no adapters: export it without --adapter")
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: export to a new folder")
+    tensors = {
+        entry.peft_name(matrix): weights.read(entry.checkpoint_key(matrix), entry.layer)
+        for entry in adapter_table(model, lora)
+        for matrix in ("a", "b")
+    }
+    queries = {
+        output.name: _read(weights, output, {})
+        for output in _outputs(model, run.identity["vocab_size"], dense=run.function.get("attention.kind") == "dense")
+        if output.entry.optional
+    }
+    files = {"adapter_model.safetensors": tensors} | ({"summary_query.safetensors": queries} if queries else {})
+    for name, content in files.items():
+        save_file(content, out / name, metadata={"format": "pt"})
+        (out / name).chmod(0o666 & out.stat().st_mode)
+    (out / "adapter_config.json").write_text(json.dumps(peft_config(lora, base), indent=2) + "\n")
+
+
+Adapters = dict[str, Callable[[torch.Tensor], torch.Tensor]]
+"""Merges by the name of the weight in the export."""
+
+
+def _adapters(run: EngineState, model: ModelConfig, weights: _Weights) -> Adapters:
+    lora = _lora_of(run)
+    if lora is None:
+        return {}
+
+    def merge(entry: AdapterEntry, weight: torch.Tensor) -> torch.Tensor:
+        a, b = (weights.read(entry.checkpoint_key(matrix), entry.layer) for matrix in ("a", "b"))
+        return merged(weight, a, b, lora.scale)
+
+    return {entry.weight: functools.partial(merge, entry) for entry in adapter_table(model, lora)}
+
+
+def _lora_of(run: EngineState) -> LoraConfig | None:
+    described = run.identity.get(LORA)
+    return None if described is None else LoraConfig.model_validate(described)
+
+
+def _read(weights: _Weights, output: _Output, adapters: Adapters) -> torch.Tensor:
     key, layer = output.entry.checkpoint_key
     tensor = output.entry.split(weights.read(key, layer))[output.part].contiguous()
     if tensor.shape != output.shape:
         raise ValueError(f"{key} gives {output.name} the shape {list(tensor.shape)}, not {list(output.shape)}")
+    if output.name in adapters:
+        return adapters[output.name](tensor)
     return tensor.clone()  # of a slice's own, not the whole tensor's memory
 
 

@@ -5,11 +5,18 @@ Knows the allowed values; does not know devices.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dash_dist.config.section import Section
+
+
+class RoutingWarmup(Section):
+    """A geometric change of the routing scale in the first steps of a run, from `start` to attention.routing_scale."""
+
+    start: float = Field(gt=0.0, description="scale of the first step; larger than attention.routing_scale is sparser")
+    steps: int = Field(gt=0, description="steps that have another scale than attention.routing_scale")
 
 
 class AttentionConfig(Section):
@@ -21,6 +28,7 @@ class AttentionConfig(Section):
     chunk_size: int = Field(default=64, ge=16, le=128, multiple_of=16, description="tokens")
     alpha: float = Field(default=1.5, gt=1.0, le=2.0)
     routing_scale: float = Field(default=1.0, gt=0.0)
+    routing_warmup: RoutingWarmup | None = None
     prior_sigma: float | None = Field(default=None, gt=0.0)
     backend: Literal["auto", "triton", "eager"] = "auto"
     layout: Literal["zigzag", "double_zigzag", "contiguous"] = Field(
@@ -35,6 +43,23 @@ class AttentionConfig(Section):
         gt=0,
         description="consecutive context-parallel ranks with fast links between them; None: found by host name",
     )
+
+    def routing_scale_at(self, step: int) -> float:
+        """Return the routing scale of step `step`; the first step of a run is 1."""
+        warmup = self.routing_warmup
+        if warmup is None or step > warmup.steps:
+            return self.routing_scale
+        share = max(step - 1, 0) / warmup.steps
+        return float(warmup.start ** (1 - share) * self.routing_scale**share)
+
+    @model_validator(mode="after")
+    def _warmup_has_a_routing(self) -> Self:
+        if self.routing_warmup is not None and self.kind == "dense":
+            raise ValueError(
+                "attention.routing_warmup is given, and attention.kind dense has no routing: drop it or set "
+                "attention.kind to dash"
+            )
+        return self
 
 
 PIECES_PER_RANK = {"zigzag": 2, "double_zigzag": 4, "contiguous": 1}

@@ -26,6 +26,7 @@ from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.section import Section
 from dash_dist.config.stages import GateSection, StageSection, complete_training, stage_settings
+from dash_dist.config.trainable import TrainableSection
 from dash_dist.config.upkeep import CheckpointSection, FaultsSection, LoggingSection
 
 Positive = Annotated[int, Field(gt=0)]
@@ -123,6 +124,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     optimizer: OptimizerConfig
+    trainable: TrainableSection = Field(default_factory=TrainableSection)
     deepspeed: DeepSpeedSection = Field(default_factory=DeepSpeedSection)
     training: TrainingSection
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)

@@ -1,6 +1,7 @@
 """The weights, moments and step of `engine: deepspeed` in files that any number of ranks and any ZeRO stage can load.
 
-    rank_00000.safetensors   the slices that this rank owned: "weight/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME", flat
+    rank_00000.safetensors   the slices that this rank owned: "weight/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME", flat;
+                             a frozen parameter has no "exp_avg" and "exp_avg_sq"
     deepspeed.json           step, settings, the shape of every parameter, and who wrote which slice; written last
 
 Knows one checkpoint directory. Does not know which of a run's checkpoints to keep or to load. Nothing is pickled.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from dash_dist.checkpoints.engine_state import LORA
 from dash_dist.checkpoints.folders import sync
 from dash_dist.checkpoints.integrity import FileChecksum, checksum_of
-from dash_dist.deepspeed_engine.slices import OwnedSlice, owned_slices, parameter_shapes
+from dash_dist.config.trainable import ADAPTERS
+from dash_dist.deepspeed_engine.slices import WEIGHT, OwnedSlice, needed_slices, owned_slices, parameter_shapes
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.megatron.checkpoint import EngineState, check_fit, create_directory
@@ -32,7 +35,7 @@ from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.files import replace_text
 
 INDEX = "deepspeed.json"
-_FORMAT = 1
+_FORMAT = 2
 _OF_MEGATRON = "metadata.json"
 
 
@@ -136,6 +139,7 @@ def start_save(
         "run": asdict(run),
         "updates": optimizer.updates,
         "shapes": parameter_shapes(model),
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "slices": {_file_of(rank): of_rank for rank, of_rank in enumerate(places)},
     }
     return ZeroSave(directory, slices, index, dims, background=background)
@@ -143,10 +147,14 @@ def start_save(
 
 def load_checkpoint(
     directory: Path, model: nn.Module, optimizer: ZeroOptimizer, dims: ParallelDims, identity: dict[str, Any]
-) -> EngineState:
+) -> tuple[EngineState, int]:
     """Load weights and optimizer state in place. A collective: all ranks call it.
 
-    The checkpoint may come from other data- and context-parallel sizes, and another ZeRO stage.
+    The checkpoint may come from other data- and context-parallel sizes, and another ZeRO stage. Parameters that were
+    frozen in it start with a new optimizer state.
+
+    Returns:
+        The state that is not a tensor, and the number of parameters with a new optimizer state.
 
     Raises:
         FileNotFoundError: at every rank: there is no complete checkpoint in the directory.
@@ -157,13 +165,15 @@ def load_checkpoint(
     index = agreement.call_on_main(lambda: _read_index(directory, identity, parameter_shapes(model)))
     problem: ValueError | None = None
     try:
-        _read_slices(directory, index["slices"], owned_slices(model, optimizer))
+        _read_slices(directory, index["slices"], index["frozen"], needed_slices(model, optimizer))
     except ValueError as error:
         problem = error
     agreement.raise_first(problem)
-    optimizer.updates = index["updates"]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    fresh = sum(name in index["frozen"] or name not in index["shapes"] for name in trained)
+    optimizer.updates = index["updates"] if fresh < len(trained) else 0
     optimizer.share_weights()
-    return EngineState(**index["run"])
+    return EngineState(**index["run"]), fresh
 
 
 def _read_index(directory: Path, identity: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:
@@ -183,8 +193,11 @@ def _read_index(directory: Path, identity: dict[str, Any], shapes: dict[str, lis
             raise ValueError(f"{directory / INDEX} has format {index['format']}, and this version reads {_FORMAT}")
         saved = EngineState(**index["run"])
         saved.identity.update(_shapes_as_settings(index["shapes"]))
+        shapes = {name: shape for name, shape in shapes.items() if ADAPTERS not in name or LORA in saved.identity}
         check_fit(directory, saved, identity | _shapes_as_settings(shapes))
         _check_coverage(index["slices"], index["shapes"], directory)
+        if unknown := set(index["frozen"]) - index["shapes"].keys():
+            raise ValueError(f"{directory / INDEX} is damaged: it has frozen parameters without a shape, {unknown}")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / INDEX} is damaged or of another program: {error!r}") from error
     return index
@@ -208,8 +221,14 @@ def _check_coverage(files: dict[str, list[Any]], shapes: dict[str, list[int]], d
             )
 
 
-def _read_slices(directory: Path, files: dict[str, list[Any]], slices: Sequence[OwnedSlice]) -> None:
-    """Fill this rank's slices from wherever their elements are; only those are read."""
+def _read_slices(
+    directory: Path, files: dict[str, list[Any]], frozen: Collection[str], slices: Sequence[OwnedSlice]
+) -> None:
+    """Fill this rank's slices from wherever their elements are; only those are read.
+
+    Args:
+        frozen: parameters without moments in the files; those are zero then.
+    """
     by_parameter: dict[str, list[tuple[int, int, str]]] = {}
     for file, places in files.items():
         for name, start, size in places:
@@ -217,11 +236,14 @@ def _read_slices(directory: Path, files: dict[str, list[Any]], slices: Sequence[
     with ExitStack() as open_files, torch.no_grad():
         readers: dict[str, Any] = {}
         for one in slices:
-            for start, end, file, offset in _overlaps(one, by_parameter[one.parameter]):
+            for start, end, file, offset in _overlaps(one, by_parameter.get(one.parameter, ())):  # a new adapter: none
                 try:
                     if file not in readers:
                         readers[file] = open_files.enter_context(safe_open(directory / file, framework="pt"))
                     for key, tensor in one.tensors.items():
+                        if key != WEIGHT and one.parameter in frozen:
+                            tensor.zero_()
+                            continue
                         stored = readers[file].get_slice(f"{key}/{one.parameter}")
                         tensor[start - one.start : end - one.start].copy_(stored[start - offset : end - offset])
                 except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: fewer elements than listed

@@ -17,6 +17,7 @@ from dash_dist.config.deepspeed import DeepSpeedSection, check_engine
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.trainable import TrainableSection
 from dash_dist.deepspeed_engine.checkpoint import ZeroSave, load_checkpoint, start_save
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.engine.batch import MicroBatch
@@ -24,7 +25,7 @@ from dash_dist.engine.protocol import BucketLoss, StepResult
 from dash_dist.megatron.loss import bucket_losses, summed_loss
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch
-from dash_dist.megatron.trained_model import TrainedModel
+from dash_dist.megatron.trained_model import TrainedModel, describe_new_state
 
 
 class DeepSpeedEngine:
@@ -55,6 +56,7 @@ class DeepSpeedEngine:
         sequence_length: int,
         total_steps: int,
         seed: int = 0,
+        trainable: TrainableSection | None = None,
     ) -> None:
         check_engine(parallel, deepspeed)
         self._trained = TrainedModel(
@@ -65,13 +67,22 @@ class DeepSpeedEngine:
             vocab_size=vocab_size,
             sequence_length=sequence_length,
             seed=seed,
+            trainable=trainable or TrainableSection(),
         )
         self.step = 0
+        self.optimizer_changes: list[str] = []
         self.dims = dims
         self.model = self._trained.module
         self.telemetry = self._trained.telemetry
         self.model.to(self._trained.config.params_dtype)
-        self._zero = ZeroOptimizer(self.model, optimizer, deepspeed.settings(), dims, total_steps=total_steps)
+        self._zero = ZeroOptimizer(
+            self.model,
+            optimizer,
+            deepspeed.settings(),
+            dims,
+            total_steps=total_steps,
+            learning_rates=self._trained.learning_rates,
+        )
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Train on one global batch, see `Engine.train_step`."""
@@ -80,7 +91,7 @@ class DeepSpeedEngine:
         self._zero.set_step(self.step)
         with self.telemetry.timer.span("optimizer"):
             grad_norm, skipped = self._zero.update()
-        return StepResult(loss, grad_norm, self._zero.learning_rate, tokens, skipped)
+        return StepResult(loss, grad_norm, self._zero.learning_rate, tokens, skipped, self._trained.curves())
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], edges: Sequence[int]) -> tuple[BucketLoss, ...]:
         """Compute losses by position, see `Engine.evaluate`."""
@@ -98,8 +109,9 @@ class DeepSpeedEngine:
 
     def load(self, directory: Path) -> list[str]:
         """Load a checkpoint, written at this ZeRO stage and these parallel sizes or others; see `Engine.load`."""
-        saved = load_checkpoint(Path(directory), self.model, self._zero, self.dims, self._trained.identity)
+        saved, fresh = load_checkpoint(Path(directory), self.model, self._zero, self.dims, self._trained.identity)
         self.step = saved.step
+        self.optimizer_changes = describe_new_state(fresh)
         return self._trained.changes_since(saved)
 
     def _accumulate_gradients(self, shards: list[ShardBatch], tokens: int) -> float:

@@ -5,10 +5,11 @@ Knows where DeepSpeed keeps the shards of its optimizers. Does not know files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
@@ -19,12 +20,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """Consecutive elements of one parameter that this rank's optimizer updates.
+    """Consecutive elements of one parameter that this rank writes, and that its optimizer updates if it is trained.
 
     Attributes:
         parameter: its name in the model.
         start: of the first element, in the flattened parameter.
-        tensors: "weight", "exp_avg" and "exp_avg_sq", float32 [elements]; views of what the optimizer works on.
+        tensors: "weight", "exp_avg" and "exp_avg_sq", float32 [elements]; views of what the optimizer works on. A
+            frozen parameter has its "weight" alone, in the model's dtype.
     """
 
     parameter: str
@@ -46,9 +48,35 @@ def owned_slices(model: nn.Module, optimizer: ZeroOptimizer) -> list[OwnedSlice]
     Args:
         model: the one that `optimizer` trains.
     """
-    find = _slice_of_partition if optimizer.stage == 3 else _slice_of_group
-    found = (find(name, parameter) for name, parameter in model.named_parameters())
+    return _slices(model, optimizer, _share)
+
+
+def needed_slices(model: nn.Module, optimizer: ZeroOptimizer) -> list[OwnedSlice]:
+    """The slices that this rank reads: its own, and the whole of a frozen parameter that it keeps whole."""
+    return _slices(model, optimizer, lambda weight: slice(0, len(weight)))
+
+
+def _slices(
+    model: nn.Module, optimizer: ZeroOptimizer, part_of_replica: Callable[[torch.Tensor], slice]
+) -> list[OwnedSlice]:
+    """Slices of trained and frozen parameters; `part_of_replica` of a flat frozen one that every rank has."""
+    found: list[OwnedSlice | None] = []
+    for name, parameter in model.named_parameters():
+        if optimizer.stage == 3:
+            found.append(_slice_of_partition(name, parameter))
+        elif parameter.requires_grad:
+            found.append(_slice_of_group(name, parameter))
+        else:
+            weight = parameter.detach().view(-1)
+            part = part_of_replica(weight)
+            found.append(OwnedSlice(name, part.start, {WEIGHT: weight[part]}))
     return [one for one in found if one is not None and len(one)]
+
+
+def _share(weight: torch.Tensor) -> slice:
+    """This rank's share of a tensor that every rank has."""
+    size = -(-len(weight) // dist.get_world_size())
+    return slice(min(dist.get_rank() * size, len(weight)), min((dist.get_rank() + 1) * size, len(weight)))
 
 
 def _slice_of_group(name: str, parameter: nn.Parameter) -> OwnedSlice | None:
@@ -66,9 +94,12 @@ def _slice_of_partition(name: str, parameter: nn.Parameter) -> OwnedSlice:
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     size: int = parameter.partition_numel()  # type: ignore[attr-defined]
-    start = size * torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    start = size * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
     whole: int = parameter.ds_numel  # type: ignore[attr-defined]
     owned = slice(0, max(0, min(size, whole - start)))
-    tensors = {WEIGHT: safe_get_local_fp32_param(parameter)}
-    tensors |= {key: safe_get_local_optimizer_state(parameter, key) for key in MOMENTS}
-    return OwnedSlice(name, start, {key: tensor.detach()[owned] for key, tensor in tensors.items()})
+    if parameter.requires_grad:
+        tensors = {WEIGHT: safe_get_local_fp32_param(parameter)}
+        tensors |= {key: safe_get_local_optimizer_state(parameter, key) for key in MOMENTS}
+    else:
+        tensors = {WEIGHT: parameter.ds_tensor}  # type: ignore[attr-defined]
+    return OwnedSlice(name, start, {key: tensor.detach().view(-1)[owned] for key, tensor in tensors.items()})

@@ -15,8 +15,9 @@ from torch import nn
 from dash_dist.config.deepspeed import DeepSpeedSettings
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.deepspeed_engine.runtime import ParallelUnit, start_deepspeed
-from dash_dist.megatron.optimizer import Schedule
+from dash_dist.megatron.optimizer import Schedule, own_schedule
 from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.megatron.trainable import LearningRates
 
 
 class ZeroOptimizer:
@@ -30,6 +31,7 @@ class ZeroOptimizer:
         settings: DeepSpeed's.
         dims: of the run; tensor- and pipeline-parallel sizes are 1.
         total_steps: of the run; the cosine ends there, unless `config` has `decay_steps`.
+        learning_rates: of parameters that do not follow `config.lr`.
 
     Raises:
         ValueError: the warmup is not shorter than warmup and cosine together, or DeepSpeed would use another kind of
@@ -44,12 +46,13 @@ class ZeroOptimizer:
         dims: ParallelDims,
         *,
         total_steps: int,
+        learning_rates: LearningRates | None = None,
     ) -> None:
         deepspeed = start_deepspeed(dims)
         dtype = next(model.parameters()).dtype
         self.stage = settings.zero_optimization.stage
         adam = torch.optim.AdamW(
-            _parameter_groups(model),
+            _parameter_groups(model, config, learning_rates or {}),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -76,8 +79,8 @@ class ZeroOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the step that `set_step` named."""
-        return float(self.adam.param_groups[0]["lr"])
+        """Learning rate of parameters without their own, of the step that `set_step` named."""
+        return self._schedule.learning_rate
 
     def set_step(self, step: int) -> None:
         """Choose the learning rate of step `step`; the first step of a run is 1."""
@@ -129,6 +132,8 @@ class ZeroOptimizer:
 
         self.sharded.checkpoint_event_prologue()  # no parameter stays whole
         for parameter in self._engine.module.parameters():
+            if not parameter.requires_grad:
+                continue  # has no float32 copy
             parameter.ds_tensor.data.copy_(safe_get_local_fp32_param(parameter))
         self.sharded.checkpoint_event_epilogue()  # the small ones are whole again
 
@@ -141,12 +146,17 @@ def flat_weights(sharded: Any) -> list[torch.Tensor]:
     raise TypeError(f"DeepSpeed's {type(sharded).__name__} is not known: use the version that the project names")
 
 
-def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def _parameter_groups(model: nn.Module, config: OptimizerConfig, learning_rates: LearningRates) -> list[dict[str, Any]]:
     """As in the other engine, norm weights and `summary_query` do not decay."""
-    groups: dict[float, list[nn.Parameter]] = {1.0: [], 0.0: []}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups[0.0 if parameter.dim() == 1 or name.endswith("summary_query") else 1.0].append(parameter)
-    return [{"params": parameters, "wd_mult": multiple} for multiple, parameters in groups.items()]
+        if parameter.requires_grad:
+            decay = 0.0 if parameter.dim() == 1 or name.endswith("summary_query") else 1.0
+            groups.setdefault((decay, learning_rates.get(parameter, config.lr)), []).append(parameter)
+    return [
+        {"params": parameters, "wd_mult": decay, **own_schedule(config, lr)}
+        for (decay, lr), parameters in groups.items()
+    ]
 
 
 def _deepspeed_config(settings: DeepSpeedSettings, optimizer: OptimizerConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -5,8 +5,8 @@ Knows the calls of a step, a checkpoint and the telemetry. Does not know Megatro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from dash_dist.engine.batch import MicroBatch
@@ -24,6 +24,7 @@ class StepResult:
         learning_rate: of this step.
         tokens: tokens of the global batch that count in the loss, each counted once.
         skipped: the loss or the gradient norm was not finite, and weights and optimizer state were left as they were.
+        curves: further measurements of the step, by the names of their curves.
     """
 
     loss: float
@@ -31,6 +32,7 @@ class StepResult:
     learning_rate: float
     tokens: int
     skipped: bool
+    curves: Mapping[str, float] = field(default_factory=dict)
 
 
 class BucketLoss(NamedTuple):
@@ -51,9 +53,11 @@ class Engine(Saveable, Protocol):
     Attributes:
         step: steps done, skipped ones counted.
         telemetry: measurements of a step that are made on request.
+        optimizer_changes: in words, optimizer state that `load` did not find in the checkpoint.
     """
 
     step: int
+    optimizer_changes: list[str]
     telemetry: StepTelemetry
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:

@@ -32,12 +32,17 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dash_dist.checkpoints.background import FinishedCall, ForkedCall
-from dash_dist.checkpoints.engine_state import COMMON, RUN, EngineState, read_engine_state
+from dash_dist.checkpoints.engine_state import COMMON, LORA, RUN, EngineState, read_engine_state
 from dash_dist.checkpoints.integrity import FileChecksum
+from dash_dist.checkpoints.pickles import INDEX, read_index
+from dash_dist.config.trainable import ADAPTERS
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.optimizer import Optimizer
+from dash_dist.megatron.optimizer_state import Sharded, load_state, state_to_save
 from dash_dist.megatron.parallel import ParallelDims
+
+_UPDATES = "updates"
 
 
 @dataclass(frozen=True)
@@ -181,12 +186,10 @@ def start_save(
         OSError: at every rank: the directory cannot be created, or is not empty.
     """
     Agreement().call_on_main(lambda: create_directory(directory))
-    state = _sharded_state(model, optimizer, dims, is_loading=False)
-    if state["optimizer"].get("param_state") is None:
-        # The distributed optimizer's state is gathered on one rank; the others' empty entry would look to
-        # Megatron like a difference between the ranks.
-        state["optimizer"].pop("param_state", None)
-    state[RUN] = asdict(run)
+    model_state = _model_state(model, dims)
+    state = {"model": model_state, "optimizer": {_UPDATES: optimizer.updates}, RUN: asdict(run)}
+    if moments := state_to_save(optimizer.megatron, model_state):  # an empty entry would be a difference between ranks
+        state["optimizer"]["state"] = moments
     tensors, common = save_preprocess(state)
     if filesystem_async._results_queue is None:
         # Megatron's plan comes with a queue between its writing processes, kept by yet another process that would
@@ -203,10 +206,14 @@ def start_save(
 
 def load_checkpoint(
     directory: Path, model: DashGPTModel, optimizer: Optimizer, dims: ParallelDims, identity: dict[str, Any]
-) -> EngineState:
+) -> tuple[EngineState, int]:
     """Load weights and optimizer state in place. A collective: all ranks call it.
 
-    The checkpoint may come from another tensor-, context-, pipeline- and data-parallel size.
+    The checkpoint may come from another tensor-, context-, pipeline- and data-parallel size. Parameters that were
+    frozen in it start with a new optimizer state.
+
+    Returns:
+        The state that is not a tensor, and the number of parameters, of all ranks, with a new optimizer state.
 
     Raises:
         FileNotFoundError: at every rank: there is no complete checkpoint in the directory.
@@ -214,13 +221,20 @@ def load_checkpoint(
         ValueError: at every rank: the checkpoint's identity is not `identity`, and names what differs; or what it holds
             is not what this model needs.
     """
-    Agreement().call_on_main(lambda: check_fit(directory, read_engine_state(directory), identity))
+    stored, adapted = Agreement().call_on_main(lambda: _stored_names(directory, identity))
     run: EngineState | None = None
+    counts = (0, 0)
     failure: tuple[str, int | None] | None = None
     try:
-        state = dist_checkpointing.load(_sharded_state(model, optimizer, dims, is_loading=True), str(directory))
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        wanted = {name: one for name, one in _model_state(model, dims).items() if ADAPTERS not in name or adapted}
+        state = dist_checkpointing.load({"model": wanted}, str(directory))
+        missing, unexpected = model.load_state_dict(state["model"], strict=False)
+        if absent := [name for name in missing if name in wanted or ADAPTERS not in name] + unexpected:
+            raise ValueError(f"{absent} are in one of both only")
+        model_state = _model_state(model, dims)  # Megatron took the parameters out of the first one
+        with torch.no_grad():
+            counts = load_state(optimizer.megatron, model_state, stored, lambda wanted: _read(directory, wanted))
+        updates = state["optimizer"][_UPDATES]
         run = EngineState(**state[RUN])
     except CheckpointException as error:  # of all ranks' reading, raised at every one; is not an Exception
         text = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items()) or str(error)
@@ -233,7 +247,26 @@ def load_checkpoint(
             raise OSError(number, f"{directory} cannot be read: {reason}")
         raise ValueError(f"{directory} does not hold what this model needs: {reason}")
     assert run is not None
-    return run
+    known, fresh = (sum(numbers) for numbers in zip(*Agreement().gather(counts), strict=True))
+    optimizer.continue_from(updates if known else 0)
+    return run, fresh
+
+
+def _stored_names(directory: Path, identity: dict[str, Any]) -> tuple[set[str], bool]:
+    """Names of the tensors in a checkpoint, and True if it has adapters.
+
+    Raises OSError or ValueError, also if it does not fit this run.
+    """
+    run = read_engine_state(directory)
+    check_fit(directory, run, identity)
+    return set(read_index(directory / INDEX).state_dict_metadata), LORA in run.identity
+
+
+def _read(directory: Path, wanted: dict[int, dict[str, Sharded]]) -> dict[int, dict[str, torch.Tensor]]:
+    # Not every rank reads every parameter, and Megatron would miss the others.
+    loaded = dist_checkpointing.load({"wanted": wanted}, str(directory), validate_access_integrity=False)
+    tensors: dict[int, dict[str, torch.Tensor]] = loaded.get("wanted", {})
+    return tensors
 
 
 def _errno(error: BaseException) -> int | None:
@@ -241,26 +274,12 @@ def _errno(error: BaseException) -> int | None:
     return error.errno if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else None
 
 
-def _sharded_state(
-    model: DashGPTModel, optimizer: Optimizer, dims: ParallelDims, *, is_loading: bool
-) -> dict[str, Any]:
-    metadata = {
-        "dp_cp_group": dims.dp_cp_group,
-        # The format in which every optimizer tensor has its weight's shape, so that any layout can load it.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # Gather the shards on one rank of DP x CP rather than on all.
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "chained_optim_avoid_prefix": True,
-    }
-    model_state = {
+def _model_state(model: DashGPTModel, dims: ParallelDims) -> dict[str, Any]:
+    return {
         name: value
-        for name, value in model.sharded_state_dict(metadata=metadata).items()
+        for name, value in model.sharded_state_dict(metadata={"dp_cp_group": dims.dp_cp_group}).items()
         # Transformer Engine's, and empty without it: pickled objects, which no checkpoint here contains.
         if not name.endswith("_extra_state")
-    }
-    return {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, metadata, is_loading=is_loading),
     }
 
 
@@ -276,12 +295,17 @@ def create_directory(directory: Path) -> None:
 
 
 def check_fit(directory: Path, run: EngineState, identity: dict[str, Any]) -> None:
-    """Raise ValueError, which names what differs, if a checkpoint's identity is not `identity`."""
+    """Raise ValueError, which names what differs, if a checkpoint's identity is not `identity`.
+
+    A run with adapters may begin with a checkpoint without them.
+    """
     differing = [
         f"{key} is {run.identity.get(key)!r} in the checkpoint and {identity.get(key)!r} in this run"
         for key in sorted(identity.keys() | run.identity.keys())
-        if run.identity.get(key) != identity.get(key)
+        if run.identity.get(key) != identity.get(key) and not (key == LORA and LORA not in run.identity)
     ]
+    if LORA in run.identity and run.identity[LORA] != identity.get(LORA):
+        differing.append("set trainable.lora to that of the checkpoint, or export it, and name that in model.weights")
     if differing:
         raise ValueError(f"{directory} does not fit this run: {'; '.join(differing)}")
 

@@ -20,6 +20,7 @@ from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.trainable import TrainableSection
 from dash_dist.engine.batch import MicroBatch
 from dash_dist.engine.protocol import BucketLoss, StepResult
 from dash_dist.engine.saveable import PendingSave
@@ -28,7 +29,7 @@ from dash_dist.megatron.loss import bucket_losses_of_batch, loss_of_batch
 from dash_dist.megatron.optimizer import Optimizer, wrap_model
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch
-from dash_dist.megatron.trained_model import TrainedModel
+from dash_dist.megatron.trained_model import TrainedModel, describe_new_state
 
 
 class MegatronEngine:
@@ -36,6 +37,7 @@ class MegatronEngine:
 
     Args:
         optimizer: the run's section.
+        trainable: the run's section; None trains every parameter.
         total_steps: of the run; the learning rate's cosine ends there, unless `optimizer` has `decay_steps`.
         others: as for `TrainedModel`.
 
@@ -55,6 +57,7 @@ class MegatronEngine:
         sequence_length: int,
         total_steps: int,
         seed: int = 0,
+        trainable: TrainableSection | None = None,
     ) -> None:
         self._trained = TrainedModel(
             model,
@@ -64,9 +67,11 @@ class MegatronEngine:
             vocab_size=vocab_size,
             sequence_length=sequence_length,
             seed=seed,
+            trainable=trainable or TrainableSection(),
         )
         self._trained.identity["distributed_optimizer"] = parallel.distributed_optimizer
         self.step = 0
+        self.optimizer_changes: list[str] = []
         self.dims = dims
         self.model = self._trained.module
         self.telemetry = self._trained.telemetry
@@ -74,7 +79,12 @@ class MegatronEngine:
         config.finalize_model_grads_func = self._reduce_gradients
         self._wrapped = wrap_model(config, parallel, self.model)
         self._optimizer = Optimizer(
-            optimizer, parallel, self._wrapped, total_steps=total_steps, dtype=config.params_dtype
+            optimizer,
+            parallel,
+            self._wrapped,
+            total_steps=total_steps,
+            dtype=config.params_dtype,
+            learning_rates=self._trained.learning_rates,
         )
         self._forward_backward = get_forward_backward_func()
 
@@ -83,7 +93,7 @@ class MegatronEngine:
         loss, tokens = self._trained.loss_of_step(micro_batches, self._accumulate_gradients, step=self.step + 1)
         grad_norm, skipped = self._update_weights(loss)
         self.step += 1
-        return StepResult(loss, grad_norm, self._optimizer.learning_rate, tokens, skipped)
+        return StepResult(loss, grad_norm, self._optimizer.learning_rate, tokens, skipped, self._trained.curves())
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], edges: Sequence[int]) -> tuple[BucketLoss, ...]:
         """Compute losses by position, see `Engine.evaluate`."""
@@ -101,8 +111,9 @@ class MegatronEngine:
 
     def load(self, directory: Path) -> list[str]:
         """Load a checkpoint, see `Engine.load`; `distributed_optimizer` must be that of the checkpoint, too."""
-        saved = load_checkpoint(Path(directory), self.model, self._optimizer, self.dims, self._trained.identity)
+        saved, fresh = load_checkpoint(Path(directory), self.model, self._optimizer, self.dims, self._trained.identity)
         self.step = saved.step
+        self.optimizer_changes = describe_new_state(fresh)
         return self._trained.changes_since(saved)
 
     def _reduce_gradients(self, *arguments: Any, **options: Any) -> None:

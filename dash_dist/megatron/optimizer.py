@@ -19,15 +19,15 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
-
-_SET_BY_RUN = ("max_lr", "min_lr", "betas", "eps")
+from dash_dist.megatron.optimizer_state import save_with_padding, set_updates, start_torch_adam
+from dash_dist.megatron.trainable import LearningRates
 
 
 def wrap_model(config: TransformerConfig, parallel: ParallelConfig, model: MegatronModule) -> DistributedDataParallel:
@@ -46,7 +46,7 @@ class Schedule:
     """The learning rate and weight decay of an optimizer's parameter groups, a function of the step number alone.
 
     Args:
-        optimizer: a group with `wd_mult` 0.0 does not decay.
+        optimizer: a group with `wd_mult` 0.0 does not decay, and one with the settings of `own_schedule` follows those.
         config: what the run's YAML says.
         total_steps: of the run; the cosine ends there, unless `config` has `decay_steps`.
 
@@ -81,6 +81,16 @@ class Schedule:
         self._megatron.num_steps = 0
         self._megatron.step(max(0, step - self._start))
 
+    @property
+    def learning_rate(self) -> float:
+        """That of parameters without their own, at the step that `set_step` named."""
+        return float(self._megatron.get_lr({}))
+
+
+def own_schedule(config: OptimizerConfig, lr: float) -> dict[str, float]:
+    """Settings of a parameter group that follows the schedule of `optimizer.lr`, scaled to `lr`."""
+    return {"max_lr": lr, "min_lr": config.min_lr * lr / config.lr}
+
 
 def scheduled_learning_rate(schedule: Mapping[str, Any], step: int) -> float:
     """Return the learning rate of step `step` under the settings of an `OptimizerConfig.schedule`."""
@@ -99,6 +109,10 @@ class Optimizer:
         model: wrapped by `wrap_model`.
         total_steps: of the run; the cosine ends there, unless `config` has `decay_steps`.
         dtype: of the weights.
+        learning_rates: of parameters that do not follow `config.lr`.
+
+    Attributes:
+        updates: steps that changed the weights, by which AdamW corrects its moments' bias.
 
     Raises:
         ValueError: the warmup is not shorter than warmup and cosine together.
@@ -112,6 +126,7 @@ class Optimizer:
         *,
         total_steps: int,
         dtype: torch.dtype,
+        learning_rates: LearningRates,
     ) -> None:
         self._grad_clip = config.grad_clip
         megatron_config = MegatronOptimizerConfig(
@@ -129,24 +144,24 @@ class Optimizer:
         )
         overrides = get_standard_config_overrides(megatron_config)
         overrides[ParamKey(name="*.summary_query")] = {"wd_mult": 0.0}
+        for lr in set(learning_rates.values()):
+            parameters = frozenset(parameter for parameter, own in learning_rates.items() if own == lr)
+            predicate = ParamPredicate(name=f"lr {lr}", fn=parameters.__contains__)
+            overrides[ParamKey(predicate=predicate)] = own_schedule(config, lr)
         self.megatron: MegatronOptimizer = get_megatron_optimizer(megatron_config, [model], overrides)
         for part in self.megatron.chained_optimizers:
             if isinstance(part, DistributedOptimizer):
-                _save_with_padding(part)
+                save_with_padding(part)
             if isinstance(part.optimizer, torch.optim.AdamW):
-                _start_torch_adam(part.optimizer)
-                if isinstance(part, DistributedOptimizer):
-                    _load_with_torch_adam(part)
-        self._of_run = [
-            {key: group[key] for key in _SET_BY_RUN if key in group} for group in self.megatron.param_groups
-        ]
+                start_torch_adam(part.optimizer)
+        self.updates = 0
         self._schedule = Schedule(self.megatron, config, total_steps=total_steps)
         self.set_step(1)
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the step that `set_step` named."""
-        return float(self.megatron.param_groups[0]["lr"])
+        """Learning rate of parameters without their own, of the step that `set_step` named."""
+        return self._schedule.learning_rate
 
     def set_step(self, step: int) -> None:
         """Choose the learning rate of step `step`; the first step of a run is 1."""
@@ -173,83 +188,9 @@ class Optimizer:
                 if parameters:
                     clip_grads.clip_grad_by_total_norm_fp32(parameters, self._grad_clip, grad_norm)
         self.megatron.step_with_ready_grads()
+        self.updates += 1
 
-    def sharded_state_dict(
-        self, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
-    ) -> dict[str, Any]:
-        """The optimizer's state for Megatron's distributed checkpoint.
-
-        Args:
-            model_state: the model's `sharded_state_dict` made with the same `metadata`.
-        """
-        return self.megatron.sharded_state_dict(model_state, is_loading, metadata=metadata)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the moments from a checkpoint. The learning rates, betas and eps stay this run's."""
-        with torch.no_grad():
-            self.megatron.load_state_dict(state)
-        for group, of_run in zip(self.megatron.param_groups, self._of_run, strict=True):
-            group.update(of_run)
-        for part in self.megatron.chained_optimizers:
-            if isinstance(part.optimizer, torch.optim.AdamW):
-                for parameter_state in part.optimizer.state.values():
-                    # Megatron hands every parameter the same counter, which each would then count up, and
-                    # none where the checkpoint is of step 0.
-                    parameter_state["step"] = torch.as_tensor(parameter_state.get("step", 0.0)).clone()
-
-
-def _start_torch_adam(adam: torch.optim.AdamW) -> None:
-    """Create the state that torch would create in the first step: Megatron cannot save or load without it."""
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            adam.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
-
-
-def _save_with_padding(optimizer: DistributedOptimizer) -> None:
-    """Let a distributed optimizer of several buckets save each parameter's state, and not its neighbour's.
-
-    Tied embeddings on several pipeline stages get a bucket of their own. Megatron gathers the buckets' content without
-    the padding at their ends, and then looks for the parameters where they are with it.
-    """
-    gather = optimizer.get_parameter_state_dp_zero
-
-    def gather_with_padding(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
-        state = gather(*args, **kwargs)
-        if state is not None:
-            for index, buffer in enumerate(optimizer.buffers):
-                for tensors in state[index].values():
-                    for name, tensor in tensors.items():
-                        if isinstance(tensor, torch.Tensor):
-                            tensors[name] = pad(tensor, buffer)
-        return state
-
-    def pad(tensor: torch.Tensor, buffer: Any) -> torch.Tensor:
-        if len(buffer.buckets) == 1:
-            return tensor
-        padded = tensor.new_zeros(buffer.numel)
-        pieces = tensor.split([bucket.numel_unpadded for bucket in buffer.buckets])
-        for bucket, piece in zip(buffer.buckets, pieces, strict=True):
-            padded[bucket.offset : bucket.offset + piece.numel()] = piece
-        return padded
-
-    optimizer.get_parameter_state_dp_zero = gather_with_padding
-
-
-def _load_with_torch_adam(optimizer: DistributedOptimizer) -> None:
-    """Let a distributed optimizer around torch's AdamW load its checkpoint.
-
-    Megatron expects Apex's or Transformer Engine's Adam, whose state per parameter has no `step`: it would
-    look for one in the checkpoint, which keeps it per group, where Megatron has read it by then.
-    """
-    set_state = optimizer._set_main_param_and_optimizer_states
-
-    def set_state_with_step(model_parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        group, index = optimizer.model_param_group_index_map[model_parameter]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][index]]
-        set_state(model_parameter, {"step": state["step"], **tensors})
-
-    optimizer._set_main_param_and_optimizer_states = set_state_with_step
+    def continue_from(self, updates: int) -> None:
+        """Count from a checkpoint's number of updates, whose moments have been loaded."""
+        self.updates = updates
+        set_updates(self.megatron, updates)

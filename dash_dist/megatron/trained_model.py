@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 
-from dash_dist.checkpoints.engine_state import EngineState
+from dash_dist.checkpoints.engine_state import LORA, EngineState
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.combination import check_combination
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.trainable import TrainableSection
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.engine.batch import MicroBatch, count_loss_tokens
@@ -24,10 +25,13 @@ from dash_dist.engine.flops import flops_per_token
 from dash_dist.engine.protocol import BucketLoss
 from dash_dist.engine.step_timer import StepTimer
 from dash_dist.engine.telemetry import StepTelemetry
+from dash_dist.megatron.lora import add_adapters
 from dash_dist.megatron.model import DashGPTModel, build_model, transformer_config
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch, split_micro_batches
+from dash_dist.megatron.trainable import select_parameters
 from dash_dist.models.start import open_start
+from dash_dist.models.table import parameter_table
 
 _SHAPES = (
     "num_layers",
@@ -51,8 +55,12 @@ class TrainedModel:
         sequence_length: tokens of a whole sequence.
         seed: of the initial weights, which do not depend on the layout.
 
+    Attributes:
+        learning_rates: of this rank's parameters that have their own.
+
     Raises:
-        ValueError: the configuration is impossible (see `check_combination`), or not on this rank's device.
+        ValueError: the configuration is impossible (see `check_combination`), or not on this rank's device; or
+            `trainable` names no parameter.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class TrainedModel:
         vocab_size: int,
         sequence_length: int,
         seed: int,
+        trainable: TrainableSection,
     ) -> None:
         check_combination(model, attention, parallel, world_size=dims.world_size, sequence_length=sequence_length)
         if attention.backend == "triton" and dims.device.type != "cuda":
@@ -84,12 +93,9 @@ class TrainedModel:
             "vocab_size": vocab_size,
         }
         """Settings that a checkpoint must share."""
-        self._function = {
+        self._constants = {
             **{f"model.{name}": getattr(model, name) for name in ("rotary_base", "norm_epsilon")},
-            **{
-                f"attention.{name}": getattr(attention, name)
-                for name in ("chunk_size", "alpha", "routing_scale", "prior_sigma")
-            },
+            **{f"attention.{name}": getattr(attention, name) for name in ("chunk_size", "alpha", "prior_sigma")},
             **{
                 f"model.{name}": value
                 for name, value in _not_default(model, ("family", "positions", "layers_without_positions")).items()
@@ -99,6 +105,10 @@ class TrainedModel:
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32
         self.config = transformer_config(model, parallel, dtype=dtype, device=dims.device)
         self.module = self._build(seed)
+        if trainable.lora is not None:
+            add_adapters(self.module, model, trainable.lora, dims, seed=seed)
+            self.identity[LORA] = trainable.lora.identity
+        self.learning_rates = select_parameters(self.module, trainable, parameter_table(model, vocab_size))
         self.telemetry = StepTelemetry(
             self.module, dims, attention, sequence_length=sequence_length, on_timing=self._time_stages
         )
@@ -119,6 +129,7 @@ class TrainedModel:
         Raises:
             BatchError, ExchangeError: see `Engine.train_step`.
         """
+        self._set_routing_scale(step)
         self.telemetry.begin_step()
         shards, tokens = self._shards(micro_batches)
         try:
@@ -135,6 +146,7 @@ class TrainedModel:
             forward: called without gradients with this rank's shards; returns its part of the `bucket_losses`.
             step: for messages.
         """
+        self._set_routing_scale(step)
         shards, _ = self._shards(micro_batches)
         self.module.eval()  # no recomputation, and no memory for it
         try:
@@ -179,13 +191,29 @@ class TrainedModel:
     def state(self, step: int) -> EngineState:
         """Return the state of an engine after `step` steps that is not a tensor."""
         return EngineState(
-            step=step, sequence_length=self.sequence_length, identity=self.identity, function=self._function
+            step=step, sequence_length=self.sequence_length, identity=self.identity, function=self._function(step)
         )
+
+    def curves(self) -> dict[str, float]:
+        """Return measurements of the last step that not every run has, by the names of their curves."""
+        return {} if self._attention.routing_warmup is None else {"routing/scale": self._routing_scale}
+
+    def _function(self, step: int) -> dict[str, Any]:
+        """Settings of the function that step `step` trains."""
+        return {**self._constants, "attention.routing_scale": self._attention.routing_scale_at(step)}
+
+    def _set_routing_scale(self, step: int) -> None:
+        """Give every layer the routing scale of a step. The kernels take it as an argument."""
+        self._routing_scale = self._attention.routing_scale_at(step)
+        if self._attention.routing_warmup is not None:
+            for _, attention in self.module.attentions():
+                attention.spec = attention.spec.replaced(routing_scale=self._routing_scale)
 
     def changes_since(self, saved: EngineState) -> list[str]:
         """Name each setting by which the weights now compute another function than in `saved`."""
-        names = [*self._function, *(name for name in saved.function if name not in self._function)]
-        pairs = [(name, _setting(saved.function, name), _setting(self._function, name)) for name in names]
+        function = self._function(saved.step)
+        names = [*function, *(name for name in saved.function if name not in function)]
+        pairs = [(name, _setting(saved.function, name), _setting(function, name)) for name in names]
         return [f"{name} was {before} and is {now}" for name, before, now in pairs if before != now]
 
     def _build(self, seed: int) -> DashGPTModel:
@@ -210,6 +238,13 @@ class TrainedModel:
 
     def _time_stages(self, timer: StepTimer | None) -> None:
         self.config.timers = timer
+
+
+def describe_new_state(fresh: int) -> list[str]:
+    """Say in words that `fresh` parameters, over all ranks, found no optimizer state in a checkpoint."""
+    if not fresh:
+        return []
+    return [f"{fresh} trained parameters have no optimizer state in the checkpoint: it starts anew"]
 
 
 def _not_default(section: BaseModel, names: Iterable[str]) -> dict[str, Any]:

@@ -36,13 +36,18 @@ def initialise_weights(model: GPTModel, *, init_std: float, seed: int) -> None:
         std = init_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * model.config.num_layers)
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = generator_for(seed, name, parameter.device)
         shape = list(parameter.shape)
         shape[tensor_parallel_dim(parameter)] *= tp_group.size()
         full = torch.empty(shape, device=parameter.device).normal_(0.0, std, generator=generator)
         with torch.no_grad():
             parameter.copy_(tensor_parallel_slice(full, name, parameter, tp_group.rank(), tp_group.size()))
+
+
+def generator_for(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """Return the random numbers of one parameter, which depend on the run's seed and its name in the whole model."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 class FullParameters(Protocol):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from dash_dist.planning import activations
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.parameters import StageNumbers
 from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
 
 GIB = 2**30
@@ -22,9 +23,9 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        weights: bfloat16, in Megatron-core's buffer.
-        gradients: float32, likewise.
-        optimizer: float32 weights and two moments, of this rank's part with the distributed optimizer.
+        weights: bfloat16; trained ones in Megatron-core's buffer.
+        gradients: float32, in another buffer, of trained weights.
+        optimizer: float32 copies and two moments of trained weights; this rank's part with the distributed optimizer.
         activations: what is saved for the backward pass of every micro-batch in flight, and what comes and goes.
         attention: work space of the attention, where the fullest moment is one of the attention.
         communication: K, V and gradients of other ranks, likewise.
@@ -59,11 +60,11 @@ def stage_memory(
     exchange: ExchangePlan,
     assumptions: Assumptions,
     *,
-    numbers: int,
+    numbers: StageNumbers,
     distributed_optimizer: bool,
 ) -> Memory:
-    """Predict the memory of a rank of pipeline stage `stage`, whose weights' buffer holds so many numbers."""
-    of_optimizer = numbers // layout.weight_replicas if distributed_optimizer else numbers
+    """Predict the memory of a rank of pipeline stage `stage`, which holds `numbers`."""
+    of_optimizer = numbers.trained // layout.weight_replicas if distributed_optimizer else numbers.trained
     base, saved, moments = _activations(sizes, layout, stage, exchange)
     # AdamW's for-each form takes the square roots of all second moments at once, when no activation is left.
     step = activations.Moment("optimizer step", activations=of_optimizer * FP32, freed=saved)
@@ -73,8 +74,8 @@ def stage_memory(
     working = held + fullest.attention + fullest.exchange
     reserve = (assumptions.context_gib + assumptions.nccl_gib * several) * GIB + assumptions.fragmentation * working
     return Memory(
-        weights=numbers * BF16,
-        gradients=numbers * FP32,
+        weights=numbers.weights * BF16,
+        gradients=numbers.trained * FP32,
         optimizer=of_optimizer * 3 * FP32,
         activations=held,
         attention=fullest.attention,

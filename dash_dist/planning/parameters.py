@@ -10,6 +10,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+from dash_dist.config.trainable import ADAPTERS, Linear, LoraConfig, TrainableSection
 from dash_dist.planning.layouts import Sizes
 
 
@@ -17,43 +18,98 @@ from dash_dist.planning.layouts import Sizes
 class Weight:
     """One parameter. own_bucket: the buffer keeps it apart, since two pipeline stages hold it."""
 
+    name: str
     numbers: int
     own_bucket: bool = False
 
 
-def layer_weights(sizes: Sizes) -> list[Weight]:
+@dataclass(frozen=True)
+class StageNumbers:
+    """Numbers of one rank, the padding of buffers included.
+
+    Attributes:
+        weights: in memory, frozen ones included.
+        trained: in the buffer of gradients.
+    """
+
+    weights: int
+    trained: int
+
+
+def layer_weights(sizes: Sizes, layer: int, lora: LoraConfig | None = None) -> list[Weight]:
     """Return the weights of one decoder layer, in the order in which Megatron-core registers them."""
-    return [
-        Weight(sizes.hidden),  # norm before the attention
-        Weight(sizes.kv_heads * sizes.head_dim),  # summary_query
-        Weight(sizes.q * sizes.hidden),  # projection out of the attention
-        Weight((sizes.q + 2 * sizes.kv) * sizes.hidden),  # projection into it
-        Weight(sizes.hidden),  # norm before the MLP
-        Weight(2 * sizes.ffn * sizes.hidden),
-        Weight(sizes.ffn * sizes.hidden),
-    ]
+    weights = {
+        "input_layernorm.weight": sizes.hidden,
+        "self_attention.core_attention.attention.summary_query": sizes.kv_heads * sizes.head_dim,
+        "self_attention.linear_proj.weight": sizes.q * sizes.hidden,
+        "self_attention.linear_qkv.weight": (sizes.q + 2 * sizes.kv) * sizes.hidden,
+        **_adapters(sizes, lora, "self_attention"),
+        "pre_mlp_layernorm.weight": sizes.hidden,
+        "mlp.linear_fc1.weight": 2 * sizes.ffn * sizes.hidden,
+        "mlp.linear_fc2.weight": sizes.ffn * sizes.hidden,
+        **_adapters(sizes, lora, "mlp"),
+    }
+    return [Weight(f"decoder.layers.{layer}.{name}", numbers) for name, numbers in weights.items()]
 
 
-def stage_weights(sizes: Sizes, *, pipeline: int, stage: int, tie_embeddings: bool) -> list[Weight]:
+def _adapters(sizes: Sizes, lora: LoraConfig | None, block: str) -> dict[str, int]:
+    linears: dict[str, dict[Linear, tuple[int, int]]] = {  # outputs and inputs at this rank
+        "self_attention": {
+            "q_proj": (sizes.q, sizes.hidden),
+            "k_proj": (sizes.kv, sizes.hidden),
+            "v_proj": (sizes.kv, sizes.hidden),
+            "o_proj": (sizes.hidden, sizes.q),
+        },
+        "mlp": {
+            "gate_proj": (sizes.ffn, sizes.hidden),
+            "up_proj": (sizes.ffn, sizes.hidden),
+            "down_proj": (sizes.hidden, sizes.ffn),
+        },
+    }
+    numbers = {}
+    for linear, (outputs, inputs) in linears[block].items():
+        if lora is not None and linear in lora.linears:
+            numbers[f"{block}{ADAPTERS}{linear}.a"] = lora.rank * inputs
+            numbers[f"{block}{ADAPTERS}{linear}.b"] = lora.rank * outputs
+    return numbers
+
+
+def stage_weights(
+    sizes: Sizes, *, pipeline: int, stage: int, tie_embeddings: bool, lora: LoraConfig | None = None
+) -> list[Weight]:
     """Return the weights of pipeline stage `stage` (from 0) of `pipeline`."""
     first, last = stage == 0, stage == pipeline - 1
-    embedding = Weight(sizes.vocab * sizes.hidden, own_bucket=tie_embeddings and pipeline > 1)
+    rows, shared = sizes.vocab * sizes.hidden, tie_embeddings and pipeline > 1
+    embedding = Weight("embedding.word_embeddings.weight", rows, own_bucket=shared)
     weights = [embedding] if first else []
-    weights += layer_weights(sizes) * sizes.layers
+    for layer in range(sizes.layers):
+        weights += layer_weights(sizes, stage * sizes.layers + layer, lora)
     if last:
-        weights.append(Weight(sizes.hidden))  # norm after the last layer
-        if not (tie_embeddings and first):
+        weights.append(Weight("decoder.final_layernorm.weight", sizes.hidden))
+        if not tie_embeddings:
+            weights.append(Weight("output_layer.weight", rows))
+        elif not first:
             weights.append(embedding)
     return weights
 
 
 @functools.lru_cache(maxsize=1024)
 def stage_numbers(
-    sizes: Sizes, *, pipeline: int, stage: int, replicas: int, tie_embeddings: bool, distributed_optimizer: bool
-) -> int:
-    """`buffer_numbers` of a stage."""
-    weights = stage_weights(sizes, pipeline=pipeline, stage=stage, tie_embeddings=tie_embeddings)
-    return buffer_numbers(weights, replicas, distributed_optimizer=distributed_optimizer)
+    sizes: Sizes,
+    *,
+    pipeline: int,
+    stage: int,
+    replicas: int,
+    tie_embeddings: bool,
+    distributed_optimizer: bool,
+    trainable: TrainableSection,
+) -> StageNumbers:
+    """Return the numbers of a stage; frozen weights are not in the buffers."""
+    weights = stage_weights(sizes, pipeline=pipeline, stage=stage, tie_embeddings=tie_embeddings, lora=trainable.lora)
+    trained = [weight for weight in weights if trainable.trains(weight.name)]
+    frozen = sum(weight.numbers for weight in weights) - sum(weight.numbers for weight in trained)
+    numbers = buffer_numbers(trained, replicas, distributed_optimizer=distributed_optimizer)
+    return StageNumbers(weights=frozen + numbers, trained=numbers)
 
 
 def buffer_numbers(weights: list[Weight], replicas: int, *, distributed_optimizer: bool) -> int:

@@ -33,7 +33,7 @@ class Prediction:
     """Prediction for one layout, for its worst rank: memory of the fullest pipeline stage, bytes of the busiest.
 
     Attributes:
-        memory: of the first and the last pipeline stage; those between hold less.
+        memory: of the first and the last pipeline stage; those between hold less if they train as many parameters.
         flops: operations that a rank executes in a step: matrix products and attention, recomputation included.
         model_flops: operations that a step is worth over all ranks (`dash_dist.megatron.flops`).
         sent: bytes that a rank sends in a step, by purpose.
@@ -92,6 +92,7 @@ def predict(
             replicas=layout.weight_replicas,
             tie_embeddings=config.model.tie_embeddings,
             distributed_optimizer=distributed,
+            trainable=config.trainable,
         )
         for stage in (0, layout.pipeline - 1)
     }
@@ -99,7 +100,7 @@ def predict(
         stage_memory(sizes, layout, stage, exchange, assumptions, numbers=count, distributed_optimizer=distributed)
         for stage, count in numbers.items()
     )
-    most = max(numbers.values())
+    most = max(count.trained for count in numbers.values())
     sent = _bytes(sizes, layout, machine, exchange, most, distributed=distributed)
     pace = Pace(machine, assumptions)
     time = _time(config, sizes, layout, pace, exchange, sent, most, distributed=distributed)

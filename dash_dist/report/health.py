@@ -40,6 +40,7 @@ _EVENTS_IN_WORDS: dict[EventKind, tuple[str, str]] = {
     "metrics_failed": ("time that curves could not be written", "times that curves could not be written"),
     "resized": ("change of the number of processes", "changes of the number of processes"),
     "schedule_changed": ("change of the learning-rate curve", "changes of the learning-rate curve"),
+    "trainable_changed": ("change of the trained parameters", "changes of the trained parameters"),
 }
 
 _ENDED: dict[str, Verdict] = {"finished": "finished", "stopped": "stopped", "error": "failed"}

@@ -27,13 +27,16 @@ FINAL_METRICS = (
 Chart = list[str | list[str]]  # as SummaryWriter.add_custom_scalars takes it: a kind and regular expressions of tags
 
 
-def pages(*, with_mfu: bool, context_parallel: bool, with_heldout: bool = False) -> dict[str, dict[str, Chart]]:
+def pages(
+    *, with_mfu: bool, context_parallel: bool, with_heldout: bool = False, with_routing_warmup: bool = False
+) -> dict[str, dict[str, Chart]]:
     """Return page -> chart -> its curves.
 
     Args:
         with_mfu: the peak of the GPU is known.
         context_parallel: the run has more than one context-parallel rank.
         with_heldout: the run computes its loss on held-out sequences.
+        with_routing_warmup: the routing scale changes in the run.
     """
     cp_health = {"Overlap of exchange and attention": ["cp/overlap"], "Imbalance over CP ranks": ["cp/imbalance/.*"]}
     health = {
@@ -56,6 +59,7 @@ def pages(*, with_mfu: bool, context_parallel: bool, with_heldout: bool = False)
         "Not computing (s per step, slowest rank)": [f"time_max/{part}" for part in _NOT_COMPUTING],
     }
     routing = {
+        **({"Routing scale": ["routing/scale"]} if with_routing_warmup else {}),
         "Density by layer": ["routing/density/.*"],
         "Heat maps (s of a step that draws them, mean of ranks)": ["time/heat_map"],
     }

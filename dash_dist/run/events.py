@@ -29,6 +29,7 @@ EventKind = Literal[
     "resized",  # the run continues with another number of processes
     "schedule_changed",  # the run continues with another learning-rate curve than its checkpoint's
     "stage",  # a stage begins, or passes its gate
+    "trainable_changed",  # the run continues with parameters that its checkpoint had no optimizer state of
 ]
 
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)

@@ -31,6 +31,7 @@ def build_engine(config: RunConfig, dims: ParallelDims, vocab_size: int, *, resu
         "attention": config.attention,
         "parallel": config.parallel,
         "optimizer": config.optimizer,
+        "trainable": config.trainable,
         "dims": dims,
         "vocab_size": vocab_size,
         "sequence_length": config.training.sequence_length,

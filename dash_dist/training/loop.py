@@ -113,6 +113,8 @@ class TrainingLoop:
         if self._control.is_main:
             self._begin_curves(cleanup)
         self._record(changes)
+        if self._engine.optimizer_changes:
+            self._log.record("trainable_changed", "; ".join(self._engine.optimizer_changes), step=self._state.step)
         if origin is None or changes.data:
             for told in prepared.corpus.damage:
                 self._log.record("data_damaged", told, step=self._state.step)
@@ -304,6 +306,7 @@ class TrainingLoop:
                 with_mfu=self._peak_flops is not None,
                 context_parallel=self._dims.cp_size > 1,
                 with_heldout=self._heldout is not None,
+                with_routing_warmup=self._config.attention.routing_warmup is not None,
             ),
         )
 
@@ -352,6 +355,7 @@ class TrainingLoop:
             memory={name: max(used[name] for used, *_ in of_ranks) for name in memory},
             seconds=mean_seconds,
             seconds_max=max_seconds,
+            further=result.curves,
         )
 
         def write(writer: MetricsWriter) -> None:

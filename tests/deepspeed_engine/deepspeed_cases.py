@@ -1,6 +1,7 @@
 """The runs that the tests of `engine: deepspeed` compare. Nothing of Megatron-core or DeepSpeed."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,6 +22,8 @@ class Run:
     bfloat16: bool = False
     bad_step: int | None = None
     decay_steps: int | None = None
+    trainable: tuple[dict[str, Any], ...] | None = None  # patterns
+    lora: dict[str, Any] | None = None
 
 
 @dataclass

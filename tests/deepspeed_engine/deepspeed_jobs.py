@@ -23,6 +23,7 @@ from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.deepspeed import DeepSpeedSection, DeepSpeedSettings, ZeroSettings
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.trainable import TrainableSection
 from dash_dist.deepspeed_engine import engine as deepspeed_module
 from dash_dist.deepspeed_engine.checkpoint import load_checkpoint, start_save
 from dash_dist.deepspeed_engine.engine import DeepSpeedEngine
@@ -53,6 +54,7 @@ def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
         "vocab_size": VOCAB_SIZE,
         "sequence_length": SEQUENCE_LENGTH,
         "total_steps": STEPS,
+        "trainable": TrainableSection.model_validate({"parameters": run.trainable, "lora": run.lora}),
     }
     real = model_module.transformer_config
 
@@ -84,7 +86,8 @@ def full_weights(engine: MegatronEngine) -> dict[str, torch.Tensor]:
 
 def one_after_another(runs: dict[str, Run], then: list[tuple[str, Any]], folder: Path) -> list[Any]:
     """Several jobs in the same processes, whose start is what takes longest."""
-    jobs = {"save_and_go_on": save_and_go_on, "load_and_train": load_and_train, "odd_sizes": odd_sizes}
+    jobs: dict[str, Any] = {"change_parameters": change_parameters}
+    jobs |= {"save_and_go_on": save_and_go_on, "load_and_train": load_and_train, "odd_sizes": odd_sizes}
     return [train(runs, folder), *(jobs[name](argument, folder) for name, argument in then)]
 
 
@@ -164,6 +167,42 @@ def load_and_train(runs: dict[str, Run], folder: Path) -> dict[str, list[float]]
                 take_step(engine, run, trained)
             losses[name] = trained.losses
     return losses
+
+
+def change_parameters(runs: tuple[Run, Run, Run], folder: Path) -> dict[str, Any]:
+    """Save the first run; resume it by the second one, of the same parameters, and the third, of others."""
+    first, same, other = runs
+    with engine_of(first, folder) as engine:
+        undisturbed = Trained()
+        for _ in range(STEPS_BEFORE_SAVE):
+            take_step(engine, first, Trained())
+        engine.start_save(folder / "some", background=False).finish()
+        for _ in range(STEPS_AFTER_LOAD):
+            take_step(engine, first, undisturbed)
+        undisturbed.weights = full_weights(engine)
+    with engine_of(same, folder) as engine:
+        engine.load(folder / "some")
+        resumed, said = Trained(), engine.optimizer_changes
+        for _ in range(STEPS_AFTER_LOAD):
+            take_step(engine, same, resumed)
+        resumed.weights = full_weights(engine)
+    with engine_of(other, folder) as engine:
+        engine.load(folder / "some")
+        moments = {
+            one.parameter: bool(one.tensors["exp_avg"].any())
+            for one in owned_slices(engine.model, engine._zero)
+            if "exp_avg" in one.tensors
+        }
+        changed = Trained()
+        take_step(engine, other, changed)
+        return {
+            "undisturbed": undisturbed,
+            "resumed": resumed,
+            "said": said,
+            "moments": moments,
+            "changes": engine.optimizer_changes,
+            "changed": changed,
+        }
 
 
 def odd_sizes(stages: list[int], folder: Path) -> dict[str, dict[str, list[float]]]:

@@ -15,10 +15,11 @@ from dash_dist.deepspeed_engine.slices import OwnedSlice
 DIMS = SimpleNamespace(rank=0, world_size=1)
 IDENTITY = {"layers": 2}
 INDEX = {
-    "format": 1,
+    "format": 2,
     "run": {"step": 4, "sequence_length": 8, "identity": IDENTITY, "function": {}},
     "updates": 4,
     "shapes": {"w": [6]},
+    "frozen": [],
     "slices": {"rank_00000.safetensors": [["w", 0, 6]]},
 }
 
@@ -49,7 +50,7 @@ def test_a_checkpoint_is_complete_only_with_every_file(tmp_path):
     assert (tmp_path / checkpoint.INDEX).exists()
 
 
-@pytest.mark.parametrize("missing", ["format", "run", "shapes", "slices"])
+@pytest.mark.parametrize("missing", ["format", "run", "shapes", "slices", "frozen"])
 def test_an_index_of_another_program_is_refused_in_words(tmp_path, missing):
     """Rank 0 reads it alone: the others wait for what it says."""
     index = {key: value for key, value in INDEX.items() if key != missing}
@@ -61,4 +62,4 @@ def test_an_index_of_another_program_is_refused_in_words(tmp_path, missing):
 def test_a_file_with_fewer_elements_than_the_index_says_is_refused_in_words(tmp_path):
     save(tmp_path, size=4).finish()
     with pytest.raises(ValueError, match=r"cannot read .*rank_00000\.safetensors"):
-        checkpoint._read_slices(tmp_path, INDEX["slices"], [slice_of(6)])
+        checkpoint._read_slices(tmp_path, INDEX["slices"], (), [slice_of(6)])

@@ -19,6 +19,7 @@ from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.trainable import TrainableSection
 from dash_dist.context_parallel import DashAttention, shard_positions
 from dash_dist.megatron import model as model_module
 from dash_dist.megatron.engine import MegatronEngine
@@ -60,7 +61,9 @@ def micro_batches(step: int, dims: ParallelDims, case: Case) -> list[Batch]:
 
 
 @contextmanager
-def engine_of(case: Case, *, model: ModelConfig = MODEL, vocab_size: int = VOCAB_SIZE) -> Iterator[MegatronEngine]:
+def engine_of(
+    case: Case, *, model: ModelConfig = MODEL, vocab_size: int = VOCAB_SIZE, trainable: TrainableSection | None = None
+) -> Iterator[MegatronEngine]:
     parallel = ParallelConfig(
         tensor=case.tensor,
         context=case.context,
@@ -87,6 +90,7 @@ def engine_of(case: Case, *, model: ModelConfig = MODEL, vocab_size: int = VOCAB
             vocab_size=vocab_size,
             sequence_length=SEQUENCE_LENGTH,
             total_steps=10,
+            trainable=trainable,
         )
     finally:
         model_module.LOGITS_PER_PIECE = logits_per_piece

@@ -9,6 +9,7 @@ import torch
 
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.run import RunConfig
+from dash_dist.config.trainable import LoraConfig, TrainablePattern, TrainableSection
 from dash_dist.planning import GPUS, Assumptions, Layout, Machine
 
 VOCAB_SIZE = 100  # padded to 128
@@ -30,6 +31,17 @@ class Case:
     tie_embeddings: bool = False
     distributed_optimizer: bool = True
     exchange: Literal["selective", "allgather", "ring"] = "selective"
+    frozen: bool = False
+    lora: bool = False
+
+    @property
+    def trainable(self) -> TrainableSection:
+        if self.lora:
+            return TrainableSection(lora=LoraConfig(rank=8))
+        if not self.frozen:
+            return TrainableSection()
+        patterns = (TrainablePattern(match="decoder.layers.0.*"), TrainablePattern(match="*.mlp.linear_fc2.weight"))
+        return TrainableSection(parameters=patterns)
 
     def config(self) -> RunConfig:
         return small_config(
@@ -41,6 +53,7 @@ class Case:
                 "distributed_optimizer": self.distributed_optimizer,
             },
             attention={"exchange": self.exchange},
+            trainable=self.trainable.model_dump(),
         )
 
 

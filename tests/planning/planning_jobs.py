@@ -16,6 +16,7 @@ from dash_dist.config.parallel import ParallelConfig
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.model import build_model, transformer_config
 from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.megatron.weights import global_name
 from tests.planning.planning_cases import CHUNK_SIZE, GLOBAL_BATCH, MODEL, SEQUENCE_LENGTH, VOCAB_SIZE, Case, batch
 
 
@@ -25,7 +26,7 @@ class Held:
     sent: bytes to other ranks in a step."""
 
     stage: int
-    weights: list[int]
+    weights: dict[str, int]
     buffer: int
     gradients: int
     states: dict[str, int]
@@ -56,6 +57,7 @@ def _held(case: Case) -> Held:
             vocab_size=VOCAB_SIZE,
             sequence_length=SEQUENCE_LENGTH,
             total_steps=2,
+            trainable=case.trainable,
         )
         engine.train_step([batch() for _ in range(GLOBAL_BATCH // dims.dp_size)])
         sent = None
@@ -64,7 +66,9 @@ def _held(case: Case) -> Held:
         buffers = engine._wrapped.buffers
         return Held(
             stage=dims.pp_rank,
-            weights=[weight.numel() for weight in engine.model.parameters()],
+            weights={
+                global_name(engine.model, name): weight.numel() for name, weight in engine.model.named_parameters()
+            },
             buffer=sum(buffer.param_data.numel() for buffer in buffers if buffer.param_data is not None),
             gradients=sum(buffer.grad_data.numel() for buffer in buffers),
             states=_states(engine),

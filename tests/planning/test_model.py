@@ -31,6 +31,10 @@ ON_FOUR = [
     Case(),
     Case(tie_embeddings=True, distributed_optimizer=False),
     Case(tensor=2),
+    Case(tensor=2, frozen=True),
+    Case(tensor=2, lora=True),
+    Case(pipeline=2, lora=True, distributed_optimizer=False),
+    Case(pipeline=2, tie_embeddings=True, frozen=True, distributed_optimizer=False),
     Case(tensor=2, pipeline=2, tie_embeddings=True),
     Case(pipeline=2, context=2, tie_embeddings=True),
     Case(context=4),
@@ -57,8 +61,14 @@ def sizes_of(case: Case) -> tuple[Sizes, Layout]:
 def test_weights_are_those_of_the_model_in_order(held: dict[Case, list[Any]], case: Case) -> None:
     sizes, layout = sizes_of(case)
     for rank in held[case]:
-        expected = stage_weights(sizes, pipeline=layout.pipeline, stage=rank.stage, tie_embeddings=case.tie_embeddings)
-        assert [weight.numbers for weight in expected] == rank.weights
+        expected = stage_weights(
+            sizes,
+            pipeline=layout.pipeline,
+            stage=rank.stage,
+            tie_embeddings=case.tie_embeddings,
+            lora=case.trainable.lora,
+        )
+        assert [(weight.name, weight.numbers) for weight in expected] == list(rank.weights.items())
 
 
 @pytest.mark.slow
@@ -74,7 +84,8 @@ def test_buffers_and_optimizer_states_are_megatrons(held: dict[Case, list[Any]],
             replicas=layout.weight_replicas,
             tie_embeddings=case.tie_embeddings,
             distributed_optimizer=case.distributed_optimizer,
-        )
+            trainable=case.trainable,
+        ).trained
         assert rank.gradients == numbers
         if case.distributed_optimizer:
             assert rank.buffer == numbers
@@ -85,9 +96,11 @@ def test_buffers_and_optimizer_states_are_megatrons(held: dict[Case, list[Any]],
             share = numbers // layout.weight_replicas if case.distributed_optimizer else numbers
             assert share - 64 * len(rank.weights) <= states <= share
     for stage, of_stage in totals.items():
-        weights = stage_weights(sizes, pipeline=layout.pipeline, stage=stage, tie_embeddings=case.tie_embeddings)
+        weights = stage_weights(
+            sizes, pipeline=layout.pipeline, stage=stage, tie_embeddings=case.tie_embeddings, lora=case.trainable.lora
+        )
         copies = layout.tensor if case.distributed_optimizer else layout.tensor * layout.weight_replicas
-        expected = copies * sum(weight.numbers for weight in weights)
+        expected = copies * sum(weight.numbers for weight in weights if case.trainable.trains(weight.name))
         assert of_stage == {"weights": expected, "exp_avg": expected, "exp_avg_sq": expected}
 
 

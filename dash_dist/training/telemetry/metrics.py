@@ -5,7 +5,7 @@ Knows the names of the curves; does not know how their values are computed. One 
 
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -39,6 +39,7 @@ class StepMetrics:
         memory: name -> GiB, the maximum over the ranks.
         seconds: part of the step (`curve_names.PARTS`) -> mean over the ranks. All parts but "save" add up to the step.
         seconds_max: part -> maximum over the ranks.
+        further: name of a curve -> value, see `StepResult.curves`.
     """
 
     step: int
@@ -56,6 +57,7 @@ class StepMetrics:
     memory: Mapping[str, float]
     seconds: Mapping[str, float]
     seconds_max: Mapping[str, float]
+    further: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class MetricsWriter:
             **{f"memory/{name}": gib for name, gib in metrics.memory.items()},
             **{f"time/{part}": seconds for part, seconds in metrics.seconds.items()},
             **{f"time_max/{part}": seconds for part, seconds in metrics.seconds_max.items()},
+            **metrics.further,
         }
         if metrics.mfu is not None:
             scalars["perf/mfu"] = metrics.mfu
