@@ -24,7 +24,7 @@ from torch import nn
 
 from dash_dist.checkpoints.folders import sync
 from dash_dist.checkpoints.integrity import FileChecksum, checksum_of
-from dash_dist.deepspeed_engine.slices import OwnedSlice, owned_slices, parameter_shapes
+from dash_dist.deepspeed_engine.slices import WEIGHT, OwnedSlice, owned_slices, parameter_shapes
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.megatron.checkpoint import EngineState, check_fit, create_directory
@@ -163,6 +163,24 @@ def load_checkpoint(
     agreement.raise_first(problem)
     optimizer.updates = index["updates"]
     optimizer.share_weights()
+    return EngineState(**index["run"])
+
+
+def load_weights(directory: Path, model: nn.Module, dims: ParallelDims, identity: dict[str, Any]) -> EngineState:
+    """Load the weights alone into a model that no engine trains, in place. A collective: all ranks call it.
+
+    Raises:
+        FileNotFoundError, ValueError: at every rank: see `load_checkpoint`.
+    """
+    agreement = Agreement()
+    index = agreement.call_on_main(lambda: _read_index(directory, identity, parameter_shapes(model)))
+    slices = [OwnedSlice(name, 0, {WEIGHT: one.data.view(-1)}) for name, one in model.named_parameters()]
+    problem: ValueError | None = None
+    try:
+        _read_slices(directory, index["slices"], slices)
+    except ValueError as error:
+        problem = error
+    agreement.raise_first(problem)
     return EngineState(**index["run"])
 
 

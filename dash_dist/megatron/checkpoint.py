@@ -13,7 +13,7 @@ import io
 import os
 import queue
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,12 +215,35 @@ def load_checkpoint(
             is not what this model needs.
     """
     Agreement().call_on_main(lambda: check_fit(directory, read_engine_state(directory), identity))
+    return _load(directory, model, optimizer, dims)
+
+
+def load_weights(directory: Path, model: DashGPTModel, dims: ParallelDims, identity: dict[str, Any]) -> EngineState:
+    """Load the weights alone, in place. A collective: all ranks call it.
+
+    The checkpoint may come from any parallel layout, and any `distributed_optimizer`.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: at every rank: see `load_checkpoint`.
+    """
+
+    def check() -> None:
+        saved = read_engine_state(directory)
+        known = {name: value for name, value in saved.identity.items() if name != "distributed_optimizer"}
+        check_fit(directory, replace(saved, identity=known), identity)
+
+    Agreement().call_on_main(check)
+    return _load(directory, model, None, dims)
+
+
+def _load(directory: Path, model: DashGPTModel, optimizer: Optimizer | None, dims: ParallelDims) -> EngineState:
     run: EngineState | None = None
     failure: tuple[str, int | None] | None = None
     try:
         state = dist_checkpointing.load(_sharded_state(model, optimizer, dims, is_loading=True), str(directory))
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
         run = EngineState(**state[RUN])
     except CheckpointException as error:  # of all ranks' reading, raised at every one; is not an Exception
         text = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items()) or str(error)
@@ -242,8 +265,9 @@ def _errno(error: BaseException) -> int | None:
 
 
 def _sharded_state(
-    model: DashGPTModel, optimizer: Optimizer, dims: ParallelDims, *, is_loading: bool
+    model: DashGPTModel, optimizer: Optimizer | None, dims: ParallelDims, *, is_loading: bool
 ) -> dict[str, Any]:
+    """Model's and optimizer's tensors by the places of their shards; None leaves the optimizer out."""
     metadata = {
         "dp_cp_group": dims.dp_cp_group,
         # The format in which every optimizer tensor has its weight's shape, so that any layout can load it.
@@ -258,10 +282,10 @@ def _sharded_state(
         # Transformer Engine's, and empty without it: pickled objects, which no checkpoint here contains.
         if not name.endswith("_extra_state")
     }
-    return {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, metadata, is_loading=is_loading),
-    }
+    state = {"model": model_state}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, metadata, is_loading=is_loading)
+    return state
 
 
 def create_directory(directory: Path) -> None:
