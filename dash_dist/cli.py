@@ -275,8 +275,7 @@ def evaluate(
     """Measure retrieval, tracking and counting on synthetic texts, in this process or as one rank of several."""
     from rich.console import Console
 
-    from dash_dist.evaluation.command import Options
-    from dash_dist.evaluation.command import evaluate as evaluate_run
+    from dash_dist.evaluation.options import Options
 
     options = Options(
         lengths=tuple(length or ()),
@@ -288,6 +287,8 @@ def evaluate(
         output=output,
         plot=plot,
     )
+    from dash_dist.evaluation.command import evaluate as evaluate_run
+
     evaluate_run(run, overrides or [], options, Console(highlight=False))
 
 

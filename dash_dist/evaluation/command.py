@@ -6,10 +6,9 @@ Knows options, files and the order of groups; does not know what a task asks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,55 +35,11 @@ from dash_dist.evaluation.loading import (
     read_state,
     verify,
 )
+from dash_dist.evaluation.options import Options
 from dash_dist.evaluation.results import ResultFile
 from dash_dist.evaluation.suites import SUITES
 from dash_dist.evaluation.table import table_of
-from dash_dist.extras import require_extra
 from dash_dist.megatron.parallel import ParallelDims
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the command line. Raises ConfigError that names an impossible one.
-
-    Attributes:
-        lengths: tokens of the samples, such as "16K"; none stands for the length of training.
-        suite: key of `SUITES`.
-        routing_scales: none stands for the trained one.
-        samples: of each task, length and routing scale.
-        seed: of the samples.
-        step: of the checkpoint; None for the newest.
-        output: JSON file; None for one in the run's folder.
-        plot: picture; None for one beside `output`, if matplotlib is installed.
-    """
-
-    lengths: tuple[str, ...] = ()
-    suite: str = "retrieval"
-    routing_scales: tuple[float, ...] = ()
-    samples: int = 20
-    seed: int = 0
-    step: int | None = None
-    output: Path | None = None
-    plot: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.suite not in SUITES:
-            raise ConfigError(f"--suite {self.suite}: give one of {', '.join(SUITES)}")
-        for scale in self.routing_scales:
-            if not 0 < scale < float("inf"):
-                raise ConfigError(f"--routing-scale {scale}: give numbers above 0")
-        for name, values in (("length", self.tokens), ("routing-scale", self.routing_scales)):
-            if len(set(values)) < len(values):
-                raise ConfigError(f"--{name} {' '.join(str(value) for value in values)}: give each once")
-        if self.plot is not None:
-            require_extra("report", f"--plot {self.plot}")
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The lengths in tokens. Raises ConfigError."""
-        return tuple(_tokens(length) for length in self.lengths)
 
 
 def evaluate(run: Path, overrides: Sequence[str], options: Options, console: Console) -> list[Group]:
@@ -106,7 +61,7 @@ def evaluate(run: Path, overrides: Sequence[str], options: Options, console: Con
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(dims.close)
         control = ControlGroup(config.training.distributed_timeout)
-        note = console.print if control.is_main else _say_nothing
+        note = functools.partial(_print, console) if control.is_main else _say_nothing
         if remark is not None:
             note(remark)
         return _Evaluation(folder, config, overrides, options, dims, control, note).all_groups()
@@ -152,7 +107,7 @@ class _Evaluation:
     def all_groups(self) -> list[Group]:
         """Evaluate the groups that the file of results lacks, and show all of them."""
         control, options = self._control, self._options
-        groups = control.on_main(f"{self._output} cannot be completed", ConfigError, self._file.read)
+        groups = control.on_main("the results cannot be completed", ConfigError, self._file.read)
         known = {(group.task, group.length, group.routing_scale) for group in groups}
         asked = [
             (length, scale, task)
@@ -284,11 +239,8 @@ class _Evaluation:
         }
 
 
-def _tokens(length: str) -> int:
-    match = re.fullmatch(r"([1-9]\d*)([KM]?)", length, re.IGNORECASE)
-    if match is None:
-        raise ConfigError(f"--length {length}: give tokens, such as 16384, 16K (x 1024) or 1M (x 1048576)")
-    return int(match[1]) * _UNITS[match[2].upper()]
+def _print(console: Console, what: Any) -> None:
+    console.print(what, soft_wrap=isinstance(what, str))
 
 
 def _say_nothing(_: Any) -> None:

@@ -18,7 +18,7 @@ def table_of(groups: Sequence[Group]) -> Table:
     tasks = list(dict.fromkeys(group.task for group in groups))
     with_scales = any(group.routing_scale is not None for group in groups)
     table = Table(box=None, pad_edge=False)
-    for name in ("length", *(["routing scale"] if with_scales else []), "density", *tasks, "mean"):
+    for name in ("length", *(["scale"] if with_scales else []), "density", *tasks, "mean"):
         table.add_column(name, justify="right")
     for (length, scale), of_row in rows_of(groups).items():
         accuracy = {group.task: group.accuracy for group in of_row}

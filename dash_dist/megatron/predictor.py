@@ -88,7 +88,8 @@ class MegatronPredictor:
 
     def set_sequence_length(self, sequence_length: int) -> None:
         """Take sequences of another length from now on. Raises ValueError: see `check_combination`."""
-        self._trained.set_sequence_length(sequence_length)
+        if sequence_length != self._trained.sequence_length:
+            self._trained.set_sequence_length(sequence_length)
 
     def set_routing_scale(self, routing_scale: float) -> None:
         """Route with another scale from now on, in every layer that routes."""
