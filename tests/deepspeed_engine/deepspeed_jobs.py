@@ -251,7 +251,7 @@ def refused_checkpoints(folder: Path) -> dict[str, str]:
 
 
 def evaluations(runs: dict[str, Run], folder: Path) -> dict[str, dict[str, Any]]:
-    """Losses by position and next tokens before training, and the losses of three steps without and with evaluations between."""
+    """Losses by position and next tokens before training; the losses of three steps without and with them between."""
     seen: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         seen[name] = {}
