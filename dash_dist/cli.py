@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from dash_dist.cluster import limits
-from dash_dist.command_line import ConfigFile, Overrides, run_app
+from dash_dist.command_line import ConfigFile, Overrides, SeveralValues, run_app
 
 app = typer.Typer(
     add_completion=False,
@@ -251,6 +251,47 @@ def report(
     from dash_dist.report import write_report
 
     print(write_report(run, output))
+
+
+@app.command(cls=SeveralValues)
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.")],
+    overrides: Overrides = None,
+    length: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LENGTH...", help="Tokens, such as 16K 64K. Default: as in training."),
+    ] = None,
+    suite: Annotated[str, typer.Option(help="retrieval, tracking, aggregation or all.")] = "retrieval",
+    routing_scale: Annotated[
+        list[float] | None,
+        typer.Option(metavar="SCALE...", help="Scales to evaluate with, larger is sparser. Default: as in training."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each task, length and scale.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    step: Annotated[int | None, typer.Option(min=0, help="Step of the checkpoint. Default: the newest.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; default: evaluation/SUITE-STEP.json in the run's folder.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture; default: beside the JSON file.")] = None,
+) -> None:
+    """Measure retrieval, tracking and counting on synthetic texts, in this process or as one rank of several."""
+    from rich.console import Console
+
+    from dash_dist.evaluation.options import Options
+
+    options = Options(
+        lengths=tuple(length or ()),
+        suite=suite,
+        routing_scales=tuple(routing_scale or ()),
+        samples=samples,
+        seed=seed,
+        step=step,
+        output=output,
+        plot=plot,
+    )
+    from dash_dist.evaluation.command import evaluate as evaluate_run
+
+    evaluate_run(run, overrides or [], options, Console(highlight=False))
 
 
 @app.command()

@@ -36,7 +36,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the message names refused keys, the values given and the allowed ones.
     """
-    settings = _read(Path(path))
+    return _validated(_read(Path(path)), overrides, f"the configuration {path}")
+
+
+def overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Return `config` with settings replaced, as by `load_config`. Raises ConfigError."""
+    return _validated(config.model_dump(exclude_unset=True), overrides, "the changed configuration")
+
+
+def _validated(settings: dict[str, Any], overrides: Sequence[str], title: str) -> RunConfig:
     for override in overrides:
         _apply(settings, override)
     try:
@@ -47,7 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         problems = [_explain(one) for one in found[:_SHOWN_PROBLEMS]]
         if len(found) > _SHOWN_PROBLEMS:
             problems.append(f"  and {len(found) - _SHOWN_PROBLEMS} more")
-        raise ConfigError("\n".join([f"the configuration {path} is refused:", *problems])) from None
+        raise ConfigError("\n".join([f"{title} is refused:", *problems])) from None
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -176,6 +176,24 @@ def load_checkpoint(
     return EngineState(**index["run"]), fresh
 
 
+def load_weights(directory: Path, model: nn.Module, dims: ParallelDims, identity: dict[str, Any]) -> EngineState:
+    """Load the weights alone into a model that no engine trains, in place. A collective: all ranks call it.
+
+    Raises:
+        FileNotFoundError, ValueError: at every rank: see `load_checkpoint`.
+    """
+    agreement = Agreement()
+    index = agreement.call_on_main(lambda: _read_index(directory, identity, parameter_shapes(model)))
+    slices = [OwnedSlice(name, 0, {WEIGHT: one.data.view(-1)}) for name, one in model.named_parameters()]
+    problem: ValueError | None = None
+    try:
+        _read_slices(directory, index["slices"], index["frozen"], slices)
+    except ValueError as error:
+        problem = error
+    agreement.raise_first(problem)
+    return EngineState(**index["run"])
+
+
 def _read_index(directory: Path, identity: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:
     if (directory / _OF_MEGATRON).is_file():
         raise ValueError(

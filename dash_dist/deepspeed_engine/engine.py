@@ -98,6 +98,10 @@ class DeepSpeedEngine:
         forward = functools.partial(self._bucket_losses, edges)
         return self._trained.evaluate(micro_batches, forward, step=self.step)
 
+    def next_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Compute the likeliest next tokens, see `Engine.next_tokens`."""
+        return self._trained.next_tokens(tokens, positions, self._next_tokens, step=self.step)
+
     def flops_per_step(self, tokens: int, *, document_length: float, density: float = 1.0) -> float:
         """Return the floating-point operations of a step, see `Engine.flops_per_step`."""
         return self._trained.flops_per_step(tokens, document_length=document_length, density=density)
@@ -132,6 +136,14 @@ class DeepSpeedEngine:
                 self._zero.backward(loss, weight=1.0 / tokens)
         dist.all_reduce(total)
         return float(total)
+
+    def _next_tokens(self, shards: list[ShardBatch]) -> list[torch.Tensor]:
+        return [
+            self._zero.forward(
+                shard.tokens, None, None, loss_mask=shard.loss_mask, packed_seq_params=shard.documents, last=False
+            )
+            for shard in shards
+        ]
 
     def _bucket_losses(self, edges: Sequence[int], shards: list[ShardBatch]) -> torch.Tensor:
         total = torch.zeros(len(edges), 2, dtype=torch.float64, device=self.dims.device)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import torch
+
 from dash_dist.engine.batch import MicroBatch
 from dash_dist.engine.saveable import Saveable
 from dash_dist.engine.telemetry import StepTelemetry
@@ -47,18 +49,50 @@ class BucketLoss(NamedTuple):
     tokens: int
 
 
-class Engine(Saveable, Protocol):
+MOST_POSITIONS = 256
+"""Positions of a row whose next tokens can be asked for in one call: their logits are held at once."""
+
+
+class Predictor(Protocol):
+    """A model that continues texts."""
+
+    @property
+    def telemetry(self) -> StepTelemetry:
+        """Measurements that are made on request."""
+        ...
+
+    def next_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the likeliest token after each of some positions. A collective: every rank calls it.
+
+        Attention is causal, so a row may go on with padding. Data-parallel ranks share the rows out. Of several tokens
+        that are equally likely, the one with the lowest id is taken. Weights, gradients, optimizer and step stay as
+        they are, and the measurements of the last step are dropped. With `telemetry.record_routing`, those of the
+        routing are of the last rows of this call.
+
+        Args:
+            tokens: [N, T] int64 on the CPU, N whole sequences, the same at every rank.
+            positions: [N, P] int64 on the CPU, from 0, with P up to `MOST_POSITIONS`; an entry may repeat another.
+
+        Returns:
+            [N, P] int64 on the CPU, at every rank: the token that follows tokens[n, : positions[n, p] + 1].
+
+        Raises:
+            BatchError: at every rank: the rows or positions of some rank cannot be, or differ from those of another.
+            ExchangeError: see `Engine.train_step`.
+        """
+        ...
+
+
+class Engine(Saveable, Predictor, Protocol):
     """The model of one run with its optimizer. All methods but `flops_per_step` are collectives: every rank calls them.
 
     Attributes:
         step: steps done, skipped ones counted.
-        telemetry: measurements of a step that are made on request.
         optimizer_changes: in words, optimizer state that `load` did not find in the checkpoint.
     """
 
     step: int
     optimizer_changes: list[str]
-    telemetry: StepTelemetry
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Train on one global batch.

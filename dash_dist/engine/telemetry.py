@@ -52,10 +52,14 @@ class StepTelemetry:
         self.timer.begin(record=self._record_seconds)
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Measure nothing in this block, and forget the last step."""
+    def paused(self, *, keep_routing: bool = False) -> Iterator[None]:
+        """Measure nothing in this block, and forget the last step.
+
+        Args:
+            keep_routing: record the routing as before.
+        """
         routing, seconds, selections = self.record_routing, self.record_seconds, self.record_selections
-        self.record_routing, self.record_seconds, self.record_selections = False, False, ()
+        self.record_routing, self.record_seconds, self.record_selections = routing and keep_routing, False, ()
         self.begin_step()
         try:
             yield

@@ -13,9 +13,10 @@ import io
 import os
 import queue
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,8 @@ from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.optimizer import Optimizer
 from dash_dist.megatron.optimizer_state import Sharded, load_state, state_to_save
 from dash_dist.megatron.parallel import ParallelDims
+
+T = TypeVar("T")
 
 _UPDATES = "updates"
 
@@ -222,34 +225,71 @@ def load_checkpoint(
             is not what this model needs.
     """
     stored, adapted = Agreement().call_on_main(lambda: _stored_names(directory, identity))
-    run: EngineState | None = None
-    counts = (0, 0)
-    failure: tuple[str, int | None] | None = None
-    try:
-        wanted = {name: one for name, one in _model_state(model, dims).items() if ADAPTERS not in name or adapted}
-        state = dist_checkpointing.load({"model": wanted}, str(directory))
-        missing, unexpected = model.load_state_dict(state["model"], strict=False)
-        if absent := [name for name in missing if name in wanted or ADAPTERS not in name] + unexpected:
-            raise ValueError(f"{absent} are in one of both only")
+
+    def load() -> tuple[dict[str, Any], tuple[int, int]]:
+        state = _load_model(directory, model, dims, adapted=adapted)
         model_state = _model_state(model, dims)  # Megatron took the parameters out of the first one
         with torch.no_grad():
-            counts = load_state(optimizer.megatron, model_state, stored, lambda wanted: _read(directory, wanted))
-        updates = state["optimizer"][_UPDATES]
-        run = EngineState(**state[RUN])
+            return state, load_state(optimizer.megatron, model_state, stored, lambda wanted: _read(directory, wanted))
+
+    state, counts = _at_every_rank(directory, load)
+    known, fresh = (sum(numbers) for numbers in zip(*Agreement().gather(counts), strict=True))
+    optimizer.continue_from(state["optimizer"][_UPDATES] if known else 0)
+    return EngineState(**state[RUN]), fresh
+
+
+def load_weights(directory: Path, model: DashGPTModel, dims: ParallelDims, identity: dict[str, Any]) -> EngineState:
+    """Load the weights alone, in place. A collective: all ranks call it.
+
+    The checkpoint may come from any parallel layout, and any `distributed_optimizer`.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: at every rank: see `load_checkpoint`.
+    """
+
+    def check() -> bool:
+        saved = read_engine_state(directory)
+        known = {name: value for name, value in saved.identity.items() if name != "distributed_optimizer"}
+        check_fit(directory, replace(saved, identity=known), identity)
+        return LORA in saved.identity
+
+    adapted = Agreement().call_on_main(check)
+    state = _at_every_rank(directory, lambda: _load_model(directory, model, dims, adapted=adapted))
+    return EngineState(**state[RUN])
+
+
+def _load_model(directory: Path, model: DashGPTModel, dims: ParallelDims, *, adapted: bool) -> dict[str, Any]:
+    """Load the weights of this rank; returns all that the checkpoint holds besides tensors.
+
+    Args:
+        adapted: the checkpoint has adapters; otherwise the model's stay as they are.
+    """
+    wanted = {name: one for name, one in _model_state(model, dims).items() if ADAPTERS not in name or adapted}
+    state: dict[str, Any] = dist_checkpointing.load({"model": wanted}, str(directory))
+    missing, unexpected = model.load_state_dict(state["model"], strict=False)
+    if absent := [name for name in missing if name in wanted or ADAPTERS not in name] + unexpected:
+        raise ValueError(f"{absent} are in one of both only")
+    return state
+
+
+def _at_every_rank(directory: Path, load: Callable[[], T]) -> T:
+    """Return this rank's `load()`; raise the first rank's failure, as OSError or ValueError, at every rank."""
+    found: T | None = None
+    failure: tuple[str, int | None] | None = None
+    try:
+        found = load()
     except CheckpointException as error:  # of all ranks' reading, raised at every one; is not an Exception
         text = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items()) or str(error)
         failure = text, next((_errno(reason[0]) for reason in error.failures.values()), None)
     except Exception as error:  # a checkpoint whose inside is not what Megatron expects fails in many ways
         failure = f"{type(error).__name__}: {error}", _errno(error)
-    if found := [one for one in Agreement().gather(failure) if one is not None]:
-        reason, number = found[0]
+    if failures := [one for one in Agreement().gather(failure) if one is not None]:
+        reason, number = failures[0]
         if number is not None:
             raise OSError(number, f"{directory} cannot be read: {reason}")
         raise ValueError(f"{directory} does not hold what this model needs: {reason}")
-    assert run is not None
-    known, fresh = (sum(numbers) for numbers in zip(*Agreement().gather(counts), strict=True))
-    optimizer.continue_from(updates if known else 0)
-    return run, fresh
+    assert found is not None
+    return found
 
 
 def _stored_names(directory: Path, identity: dict[str, Any]) -> tuple[set[str], bool]:

@@ -28,6 +28,7 @@ from dash_dist.megatron.checkpoint import load_checkpoint, start_save
 from dash_dist.megatron.loss import bucket_losses_of_batch, loss_of_batch
 from dash_dist.megatron.optimizer import Optimizer, wrap_model
 from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.megatron.predictor import next_tokens_of_shards
 from dash_dist.megatron.shard_batch import ShardBatch
 from dash_dist.megatron.trained_model import TrainedModel, describe_new_state
 
@@ -99,6 +100,11 @@ class MegatronEngine:
         """Compute losses by position, see `Engine.evaluate`."""
         forward = functools.partial(self._bucket_losses, edges)
         return self._trained.evaluate(micro_batches, forward, step=self.step)
+
+    def next_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Compute the likeliest next tokens, see `Engine.next_tokens`."""
+        forward = functools.partial(next_tokens_of_shards, self._wrapped, self._trained.sequence_length)
+        return self._trained.next_tokens(tokens, positions, forward, step=self.step)
 
     def flops_per_step(self, tokens: int, *, document_length: float, density: float = 1.0) -> float:
         """Return the floating-point operations of a step, see `Engine.flops_per_step`."""

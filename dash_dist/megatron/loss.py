@@ -1,4 +1,4 @@
-"""The loss of one micro-batch at one rank, as a sum or by position.
+"""The loss of one micro-batch at one rank, as a sum or by position, and its likeliest next tokens.
 
 Knows the mask; does not know over how many tokens the sum becomes a mean.
 """
@@ -29,6 +29,13 @@ def bucket_losses_of_batch(
     shard = next(shards)
     output = model(shard.tokens, None, None, labels=shard.labels, packed_seq_params=shard.documents)
     return output, functools.partial(_summed_by_bucket, shard, edges)
+
+
+def next_tokens_of_batch(shards: Iterator[ShardBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """A forward step whose data is the next token where the batch's `loss_mask` asks for it, [b, s], 0 elsewhere."""
+    shard = next(shards)
+    output = model(shard.tokens, None, None, loss_mask=shard.loss_mask, packed_seq_params=shard.documents)
+    return output, lambda tokens, non_loss_data: tokens
 
 
 def bucket_losses(shard: ShardBatch, token_losses: torch.Tensor, edges: Sequence[int]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from dash_dist.config.model import LOGITS_PER_PIECE, ModelConfig, padded_vocab_s
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel import DashAttention
 from dash_dist.megatron.core_attention import DashCoreAttention
+from dash_dist.megatron.likeliest import likeliest_tokens
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.rotary import ShardRotaryEmbedding, scale_rotated
@@ -31,6 +32,9 @@ from dash_dist.megatron.weights import FullParameters, initialise_weights, read_
 
 class DashGPTModel(GPTModel):
     """One pipeline stage of the decoder.
+
+    Without labels and with a `loss_mask` [b, s], the last stage returns the likeliest next token at the positions that
+    it marks, and 0 elsewhere, [b, s] int64.
 
     With labels, the last stage returns the cross entropy of every token, [b, s] float32, without ever holding the
     logits of the whole shard: where they would be more than `LOGITS_PER_PIECE`, output layer and loss are computed in
@@ -49,13 +53,20 @@ class DashGPTModel(GPTModel):
             assert isinstance(core_attention, DashCoreAttention)
             yield layer.layer_number - 1, core_attention.attention
 
-    def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+    def _postprocess(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self.post_process and labels is None and loss_mask is not None:
+            return self._likeliest(hidden_states, loss_mask)
         if not self.post_process or labels is None:
             output = super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
             return self._without_padding(output) if self.post_process else output
-        weight = self.output_layer.weight
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
+        weight = self._output_weight()
 
         def token_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             logits, _ = self.output_layer(hidden, weight=weight)  # [piece, b, vocab / tp]
@@ -73,6 +84,18 @@ class DashGPTModel(GPTModel):
             ],
             dim=1,
         )
+
+    def _likeliest(self, hidden_states: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
+        hidden = hidden_states.transpose(0, 1)[marked]  # [n, hidden]
+        logits, _ = self.output_layer(hidden[:, None], weight=self._output_weight())  # [n, 1, vocab / tp]
+        found = torch.zeros_like(marked, dtype=torch.int64)
+        found[marked] = likeliest_tokens(self._without_padding(logits)[:, 0], self.tp_group)
+        return found
+
+    def _output_weight(self) -> torch.Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
     def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
         rows = self.output_layer.output_size_per_partition
@@ -180,7 +203,20 @@ def build_model(
         rotary_base=model.rotary_base,
     )
     stage.vocab_size_without_padding = vocab_size
-    stage.rotary_pos_emb = ShardRotaryEmbedding(
+    stage.rotary_pos_emb = rotary_embedding(model, attention, dims, sequence_length=sequence_length)
+    stage = stage.to(dims.device)
+    if source is None:
+        initialise_weights(stage, init_std=model.init_std, seed=seed)
+    else:
+        read_weights(stage, source)
+    return stage
+
+
+def rotary_embedding(
+    model: ModelConfig, attention: AttentionConfig, dims: ParallelDims, *, sequence_length: int
+) -> ShardRotaryEmbedding:
+    """This rank's rotary positions in sequences of `sequence_length` tokens."""
+    return ShardRotaryEmbedding(
         model.resolved_head_dim,
         rotary_base=model.rotary_base,
         positions=model.positions,
@@ -190,9 +226,3 @@ def build_model(
         cp_size=dims.cp_size,
         device=dims.device,
     )
-    stage = stage.to(dims.device)
-    if source is None:
-        initialise_weights(stage, init_std=model.init_std, seed=seed)
-    else:
-        read_weights(stage, source)
-    return stage

@@ -5,7 +5,8 @@ Knows the model and the checks of a step. Does not know how gradients become upd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from dash_dist.engine.flops import flops_per_token
 from dash_dist.engine.protocol import BucketLoss
 from dash_dist.engine.step_timer import StepTimer
 from dash_dist.engine.telemetry import StepTelemetry
+from dash_dist.megatron.asked import AskedRows
 from dash_dist.megatron.lora import add_adapters
-from dash_dist.megatron.model import DashGPTModel, build_model, transformer_config
+from dash_dist.megatron.model import DashGPTModel, build_model, rotary_embedding, transformer_config
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch, split_micro_batches
 from dash_dist.megatron.trainable import select_parameters
@@ -85,6 +87,7 @@ class TrainedModel:
         self.sequence_length = sequence_length
         self._model_config = model
         self._attention = attention
+        self._parallel = parallel
         self._vocab_size = vocab_size
         self.identity = {
             **{name: getattr(model, name) for name in _SHAPES},
@@ -109,9 +112,7 @@ class TrainedModel:
             add_adapters(self.module, model, trainable.lora, dims, seed=seed)
             self.identity[LORA] = trainable.lora.identity
         self.learning_rates = select_parameters(self.module, trainable, parameter_table(model, vocab_size))
-        self.telemetry = StepTelemetry(
-            self.module, dims, attention, sequence_length=sequence_length, on_timing=self._time_stages
-        )
+        self.telemetry = self._telemetry()
 
     def loss_of_step(
         self,
@@ -148,16 +149,49 @@ class TrainedModel:
         """
         self._set_routing_scale(step)
         shards, _ = self._shards(micro_batches)
+        with self._only_forward(step), self.telemetry.paused():
+            losses = forward(shards)
+        dist.all_reduce(losses)
+        return tuple(BucketLoss(total, int(tokens)) for total, tokens in losses.tolist())
+
+    def next_tokens(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        forward: Callable[[list[ShardBatch]], list[torch.Tensor]],
+        *,
+        step: int,
+    ) -> torch.Tensor:
+        """Check rows and compute their next tokens, see `Engine.next_tokens`.
+
+        Args:
+            forward: called without gradients with this rank's shards; returns `AskedRows.gather`'s `found`.
+            step: for messages.
+        """
+        rows = AskedRows(tokens, positions, self.dims)
+        shards, _ = self._shards(rows.micro_batches)
+        with self._only_forward(step), self.telemetry.paused(keep_routing=True):
+            found = forward(shards)
+        return rows.gather(found, shards)
+
+    def set_sequence_length(self, sequence_length: int) -> None:
+        """Take sequences of another length from now on. Raises ValueError: see `check_combination`."""
+        model, attention, dims = self._model_config, self._attention, self.dims
+        check_combination(model, attention, self._parallel, world_size=dims.world_size, sequence_length=sequence_length)
+        self.sequence_length = sequence_length
+        self.module.rotary_pos_emb = rotary_embedding(model, attention, dims, sequence_length=sequence_length)
+        self.telemetry = self._telemetry()
+
+    @contextlib.contextmanager
+    def _only_forward(self, step: int) -> Iterator[None]:
         self.module.eval()  # no recomputation, and no memory for it
         try:
-            with self.telemetry.paused(), torch.no_grad():
-                losses = forward(shards)
+            with torch.no_grad():
+                yield
         except ExchangeError as error:
             raise ExchangeError(f"evaluation after step {step}: {error}") from error
         finally:
             self.module.train()
-        dist.all_reduce(losses)
-        return tuple(BucketLoss(total, int(tokens)) for total, tokens in losses.tolist())
 
     def _shards(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[ShardBatch], int]:
         """Check micro-batches; returns this rank's shards, and the tokens of the global batch in its loss."""
@@ -235,6 +269,15 @@ class TrainedModel:
         Agreement().raise_first(problem)
         assert built is not None
         return built
+
+    def _telemetry(self) -> StepTelemetry:
+        return StepTelemetry(
+            self.module,
+            self.dims,
+            self._attention,
+            sequence_length=self.sequence_length,
+            on_timing=self._time_stages,
+        )
 
     def _time_stages(self, timer: StepTimer | None) -> None:
         self.config.timers = timer

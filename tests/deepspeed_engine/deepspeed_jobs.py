@@ -37,7 +37,9 @@ from dash_dist.megatron.loss import summed_loss as megatron_summed_loss
 from dash_dist.megatron.parallel import ParallelDims
 from tests.deepspeed_engine.deepspeed_cases import STEPS, STEPS_AFTER_LOAD, STEPS_BEFORE_SAVE, Run, Trained
 from tests.megatron.megatron_jobs import micro_batches
-from tests.support.models import CHUNK_SIZE, MODEL, ROUTING_SCALE, SEQUENCE_LENGTH, VOCAB_SIZE, Case
+from tests.support.models import CHUNK_SIZE, MODEL, ROUTING_SCALE, SEQUENCE_LENGTH, VOCAB_SIZE, Case, global_batch
+
+NEXT_TOKENS_AT = torch.tensor([[0, 1, 63, 127], [5, 5, 100, 31], [126, 16, 15, 0]])
 
 
 @contextmanager
@@ -288,7 +290,7 @@ def refused_checkpoints(folder: Path) -> dict[str, str]:
 
 
 def evaluations(runs: dict[str, Run], folder: Path) -> dict[str, dict[str, Any]]:
-    """Losses by position before training, and the losses of three steps without and with evaluations between."""
+    """Losses by position and next tokens before training; the losses of three steps without and with them between."""
     seen: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         seen[name] = {}
@@ -299,6 +301,8 @@ def evaluations(runs: dict[str, Run], folder: Path) -> dict[str, dict[str, Any]]
                     if evaluate:
                         buckets = engine.evaluate(micro_batches(0, engine.dims, run.case), (16, 48, 128))
                         seen[name].setdefault("buckets", buckets)
+                        tokens = engine.next_tokens(global_batch(0).tokens[:3], NEXT_TOKENS_AT)
+                        seen[name].setdefault("next", tokens.tolist())
                     result = engine.train_step(micro_batches(step, engine.dims, run.case))
                     losses.append((result.loss, result.grad_norm))
                 seen[name]["with" if evaluate else "without"] = losses
