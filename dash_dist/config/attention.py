@@ -13,10 +13,15 @@ from dash_dist.config.section import Section
 
 
 class RoutingWarmup(Section):
-    """A geometric change of the routing scale in the first steps of a run, from `start` to attention.routing_scale."""
+    """A geometric change of the routing scale in the first steps of a run or a stage, from `start` to
+    attention.routing_scale.
+    """
 
     start: float = Field(gt=0.0, description="scale of the first step; larger than attention.routing_scale is sparser")
     steps: int = Field(gt=0, description="steps that have another scale than attention.routing_scale")
+    begins_after: int = Field(
+        default=0, ge=0, description="steps of the run before it; a stage that sets routing_warmup sets its own first"
+    )
 
 
 class AttentionConfig(Section):
@@ -47,9 +52,9 @@ class AttentionConfig(Section):
     def routing_scale_at(self, step: int) -> float:
         """Return the routing scale of step `step`; the first step of a run is 1."""
         warmup = self.routing_warmup
-        if warmup is None or step > warmup.steps:
+        if warmup is None or step > warmup.begins_after + warmup.steps:
             return self.routing_scale
-        share = max(step - 1, 0) / warmup.steps
+        share = max(step - 1 - warmup.begins_after, 0) / warmup.steps
         return float(warmup.start ** (1 - share) * self.routing_scale**share)
 
     @model_validator(mode="after")

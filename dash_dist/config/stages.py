@@ -25,6 +25,9 @@ class GateSection(Section):
     heldout_loss: float | None = Field(
         default=None, gt=0.0, description="largest loss on the held-out sequences, in nats; needs evaluation.interval"
     )
+    retrieval: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="least accuracy in the suite retrieval at the stage's sequence length"
+    )
 
     @property
     def is_set(self) -> bool:
@@ -51,6 +54,7 @@ class StageSection(Section):
     gate: GateSection = Field(default_factory=GateSection)
     model: Settings = Field(default_factory=dict)
     attention: Settings = Field(default_factory=dict)
+    trainable: Settings = Field(default_factory=dict)
     parallel: Settings = Field(default_factory=dict)
     data: Settings = Field(default_factory=dict)
     optimizer: Settings = Field(default_factory=dict)
@@ -137,6 +141,8 @@ def stage_settings(base: Mapping[str, Any], stages: Sequence[StageSection]) -> l
         elif optimizer.get("decay_steps") is None:
             optimizer["decay_steps"] = base["training"]["steps"]
         settings["optimizer"] = optimizer
+        if warmup := overrides.get("attention", {}).get("routing_warmup"):
+            settings["attention"]["routing_warmup"] = {"begins_after": first_step, **warmup}
         found.append(settings)
         first_step = last_step
     return found

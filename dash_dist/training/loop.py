@@ -15,6 +15,7 @@ from dash_dist.config.run import Stage
 from dash_dist.data.stream import Batch
 from dash_dist.engine.protocol import StepResult
 from dash_dist.errors import ConfigError, RankError, RunError
+from dash_dist.evaluation.gate import evaluate_retrieval
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.curve_names import pages
 from dash_dist.run.messages import RunStart, RunSummary, StepReport
@@ -62,6 +63,7 @@ class TrainingLoop:
         prepared = session.data[stage.number]
         with self._control.together("the run cannot start", ConfigError):
             self._data = prepared.stream(config, dims)
+        self._tokenizer = prepared.tokenizer
         self._heldout: HeldOut | None = None
         self._heldout_metrics: HeldOutMetrics | None = None
         if prepared.heldout is not None:
@@ -209,14 +211,27 @@ class TrainingLoop:
 
     def _check_gate(self) -> None:
         """Raise RunError at every rank if the end of the stage misses a condition of its gate."""
-        if not self._stage.gate.is_set:
+        gate, step = self._stage.gate, self._state.step
+        if not gate.is_set:
             return
-        if self._heldout_metrics is None or self._heldout_metrics.step != self._state.step:
+        if gate.heldout_loss is not None and (self._heldout_metrics is None or self._heldout_metrics.step != step):
             self._evaluate()
-        problem = missed(self._stage, self._heldout_metrics)
+        retrieval = None
+        if gate.retrieval is not None:
+            config = self._config
+            retrieval = evaluate_retrieval(
+                self._engine,
+                self._tokenizer,
+                self._dims,
+                self._control,
+                sequence_length=config.training.sequence_length,
+                special_tokens=config.data.special_tokens,
+            )
+            self._session.note(f"step {step}  retrieval {retrieval:.3f}")
+        problem = missed(self._stage, self._heldout_metrics, retrieval)
         if problem is not None:
             raise RunError(problem)
-        self._log.record("stage", f"stage {self._stage.name} passes its gate", step=self._state.step)
+        self._log.record("stage", f"stage {self._stage.name} passes its gate", step=step)
 
     def _next_batches(self) -> list[Batch] | None:
         """Return the micro-batches of the next step; None at every rank if any rank was asked to stop."""

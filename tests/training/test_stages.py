@@ -110,7 +110,7 @@ def test_a_gate_ends_the_run_and_keeps_its_checkpoint(folder, outcomes):
     message = (
         r"RunError: stage long ends at step 8 with a held-out loss of \d\.\d{4}, above its "
         r"gate\.heldout_loss = 0\.001; "
-        r"the checkpoint is kept: give the stage more steps or raise the limit"
+        r"the checkpoint is kept: give the stage more steps or change the limit"
     )
     assert re.match(message, outcomes["gate missed"].error)
     assert re.match(message, outcomes["gate still missed"].error)  # asked again, without training
