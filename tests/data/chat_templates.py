@@ -53,7 +53,7 @@ FORGETFUL = (
     "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML
+DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}"
 
 TALK = [
     {"role": "user", "content": "Is it far?"},

@@ -315,9 +315,12 @@ def test_templates_elsewhere_in_the_files_of_a_tokenizer(tmp_path, kind):
         assert len(documents(chat(write(tmp_path, TALK)), load_tokenizer(spec))[0][1]) == 2
 
 
-def test_the_day_is_no_part_of_a_document(tmp_path):
-    ((text, _),) = documents(chat(write(tmp_path, TALK)), loaded(tmp_path, DATED))
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED])
+def test_the_day_is_no_part_of_a_document(tmp_path, template):
+    config = chat(write(tmp_path, TALK))
+    ((text, counted),) = documents(config, loaded(tmp_path, DATED + template))
     assert text.startswith("Today: 26 Jul 2024\n<|im_start|>")
+    assert counted == documents(config, loaded(tmp_path, template))[0][1]
 
 
 def test_a_template_and_its_columns_are_part_of_the_key_and_texts_keep_theirs(tmp_path):

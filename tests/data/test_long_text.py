@@ -165,3 +165,20 @@ def test_memory_does_not_grow_with_a_document(tmp_path, kind, limit):
     grown, tokens = result.stdout.split()
     assert float(grown) < limit, f"{grown} MB more for a document of 64 MB"
     assert int(tokens) > 10_000_000
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bytes"])
+def test_the_tokens_before_a_cut_are_those_of_the_text_that_ends_there(tokenizers, kind):
+    tokenizer = tokenizers.get(kind) or ByteTokenizer()
+    exact = 0
+    for seed, length in ((0, 300), (1, 1500), (2, 12_000)):
+        text = mixed_text(seed, length)
+        cuts = sorted(random.Random(seed).sample(range(len(text) + 1), 40))
+        ids, counts = tokenizer.encode_cut(text, cuts)
+        np.testing.assert_array_equal(ids, tokenizer.encode_batch([text])[0])
+        for end, count in zip(cuts, counts, strict=True):
+            (alone,) = tokenizer.encode_batch([text[:end]])
+            if count is not None:
+                exact += 1
+                np.testing.assert_array_equal(alone, ids[:count])
+    assert exact > 40  # others are in the middle of a word

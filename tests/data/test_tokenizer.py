@@ -187,3 +187,5 @@ def test_tokenizers_written_in_python():
     assert encode(tokenizer, "abc").tolist() == [1, 2, 3]
     assert np.concatenate(list(tokenizer.encode_pieces(["ab", "c"]))).tolist() == [1, 2, 3]
     assert tokenizer.vocab_size == 28
+    ids, before = tokenizer.encode_cut("abc", [0, 2, 3])
+    assert (ids.tolist(), before) == ([1, 2, 3], [0, 2, 3])
