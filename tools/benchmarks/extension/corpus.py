@@ -1,0 +1,82 @@
+"""Documents of the extension: code of the installed Python packages, and questions about facts hidden in long texts.
+
+Knows files and lengths; does not know models.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dash_dist.data.tokenizer import ByteTokenizer
+from dash_dist.evaluation.samples import make_sample
+from dash_dist.evaluation.suites import SUITES
+
+HELD_OUT_PACKAGES = 8
+"""One package of so many is held out."""
+_LONGEST_FILE = 400_000
+_SEED_OF_TRAINING = 1_000_000  # the evaluation's samples are of other seeds
+
+
+def write_code(folder: Path, *, document: int, megabytes: float) -> None:
+    """Write `train.jsonl` and `heldout.jsonl` to `folder`: the files of a package joined to documents.
+
+    Args:
+        document: characters of a document, about.
+        megabytes: of text for training, at most; an eighth of that is held out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    limits = {"train": megabytes * 1e6, "heldout": megabytes * 1e6 / HELD_OUT_PACKAGES}
+    written = dict.fromkeys(limits, 0)
+    with (folder / "train.jsonl").open("w") as train, (folder / "heldout.jsonl").open("w") as heldout:
+        files = {"train": train, "heldout": heldout}
+        for package in _packages():
+            part = "train" if zlib.crc32(package.name.encode()) % HELD_OUT_PACKAGES else "heldout"
+            for text in _documents(package, document):
+                if written[part] >= limits[part]:
+                    break
+                files[part].write(json.dumps({"text": text}) + "\n")
+                written[part] += len(text)
+
+
+def write_questions(path: Path, documents: Mapping[int, int]) -> None:
+    """Write texts of the suite `retrieval`, each with its question and answer; their number by length in tokens."""
+    tokenizer, tasks = ByteTokenizer(), itertools.cycle(SUITES["retrieval"])
+    with path.open("w") as file:
+        for index, length in enumerate(length for length, count in documents.items() for _ in range(count)):
+            sample = make_sample(next(tasks), tokenizer, length=length, index=index, seed=_SEED_OF_TRAINING)
+            text = tokenizer.decode(np.concatenate([sample.prompt, sample.answer]))
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def _packages() -> list[Path]:
+    found: dict[str, Path] = {}
+    for kind in ("purelib", "platlib", "stdlib"):
+        root = Path(sysconfig.get_path(kind))
+        for folder in root.iterdir():
+            if folder.is_dir() and folder.name.isidentifier() and folder.name != "__pycache__":
+                found.setdefault(folder.name, folder)
+    return sorted(found.values(), key=lambda folder: zlib.crc32(folder.name.encode()))
+
+
+def _documents(package: Path, size: int) -> Iterator[str]:
+    parts: list[str] = []
+    for file in sorted(package.rglob("*.py")):
+        try:
+            text = file.read_text()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if len(text) > _LONGEST_FILE:
+            continue
+        parts.append(f"# {file.relative_to(package.parent)}\n{text}\n")
+        if sum(map(len, parts)) >= size:
+            yield "".join(parts)
+            parts = []
+    if parts:
+        yield "".join(parts)

@@ -1,0 +1,148 @@
+"""The runs of the extension: training from scratch, the two stages of its extension, and no training at all.
+
+Knows settings; does not know files of text or results.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of one experiment.
+
+    Attributes:
+        lengths: tokens of a sequence in training from scratch and in the two stages of the extension.
+        steps: of each of the three.
+        questions: documents with a question, of each of the three lengths.
+        tokens: of a global batch.
+    """
+
+    model: Settings
+    chunk_size: int
+    lengths: tuple[int, int, int]
+    steps: tuple[int, int, int]
+    tokens: int
+    heldout: int
+    megabytes: float
+    questions: tuple[int, int, int]
+    micro_batch: int
+
+
+SIZES = {
+    "gpu": Size(
+        model={
+            "num_layers": 8,
+            "hidden_size": 512,
+            "ffn_hidden_size": 1536,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 128,
+        },
+        chunk_size=64,
+        lengths=(8192, 32768, 65536),
+        steps=(400, 40, 40),
+        tokens=131072,
+        heldout=8,
+        megabytes=60,
+        questions=(2400, 64, 32),
+        micro_batch=4,
+    ),
+    "cpu": Size(
+        model={
+            "num_layers": 2,
+            "hidden_size": 64,
+            "ffn_hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 16,
+        },
+        chunk_size=16,
+        lengths=(512, 1024, 2048),
+        steps=(6, 3, 3),
+        tokens=2048,
+        heldout=2,
+        megabytes=0.3,
+        questions=(20, 4, 4),
+        micro_batch=1,
+    ),
+}
+_BASES = (10_000.0, 500_000.0)
+"""Base of the rotary positions from scratch and of the extension."""
+
+
+def from_scratch(size: Size, folder: Path) -> Settings:
+    """Dense attention at the first length, random weights."""
+    settings = _common(size, folder, "base")
+    settings["attention"]["kind"] = "dense"
+    settings["optimizer"] = {"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": max(1, size.steps[0] // 20)}
+    settings["training"] |= _training(size, 0)
+    return settings
+
+
+def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
+    """The two stages of an extension with attention of a kind, from exported weights."""
+    settings = _common(size, folder, kind)
+    settings["attention"]["kind"] = kind
+    settings["model"] |= {"weights": str(weights), "rotary_base": _BASES[1]}
+    settings["optimizer"] = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": max(1, size.steps[1] // 10)}
+    settings["data"]["documents"] = "separate"
+    settings["stages"] = [
+        {"name": f"{size.lengths[stage]}", "steps": size.steps[stage], "training": _lengths(size, stage)}
+        for stage in (1, 2)
+    ]
+    return settings
+
+
+def untrained(size: Size, folder: Path, weights: Path) -> Settings:
+    """The exported weights as they are at the last length: one step of a learning rate that changes nothing."""
+    settings = extension(size, folder, weights, "dense")
+    del settings["stages"]
+    settings["run"]["name"] = "untrained"
+    settings["optimizer"] = {"lr": 1e-30}
+    settings["training"] |= _lengths(size, 2) | {"steps": 1}
+    return settings
+
+
+def _common(size: Size, folder: Path, name: str) -> Settings:
+    def documents(part: str) -> list[Settings]:
+        code = {"source": "files", "paths": str(folder / "text" / part)}
+        return [code | {"weight": 0.7}, {"source": "files", "paths": str(folder / "questions.jsonl"), "weight": 0.3}]
+
+    return copy.deepcopy(
+        {
+            "run": {"name": name, "directory": str(folder / "runs")},
+            "model": {**size.model, "rotary_base": _BASES[0], "tie_embeddings": True},
+            "attention": {"chunk_size": size.chunk_size},
+            "data": {"sources": documents("train.jsonl"), "cache": str(folder / "tokens")},
+            "training": {},
+            "checkpoint": {"interval": 100_000, "asynchronous": False},
+            "logging": {"interval": 10, "routing_interval": 20, "heat_map_layers": []},
+            "evaluation": {
+                "interval": 100_000,
+                "sequences": size.heldout,
+                "buckets": [],
+                "data": {"source": "files", "paths": str(folder / "text" / "heldout.jsonl"), "documents": "joined"},
+            },
+        }
+    )
+
+
+def _training(size: Size, stage: int) -> Settings:
+    return _lengths(size, stage) | {"steps": size.steps[stage]}
+
+
+def _lengths(size: Size, stage: int) -> Settings:
+    length = size.lengths[stage]
+    rows = size.micro_batch if stage == 0 else 1
+    return {
+        "sequence_length": length,
+        "global_batch_size": max(rows, size.tokens // length),
+        "micro_batch_size": rows,
+    }
