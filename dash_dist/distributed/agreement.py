@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dash_dist.distributed.first_failure import tell_failure
 from dash_dist.errors import RunError, retryable
 
 T = TypeVar("T")
@@ -92,14 +93,23 @@ class ControlGroup(Agreement):
         The error is retryable if every rank's is.
 
         Without this a rank that fails alone leaves the others waiting in their next collective. The body may be a
-        collective only if that collective itself fails at every rank.
+        collective only if that collective itself fails at every rank. A defect may leave the others in one that the
+        body had begun: they are told before.
         """
         failure, cause = None, None
         try:
             yield
         except Exception as error:
             failure, cause = (_reason(error), retryable(error)), error
-        _raise_together(what, error_type, [one for one in self.gather(failure) if one is not None], cause)
+            if _is_defect(error):
+                tell_failure(error)
+        try:
+            failures = self.gather(failure)
+        except RuntimeError as broken:
+            if cause is None or not _is_defect(cause):
+                raise
+            raise cause from broken  # the others have ended in another collective
+        _raise_together(what, error_type, [one for one in failures if one is not None], cause)
 
     def on_main(self, what: str, error_type: type[RunError], function: Callable[[], T]) -> T:
         """Call `function` at the main rank and return its value at every rank; raises as `together` does."""
@@ -122,9 +132,14 @@ def _raise_together(
     if not failures:
         return
     can_retry = all(one for _, one in failures)
-    if cause is not None and not can_retry and not isinstance(cause, RunError | ValueError | OSError):
-        raise cause  # a defect, not bad input: its traceback is wanted
+    if cause is not None and not can_retry and _is_defect(cause):
+        raise cause  # its traceback is wanted
     raise error_type(f"{what}: {failures[0][0]}", retryable=can_retry) from cause
+
+
+def _is_defect(error: Exception) -> bool:
+    """Return whether an error is neither bad input nor one that may pass: a mistake of the program, or no memory."""
+    return not isinstance(error, RunError | ValueError | OSError) and not retryable(error)
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -33,6 +33,9 @@ _runs = itertools.count()
 """Runs of this process, which its group has seen in the same number: they do not read each other's failures."""
 
 
+_entered: "FirstFailure | None" = None
+
+
 class FirstFailure:
     """Context of the ranks' common work, in an initialised process group; entered and left at every rank.
 
@@ -40,13 +43,13 @@ class FirstFailure:
     raises. NCCL's communicators are then aborted, since leaving them would wait for the others.
 
     Args:
+        ending: called when this rank has failed and begins to leave the group.
         patience: seconds from another rank's failure to the end of this process, if it does not leave the context.
-        end: ends the process.
     """
 
-    def __init__(self, *, patience: float = _PATIENCE_SECONDS, end: Callable[[], object] | None = None) -> None:
+    def __init__(self, *, ending: Callable[[], object], patience: float = _PATIENCE_SECONDS) -> None:
+        self._ending = ending
         self._patience = patience
-        self._end = end or _end_process
         self._rank = dist.get_rank()
         self._key = f"dash_dist/first_failure/{next(_runs)}"
         self._readers = f"{self._key}/readers"
@@ -54,46 +57,63 @@ class FirstFailure:
         # A connection of its own: another thread may wait in the group's.
         self._store = store.clone() if dist.get_world_size() > 1 else None
         self._reason: str | None = None  # another rank's
+        self._told = False
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="first failure", daemon=True)
 
     def __enter__(self) -> Self:
+        global _entered
+        _entered = self
         if self._store is not None:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._left.set()
-        if self._store is not None:
-            self._thread.join()
-        if error is None or (isinstance(error, RunError) and not isinstance(error, RankError)):
+    def tell(self, error: BaseException) -> None:
+        """Print an error of this rank, and tell the other ranks if it is the first; once."""
+        if self._told:
             return
-        first = self._tell(_in_words(self._rank, error))
+        self._told = True
+        reason = str(error) if isinstance(error, RankError) else f"rank {self._rank}: {type(error).__name__}: {error}"
+        first = self._write(reason)
         if isinstance(error, RankError):
             _print(f"error: {error}")
         else:
             _print(f"rank {self._rank} failed:\n{''.join(traceback.format_exception(error)).rstrip()}")
         if first is not None:
             _print(f"rank {self._rank} failed after another one: {first}")
-        else:
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _entered
+        _entered = None
+        self._left.set()
+        if self._store is not None:
+            self._thread.join()
+        if error is None or (isinstance(error, RunError) and not isinstance(error, RankError)):
+            return
+        if self._told and isinstance(error, RankError):  # says more than what was told
+            _print(f"error: {error}")
+        self.tell(error)
+        if self._reason is None:
             self._wait_for_readers()
+        self._ending()
         if "nccl" in str(dist.get_backend()):
             with suppress(RuntimeError):  # of a communicator that is broken already
                 distributed_c10d._abort_process_group()
 
-    def _tell(self, reason: str) -> str | None:
+    def _write(self, reason: str) -> str | None:
         """Write the reason, if it is the first one; returns another rank's that came before."""
         if self._store is None or self._reason is not None:
             return self._reason
         try:
             found: str = self._store.compare_set(self._key, "", reason).decode()
             if found != reason:
+                self._reason = found
                 self._store.add(self._readers, 1)
         except (RuntimeError, OSError):  # the rank that keeps the store is gone, and so had failed before
-            return "the rank that keeps the store has ended"
-        return None if found == reason else found
+            self._reason = "the rank that keeps the store has ended"
+        return self._reason
 
     def _wait_for_readers(self) -> None:
         deadline = time.monotonic() + _READING_SECONDS
@@ -106,12 +126,14 @@ class FirstFailure:
     def _watch(self) -> None:
         assert self._store is not None
         while not self._left.wait(_POLL_SECONDS):
-            self._reason = self._read()
-            if self._reason is None:
+            reason = self._read()
+            if reason is None or self._told:
                 continue
+            self._reason = reason
             if not self._left.wait(self._patience):
                 _print(f"error: rank {self._rank} is ended, because another one failed: {self._reason}")
-                self._end()
+                sys.stdout.flush()
+                os._exit(1)  # the main thread waits in a collective, and would not see an exception
             return
 
     def _read(self) -> str | None:
@@ -126,14 +148,11 @@ class FirstFailure:
             return f"the rank that keeps the store has ended ({error})"
 
 
-def _in_words(rank: int, error: BaseException) -> str:
-    return str(error) if isinstance(error, RankError) else f"rank {rank}: {type(error).__name__}: {error}"
+def tell_failure(error: BaseException) -> None:
+    """Tell the other ranks an error of this rank alone, before a collective in which they may not be."""
+    if _entered is not None:
+        _entered.tell(error)
 
 
 def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _end_process() -> NoReturn:
-    sys.stdout.flush()
-    os._exit(1)  # the main thread waits in a collective, and would not see an exception

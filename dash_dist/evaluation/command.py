@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ class _Evaluation:
             "run": str(self._folder.path),
             "layout": self._dims.describe(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "versions": {name: version(name) for name in ("dash-dist", "torch", "megatron-core")},
+            "versions": {name: _version(name) for name in ("dash-dist", "torch", "megatron-core")},
         }
 
 
@@ -245,3 +245,10 @@ def _print(console: Console, what: Any) -> None:
 
 def _say_nothing(_: Any) -> None:
     pass
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its source
+        return "unknown"

@@ -48,11 +48,12 @@ def train(
         RankError: at one rank alone, whose device has no more memory. Every other rank is ended soon.
     """
     reporter = reporter or ConsoleProgress()
-    with permanent_failures_recorded(config.run.path), contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup:
         # Left last: it also ends a process that hangs while it leaves.
         watchdog = cleanup.enter_context(Watchdog(config.faults.hang_timeout_seconds))
         cleanup.enter_context(joined_process_group(timeout=config.training.distributed_timeout))
-        cleanup.enter_context(FirstFailure())
+        cleanup.enter_context(FirstFailure(ending=watchdog.end_soon))
+        cleanup.enter_context(permanent_failures_recorded(config.run.path))
         cleanup.callback(reporter.close)
         stop = cleanup.enter_context(StopSignal())
         session = Session(config, reporter, RequestsOfRank(requests, lambda: stop.requested), watchdog, cleanup)

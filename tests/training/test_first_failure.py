@@ -79,7 +79,7 @@ def test_a_plan_near_the_memory_of_a_device_is_a_warning():
     def plan(gib):
         return MemoryPlan(config, Machine(GPUS["H100"], ranks, 8, gib * GIB), vocab_size=128_000)
 
-    assert plan(2000).warning() is None
+    assert plan(20_000).warning() is None
     warning = plan(8).warning()
     assert warning.startswith("memory is tight: the plan predicts ")
     assert "a device has 8.0 GiB; " in warning

@@ -18,6 +18,9 @@ from typing import Self, TextIO
 # would then fail before they dumped theirs.
 _GRACE_SECONDS = 5.0
 
+# For a rank that failed to leave its process group, which can wait for the others or for a broken device.
+_LEAVING_SECONDS = 30.0
+
 # Of a 512-rank run that hung, an event names a few files.
 _FILES_NAMED = 4
 
@@ -52,6 +55,10 @@ class Watchdog:
         faulthandler.register(signal.SIGUSR1, file=self._file)
         self._arm(self._file, self._timeout)
 
+    def end_soon(self) -> None:
+        """End this process in half a minute, if it has not left this context by then."""
+        signal.setitimer(signal.ITIMER_REAL, _LEAVING_SECONDS)
+
     def beat(self) -> None:
         """Restart the timer after progress."""
         if self._file is None or self._timeout is None:
@@ -65,11 +72,11 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if self._file is None:
             return
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGUSR1)
-        signal.setitimer(signal.ITIMER_REAL, 0)
         self._file.close()
         path = Path(self._file.name)
         with contextlib.suppress(OSError):  # the folders go with the last file in them; another rank may be faster
