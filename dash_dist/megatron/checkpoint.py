@@ -213,7 +213,7 @@ def load_checkpoint(
     frozen in it start with a new optimizer state.
 
     Returns:
-        The state that is not a tensor, and the number of parameters, of all ranks, with a new optimizer state.
+        The state that is not a tensor, and the number of parameters with a new optimizer state.
 
     Raises:
         FileNotFoundError: at every rank: there is no complete checkpoint in the directory.
@@ -223,7 +223,7 @@ def load_checkpoint(
     """
     stored, adapted = Agreement().call_on_main(lambda: _stored_names(directory, identity))
     run: EngineState | None = None
-    counts = (0, 0)
+    known, fresh = 0, set[str]()
     failure: tuple[str, int | None] | None = None
     try:
         wanted = {name: one for name, one in _model_state(model, dims).items() if ADAPTERS not in name or adapted}
@@ -233,7 +233,7 @@ def load_checkpoint(
             raise ValueError(f"{absent} are in one of both only")
         model_state = _model_state(model, dims)  # Megatron took the parameters out of the first one
         with torch.no_grad():
-            counts = load_state(optimizer.megatron, model_state, stored, lambda wanted: _read(directory, wanted))
+            known, fresh = load_state(optimizer.megatron, model_state, stored, lambda wanted: _read(directory, wanted))
         updates = state["optimizer"][_UPDATES]
         run = EngineState(**state[RUN])
     except CheckpointException as error:  # of all ranks' reading, raised at every one; is not an Exception
@@ -247,9 +247,9 @@ def load_checkpoint(
             raise OSError(number, f"{directory} cannot be read: {reason}")
         raise ValueError(f"{directory} does not hold what this model needs: {reason}")
     assert run is not None
-    known, fresh = (sum(numbers) for numbers in zip(*Agreement().gather(counts), strict=True))
-    optimizer.continue_from(updates if known else 0)
-    return run, fresh
+    of_ranks = Agreement().gather((known, fresh))
+    optimizer.continue_from(updates if any(number for number, _ in of_ranks) else 0)
+    return run, len(set().union(*(names for _, names in of_ranks)))
 
 
 def _stored_names(directory: Path, identity: dict[str, Any]) -> tuple[set[str], bool]:

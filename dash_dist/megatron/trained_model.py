@@ -262,7 +262,7 @@ class TrainedModel:
 
 
 def describe_new_state(fresh: int) -> list[str]:
-    """Say in words that `fresh` parameters, over all ranks, found no optimizer state in a checkpoint."""
+    """Say in words that `fresh` parameters found no optimizer state in a checkpoint."""
     if not fresh:
         return []
     return [f"{fresh} trained parameters have no optimizer state in the checkpoint: it starts anew"]
