@@ -34,6 +34,10 @@ class AttentionConfig(Section):
     alpha: float = Field(default=1.5, gt=1.0, le=2.0)
     routing_scale: float = Field(default=1.0, gt=0.0)
     routing_warmup: RoutingWarmup | None = None
+    conversion: Literal["output"] | None = Field(
+        default=None,
+        description="output: layers stay dense, and summary_query learns to give each one's output by routing",
+    )
     prior_sigma: float | None = Field(default=None, gt=0.0)
     backend: Literal["auto", "triton", "eager"] = "auto"
     layout: Literal["zigzag", "double_zigzag", "contiguous"] = Field(
@@ -58,12 +62,13 @@ class AttentionConfig(Section):
         return float(warmup.start ** (1 - share) * self.routing_scale**share)
 
     @model_validator(mode="after")
-    def _warmup_has_a_routing(self) -> Self:
-        if self.routing_warmup is not None and self.kind == "dense":
-            raise ValueError(
-                "attention.routing_warmup is given, and attention.kind dense has no routing: drop it or set "
-                "attention.kind to dash"
-            )
+    def _dense_has_no_routing(self) -> Self:
+        for name in ("routing_warmup", "conversion"):
+            if getattr(self, name) is not None and self.kind == "dense":
+                raise ValueError(
+                    f"attention.{name} is given, and attention.kind dense has no routing: drop it or set "
+                    "attention.kind to dash"
+                )
         return self
 
 

@@ -230,6 +230,11 @@ class RunConfig(Section):
     def _engine_can(self) -> "RunConfig":
         if self.engine == "deepspeed":
             check_engine(self.parallel, self.deepspeed)
+            if self.attention.conversion is not None:
+                raise ValueError(
+                    f"attention.conversion is {self.attention.conversion}, and engine: deepspeed trains by the loss of "
+                    "the model only: set engine to megatron"
+                )
         return self
 
     @model_validator(mode="after")

@@ -216,7 +216,7 @@ def load_checkpoint(
     frozen in it start with a new optimizer state.
 
     Returns:
-        The state that is not a tensor, and the number of parameters, of all ranks, with a new optimizer state.
+        The state that is not a tensor, and the number of parameters with a new optimizer state.
 
     Raises:
         FileNotFoundError: at every rank: there is no complete checkpoint in the directory.
@@ -226,16 +226,16 @@ def load_checkpoint(
     """
     stored, adapted = Agreement().call_on_main(lambda: _stored_names(directory, identity))
 
-    def load() -> tuple[dict[str, Any], tuple[int, int]]:
+    def load() -> tuple[dict[str, Any], tuple[int, set[str]]]:
         state = _load_model(directory, model, dims, adapted=adapted)
         model_state = _model_state(model, dims)  # Megatron took the parameters out of the first one
         with torch.no_grad():
             return state, load_state(optimizer.megatron, model_state, stored, lambda wanted: _read(directory, wanted))
 
     state, counts = _at_every_rank(directory, load)
-    known, fresh = (sum(numbers) for numbers in zip(*Agreement().gather(counts), strict=True))
-    optimizer.continue_from(state["optimizer"][_UPDATES] if known else 0)
-    return EngineState(**state[RUN]), fresh
+    of_ranks = Agreement().gather(counts)
+    optimizer.continue_from(state["optimizer"][_UPDATES] if any(known for known, _ in of_ranks) else 0)
+    return EngineState(**state[RUN]), len(set().union(*(names for _, names in of_ranks)))
 
 
 def load_weights(directory: Path, model: DashGPTModel, dims: ParallelDims, identity: dict[str, Any]) -> EngineState:

@@ -17,6 +17,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.context_parallel import DashAttention
+from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.documents import PackedDocuments
 from dash_kernels import AttentionSpec
 
@@ -74,6 +75,7 @@ class DashCoreAttention(MegatronModule):
             dense=attention.kind == "dense",
             cp_group=pg_collection.cp if pg_collection.cp.size() > 1 else None,
         )
+        self.conversion = Conversion(self.attention, config.num_attention_heads) if attention.conversion else None
         set_tensor_model_parallel_attributes(self.attention.summary_query, is_parallel=True, dim=0, stride=1)
 
     def forward(
@@ -109,7 +111,10 @@ class DashCoreAttention(MegatronModule):
             raise ValueError(f"packed_seq_params is {type(packed_seq_params).__name__}: pass PackedDocuments or None")
         chunks = None if packed_seq_params is None else packed_seq_params.chunks
         q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))  # [b, s, heads, dim]
-        output = self.attention(q, k, v, chunks=chunks)
+        if self.conversion is None:
+            output = self.attention(q, k, v, chunks=chunks)
+        else:
+            output = self.conversion(q, k, v, chunks, training=self.training)
         return output.transpose(0, 1).flatten(start_dim=2).contiguous()
 
     def sharded_state_dict(

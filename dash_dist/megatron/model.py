@@ -22,6 +22,7 @@ from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import LOGITS_PER_PIECE, ModelConfig, padded_vocab_size
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel import DashAttention
+from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.core_attention import DashCoreAttention
 from dash_dist.megatron.likeliest import likeliest_tokens
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
@@ -52,6 +53,12 @@ class DashGPTModel(GPTModel):
             core_attention = layer.self_attention.core_attention
             assert isinstance(core_attention, DashCoreAttention)
             yield layer.layer_number - 1, core_attention.attention
+
+    def conversions(self) -> Iterator[Conversion]:
+        """The local losses of this stage's layers in a conversion phase, and none in another run."""
+        for layer in self.decoder.layers:
+            if layer.self_attention.core_attention.conversion is not None:
+                yield layer.self_attention.core_attention.conversion
 
     def _postprocess(
         self,

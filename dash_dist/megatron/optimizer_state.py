@@ -65,7 +65,7 @@ def load_state(
     model_state: dict[str, Any],
     stored: AbstractSet[str],
     read: Callable[[dict[int, dict[str, Sharded]]], dict[int, dict[str, torch.Tensor]]],
-) -> tuple[int, int]:
+) -> tuple[int, set[str]]:
     """Take the state of the trained parameters that a checkpoint has, and start that of the others anew.
 
     The model's weights must be those of the checkpoint already.
@@ -76,19 +76,20 @@ def load_state(
         read: reads the tensors described. A collective.
 
     Returns:
-        The numbers of this rank's parameters whose state was read, and was not.
+        The number of this rank's parameters whose state was read, and the names of those without one.
     """
     optimizer.reload_model_params()
     named = _by_parameter(model_state)
     owned: dict[int, _Owned] = {}
     wanted: dict[int, dict[str, Sharded]] = {}
-    fresh = 0
+    fresh: set[str] = set()
     for index, one in enumerate(_owned_states(optimizer)):
         for moment in MOMENTS:
             one.tensors[moment].zero_()
         sharded = named[one.parameter]
-        if not _tensor_names(sharded, MOMENTS[0]) <= stored:
-            fresh += 1
+        names = _tensor_names(sharded, MOMENTS[0])
+        if not names <= stored:
+            fresh |= names
             continue
         owned[index] = one
         wanted[index] = {key: _renamed(sharded, key, _whole(one, tensor)) for key, tensor in one.tensors.items()}

@@ -49,11 +49,10 @@ def select_parameters(model: DashGPTModel, trainable: TrainableSection, names: I
         rate = trainable.lora.lr if trainable.lora is not None and adapter else rates.get(name)
         if rate is not None:
             own[parameter] = rate
-    _let_recomputed_layers_train(model)
     return own
 
 
-def _let_recomputed_layers_train(model: DashGPTModel) -> None:
+def let_recomputed_layers_train(model: DashGPTModel) -> None:
     """Give a recomputed decoder an input that requires a gradient.
 
     Megatron-core's recomputation has a backward pass only if the layer's input requires a gradient, which the output of

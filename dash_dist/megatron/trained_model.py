@@ -27,11 +27,12 @@ from dash_dist.engine.protocol import BucketLoss
 from dash_dist.engine.step_timer import StepTimer
 from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.megatron.asked import AskedRows
+from dash_dist.megatron.conversion import check_trained, mean_loss
 from dash_dist.megatron.lora import add_adapters
 from dash_dist.megatron.model import DashGPTModel, build_model, rotary_embedding, transformer_config
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch, split_micro_batches
-from dash_dist.megatron.trainable import select_parameters
+from dash_dist.megatron.trainable import let_recomputed_layers_train, select_parameters
 from dash_dist.models.start import open_start
 from dash_dist.models.table import parameter_table
 
@@ -111,7 +112,13 @@ class TrainedModel:
         if trainable.lora is not None:
             add_adapters(self.module, model, trainable.lora, dims, seed=seed)
             self.identity[LORA] = trainable.lora.identity
-        self.learning_rates = select_parameters(self.module, trainable, parameter_table(model, vocab_size))
+        names = list(parameter_table(model, vocab_size))
+        self.learning_rates = select_parameters(self.module, trainable, names)
+        self._conversion_loss: float | None = None
+        if attention.conversion is None:
+            let_recomputed_layers_train(self.module)
+        else:
+            check_trained([*trainable.learning_rates(names), *([LORA] if trainable.lora else ())])
         self.telemetry = self._telemetry()
 
     def loss_of_step(
@@ -133,8 +140,19 @@ class TrainedModel:
         self._set_routing_scale(step)
         self.telemetry.begin_step()
         shards, tokens = self._shards(micro_batches)
+        positions = sum(len(batch.tokens) for batch in micro_batches) * self.dims.dp_size * self.sequence_length
+        for conversion in self.module.conversions():
+            conversion.weight = tokens / positions  # the engine divides gradients by the tokens in the model's loss
         try:
-            return accumulate(shards, tokens) / tokens, tokens
+            loss = accumulate(shards, tokens) / tokens
+            if self._attention.conversion is not None:
+                self._conversion_loss = mean_loss(
+                    self.module.conversions(),
+                    positions=positions,
+                    num_layers=self._model_config.num_layers,
+                    device=self.dims.device,
+                )
+            return loss, tokens
         except ExchangeError as error:
             raise ExchangeError(f"step {step}: {error}") from error
 
@@ -230,7 +248,10 @@ class TrainedModel:
 
     def curves(self) -> dict[str, float]:
         """Return measurements of the last step that not every run has, by the names of their curves."""
-        return {} if self._attention.routing_warmup is None else {"routing/scale": self._routing_scale}
+        curves = {} if self._attention.routing_warmup is None else {"routing/scale": self._routing_scale}
+        if self._conversion_loss is not None:
+            curves["routing/conversion_loss"] = self._conversion_loss
+        return curves
 
     def _function(self, step: int) -> dict[str, Any]:
         """Settings of the function that step `step` trains."""
@@ -284,7 +305,7 @@ class TrainedModel:
 
 
 def describe_new_state(fresh: int) -> list[str]:
-    """Say in words that `fresh` parameters, over all ranks, found no optimizer state in a checkpoint."""
+    """Say in words that `fresh` parameters found no optimizer state in a checkpoint."""
     if not fresh:
         return []
     return [f"{fresh} trained parameters have no optimizer state in the checkpoint: it starts anew"]

@@ -28,7 +28,12 @@ Chart = list[str | list[str]]  # as SummaryWriter.add_custom_scalars takes it: a
 
 
 def pages(
-    *, with_mfu: bool, context_parallel: bool, with_heldout: bool = False, with_routing_warmup: bool = False
+    *,
+    with_mfu: bool,
+    context_parallel: bool,
+    with_heldout: bool = False,
+    with_routing_warmup: bool = False,
+    with_conversion: bool = False,
 ) -> dict[str, dict[str, Chart]]:
     """Return page -> chart -> its curves.
 
@@ -37,6 +42,7 @@ def pages(
         context_parallel: the run has more than one context-parallel rank.
         with_heldout: the run computes its loss on held-out sequences.
         with_routing_warmup: the routing scale changes in the run.
+        with_conversion: the run is a conversion phase.
     """
     cp_health = {"Overlap of exchange and attention": ["cp/overlap"], "Imbalance over CP ranks": ["cp/imbalance/.*"]}
     health = {
@@ -60,6 +66,7 @@ def pages(
     }
     routing = {
         **({"Routing scale": ["routing/scale"]} if with_routing_warmup else {}),
+        **({"Distance from the dense outputs": ["routing/conversion_loss"]} if with_conversion else {}),
         "Density by layer": ["routing/density/.*"],
         "Heat maps (s of a step that draws them, mean of ranks)": ["time/heat_map"],
     }

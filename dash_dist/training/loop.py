@@ -322,6 +322,7 @@ class TrainingLoop:
                 context_parallel=self._dims.cp_size > 1,
                 with_heldout=self._heldout is not None,
                 with_routing_warmup=self._config.attention.routing_warmup is not None,
+                with_conversion=self._config.attention.conversion is not None,
             ),
         )
 

@@ -22,7 +22,7 @@ def test_the_scale_moves_by_one_factor_a_step_and_stays(start, target):
     scales = [config.routing_scale_at(step) for step in range(1, 7)]
     assert scales[0] == start
     assert scales[4:] == [target, target]
-    assert [after / before for before, after in itertools.pairwise(scales)] == pytest.approx(
+    assert [after / before for before, after in itertools.pairwise(scales[:5])] == pytest.approx(
         [(target / start) ** 0.25] * 4
     )
     assert config.routing_scale_at(0) == start  # before the first step

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from dash_dist.checkpoints.commands import export
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.data.stream import DataStream
 from dash_dist.engine.protocol import StepResult
@@ -58,6 +59,31 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
         mock.patch.object(StepTelemetry, "seconds_by_part", return_value={}),
     ):
         outcomes["diverged"] = alone("nan", "training.steps=10", "faults.max_skipped_steps=3")
+    return outcomes
+
+
+def conversion_runs(config: Path, folder: Path) -> dict[str, Outcome]:
+    """A conversion phase, a run with adapters from it, an export of that, and runs that are refused."""
+
+    def alone(name: str, *overrides: str) -> Outcome:
+        return attempt(config, f"run.name={name}", "parallel.context=1", "training.steps=3", *overrides)
+
+    phase = folder / "runs" / "phase" / "checkpoints" / "step_00000003"
+    adapted = folder / "runs" / "adapted" / "checkpoints" / "step_00000006"
+    outcomes = {
+        "phase": alone("phase", "attention.conversion=output", "trainable.parameters=[{match: '*.summary_query'}]"),
+        "adapted": alone(
+            "adapted",
+            f"run.resume={phase}",
+            "training.steps=6",
+            "trainable.lora={rank: 4}",
+            "attention.routing_warmup={start: 1.0, steps: 5}",
+        ),
+        "typo": alone("typo", "trainable.parameters=[{match: '*sumary_query'}]"),
+        "whole model in a phase": alone("whole", "attention.conversion=output"),
+    }
+    export(adapted, folder / "merged", progress=lambda _: None)
+    export(adapted, folder / "adapter", progress=lambda _: None, adapter=True)
     return outcomes
 
 
