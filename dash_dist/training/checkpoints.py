@@ -325,8 +325,11 @@ class CheckpointManager:
         """Remove a checkpoint that any rank could not write."""
         try:
             yield
-        except Exception:  # at every rank, from `together`: CheckpointError, or a defect at the rank that has it
-            self._give_up(state)
+        except Exception as failure:  # at every rank, from `together`: CheckpointError, or a defect at one rank
+            try:
+                self._give_up(state)
+            except RuntimeError as broken:  # after a defect the others have ended
+                raise failure from broken
             raise
 
     def _give_up(self, state: RunState) -> None:
