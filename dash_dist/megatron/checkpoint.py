@@ -34,7 +34,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from dash_dist.checkpoints.background import FinishedCall, ForkedCall
 from dash_dist.checkpoints.engine_state import COMMON, RUN, EngineState, read_engine_state
 from dash_dist.checkpoints.integrity import FileChecksum
-from dash_dist.checkpoints.pickles import INDEX, read_index
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.optimizer import Optimizer
@@ -225,19 +224,13 @@ def load_weights(directory: Path, model: DashGPTModel, dims: ParallelDims, ident
     The checkpoint may come from any parallel layout, and any `distributed_optimizer`.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: at every rank: see `load_checkpoint`; or the model has no place for
-            some of the weights.
+        FileNotFoundError, OSError, ValueError: at every rank: see `load_checkpoint`.
     """
-    needed = _sharded_state(model, None, dims, is_loading=True)["model"].values()
-    names = set().union(*Agreement().gather({str(one.key) for one in needed}))
 
     def check() -> None:
         saved = read_engine_state(directory)
         known = {name: value for name, value in saved.identity.items() if name != "distributed_optimizer"}
         check_fit(directory, replace(saved, identity=known), identity)
-        stored = read_index(directory / INDEX).state_dict_metadata
-        if foreign := sorted(name for name in stored if not name.startswith("optimizer.") and name not in names):
-            raise ValueError(f"{directory} has weights that this model has not: {', '.join(foreign[:3])}")
 
     Agreement().call_on_main(check)
     return _load(directory, model, None, dims)

@@ -104,17 +104,3 @@ def predict(folder: Path, cases: dict[str, Case], routing_scale: float) -> dict[
             predictor.set_routing_scale(routing_scale)
             found[name] = predictor.next_tokens(global_batch(0).tokens[:ROWS], POSITIONS), changes
     return found
-
-
-def weights_without_a_place(folder: Path) -> str:
-    """The error for a checkpoint with a weight that the model has not."""
-    with engine_of(Case(distributed_optimizer=True)) as engine:
-        engine.model.register_parameter("adapter", torch.nn.Parameter(torch.ones(4)))
-        engine.start_save(folder, background=False).finish()
-        del engine.model.adapter
-        identity = {name: one for name, one in engine._trained.identity.items() if name != "distributed_optimizer"}
-        try:
-            load_weights(folder, engine.model, engine.dims, identity)
-        except ValueError as error:
-            return str(error)
-        return "no error"

@@ -62,8 +62,3 @@ def test_a_predictor_loads_the_weights_alone_at_any_layout(tmp_path):
             assert changes == ["attention.routing_scale was 8.0 and is 1.0"]
     (other,) = run_ranks(f"{JOBS}:predict", 1, tmp_path / "saved", {"alone": Case()}, 1000.0, cpu_only=True)
     assert not torch.equal(other["alone"][0], expected)  # the routing scale counts
-
-
-def test_a_checkpoint_with_weights_that_the_model_has_not_is_refused(tmp_path):
-    (error,) = run_ranks(f"{JOBS}:weights_without_a_place", 1, tmp_path / "saved", cpu_only=True)
-    assert error == f"{tmp_path / 'saved'} has weights that this model has not: adapter"
