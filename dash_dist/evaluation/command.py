@@ -37,6 +37,7 @@ from dash_dist.evaluation.loading import (
 )
 from dash_dist.evaluation.options import Options
 from dash_dist.evaluation.results import ResultFile
+from dash_dist.evaluation.samples import make_sample
 from dash_dist.evaluation.suites import SUITES
 from dash_dist.evaluation.table import table_of
 from dash_dist.megatron.parallel import ParallelDims
@@ -83,7 +84,6 @@ class _Evaluation:
         self._folder, self._options, self._dims, self._control, self._note = folder, options, dims, control, note
         cannot = "the evaluation cannot start"
         self._checkpoint, saved_at = control.on_main(cannot, ConfigError, folder.find_checkpoint)
-        verify(self._checkpoint, control)
         state = control.on_main(cannot, ConfigError, lambda: read_state(self._checkpoint))
         with control.together(cannot, ConfigError):
             saved = load_as_saved(folder.path / CONFIG, state, overrides)
@@ -97,6 +97,7 @@ class _Evaluation:
             self._tokenizer = load_tokenizer(data.tokenizer, end_of_document=data.end_of_document)
             self._vocab_size = self._config.model.embedded_tokens(self._tokenizer.vocab_size)
             self._lengths = options.tokens or (state.sequence_length,)
+            self._start = self._tokenizer.special_tokens[0] if data.special_tokens else ()
             self._check_lengths()
             self._scales = self._routing_scales()
         beyond = [length for length in self._lengths if length > state.sequence_length]
@@ -129,6 +130,7 @@ class _Evaluation:
 
     def _evaluate(self, missing: Sequence[tuple[int, float | None, str]], before: Sequence[Group]) -> list[Group]:
         config, options = self._config, self._options
+        verify(self._checkpoint, self._control)
         predictor, changes = load_predictor(
             config,
             self._checkpoint,
@@ -145,7 +147,7 @@ class _Evaluation:
             self._tokenizer,
             self._control,
             batch=self._dims.dp_size * self._dims.pp_size,
-            start=self._tokenizer.special_tokens[0] if config.data.special_tokens else (),
+            start=self._start,
             seed=options.seed,
         )
         groups: list[Group] = []
@@ -169,6 +171,7 @@ class _Evaluation:
         return groups
 
     def _check_lengths(self) -> None:
+        """Refuse, with ValueError, lengths that the model cannot take, or that a task cannot fill."""
         config = self._config
         for length in self._lengths:
             check_combination(
@@ -178,6 +181,8 @@ class _Evaluation:
                 world_size=self._dims.world_size,
                 sequence_length=self._padded(length),
             )
+            for task in SUITES[self._options.suite]:
+                make_sample(task, self._tokenizer, length=length, index=0, seed=self._options.seed, start=self._start)
 
     def _padded(self, length: int) -> int:
         """Tokens of the sequences that hold samples of `length` tokens."""

@@ -6,7 +6,7 @@ Knows samples, decoding and scores; does not know which groups there are.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -68,16 +68,17 @@ class Group:
         """Mean score of the samples."""
         return fmean(one.score for one in self.samples)
 
-    def accuracy_by_depth(self) -> dict[str, float]:
-        """Share of the expected parts that were found, by the part of the text that they are in; those without are left
-        out."""
-        by_bin: dict[int, list[bool]] = {}
-        for one in self.samples:
-            for depth, found in zip(one.depths, one.found, strict=False):
-                by_bin.setdefault(int(depth * DEPTH_BINS), []).append(found)
-        return {
-            f"{number / DEPTH_BINS:g}-{(number + 1) / DEPTH_BINS:g}": fmean(by_bin[number]) for number in sorted(by_bin)
-        }
+
+def accuracy_by_depth(samples: Iterable[Scored]) -> dict[int, float]:
+    """Return the share of the expected parts that were found, by the part of the text that they are in.
+
+    Keys are parts from 0 to `DEPTH_BINS` - 1; those without an expected part are left out.
+    """
+    by_bin: dict[int, list[bool]] = {}
+    for one in samples:
+        for depth, found in zip(one.depths, one.found, strict=False):
+            by_bin.setdefault(int(depth * DEPTH_BINS), []).append(found)
+    return {number: fmean(by_bin[number]) for number in sorted(by_bin)}
 
 
 @dataclass(frozen=True)

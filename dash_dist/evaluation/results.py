@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dash_dist.errors import ConfigError
-from dash_dist.evaluation.groups import Group
+from dash_dist.evaluation.groups import DEPTH_BINS, Group, accuracy_by_depth
 from dash_dist.run.files import read_json, replace_json
 
 _FORMAT = 1
@@ -79,7 +79,10 @@ def _content(group: Group) -> dict[str, Any]:
         **content,
         "accuracy": group.accuracy,
         "count": len(group.samples),
-        "accuracy_by_depth": group.accuracy_by_depth(),
+        "accuracy_by_depth": {
+            f"{number / DEPTH_BINS:g}-{(number + 1) / DEPTH_BINS:g}": accuracy
+            for number, accuracy in accuracy_by_depth(group.samples).items()
+        },
         "samples": samples,
     }
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 JOBS = "tests.evaluation.evaluation_jobs"
 LENGTH = 512
 ONE = {"lengths": ("512",), "samples": 1}
+TRACKING = ONE | {"suite": "tracking"}
 CHECKPOINT = "step_00000004"
 
 
@@ -58,14 +59,14 @@ def without_seconds(groups):
 
 
 def test_results_are_whole_and_a_second_command_completes_them(run):
-    first = ([], ONE | {"routing_scales": (1.0,), "suite": "all", "lengths": ("700",)})
+    first = ([], ONE | {"routing_scales": (1.0,), "suite": "aggregation", "lengths": ("700",)})
     again = ([], first[1] | {"routing_scales": (1.0, 64.0)})
     (((groups, output), (more, again_output)),) = evaluations(run, first, again)
-    assert "4 groups" not in output
-    assert "7 of 14 groups are in" in again_output
-    assert more[:7] == groups  # seconds included: they were not evaluated again
-    assert all(0.05 < sparser.density < 0.9 * group.density for group, sparser in zip(groups, more[7:], strict=True))
-    content = json.loads((run / "evaluation" / "all-00000004.json").read_text())
+    assert "2 groups" not in output
+    assert "2 of 4 groups are in" in again_output
+    assert more[:2] == groups  # seconds included: they were not evaluated again
+    assert all(0.05 < sparser.density < 0.9 * group.density for group, sparser in zip(groups, more[2:], strict=True))
+    content = json.loads((run / "evaluation" / "aggregation-00000004.json").read_text())
     assert content["settings"]["checkpoint"] == CHECKPOINT
     assert content["versions"].keys() == {"dash-dist", "torch", "megatron-core"}
     assert [one["task"] for one in content["groups"]] == [group.task for group in more]
@@ -73,7 +74,7 @@ def test_results_are_whole_and_a_second_command_completes_them(run):
         assert (one["length"], one["count"], len(one["samples"])) == (700, 1, 1)
         assert one["accuracy"] == one["samples"][0]["score"]
         assert 1 <= one["passes"] <= 40
-    assert (run / "evaluation" / "all-00000004.png").read_bytes()[:4] == b"\x89PNG"
+    assert (run / "evaluation" / "aggregation-00000004.png").read_bytes()[:4] == b"\x89PNG"
     assert "700 tokens are beyond the 512 that the model was trained on" in output
     header, trained, sparse, _ = again_output.splitlines()[-4:]
     assert header.split() == ["length", "scale", "density", *(group.task for group in groups), "mean"]
@@ -81,10 +82,10 @@ def test_results_are_whole_and_a_second_command_completes_them(run):
 
 
 def test_every_layout_gives_the_tokens_of_one_process(run):
-    (((expected, _),),) = evaluations(run, ([], ONE | {"output": run / "alone.json"}))
-    assert len(set("".join(one.given for group in expected for one in group.samples))) > 20
+    (((expected, _),),) = evaluations(run, ([], TRACKING | {"output": run / "alone.json"}))
+    assert len(set("".join(one.given for group in expected for one in group.samples))) > 7
     layouts = ("context=2", "tensor=2", "pipeline=2", "context=1")
-    commands = [([f"parallel.{layout}"], ONE | {"output": run / f"{layout}.json"}) for layout in layouts]
+    commands = [([f"parallel.{layout}"], TRACKING | {"output": run / f"{layout}.json"}) for layout in layouts]
     for rank in evaluations(run, *commands, world_size=2):
         for groups, output in rank:
             assert groups, output
@@ -94,9 +95,9 @@ def test_every_layout_gives_the_tokens_of_one_process(run):
 
 
 def test_the_continuations_are_those_of_transformers(run):
-    (((groups, _),),) = evaluations(run, ([], ONE | {"samples": 2}))
+    (((groups, _),),) = evaluations(run, ([], ONE))
     single = next(group for group in groups if group.task == "single")
-    arguments = (run / "checkpoints" / CHECKPOINT, run / "export", LENGTH, 2)
+    arguments = (run / "checkpoints" / CHECKPOINT, run / "export", LENGTH, 1)
     (given,) = run_ranks(f"{JOBS}:in_transformers", 1, *arguments, cpu_only=True)
     assert [one.given for one in single.samples] == given
 
@@ -104,20 +105,20 @@ def test_the_continuations_are_those_of_transformers(run):
 def test_dense_runs_and_deepspeed_runs_are_evaluated(folder):
     for name in ("dense", "zero"):
         path = folder / "runs" / name
-        (((groups, output),),) = evaluations(path, ([], ONE))
-        assert len(groups) == 4, output
-        assert [group.routing_scale for group in groups] == [None if name == "dense" else 8.0] * 4
-    assert "scale" not in evaluations(folder / "runs" / "dense", ([], ONE))[0][0][1]
+        (((groups, output),),) = evaluations(path, ([], TRACKING))
+        assert len(groups) == 1, output
+        assert [group.routing_scale for group in groups] == [None if name == "dense" else 8.0]
+    assert "scale" not in evaluations(folder / "runs" / "dense", ([], TRACKING))[0][0][1]
 
 
 def test_a_checkpoint_by_its_step_or_folder_and_a_layout_that_does_not_fit(run):
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("context: 1", "context: 4"))
-    commands = (([], ONE | {"step": 2}), ([], ONE))
+    commands = (([], TRACKING | {"step": 2}), ([], TRACKING))
     (((_, by_step), _),) = evaluations(run, *commands)
-    (((groups, by_folder),),) = evaluations(run / "checkpoints" / "step_00000002", ([], ONE))
+    (((groups, by_folder),),) = evaluations(run / "checkpoints" / "step_00000002", ([], TRACKING))
     assert "tp 1 x cp 4 x pp 1, does not fit 1 process: evaluating with parallel.context=1" in by_step
-    assert "4 of 4 groups are in" in by_folder
-    assert len(groups) == 4
+    assert "1 of 1 groups are in" in by_folder
+    assert len(groups) == 1
 
 
 def test_bad_input_is_refused_by_name(run, tmp_path):
@@ -136,9 +137,10 @@ def test_bad_input_is_refused_by_name(run, tmp_path):
         (["parallel.context=2"], ONE),
         ([], ONE),
         ([], ONE | {"seed": 1}),
+        (["model.tie_embeddings=true"], ONE | {"output": run / "tied.json"}),
     ]
     (outcomes,) = evaluations(run, *commands)
-    beyond, short, step, foreign, suite, zero, twice, dense, layout, good, seed = [error for _, error in outcomes]
+    beyond, short, step, foreign, suite, zero, twice, dense, layout, good, seed, tied = [error for _, error in outcomes]
     assert "sequence length 1024 is beyond model.positions.max_positions 600: set it to 1024" in beyond
     assert "64 tokens are too few for task single: it needs about" in short
     assert "step_00000007 is not there: the run has the checkpoints of steps 2, 4" in step
@@ -150,6 +152,7 @@ def test_bad_input_is_refused_by_name(run, tmp_path):
     assert "world size 1 is not a multiple of tensor x pipeline x context" in layout
     assert outcomes[9][0], good
     assert "has results with seed = 0, and here it is 1: give another file with --output" in seed
+    assert "tie_embeddings is False in the checkpoint and True in this run" in tied
     assert all(error.startswith("ConfigError: ") for error in (beyond, short, step, foreign, dense, layout, seed))
     (nothing,) = evaluations(tmp_path / "nothing", ([], ONE))
     assert "is neither a run nor a checkpoint of one" in nothing[0][1]

@@ -7,7 +7,7 @@ from dash_dist.data.tokenizer import ByteTokenizer
 from dash_dist.errors import ConfigError
 from dash_dist.evaluation.decoding import continue_greedily
 from dash_dist.evaluation.gate import evaluate_retrieval
-from dash_dist.evaluation.groups import Bench
+from dash_dist.evaluation.groups import Bench, accuracy_by_depth
 from dash_dist.evaluation.suites import SUITES, TASKS
 from tests.evaluation.evaluation_cases import Alone, FakePredictor, hashed, reading, solve
 
@@ -76,7 +76,7 @@ def test_a_reader_has_accuracy_1_and_one_pass_a_batch(task):
         assert group.passes == 2
         assert predictor.routing_was_recorded == [True, True]
     assert group.density == 0.25
-    assert set(group.accuracy_by_depth().values()) <= {1.0}
+    assert set(accuracy_by_depth(group.samples).values()) <= {1.0}
     assert predictor.telemetry.record_routing is False
 
 
@@ -92,8 +92,7 @@ def test_a_model_that_finds_half_has_half():
     half, _ = bench(lambda text: ", ".join(solve(text).split(", ")[:2]) + ", nothing")
     group = half.group("multi_value", length=1000, sequence_length=1000, samples=2, routing_scale=None)
     assert group.accuracy == 0.5
-    assert group.accuracy_by_depth()["0-0.2"] == 1.0
-    assert group.accuracy_by_depth()["0.6-0.8"] == 0.0
+    assert accuracy_by_depth(group.samples) == {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}
 
 
 def test_the_gate_is_the_mean_over_the_retrieval_tasks():
