@@ -1,0 +1,25 @@
+"""The conversion benchmark at its smallest."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.ranks import run_ranks
+
+WAYS = {"dense, continued", "straight", "warmup", "phase, then straight", "phase, then warmup"}
+
+
+@pytest.mark.slow
+def test_every_way_is_measured_on_the_same_batches(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    job = "tests.tools.conversion_jobs:measure"
+    run_ranks(job, 1, out, cpu_only=True)
+    ways = json.loads(out.read_text())["ways"]
+    assert ways.keys() == WAYS | {"dense training", "phase"}
+    assert len(ways["phase"]["local_loss"]) == 3
+    first = {name: ways[name]["loss"][0] for name in WAYS}
+    assert first["dense, continued"] == pytest.approx(first["straight"], rel=0.05)
+    assert ways["dense, continued"]["heldout_before"] == ways["dense training"]["heldout_after"]
+    assert ways["phase"]["heldout_after"] == ways["phase"]["heldout_before"]  # the dense model, whose weights stay
+    assert ways["warmup"]["density"][0] > ways["straight"]["density"][0]
