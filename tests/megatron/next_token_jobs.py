@@ -10,6 +10,7 @@ import torch
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.trainable import TrainableSection
 from dash_dist.megatron.checkpoint import load_weights
 from dash_dist.megatron.predictor import MegatronPredictor
 from tests.megatron.megatron_jobs import engine_of, micro_batches
@@ -95,6 +96,7 @@ def predict(folder: Path, cases: dict[str, Case], routing_scale: float) -> dict[
                 MODEL,
                 AttentionConfig(chunk_size=CHUNK_SIZE, routing_scale=1.0, layout=case.layout),
                 ParallelConfig(tensor=case.tensor, context=case.context, pipeline=case.pipeline),
+                trainable=TrainableSection(),
                 dims=engine.dims,
                 vocab_size=VOCAB_SIZE,
                 sequence_length=2 * SEQUENCE_LENGTH,
