@@ -147,7 +147,7 @@ class LoggingSection(Section):
         interval: steps between points of the curves, and between progress lines.
         routing_interval: steps between records of density and selected chunks, for every layer.
         heat_map_interval: steps between heat maps of the routing. A heat map computes the routing of its layer twice.
-        heat_map_layers: layers to draw, counted from 0; None draws the first, the middle and the last, ()
+        heat_map_layers: layers to draw, counted from 0; None draws the first, the middle and the last with routing, ()
             none. Drawing needs the extra `report`.
     """
 
@@ -210,6 +210,12 @@ class RunConfig(Section):
             )
         if len(set(drawn)) < len(drawn):
             raise ValueError(f"logging.heat_map_layers = {drawn} names a layer twice: name each once")
+        kinds = self.attention.kinds(layers)
+        if others := [layer for layer in drawn if kinds[layer] != "dash"]:
+            raise ValueError(
+                f"logging.heat_map_layers = {drawn} names {others[0]}, a {kinds[others[0]]} layer: "
+                "it has no routing, name layers of kind dash"
+            )
         return self
 
     @model_validator(mode="after")

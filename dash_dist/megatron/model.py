@@ -1,4 +1,4 @@
-"""The decoder: Megatron-core's GPTModel with DashAttention as its core attention.
+"""The decoder: Megatron-core's GPTModel with the run's kinds of attention in its layers.
 
 Knows layers, positions and the loss per token. Does not know optimizers or batches.
 """
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import LOGITS_PER_PIECE, ModelConfig, padded_vocab_size
 from dash_dist.config.parallel import ParallelConfig
-from dash_dist.context_parallel import DashAttention
+from dash_dist.context_parallel import DashAttention, WindowAttention
 from dash_dist.megatron.core_attention import DashCoreAttention
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
@@ -42,7 +42,7 @@ class DashGPTModel(GPTModel):
     vocab_size_without_padding: int
     """Tokens of the tokenizer; set by `build_model`."""
 
-    def attentions(self) -> Iterator[tuple[int, DashAttention]]:
+    def attentions(self) -> Iterator[tuple[int, DashAttention | WindowAttention]]:
         """This stage's, each with its layer, which counts from 0 at the first layer of the model."""
         for layer in self.decoder.layers:
             core_attention = layer.self_attention.core_attention

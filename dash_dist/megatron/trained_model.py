@@ -94,7 +94,7 @@ class TrainedModel:
                 f"model.{name}": value
                 for name, value in _not_default(model, ("family", "positions", "layers_without_positions")).items()
             },
-            **{f"attention.{name}": value for name, value in _not_default(attention, ("kind",)).items()},
+            **_kinds(attention),
         }
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32
         self.config = transformer_config(model, parallel, dtype=dtype, device=dims.device)
@@ -221,6 +221,15 @@ def _not_default(section: BaseModel, names: Iterable[str]) -> dict[str, Any]:
         for name in names
         if getattr(section, name) != fields[name].get_default(call_default_factory=True)
     }
+
+
+def _kinds(attention: AttentionConfig) -> dict[str, Any]:
+    """Kinds of the layers, likewise, in the shortest spelling, so that equal ones compare equal."""
+    pattern = attention.pattern
+    if pattern == ("dash",):
+        return {}
+    window = {} if attention.window is None else {"attention.window": attention.window}
+    return {"attention.kind": pattern[0] if len(pattern) == 1 else list(pattern), **window}
 
 
 def _setting(function: Mapping[str, Any], name: str) -> Any:

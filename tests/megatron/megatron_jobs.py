@@ -75,6 +75,8 @@ def engine_of(case: Case, *, model: ModelConfig = MODEL, vocab_size: int = VOCAB
         yield MegatronEngine(
             model.model_copy(update={"tie_embeddings": case.tie_embeddings}),
             AttentionConfig(
+                kind=case.kind,
+                window=case.window,
                 chunk_size=CHUNK_SIZE,
                 routing_scale=case.routing_scale,
                 layout=case.layout,
@@ -93,6 +95,10 @@ def engine_of(case: Case, *, model: ModelConfig = MODEL, vocab_size: int = VOCAB
         dims.close()
 
 
+def kinds_of(case: Case) -> tuple[str, ...]:
+    return AttentionConfig(kind=case.kind, window=case.window).kinds(MODEL.num_layers)
+
+
 def ranks_of(dims: ParallelDims) -> dict[str, int]:
     return {"tp": dims.tp_rank, "cp": dims.cp_rank, "pp": dims.pp_rank, "dp": dims.dp_rank}
 
@@ -106,7 +112,7 @@ def measure_step(case: Case) -> Measured:
     with engine_of(case) as engine:
         measured = Measured(ranks_of(engine.dims))
         engine.telemetry.record_routing = engine.telemetry.record_seconds = True
-        engine.telemetry.record_selections = range(engine.model.config.num_layers)
+        engine.telemetry.record_selections = [layer for layer, kind in enumerate(kinds_of(case)) if kind == "dash"]
         started = time.perf_counter()
         result = engine.train_step(micro_batches(0, engine.dims, case))
         measured.step_seconds = time.perf_counter() - started
