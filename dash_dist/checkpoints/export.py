@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from dash_dist.checkpoints.pickles import INDEX, FileSection, read_index
 from dash_dist.config.model import ModelConfig
 from dash_dist.models.hugging_face import config_of
 from dash_dist.models.table import Entry, parameter_table
+from dash_dist.models.windows import attention_from
 
 SHARD_BYTES = 5 * 10**9
 """Of one output file, unless a single tensor is larger: what Hugging Face's own tools use."""
@@ -86,9 +87,10 @@ def export_weights(
     """Write the weights in `directory`, an engine's verified checkpoint, to `out`.
 
     `out` gets safetensors files, their index where there are several, and last a `config.json` of the run's family,
-    with the attention's settings as `dash_attention`. transformers reads it as that model with dense attention; the
-    `summary_query` of each layer is there as `model.layers.N.self_attn.summary_query`, [num_kv_heads, head_dim], which
-    it leaves out. A run with dense attention has neither.
+    with windows as that family spells them, and the attention's settings as `dash_attention`. transformers reads it as
+    that model with dense attention where ours is dash; the `summary_query` of those layers is there as
+    `model.layers.N.self_attn.summary_query`, [num_kv_heads, head_dim], which it leaves out. A run without dash layers
+    has neither, except that `dash_attention` holds windows that the family cannot spell.
 
     Args:
         out: new or empty.
@@ -105,8 +107,11 @@ def export_weights(
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty: export to a new folder")
     model, vocab_size = _model_of(run), run.identity["vocab_size"]
-    dense = run.function.get("attention.kind") == "dense"
-    outputs = list(_outputs(model, vocab_size, dense=dense))
+    settings = {
+        name.removeprefix("attention."): value for name, value in run.function.items() if name.startswith("attention.")
+    }
+    kinds = attention_from(settings).kinds(model.num_layers)
+    outputs = list(_outputs(model, vocab_size, kinds))
     dtypes = [weights.described(output.entry.checkpoint_key[0]).properties.dtype for output in outputs]
     sizes = [dtype.itemsize * math.prod(output.shape) for dtype, output in zip(dtypes, outputs, strict=True)]
     shards = _shards(outputs, sizes, shard_bytes)
@@ -121,22 +126,20 @@ def export_weights(
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    settings = {
-        name.removeprefix("attention."): value for name, value in run.function.items() if name.startswith("attention.")
-    }
     config = config_of(
         model,
+        settings,
         vocab_size=vocab_size,
         sequence_length=run.sequence_length,
         dtype=str(dtypes[0]).removeprefix("torch."),
-        dash_attention=None if dense else settings,
     )
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _outputs(model: ModelConfig, vocab_size: int, *, dense: bool) -> Iterator[_Output]:
+def _outputs(model: ModelConfig, vocab_size: int, kinds: Sequence[str]) -> Iterator[_Output]:
     for entry in parameter_table(model, vocab_size).values():
-        if dense and entry.optional:  # summary_query, which dense attention does not read
+        _, layer = entry.checkpoint_key
+        if entry.optional and layer is not None and kinds[layer] != "dash":  # summary_query, which they do not read
             continue
         for part, (name, shape) in enumerate(entry.tensors.items()):
             yield _Output(name, shape, entry, part)

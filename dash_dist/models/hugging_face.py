@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from dash_dist.config.model import FAMILIES, ModelConfig
 from dash_dist.config.positions import NEEDED, OPTIONAL, PositionsConfig
 from dash_dist.models.frequencies import frozen_base
+from dash_dist.models.windows import attention_from, layer_windows, write_windows
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,7 +42,7 @@ IRRELEVANT = frozenset(
     num_return_sequences num_beam_groups diversity_penalty forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     tf_legacy_loss use_bfloat16 pruned_heads keys_to_ignore_at_inference attn_implementation _attn_implementation
-    _attn_implementation_autoset language tokenizer_name max_window_layers
+    _attn_implementation_autoset language tokenizer_name
     """.split()  # noqa: SIM905
 )
 """Keys that change nothing of the function in training: names, generation, files."""
@@ -52,7 +53,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0, None),
     "hidden_dropout": (0, 0.0, None),
     "resid_pdrop": (0, 0.0, None),
-    "use_sliding_window": (False, None),
     "partial_rotary_factor": (1, 1.0, None),
     "rope_interleaved": (False, None),
     "is_encoder_decoder": (False,),
@@ -70,8 +70,8 @@ _READ = frozenset(
     """
     model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
     head_dim hidden_act max_position_embeddings rms_norm_eps initializer_range tie_word_embeddings rope_theta
-    rope_scaling rope_parameters original_max_position_embeddings sliding_window layer_types no_rope_layers
-    no_rope_layer_interval dash_attention
+    rope_scaling rope_parameters original_max_position_embeddings sliding_window use_sliding_window max_window_layers
+    layer_types no_rope_layers no_rope_layer_interval dash_attention
     """.split()  # noqa: SIM905
 )
 
@@ -143,7 +143,7 @@ def model_from(config: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"hidden_act {config['hidden_act']!r} cannot be imported: silu can")
     layers = config["num_hidden_layers"]
     heads = config["num_attention_heads"]
-    _refuse_windows(config, layers)
+    windows_of(config)
     head_dim = config.get("head_dim")
     if head_dim is None and family == "qwen3":
         head_dim = 128
@@ -174,15 +174,22 @@ def model_from(config: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(_reason(error)) from None
 
 
+def windows_of(config: Mapping[str, Any]) -> list[int | None]:
+    """Return the window of each layer, as `layer_windows`."""
+    without = _without_positions(config, config["num_hidden_layers"]) if config["model_type"] == "smollm3" else ()
+    return layer_windows(config, without)
+
+
 def config_of(
-    model: ModelConfig, *, vocab_size: int, sequence_length: int, dtype: str, dash_attention: dict[str, Any] | None
+    model: ModelConfig, attention: dict[str, Any], *, vocab_size: int, sequence_length: int, dtype: str
 ) -> dict[str, Any]:
     """Return the config.json of a model, with the rotary keys of transformers 4, which 5 reads as well.
 
     Args:
         vocab_size: tokens of the embedding.
         sequence_length: tokens of a sequence in training: the model's limit where `model.positions` has none.
-        dash_attention: the attention's settings; None for dense attention.
+        attention: settings of the attention, by name. They are written as `dash_attention` unless the other keys say
+            everything, as for a model of dense layers.
     """
     positions, family = model.positions, FAMILIES[model.family]
     base = model.rotary_base
@@ -221,17 +228,16 @@ def config_of(
         config["attention_bias"] = False
     if model.family in ("llama", "smollm3"):
         config["mlp_bias"] = False
-    if model.family == "mistral":
-        config["sliding_window"] = None  # transformers' own default is a window
-    if model.family in ("qwen2", "qwen3", "smollm3"):
-        config["use_sliding_window"] = False
     if model.family == "smollm3":
         config["no_rope_layers"] = [
             int(layer not in model.layers_without_positions) for layer in range(model.num_layers)
         ]
         config["pad_token_id"] = None
-    if dash_attention is not None:
-        config["dash_attention"] = dash_attention
+    layers = attention_from(attention)
+    kinds = layers.kinds(model.num_layers)
+    complete = write_windows(config, kinds, layers.window)
+    if "dash" in kinds or not complete:
+        config["dash_attention"] = attention
     return config
 
 
@@ -246,23 +252,6 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
                 f"config.json has the key {key!r}, which is not known: it may change the function. If it does not, "
                 "remove it from a copy of config.json"
             )
-
-
-def _refuse_windows(config: Mapping[str, Any], layers: int) -> None:
-    windows = [kind for kind in config.get("layer_types") or [] if kind != "full_attention"]
-    if windows:
-        raise ValueError(f"layer_types has {windows[0]!r}, and only full_attention can be imported")
-    if config.get("layer_types") and len(config["layer_types"]) != layers:
-        raise ValueError(f"layer_types has {len(config['layer_types'])} entries, and num_hidden_layers is {layers}")
-    if config["model_type"] == "mistral":
-        window = config.get("sliding_window", 4096)
-        if window is not None:
-            raise ValueError(
-                f"sliding_window is {window} in config.json (transformers' default is 4096), and windows cannot "
-                "be imported: use a version of the model with sliding_window null"
-            )
-    elif config["model_type"] == "llama" and config.get("sliding_window") is not None:
-        raise ValueError(f"sliding_window is {config['sliding_window']}, and a Llama has none: remove it")
 
 
 def _without_positions(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
