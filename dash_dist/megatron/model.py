@@ -5,14 +5,12 @@ Knows layers, positions and the loss per token. Does not know optimizers or batc
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,6 +21,7 @@ from dash_dist.config.model import LOGITS_PER_PIECE, ModelConfig, padded_vocab_s
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel import DashAttention, WindowAttention
 from dash_dist.megatron.core_attention import DashCoreAttention
+from dash_dist.megatron.layers import layer_spec
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.rotary import ShardRotaryEmbedding, scale_rotated
@@ -115,7 +114,8 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=model.attention_bias,
-        qk_layernorm=model.qk_norm,
+        # True has Megatron-core sum their gradients over tensor parallelism, which norms over all heads are cut over.
+        qk_layernorm=model.qk_norm and not model.qk_norm_over_heads,
         no_rope_freq=without_positions,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -160,14 +160,10 @@ def build_model(
     Raises:
         OSError, ValueError: the source cannot give a weight.
     """
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
-    layer.submodules.self_attention.submodules.core_attention = functools.partial(
-        DashCoreAttention, attention=attention
-    )
     layers = model.num_layers // dims.pp_size
     # The norm after the last layer is named here: Megatron's default is Apex's, where it is installed, which
     # has no RMSNorm.
-    block = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=WrappedTorchNorm)
+    block = TransformerBlockSubmodules(layer_specs=[layer_spec(model, attention)] * layers, layer_norm=WrappedTorchNorm)
     stage = DashGPTModel(
         config,
         block,
@@ -184,6 +180,7 @@ def build_model(
         model.resolved_head_dim,
         rotary_base=model.rotary_base,
         positions=model.positions,
+        with_unscaled=model.windows_unscaled,
         sequence_length=sequence_length,
         layout=attention.layout,
         cp_rank=dims.cp_rank,

@@ -80,6 +80,7 @@ class TrainedModel:
         self.identity = {
             **{name: getattr(model, name) for name in _SHAPES},
             **_not_default(model, ("attention_bias", "qk_norm")),
+            **({"norms_after": True} if model.norms_after else {}),
             "head_dim": model.resolved_head_dim,
             "vocab_size": vocab_size,
         }

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from dash_dist.config.model import FAMILIES, ModelConfig
 from dash_dist.config.positions import NEEDED, OPTIONAL, PositionsConfig
 from dash_dist.models.frequencies import frozen_base
-from dash_dist.models.windows import attention_from, layer_windows, write_windows
+from dash_dist.models.windows import FULL, SLIDING, attention_from, layer_windows, write_windows
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -95,9 +95,17 @@ _PARAMETERS = {
         )
     },
 }
-_DEFAULT_THETA = {"smollm3": 2_000_000.0}
-_DEFAULT_EPSILON = 1e-6
-_DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "smollm3": 32768}
+_DEFAULT_THETA = {"smollm3": 2_000_000.0, "olmo3": 500_000.0}
+_DEFAULT_EPSILON = {"olmo2": 1e-5, "olmo3": 1e-5}
+_DEFAULT_MAX_POSITIONS = {
+    "llama": 2048,
+    "mistral": 131072,
+    "qwen2": 32768,
+    "qwen3": 32768,
+    "smollm3": 32768,
+    "olmo2": 2048,
+    "olmo3": 2048,
+}
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "smollm3": 4}
 _DEFAULT_TIED = {"smollm3": True}
 
@@ -166,7 +174,7 @@ def model_from(config: Mapping[str, Any]) -> ModelConfig:
             rotary_base=base,
             positions=positions,
             layers_without_positions=_without_positions(config, layers) if family == "smollm3" else (),
-            norm_epsilon=config.get("rms_norm_eps", _DEFAULT_EPSILON),
+            norm_epsilon=config.get("rms_norm_eps", _DEFAULT_EPSILON.get(family, 1e-6)),
             init_std=config.get("initializer_range") or 0.02,
             tie_embeddings=bool(config.get("tie_word_embeddings", _DEFAULT_TIED.get(family, False))),
         )
@@ -224,7 +232,12 @@ def config_of(
     }
     if scaling is not None:
         config["rope_scaling"] = scaling
-    if model.family in ("llama", "qwen3", "smollm3"):
+    if family.windows_unscaled:
+        config["rope_parameters"] = {
+            FULL: {"rope_type": "default", **(scaling or {}), "rope_theta": base},
+            SLIDING: {"rope_type": "default", "rope_theta": base},
+        }
+    if model.family in ("llama", "qwen3", "smollm3", "olmo2", "olmo3"):
         config["attention_bias"] = False
     if model.family in ("llama", "smollm3"):
         config["mlp_bias"] = False
@@ -232,6 +245,7 @@ def config_of(
         config["no_rope_layers"] = [
             int(layer not in model.layers_without_positions) for layer in range(model.num_layers)
         ]
+    if model.family in ("smollm3", "olmo2", "olmo3"):
         config["pad_token_id"] = None
     layers = attention_from(attention)
     kinds = layers.kinds(model.num_layers)
@@ -329,12 +343,29 @@ def _merged(config: Mapping[str, Any]) -> dict[str, Any]:
         parameters = config.get(source)
         if parameters is None:
             continue
+        if source == "rope_parameters" and FAMILIES[config["model_type"]].windows_unscaled:
+            parameters = _of_full_layers(parameters)
         if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
             raise ValueError(f"{source} is given per type of layer, and only one kind of positions can be imported")
         for key, value in parameters.items():
             take(source, key, value)
     take("rope_theta", "rope_theta", config.get("rope_theta"))
     return rope
+
+
+def _of_full_layers(by_type: Any) -> dict[str, Any]:
+    """Return the rotary keys of layers without windows. Refuses other positions of those with windows than unscaled."""
+    if not isinstance(by_type, dict) or by_type.keys() != {FULL, SLIDING}:
+        raise ValueError(f"rope_parameters is not given for {FULL} and {SLIDING}, as model_type olmo3 needs it")
+    full = dict(by_type[FULL] or {})
+    theta = full.get("rope_theta", _DEFAULT_THETA["olmo3"])
+    for key, value in (by_type[SLIDING] or {}).items():
+        expected = {"rope_type": "default", "rope_theta": theta}.get(key)
+        if value is not None and value != expected:
+            raise ValueError(
+                f"rope_parameters gives {SLIDING} the {key} {value!r}, and only {expected!r} can be imported"
+            )
+    return full
 
 
 def _reason(error: ValidationError) -> str:

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from dash_dist.config.attention import AttentionConfig, Kind
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
-_DEFAULT_WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
+SLIDING, FULL = "sliding_attention", "full_attention"
+_DEFAULT_WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "olmo3": 4096}
 _SWITCHED = frozenset({"qwen2", "qwen3", "smollm3"})
 """Families whose windows count where `use_sliding_window` is true."""
 _DEFAULT_MAX_WINDOW_LAYERS = 28
@@ -39,25 +39,25 @@ def layer_windows(config: Mapping[str, Any], without_positions: Sequence[int] = 
         return [None] * layers
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ValueError(f"sliding_window is {window!r} in config.json: a number of tokens is needed")
-    if family not in (*_SWITCHED, "mistral"):
+    if family not in (*_SWITCHED, "mistral", "olmo3"):
         raise ValueError(f"sliding_window is {window}, and model_type {family} has no windows: remove it")
     if types is None:
         types = _implied_types(config, without_positions)
-    return [window if kind == _SLIDING else None for kind in types]
+    return [window if kind == SLIDING else None for kind in types]
 
 
 def _check_types(config: Mapping[str, Any], types: Sequence[str], window: int | None) -> None:
     layers = config["num_hidden_layers"]
-    if others := sorted(set(types) - {_SLIDING, _FULL}):
-        raise ValueError(f"layer_types has {others[0]!r}, and only {_FULL} and {_SLIDING} can be imported")
+    if others := sorted(set(types) - {SLIDING, FULL}):
+        raise ValueError(f"layer_types has {others[0]!r}, and only {FULL} and {SLIDING} can be imported")
     if len(types) != layers:
         raise ValueError(f"layer_types has {len(types)} entries, and num_hidden_layers is {layers}")
-    if _SLIDING in types and window is None:
+    if SLIDING in types and window is None:
         switch = " and use_sliding_window is not true" if config["model_type"] in _SWITCHED else ""
-        raise ValueError(f"layer_types has {_SLIDING!r}, but sliding_window is not set{switch}: correct one of them")
-    if config["model_type"] == "mistral" and window is not None and _FULL in types:
+        raise ValueError(f"layer_types has {SLIDING!r}, but sliding_window is not set{switch}: correct one of them")
+    if config["model_type"] == "mistral" and window is not None and FULL in types:
         raise ValueError(
-            f"layer_types has {_FULL!r}, but sliding_window is {window} in every layer of a Mistral: correct one"
+            f"layer_types has {FULL!r}, but sliding_window is {window} in every layer of a Mistral: correct one"
         )
 
 
@@ -66,11 +66,13 @@ def _implied_types(config: Mapping[str, Any], without_positions: Sequence[int]) 
     family, layers = config["model_type"], range(config["num_hidden_layers"])
     if family == "mistral":
         sliding = set(layers)
+    elif family == "olmo3":
+        sliding = {layer for layer in layers if (layer + 1) % 4}
     elif family == "smollm3":
         sliding = set(without_positions)
     else:
         sliding = set(layers[config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS) :])
-    return [_SLIDING if layer in sliding else _FULL for layer in layers]
+    return [SLIDING if layer in sliding else FULL for layer in layers]
 
 
 def attention_of(windows: Sequence[int | None], *, others: Kind) -> AttentionConfig:
@@ -104,9 +106,13 @@ def write_windows(config: dict[str, Any], kinds: Sequence[Kind], window: int | N
         config["use_sliding_window"] = any(windowed)
         if any(windowed):
             config["sliding_window"] = window
-            config["layer_types"] = [_SLIDING if one else _FULL for one in windowed]
+            config["layer_types"] = [SLIDING if one else FULL for one in windowed]
             first = windowed.index(True)
             if family != "smollm3":  # of versions of transformers that do not read layer_types
                 config["max_window_layers"] = first if all(windowed[first:]) else len(windowed)
+        return True
+    if family == "olmo3":  # which builds the mask of windows even if no layer has one
+        config["sliding_window"] = window or _DEFAULT_WINDOW[family]
+        config["layer_types"] = [SLIDING if one else FULL for one in windowed]
         return True
     return not any(windowed)

@@ -29,6 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", CONFIG),
     "qwen3": ("qwen3", CONFIG | NATIVE),
     "mistral": ("mistral", CONFIG),
+    "olmo3": ("olmo3", CONFIG | {name: NATIVE[name] for name in ("sliding_window", "layer_types")}),
     "mistral, all windows": (
         "mistral",
         {"settings": {**SETTINGS, "kind": "window", "window": WINDOW}, "sliding_window": WINDOW},
@@ -80,7 +81,7 @@ def test_decoding_and_chunked_prefill_equal_one_call(name, size):
     cache = DynamicCache(config=model.config)
     found = [model(piece, past_key_values=cache).logits for piece in ids.split(size, dim=1)]
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-5, atol=1e-5)
-    windowed = DynamicSlidingWindowLayer if name in ("qwen3", "mistral, all windows") else DynamicLayer
+    windowed = DynamicSlidingWindowLayer if name in ("qwen3", "olmo3", "mistral, all windows") else DynamicLayer
     types = {"window": windowed, "dash": DashCacheLayer, "dense": DynamicLayer}
     kinds = KINDS if len(cache.layers) == 4 else ("window", "window")
     assert [type(layer) for layer in cache.layers] == [types[kind] for kind in kinds]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dash_dist.config.attention import AttentionConfig
-from dash_dist.config.model import ModelConfig
+from dash_dist.config.model import FAMILIES, ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel import DashAttention, shard_positions
@@ -73,7 +73,13 @@ def engine_of(case: Case, *, model: ModelConfig = MODEL, vocab_size: int = VOCAB
     model_module.LOGITS_PER_PIECE = case.logits_per_piece or logits_per_piece
     try:
         yield MegatronEngine(
-            model.model_copy(update={"tie_embeddings": case.tie_embeddings}),
+            model.model_copy(
+                update={
+                    "tie_embeddings": case.tie_embeddings,
+                    "family": case.family,
+                    "qk_norm": FAMILIES[case.family].qk_norm,
+                }
+            ),
             AttentionConfig(
                 kind=case.kind,
                 window=case.window,

@@ -17,6 +17,7 @@ ALONE = {
     "window": dataclasses.replace(WINDOW, micro_batch_size=SEQUENCES),
     "dense": dataclasses.replace(DENSE, micro_batch_size=SEQUENCES),
     "packed": PACKED,
+    "olmo": dataclasses.replace(WINDOW, family="olmo2", micro_batch_size=SEQUENCES),
     "window, recompute": dataclasses.replace(WINDOW, recompute="full"),
 }
 ON_TWO = {
@@ -24,11 +25,13 @@ ON_TWO = {
     "window, cp 2, recompute": dataclasses.replace(WINDOW, context=2, recompute="full"),
     "window, tp 2": dataclasses.replace(WINDOW, tensor=2),
     "window, pp 2": dataclasses.replace(WINDOW, pipeline=2),
+    "olmo, tp 2": dataclasses.replace(WINDOW, family="olmo2", tensor=2),
     "dense, cp 2": dataclasses.replace(DENSE, context=2),
     "dense, pp 2": dataclasses.replace(DENSE, pipeline=2),
     "packed, cp 2, recompute": dataclasses.replace(PACKED, context=2, recompute="full"),
 }
 ON_FOUR = {
+    "olmo, tp 2, cp 2, recompute": dataclasses.replace(WINDOW, family="olmo2", tensor=2, context=2, recompute="full"),
     "window, tp 2, cp 2": dataclasses.replace(WINDOW, tensor=2, context=2),
     "packed, cp 2, pp 2, recompute": dataclasses.replace(PACKED, context=2, pipeline=2, recompute="full"),
 }
@@ -44,7 +47,7 @@ def measured() -> dict[str, list[Measured]]:
     return by_case
 
 
-@pytest.mark.parametrize("name", [*list(ALONE)[3:], *ON_TWO, *ON_FOUR])
+@pytest.mark.parametrize("name", [*list(ALONE)[4:], *ON_TWO, *ON_FOUR])
 def test_step_equals_one_process(measured: dict[str, list[Measured]], name: str) -> None:
     reference = measured[name.split(",")[0]]
     for rank in measured[name]:
@@ -68,5 +71,13 @@ def test_only_layers_with_routing_have_statistics_and_maps(measured: dict[str, l
 
 
 def test_kinds_make_a_difference(measured: dict[str, list[Measured]]) -> None:
-    losses = {name: measured[name][0].losses[0] for name in ("window", "dense", "packed")}
-    assert len({round(loss, 4) for loss in losses.values()}) == 3
+    losses = {name: measured[name][0].losses[0] for name in ("window", "dense", "packed", "olmo")}
+    assert len({round(loss, 4) for loss in losses.values()}) == 4
+
+
+def test_norms_over_all_heads_have_gradients(measured: dict[str, list[Measured]]) -> None:
+    gradients = joined(measured["olmo"], "gradients")
+    found = [name for name in gradients if "_layernorm" in name]
+    assert len(found) == 2 * 4 + 1  # of queries, keys, attention and MLP in each layer; the last one
+    for name in found:
+        assert gradients[name].norm() > 1e-6, name

@@ -41,12 +41,23 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
     },
     "smollm3, windows without positions": {"model_type": "smollm3", **SLIDING},
+    "olmo2, yarn": {"model_type": "olmo2", "rope": "yarn"},
+    "olmo3": {"model_type": "olmo3", "sliding_window": WINDOW},
+    "olmo3, yarn in full layers, tied": {
+        "model_type": "olmo3",
+        "sliding_window": WINDOW,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "rope": "yarn, attention factor",
+        "tie_word_embeddings": True,
+    },
 }
 KINDS: dict[str, tuple[Kind, ...]] = {
     "mistral, windows": ("window",),
     "qwen2, windows in the last layers": ("dense", "dense", "window", "window"),
     "qwen3, windows by layer": ("window", "dense", "window", "window"),
     "smollm3, windows without positions": ("dense", "dense", "dense", "window"),
+    "olmo3": ("window", "window", "window", "dense"),
+    "olmo3, yarn in full layers, tied": ("dense", "window", "window", "dense"),
     "llama, mixed": ("window", "dash", "dense", "window"),
     "qwen3, mixed": ("window", "dash", "dense", "window"),
 }
@@ -70,6 +81,11 @@ def save_tiny_model(name: str, folder: Path) -> torch.Tensor:
     rope = settings.pop("rope", None)
     theta = {"rope_theta": 5000.0}
     settings["rope_parameters"] = theta | (ROPES[rope] if rope else {"rope_type": "default"})
+    if settings["model_type"] == "olmo3":
+        settings["rope_parameters"] = {
+            "full_attention": settings["rope_parameters"],
+            "sliding_attention": theta | {"rope_type": "default"},
+        }
     torch.manual_seed(0)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = AutoModelForCausalLM.from_config(config).float()

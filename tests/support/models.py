@@ -48,6 +48,7 @@ class Case:
     ranks_per_node: int | None = None
     routing_scale: float = ROUTING_SCALE
     logits_per_piece: int | None = None
+    family: Literal["llama", "olmo2"] = "llama"
     kind: Kind | tuple[Kind, ...] = "dash"
     window: int | None = None
     packed: bool = False  # documents of DOCUMENTS in each sequence
