@@ -10,9 +10,10 @@ import functools
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +26,7 @@ from dash_dist.config.trainable import LoraConfig
 from dash_dist.models.hugging_face import config_of
 from dash_dist.models.lora import AdapterEntry, adapter_table, merged, peft_config
 from dash_dist.models.table import Entry, parameter_table
+from dash_dist.models.windows import attention_from
 
 SHARD_BYTES = 5 * 10**9
 """Of one output file, unless a single tensor is larger: what Hugging Face's own tools use."""
@@ -89,9 +91,10 @@ def export_weights(
     """Write the weights in `directory`, an engine's verified checkpoint, to `out`.
 
     `out` gets safetensors files, their index where there are several, and last a `config.json` of the run's family,
-    with the attention's settings as `dash_attention`. transformers reads it as that model with dense attention; the
-    `summary_query` of each layer is there as `model.layers.N.self_attn.summary_query`, [num_kv_heads, head_dim], which
-    it leaves out. A run with dense attention has neither.
+    with windows as that family spells them, and the attention's settings as `dash_attention`. transformers reads it as
+    that model with dense attention where ours is dash; the `summary_query` of those layers is there as
+    `model.layers.N.self_attn.summary_query`, [num_kv_heads, head_dim], which it leaves out. A run without dash layers
+    has neither, except that `dash_attention` holds windows that the family cannot spell.
 
     LoRA adapters are merged into their weights.
 
@@ -110,8 +113,8 @@ def export_weights(
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty: export to a new folder")
     model, vocab_size = _model_of(run), run.identity["vocab_size"]
-    dense = run.function.get("attention.kind") == "dense"
-    outputs = list(_outputs(model, vocab_size, dense=dense))
+    settings = _attention_of(run)
+    outputs = list(_outputs(model, vocab_size, attention_from(settings).kinds(model.num_layers)))
     adapters = _adapters(run, model, weights)
     dtypes = [weights.described(output.entry.checkpoint_key[0]).properties.dtype for output in outputs]
     sizes = [dtype.itemsize * math.prod(output.shape) for dtype, output in zip(dtypes, outputs, strict=True)]
@@ -127,22 +130,20 @@ def export_weights(
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    settings = {
-        name.removeprefix("attention."): value for name, value in run.function.items() if name.startswith("attention.")
-    }
     config = config_of(
         model,
+        settings,
         vocab_size=vocab_size,
         sequence_length=run.sequence_length,
         dtype=str(dtypes[0]).removeprefix("torch."),
-        dash_attention=None if dense else settings,
     )
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _outputs(model: ModelConfig, vocab_size: int, *, dense: bool) -> Iterator[_Output]:
+def _outputs(model: ModelConfig, vocab_size: int, kinds: Sequence[str]) -> Iterator[_Output]:
     for entry in parameter_table(model, vocab_size).values():
-        if dense and entry.optional:  # summary_query, which dense attention does not read
+        _, layer = entry.checkpoint_key
+        if entry.optional and layer is not None and kinds[layer] != "dash":  # summary_query, which they do not read
             continue
         for part, (name, shape) in enumerate(entry.tensors.items()):
             yield _Output(name, shape, entry, part)
@@ -182,6 +183,7 @@ def export_adapters(directory: Path, out: Path, *, base: str | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty: export to a new folder")
+    kinds = attention_from(_attention_of(run)).kinds(model.num_layers)
     tensors = {
         entry.peft_name(matrix): weights.read(entry.checkpoint_key(matrix), entry.layer)
         for entry in adapter_table(model, lora)
@@ -189,7 +191,7 @@ def export_adapters(directory: Path, out: Path, *, base: str | None) -> None:
     }
     queries = {
         output.name: _read(weights, output, {})
-        for output in _outputs(model, run.identity["vocab_size"], dense=run.function.get("attention.kind") == "dense")
+        for output in _outputs(model, run.identity["vocab_size"], kinds)
         if output.entry.optional
     }
     files = {"adapter_model.safetensors": tensors} | ({"summary_query.safetensors": queries} if queries else {})
@@ -197,6 +199,12 @@ def export_adapters(directory: Path, out: Path, *, base: str | None) -> None:
         save_file(content, out / name, metadata={"format": "pt"})
         (out / name).chmod(0o666 & out.stat().st_mode)
     (out / "adapter_config.json").write_text(json.dumps(peft_config(lora, base), indent=2) + "\n")
+
+
+def _attention_of(run: EngineState) -> dict[str, Any]:
+    return {
+        name.removeprefix("attention."): value for name, value in run.function.items() if name.startswith("attention.")
+    }
 
 
 Adapters = dict[str, Callable[[torch.Tensor], torch.Tensor]]

@@ -5,11 +5,13 @@ Knows the allowed values; does not know devices.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dash_dist.config.section import Section
+from dash_dist.config.section import Section, divisors
+
+Kind = Literal["dash", "dense", "window"]
 
 
 class RoutingWarmup(Section):
@@ -25,10 +27,17 @@ class RoutingWarmup(Section):
 
 
 class AttentionConfig(Section):
-    """Settings of `dash_dist.DashAttention`, or of dense attention with the same exchange."""
+    """Kind of attention of each layer, settings of DashAttention, and the exchange of K and V between ranks."""
 
-    kind: Literal["dash", "dense"] = Field(
-        default="dash", description="dense: exact softmax attention to every earlier token, without routing"
+    kind: Kind | Annotated[tuple[Kind, ...], Field(min_length=1)] = Field(
+        default="dash",
+        description=(
+            "of all layers, or a list of as many as there are layers, or a shorter one that repeats. dense: exact "
+            "softmax attention to every earlier token; window: to the last `window` tokens; both without routing"
+        ),
+    )
+    window: int | None = Field(
+        default=None, gt=0, description="tokens that a token of a window layer attends to, itself counted"
     )
     chunk_size: int = Field(default=64, ge=16, le=128, multiple_of=16, description="tokens")
     alpha: float = Field(default=1.5, gt=1.0, le=2.0)
@@ -53,6 +62,34 @@ class AttentionConfig(Section):
         description="consecutive context-parallel ranks with fast links between them; None: found by host name",
     )
 
+    @model_validator(mode="after")
+    def _window_has_a_size(self) -> Self:
+        if "window" in self.pattern and self.window is None:
+            raise ValueError("attention.kind has window layers, and attention.window is not set: give it in tokens")
+        if "window" not in self.pattern and self.window is not None:
+            raise ValueError(
+                f"attention.window is {self.window}, and attention.kind has no window layer: drop it, or name window "
+                "layers in attention.kind"
+            )
+        return self
+
+    @property
+    def pattern(self) -> tuple[Kind, ...]:
+        """The shortest list of kinds that gives `kind` by repetition."""
+        given: tuple[Kind, ...] = (self.kind,) if isinstance(self.kind, str) else self.kind
+        lengths = (length for length in range(1, len(given) + 1) if len(given) % length == 0)
+        return next(given[:length] for length in lengths if given[:length] * (len(given) // length) == given)
+
+    def kinds(self, num_layers: int) -> tuple[Kind, ...]:
+        """Return the kind of each layer of the model. Raises ValueError if the list does not fit."""
+        length = 1 if isinstance(self.kind, str) else len(self.kind)
+        if num_layers % length:
+            raise ValueError(
+                f"attention.kind has {length} entries, and model.num_layers is {num_layers}: give one for each layer, "
+                f"or a pattern of a length that divides it: {', '.join(map(str, divisors(num_layers)))}"
+            )
+        return self.pattern * (num_layers // len(self.pattern))
+
     def routing_scale_at(self, step: int) -> float:
         """Return the routing scale of step `step`; the first step of a run is 1."""
         warmup = self.routing_warmup
@@ -64,9 +101,9 @@ class AttentionConfig(Section):
     @model_validator(mode="after")
     def _dense_has_no_routing(self) -> Self:
         for name in ("routing_warmup", "conversion"):
-            if getattr(self, name) is not None and self.kind == "dense":
+            if getattr(self, name) is not None and "dash" not in self.pattern:
                 raise ValueError(
-                    f"attention.{name} is given, and attention.kind dense has no routing: drop it or set "
+                    f"attention.{name} is given, and attention.kind {self.kind} has no routing: drop it or set "
                     "attention.kind to dash"
                 )
         return self

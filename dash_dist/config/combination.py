@@ -30,6 +30,7 @@ def check_combination(
         ValueError: the message gives the value and the change to make.
     """
     parallel.data_parallel_size(world_size)
+    attention.kinds(model.num_layers)
     _check_positions(model, sequence_length)
     if attention.backend == "triton" and attention.alpha != 1.5:
         raise ValueError(

@@ -17,12 +17,21 @@ from dash_dist.config.section import Section, divisors, next_multiple
 
 @dataclass(frozen=True)
 class Family:
-    """Architecture in transformers, and the parts that a Llama does not have."""
+    """Architecture in transformers, and the parts that a Llama does not have.
+
+    Attributes:
+        norms_after: norms follow attention and MLP instead of preceding them.
+        qk_norm_over_heads: the norm of queries, and that of keys, is over all heads together.
+        windows_unscaled: layers with windows have default positions, whatever `model.positions`.
+    """
 
     architecture: str
     attention_bias: bool = False
     qk_norm: bool = False
     layers_without_positions: bool = False
+    norms_after: bool = False
+    qk_norm_over_heads: bool = False
+    windows_unscaled: bool = False
 
 
 FAMILIES = {
@@ -31,6 +40,8 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", attention_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
     "smollm3": Family("SmolLM3ForCausalLM", layers_without_positions=True),
+    "olmo2": Family("Olmo2ForCausalLM", qk_norm=True, norms_after=True, qk_norm_over_heads=True),
+    "olmo3": Family("Olmo3ForCausalLM", qk_norm=True, norms_after=True, qk_norm_over_heads=True, windows_unscaled=True),
 }
 """Families by `model_type` in transformers."""
 
@@ -38,10 +49,10 @@ FAMILIES = {
 class ModelConfig(Section):
     """A Llama-style decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no dropout.
 
-    Biases, norms of queries and keys, and layers without positions are those of `family`.
+    Biases, places of norms, norms of queries and keys, and layers without positions are those of `family`.
     """
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"] = Field(
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "olmo3"] = Field(
         default="llama", description="architecture of the export, as transformers names it"
     )
     weights: Path | None = Field(
@@ -59,7 +70,9 @@ class ModelConfig(Section):
         default=None, gt=0, description="tokens of the embedding; None: those of the tokenizer, which may have fewer"
     )
     attention_bias: bool = Field(default=False, description="biases of queries, keys and values")
-    qk_norm: bool = Field(default=False, description="RMSNorm of each head's queries and keys before the rotation")
+    qk_norm: bool = Field(
+        default=False, description="RMSNorm of queries and keys before the rotation, of each head; OLMo: of all heads"
+    )
     hidden_act: Literal["silu"] = "silu"
     rotary_base: float = Field(default=10_000.0, gt=1.0)
     positions: PositionsConfig = Field(default_factory=PositionsConfig)
@@ -76,6 +89,21 @@ class ModelConfig(Section):
     def resolved_head_dim(self) -> int:
         """Width of one attention head, in channels."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def norms_after(self) -> bool:
+        """Norms follow attention and MLP, before the residual is added."""
+        return FAMILIES[self.family].norms_after
+
+    @property
+    def qk_norm_over_heads(self) -> bool:
+        """The norms of queries and of keys are over all heads together."""
+        return FAMILIES[self.family].qk_norm_over_heads
+
+    @property
+    def windows_unscaled(self) -> bool:
+        """Layers with windows have default positions, and the others have not."""
+        return FAMILIES[self.family].windows_unscaled and self.positions.type != "default"
 
     def embedded_tokens(self, tokenizer_size: int) -> int:
         """The tokens of the embedding, padding excluded. Raises ValueError if the tokenizer has more."""

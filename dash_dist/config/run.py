@@ -172,6 +172,12 @@ class RunConfig(Section):
             )
         if len(set(drawn)) < len(drawn):
             raise ValueError(f"logging.heat_map_layers = {drawn} names a layer twice: name each once")
+        kinds = self.attention.kinds(layers)
+        if others := [layer for layer in drawn if kinds[layer] != "dash"]:
+            raise ValueError(
+                f"logging.heat_map_layers = {drawn} names {others[0]}, a {kinds[others[0]]} layer: "
+                "it has no routing, name layers of kind dash"
+            )
         return self
 
     @model_validator(mode="after")

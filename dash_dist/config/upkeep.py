@@ -64,8 +64,8 @@ class LoggingSection(Section):
         interval: steps between points of the curves, and between progress lines.
         routing_interval: steps between records of density and selected chunks, for every layer.
         heat_map_interval: steps between heat maps of the routing. A heat map computes the routing of its layer twice.
-        heat_map_layers: layers to draw, counted from 0; None draws the first, the middle and the last, ()
-            none. Drawing needs the extra `report`.
+        heat_map_layers: layers to draw, counted from 0; None draws the first, the middle and the last with routing,
+            () none. Drawing needs the extra `report`.
     """
 
     interval: Positive = 10

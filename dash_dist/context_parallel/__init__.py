@@ -6,6 +6,7 @@ from dash_dist.context_parallel.layout import join_sequence, shard_positions, sp
 from dash_dist.context_parallel.module import DashAttention
 from dash_dist.context_parallel.recompute import ForwardMemory
 from dash_dist.context_parallel.sharded_attention import dash_attention
+from dash_dist.context_parallel.window import WindowAttention
 
 __all__ = [
     "DashAttention",
@@ -13,6 +14,7 @@ __all__ = [
     "ForwardMemory",
     "Traffic",
     "TrafficSummary",
+    "WindowAttention",
     "dash_attention",
     "join_sequence",
     "shard_positions",

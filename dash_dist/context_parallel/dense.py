@@ -12,9 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dash_kernels import AttentionSpec, RoutingStatistics
-from dash_kernels.arguments import sequence_chunks
-from dash_kernels.spec import routing_statistics
+from dash_kernels import AttentionSpec
 
 _PRIOR_SIGMA = 1e6
 """Divides the rounding error of the mean of log P."""
@@ -39,23 +37,19 @@ def dense_attention_one_device(
         scale=spec.softmax_scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    connected: torch.Tensor = _WithZeroGradient.apply(out.transpose(1, 2), summary_query)
+    return with_zero_gradient(out.transpose(1, 2), summary_query)
+
+
+def with_zero_gradient(out: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return `out`, which does not depend on `weight`, and give `weight` a gradient of zeros.
+
+    Every weight then has a gradient, as gradient buffers and ZeRO expect.
+    """
+    connected: torch.Tensor = _WithZeroGradient.apply(out, weight)
     return connected
 
 
-def dense_routing(q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> RoutingStatistics:
-    """Statistics of a call on one device that selects every chunk."""
-    chunks = sequence_chunks(None, None, q, q.shape[1], spec)
-    available = routing_statistics(q.new_empty(0, device=q.device), chunks).available_per_token
-    return RoutingStatistics(available[None, :, None].expand(q.shape[0], -1, kv_heads), available)
-
-
 class _WithZeroGradient(torch.autograd.Function):
-    """Identity of its first argument that gives its second one, which the result does not depend on, a gradient.
-
-    Every weight then has one, as gradient buffers and ZeRO expect.
-    """
-
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)

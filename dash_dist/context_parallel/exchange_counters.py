@@ -28,8 +28,8 @@ class TrafficSummary:
     transfer_seconds: total duration of the transfers.
     waited_seconds:   time this rank waited for them without computing.
     work:             int64 [chunks of the shard], CPU: chunks selected by its tokens in forward passes, summed over
-                      batch, tokens and KV heads; empty before the first call. See `layout.imbalance`.
-    exchanges:        name -> forward passes.
+                      batch, tokens and KV heads; empty without routing. See `layout.imbalance`.
+    exchanges:        name -> forward passes; those of window attention as "halo".
     """
 
     planned_bytes: int
@@ -94,6 +94,10 @@ class Traffic:
         self._work = work if self._work is None else self._work + work
         if plan is not None:
             self._blocks.update(needed=len(plan.addresses), reachable=plan.reachable)
+
+    def halo(self) -> None:
+        """Adds one forward pass of window attention."""
+        self._exchanges["halo"] += 1
 
     def waited(self) -> tuple[float, float]:
         """Seconds waited in forward and in backward passes, over transfers whose times are known. Does not wait."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dash_dist.context_parallel.dense import dense_attention_one_device, dense_routing, dense_spec
+from dash_dist.context_parallel.dense import dense_attention_one_device, dense_spec
 from dash_dist.context_parallel.exchange import check_exchange
 from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.layout import check_layout
@@ -29,8 +29,8 @@ class DashAttention(nn.Module):
     counts the bytes and waits of forward and backward passes until they are taken. `recompute` is for reentrant
     activation checkpointing, as in Megatron-core: a pass without gradients, then one with them just before the
     backward pass. With `dense`, the attention selects every chunk and has no bias, and of the settings only
-    chunk_size and softmax_scale count; on one device whole sequences take torch's own kernels. For `spec`, `settings`
-    and the other arguments see `dash_dist.dash_attention`.
+    chunk_size and softmax_scale count, and there is no routing to record; on one device whole sequences take torch's
+    own kernels. For `spec`, `settings` and the other arguments see `dash_dist.dash_attention`.
     """
 
     def __init__(
@@ -78,9 +78,7 @@ class DashAttention(nn.Module):
         chunks: ChunkGrid | None = None,
     ) -> torch.Tensor:
         if self.dense and self.cp_group is None and cu_seqlens is None and chunks is None:
-            spec = self.spec.for_head_dim(q.shape[-1])
-            self.routing = dense_routing(q, k.shape[2], spec) if self.record_routing else None
-            return dense_attention_one_device(q, k, v, self.summary_query, spec)
+            return dense_attention_one_device(q, k, v, self.summary_query, self.spec.for_head_dim(q.shape[-1]))
         out, routing = dash_attention(
             q,
             k,
@@ -98,7 +96,7 @@ class DashAttention(nn.Module):
             traffic=self.traffic,
             memory=self.memory if self.training else None,
         )
-        self.routing = routing if self.record_routing else None
+        self.routing = routing if self.record_routing and not self.dense else None
         return out
 
     def extra_repr(self) -> str:

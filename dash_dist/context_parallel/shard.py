@@ -1,18 +1,22 @@
-"""Shard of a rank: its chunks, and the all-gather of chunk summaries.
+"""Shard of a rank: its chunks, whole ones of a sequence, and the all-gather of chunk summaries.
 
 Knows the group and the layout; does not know how K and V travel.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from dash_dist.context_parallel.errors import exchange_errors
-from dash_dist.context_parallel.layout import gathered_chunks, other_chunks, shard_chunks
+from dash_dist.context_parallel.layout import gathered_chunks, other_chunks, pieces_of, shard_chunks
+from dash_kernels.arguments import sequence_chunks
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,37 @@ def gather_shards(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     gathered = x.new_empty(dist.get_world_size(group), *x.shape)
     dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
     return gathered
+
+
+def whole_chunks(
+    q: torch.Tensor,
+    chunks: ChunkGrid | None,
+    cu_seqlens: torch.Tensor | None,
+    spec: AttentionSpec,
+    size: int,
+    layout: str,
+) -> ChunkGrid:
+    """All chunks of the sequence that q is a shard of. Raises ValueError if a piece or document is not whole chunks."""
+    seq_len, chunk_size = q.shape[1] * size, spec.chunk_size
+    own, pieces = pieces_of(0, size, layout)
+    if seq_len % (pieces * chunk_size):
+        unit = pieces * chunk_size
+        factors = f"{f'{len(own)} x ' if len(own) > 1 else ''}cp x chunk_size"
+        raise ValueError(
+            f"sequence length {seq_len} is not a multiple of {factors} = {unit}: pad to {-(-seq_len // unit) * unit}"
+        )
+    sequence = sequence_chunks(chunks, cu_seqlens, q, seq_len, spec)
+    if not sequence.complete_to(chunk_size):
+        slot = int((sequence.lengths < chunk_size).nonzero()[0])
+        end = int(sequence.starts[slot] + sequence.lengths[slot])
+        raise ValueError(
+            f"cu_seqlens has a document that ends at token {end} with a chunk of {int(sequence.lengths[slot])} tokens: "
+            f"with a context-parallel group, pad every document to a multiple of chunk_size = {chunk_size}"
+        )
+    return sequence
+
+
+@functools.lru_cache(maxsize=64)
+def fingerprint(sequence: ChunkGrid) -> str:
+    """Hash of the documents' borders."""
+    return hashlib.sha1(sequence.firsts.numpy().tobytes()).hexdigest()

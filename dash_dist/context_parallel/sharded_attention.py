@@ -8,8 +8,6 @@ agree on; does not know how tensors move.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -21,13 +19,13 @@ from dash_dist.context_parallel.agreement import Named, check_together
 from dash_dist.context_parallel.choice import planned_exchange, static_exchange
 from dash_dist.context_parallel.exchange import check_exchange
 from dash_dist.context_parallel.exchange_counters import Traffic
-from dash_dist.context_parallel.layout import check_layout, pieces_of
+from dash_dist.context_parallel.layout import check_layout
 from dash_dist.context_parallel.recompute import ForwardMemory, RoutedPass
-from dash_dist.context_parallel.shard import Shard
+from dash_dist.context_parallel.shard import Shard, fingerprint, whole_chunks
 from dash_dist.context_parallel.topology import find_topology
 from dash_dist.cost_model.topology import Topology
 from dash_kernels import dash_attention as dash_attention_one_device
-from dash_kernels.arguments import check_tensors, sequence_chunks
+from dash_kernels.arguments import check_tensors
 from dash_kernels.attention import without_autocast
 from dash_kernels.backend import Backend, select_backend
 from dash_kernels.chunks import ChunkGrid
@@ -115,10 +113,10 @@ def dash_attention(
         check_layout(layout)
         if ranks_per_node is not None:
             Topology(size, ranks_per_node)
-        sequence = _whole_chunks(q, chunks, cu_seqlens, checked, size, layout)
+        sequence = whole_chunks(q, chunks, cu_seqlens, checked, size, layout)
         shard = Shard(cp_group, layout, sequence, checked.chunk_size)
         packed = cu_seqlens is not None or chunks is not None
-        documents = f"of documents {_fingerprint(sequence)}" if packed else "not given"
+        documents = f"of documents {fingerprint(sequence)}" if packed else "not given"
         details = (*dataclasses.asdict(checked).items(), ("cu_seqlens", documents))
         return (checked, select_backend(backend, q, k.shape[2], checked), shard), details
 
@@ -135,40 +133,6 @@ def dash_attention(
     if memory is not None and not torch.is_grad_enabled():
         memory.remember(passes[0])
     return (out, routing_statistics(selected, shard.chunks)) if return_routing else out
-
-
-def _whole_chunks(
-    q: torch.Tensor,
-    chunks: ChunkGrid | None,
-    cu_seqlens: torch.Tensor | None,
-    spec: AttentionSpec,
-    size: int,
-    layout: str,
-) -> ChunkGrid:
-    """All chunks of the sequence that q is a shard of. Raises ValueError if a piece or document is not whole chunks."""
-    seq_len, chunk_size = q.shape[1] * size, spec.chunk_size
-    own, pieces = pieces_of(0, size, layout)
-    if seq_len % (pieces * chunk_size):
-        unit = pieces * chunk_size
-        factors = f"{f'{len(own)} x ' if len(own) > 1 else ''}cp x chunk_size"
-        raise ValueError(
-            f"sequence length {seq_len} is not a multiple of {factors} = {unit}: pad to {-(-seq_len // unit) * unit}"
-        )
-    sequence = sequence_chunks(chunks, cu_seqlens, q, seq_len, spec)
-    if not sequence.complete_to(chunk_size):
-        slot = int((sequence.lengths < chunk_size).nonzero()[0])
-        end = int(sequence.starts[slot] + sequence.lengths[slot])
-        raise ValueError(
-            f"cu_seqlens has a document that ends at token {end} with a chunk of {int(sequence.lengths[slot])} tokens: "
-            f"with a context-parallel group, pad every document to a multiple of chunk_size = {chunk_size}"
-        )
-    return sequence
-
-
-@functools.lru_cache(maxsize=64)
-def _fingerprint(sequence: ChunkGrid) -> str:
-    """Hash of the documents' borders."""
-    return hashlib.sha1(sequence.firsts.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,11 @@ class ExchangeStatistics:
             plan.
         overlap: share of the time under way during which the ranks had something to compute; None where nothing
             travelled.
-        imbalance: layout -> selected chunks of the busiest context-parallel rank / of the mean one; what the layout
-            would have given for those that are not in use, left out where their pieces are not whole chunks.
-        exchanges: exchange -> share of the forward passes, over all of `EXCHANGES` but "auto".
+        imbalance: layout -> selected chunks of the busiest context-parallel rank / of the mean one, 1 without routing;
+            what the layout would have given for those that are not in use, left out where their pieces are not whole
+            chunks.
+        exchanges: exchange -> share of the forward passes, over all of `EXCHANGES` but "auto"; of layers with
+            windows, which have a halo instead, none counts.
     """
 
     planned_bytes: int
@@ -50,7 +52,7 @@ class ExchangeStatistics:
 def gather_traffic(model: RoutedModel, dims: Dims, *, num_chunks: int, layout: str) -> ExchangeStatistics:
     """Takes every layer's traffic and adds it up over all ranks. A collective: all ranks call it.
 
-    One all-reduce of num_chunks + 2 x layers + 9 integers, whatever the number of ranks.
+    One all-reduce of num_chunks + 2 x layers + 10 integers, whatever the number of ranks.
 
     Args:
         num_chunks: chunks of a whole sequence.
@@ -59,7 +61,7 @@ def gather_traffic(model: RoutedModel, dims: Dims, *, num_chunks: int, layout: s
     Raises:
         RuntimeError: at every rank, where no layer has counted anything since the last call.
     """
-    totals = torch.zeros(6 + len(_TRAVELLING), dtype=torch.int64)
+    totals = torch.zeros(7 + len(_TRAVELLING), dtype=torch.int64)
     blocks = torch.zeros(model.config.num_layers, 2, dtype=torch.int64)  # other stages' layers stay zero
     work = torch.zeros(num_chunks, dtype=torch.int64)
     own_chunks = shard_positions(num_chunks, dims.cp_rank, dims.cp_size, layout)  # chunks are dealt out as tokens are
@@ -73,17 +75,17 @@ def gather_traffic(model: RoutedModel, dims: Dims, *, num_chunks: int, layout: s
                 traffic.dense_bytes,
                 round(traffic.transfer_seconds * 1e9),  # integers, to travel with the others
                 round(traffic.waited_seconds * 1e9),
-                *(traffic.exchanges.get(name, 0) for name in _TRAVELLING),
+                *(traffic.exchanges.get(name, 0) for name in (*_TRAVELLING, "halo")),
             ]
         )
         blocks[layer] = torch.tensor([traffic.needed_blocks, traffic.reachable_blocks])
-        if traffic.exchanges:
+        if len(traffic.work):
             work[own_chunks] += traffic.work
     counts = torch.cat((totals, blocks.flatten(), work)).to(dims.device)
     dist.all_reduce(counts)
     totals, blocks, work = counts.cpu().split([len(totals), blocks.numel(), num_chunks])
-    planned, sent, slow, dense, flight, waited, *calls = totals.tolist()
-    if not any(calls):
+    planned, sent, slow, dense, flight, waited, *calls, halos = totals.tolist()
+    if not any(calls) and not halos:
         raise RuntimeError("no exchange was counted: ask once after each step whose exchange statistics you want")
     return ExchangeStatistics(
         planned_bytes=planned,
@@ -97,5 +99,5 @@ def gather_traffic(model: RoutedModel, dims: Dims, *, num_chunks: int, layout: s
         },
         overlap=max(0.0, 1.0 - waited / flight) if flight else None,
         imbalance=imbalance_by_layout(work, dims.cp_size),
-        exchanges={name: count / sum(calls) for name, count in zip(_TRAVELLING, calls, strict=True)},
+        exchanges={name: count / max(sum(calls), 1) for name, count in zip(_TRAVELLING, calls, strict=True)},
     )

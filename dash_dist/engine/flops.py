@@ -20,23 +20,30 @@ def flops_per_token(
     """Forward and backward operations per token; a multiply-add counts as two, the backward as twice the forward.
 
     Per token: 6 per weight of every matrix (recomputed activations, norms and the embedding look-up count nothing),
-    plus per layer, with H = num_attention_heads x head_dim and T = document_length:
+    plus per layer, with H = num_attention_heads x head_dim and T = document_length, 12 H x the tokens that a token
+    attends to on average, for scores and weighted values:
 
-    - attention 12 H x (density x (T - chunk_size) / 2 + chunk_size / 2): scores and weighted values over half of the
-      earlier tokens on average, of which `density` are in selected chunks, and half of the own chunk;
-    - routing 6 H x T / (2 chunk_size): the query against the summaries of the earlier chunks; dense attention has none.
+    - dash: density x (T - chunk_size) / 2 + chunk_size / 2, half of the earlier tokens, of which `density` are in
+      selected chunks, and half of the own chunk; and routing, 6 H x T / (2 chunk_size), the query against the
+      summaries of the earlier chunks;
+    - dense: T / 2;
+    - window: window - window^2 / 2T, or T / 2 where the window is longer than T.
 
     Args:
         vocab_size: tokens of the tokenizer.
         document_length: tokens of a whole sequence; where documents are packed into it, those of the document that a
             token is in, on average over the tokens.
-        density: selected / causally available chunks; 1.0 counts full causal attention.
+        density: selected / causally available chunks of the dash layers; 1.0 counts full causal attention.
     """
     heads = model.num_attention_heads * model.resolved_head_dim
     kv_heads = model.num_kv_heads * model.resolved_head_dim
     chunk = min(attention.chunk_size, document_length)
     weights_per_layer = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.ffn_hidden_size)
     weights = model.num_layers * weights_per_layer + model.hidden_size * vocab_size
-    attended = density * (document_length - chunk) / 2 + chunk / 2
-    routed = document_length / (2 * chunk) if attention.kind == "dash" else 0.0
-    return 6.0 * weights + model.num_layers * (12.0 * heads * attended + 6.0 * heads * routed)
+    window = min(attention.window or document_length, document_length)
+    operations = {
+        "dash": 12 * (density * (document_length - chunk) / 2 + chunk / 2) + 6 * document_length / (2 * chunk),
+        "dense": 12 * document_length / 2,
+        "window": 12 * (window - window**2 / (2 * document_length)),
+    }
+    return 6.0 * weights + heads * sum(operations[kind] for kind in attention.kinds(model.num_layers))

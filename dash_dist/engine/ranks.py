@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dash_dist.context_parallel import DashAttention
+from dash_dist.context_parallel import DashAttention, WindowAttention
 
 
 class Dims(Protocol):
@@ -37,11 +37,18 @@ class Dims(Protocol):
 
 
 class RoutedModel(Protocol):
-    """A pipeline stage whose layers attend by DashAttention; `config.num_layers` counts those of the whole model."""
+    """A pipeline stage; `config.num_layers` counts the layers of the whole model."""
 
     @property
     def config(self) -> Any: ...
 
-    def attentions(self) -> Iterator[tuple[int, DashAttention]]:
+    def attentions(self) -> Iterator[tuple[int, DashAttention | WindowAttention]]:
         """Yield the attention of each layer of this stage, with the layer's index from 0 in the model."""
         ...
+
+
+def routed_attentions(model: RoutedModel) -> Iterator[tuple[int, DashAttention]]:
+    """Yield the attentions of the stage that select chunks, with their layers."""
+    for layer, attention in model.attentions():
+        if isinstance(attention, DashAttention) and not attention.dense:
+            yield layer, attention

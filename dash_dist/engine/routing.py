@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dash_dist.engine.ranks import Dims, RoutedModel
+from dash_dist.engine.ranks import Dims, RoutedModel, routed_attentions
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LayerRouting:
 
 def set_recording(model: RoutedModel, record: bool) -> None:
     """Keep, or stop keeping, each layer's routing of the last forward pass."""
-    for _, attention in model.attentions():
+    for _, attention in routed_attentions(model):
         attention.record_routing = record
 
 
@@ -42,28 +42,26 @@ def gather_routing(model: RoutedModel, dims: Dims, *, num_chunks: int) -> list[L
         num_chunks: chunks of a whole sequence, an unfinished last one counted.
 
     Returns:
-        All layers of the model, in order, at every rank.
+        The layers of the model that select chunks, in order, at every rank.
 
     Raises:
-        RuntimeError: at every rank, where some layer has recorded nothing.
+        RuntimeError: at every rank, where one of them has recorded nothing.
     """
     num_layers = model.config.num_layers
-    available_column, recorded_column = num_chunks + 1, num_chunks + 2
+    available_column, missing_column = num_chunks + 1, num_chunks + 2
     counts = torch.zeros(num_layers, num_chunks + 3, dtype=torch.int64, device=dims.device)
-    for layer, attention in model.attentions():
-        routing = attention.routing
+    for layer, attention in routed_attentions(model):
+        routing, row = attention.routing, counts[layer]
         if routing is None:
+            row[missing_column] = 1
             continue
-        row = counts[layer]
         selected = routing.selected_per_token  # [b, s, kv_heads]
         row[:available_column] = torch.bincount(selected.flatten().long(), minlength=num_chunks + 1)
         pairs_per_token = selected.shape[0] * selected.shape[2]
         row[available_column] = routing.available_per_token.long().sum() * pairs_per_token
-        row[recorded_column] = 1
-    dist.all_reduce(counts)  # other stages' layers are zero here
+    dist.all_reduce(counts)  # other stages' layers are zero here, and so are layers without routing
     counts = counts.cpu()
-    expected = dims.world_size // dims.pp_size
-    if (counts[:, recorded_column] != expected).any():
+    if counts[:, missing_column].any():
         raise RuntimeError(
             "no routing was recorded: set record_routing = True at every rank before the step you want it of"
         )
@@ -75,4 +73,5 @@ def gather_routing(model: RoutedModel, dims: Dims, *, num_chunks: int) -> list[L
             selected=row[:available_column].clone(),
         )
         for index, row in enumerate(counts)
+        if row[available_column] > 0
     ]

@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from dash_dist.config.attention import AttentionConfig
+from dash_dist.context_parallel import DashAttention
 from dash_dist.engine.exchange_statistics import ExchangeStatistics, gather_traffic
-from dash_dist.engine.ranks import Dims, RoutedModel
+from dash_dist.engine.ranks import Dims, RoutedModel, routed_attentions
 from dash_dist.engine.routing import LayerRouting, gather_routing, set_recording
 from dash_dist.engine.selection_map import SelectionMap, SelectionRecorder, gather_selections
 from dash_dist.engine.step_timer import StepTimer
@@ -41,13 +42,13 @@ class StepTelemetry:
         self._on_timing = on_timing
         self._record_routing = False
         self._record_seconds = False
-        self._selections = SelectionRecorder(dict(model.attentions()), self.timer)
+        self._selections = SelectionRecorder(dict(routed_attentions(model)), self.timer)
 
     def begin_step(self) -> None:
         """Start the timer, and drop unread counters and the state that a failed step kept for recomputation."""
         for _, attention in self._model.attentions():
             attention.traffic.clear()
-            if attention.memory is not None:
+            if isinstance(attention, DashAttention) and attention.memory is not None:
                 attention.memory.clear()
         self.timer.begin(record=self._record_seconds)
 
@@ -89,7 +90,7 @@ class StepTelemetry:
 
     @property
     def record_selections(self) -> Sequence[int]:
-        """Layers, from 0, that count their selected chunks, for `selection_maps`; costs a second routing of each."""
+        """Layers of kind dash, from 0, that count their selected chunks; costs a second routing of each."""
         return self._selections.layers
 
     @record_selections.setter
@@ -97,7 +98,7 @@ class StepTelemetry:
         self._selections.layers = tuple(layers)
 
     def routing_statistics(self) -> list[LayerRouting]:
-        """Return every layer's routing in the last micro-batch of the last step, at every rank. A collective.
+        """Return the routing of every layer that has one, in the last micro-batch of the last step. A collective.
 
         Raises:
             RuntimeError: at every rank: `record_routing` was not set before that step.

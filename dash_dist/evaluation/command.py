@@ -193,11 +193,11 @@ class _Evaluation:
 
     def _routing_scales(self) -> tuple[float | None, ...]:
         attention, asked = self._config.attention, self._options.routing_scales
-        if attention.kind == "dense":
+        if "dash" not in attention.pattern:
             if asked:
                 raise ConfigError(
-                    f"--routing-scale {' '.join(f'{scale:g}' for scale in asked)}: the run has attention.kind dense, "
-                    "which routes nothing; drop the option"
+                    f"--routing-scale {' '.join(f'{scale:g}' for scale in asked)}: the run has attention.kind "
+                    f"{' '.join(attention.pattern)}, which routes nothing; drop the option"
                 )
             return (None,)
         return asked or (attention.routing_scale,)

@@ -1,4 +1,4 @@
-"""The attention function and the mask function that transformers calls for `dash_attention`.
+"""The attention function and the mask function that transformers calls for `dash_attention`, of every kind of layer.
 
 Knows transformers' calling conventions, padding and cached tokens; does not know how the stages are computed. Rows of a
 batch that hold different tokens are computed one by one, so that padding never reaches the attention.
@@ -15,12 +15,13 @@ from transformers.masking_utils import causal_mask_function
 
 from dash_dist.hf.cache import Bounds, DashCacheLayer
 from dash_dist.hf.decode import decode
-from dash_dist.hf.settings import spec_of
+from dash_dist.hf.settings import kind_of, spec_of
 from dash_kernels import AttentionSpec, ChunkGrid, dash_attention
 from dash_kernels.backend import select_backend
 from dash_kernels.spec import Part, Queries
+from dash_kernels.window import window_attention
 
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache", "cu_seq_lens_q")
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache", "cu_seq_lens_q")
 """Arguments of other attention functions that change the result."""
 
 _Rows = slice | list[int]
@@ -30,28 +31,37 @@ _Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, _Rows], torch.Ten
 def padding_bounds(
     *,
     kv_length: int,
+    kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    batch_size: int = 1,
+    local_size: int | None = None,
     **_: Any,
 ) -> torch.Tensor | None:
     """First token of each row, and one past its last: int64 [B, 2] on the CPU, None without padding.
 
-    transformers calls it once per forward pass; `attention_mask` is bool [B, kv_length], True for tokens.
+    transformers calls it once per forward pass, and once more for layers with windows. Their cache may hold the tokens
+    from `kv_offset` on, kv_length of them, new ones included. `attention_mask` is bool [B, kv_offset + kv_length],
+    True for tokens. `local_size` is the window of such layers.
 
-    Raises ValueError for padding between tokens, and for anything but a causal mask.
+    Raises ValueError for padding between tokens, and for anything but a causal mask or one with windows.
     """
-    if mask_function is not causal_mask_function:
+    if mask_function is not causal_mask_function and not (
+        local_size and _is_window(mask_function, local_size, batch_size, range(kv_offset, kv_offset + kv_length))
+    ):
         raise ValueError(
-            "dash_attention got another mask than the causal one, as for packed sequences, sliding windows or "
-            "blocks: pass one sequence per row with an attention_mask, and no position_ids that restart"
+            "dash_attention got another mask than a causal one or that of a window, as for packed sequences or blocks: "
+            "pass one sequence per row with an attention_mask, and no position_ids that restart"
         )
     if attention_mask is None:
         return None
     mask = attention_mask.bool()
-    if mask.shape[1] != kv_length:
+    if mask.shape[1] != kv_offset + kv_length:
         raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns for {kv_length} tokens: one per token, cached or new"
+            f"attention_mask has {mask.shape[1]} columns for {kv_offset + kv_length} tokens: one per token, cached or "
+            "new"
         )
+    mask = mask[:, kv_offset:]
     positions = torch.arange(kv_length, device=mask.device)
     tokens = mask.sum(1)
     end = torch.where(mask, positions + 1, 0).amax(1)
@@ -68,6 +78,16 @@ def padding_bounds(
     return None
 
 
+def _is_window(mask_function: Callable[..., Any], window: int, batch: int, tokens: range) -> bool:
+    """Return whether each token sees the one before it, as no packed one does, and the window ends where it should."""
+    rows = torch.arange(batch)[:, None]
+    queries = torch.arange(tokens.start + 1, tokens.stop)
+    seen = mask_function(rows, 0, queries, queries - 1) if window > 1 else torch.ones(())
+    last = torch.tensor(tokens.stop - 1)
+    edges = [bool(mask_function(0, 0, last, last - distance)) for distance in (window - 1, window)]
+    return bool(seen.all()) and edges == [True, False]
+
+
 def attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -80,29 +100,37 @@ def attention_forward(
     dash_cache: DashCacheLayer | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """DashAttention of one layer, in the form of transformers' `AttentionInterface`.
+    """Attention of one layer by its kind, in the form of transformers' `AttentionInterface`.
 
     Args:
-        module: attention module with `summary_query` [Hkv, D] and `config.dash_attention`.
+        module: attention module with `config.dash_attention`, and `summary_query` [Hkv, D] in a layer of kind dash.
         query: [B, Hq, T, D], the last T tokens.
         key, value: [B, Hkv, S, D] of all tokens, S >= T.
         attention_mask: from `padding_bounds`, int64 [B, 2] or None.
         scaling: softmax_scale where the settings have none.
         dropout: 0; DashAttention has none.
-        dash_cache: cache of this layer; needed for S > T.
+        dash_cache: cache of this layer; needed for S > T in a layer of kind dash.
 
     Returns [B, T, Hq, D] and no weights; padding tokens get zeros or rubbish.
     """
+    given = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if given or dropout:
+        raise ValueError(f"dash_attention takes no {', '.join(given) or f'attention dropout ({dropout})'}")
     summary_query = getattr(module, "summary_query", None)
     spec = spec_of(getattr(module, "config", None))
+    kind, window = kind_of(module)
+    if kwargs.get("sliding_window") not in (None, window):
+        raise ValueError(
+            f"dash_attention got sliding_window {kwargs['sliding_window']} for a layer of kind {kind}"
+            + (f" with a window of {window}" if window else "")
+        )
+    if kind != "dash":
+        return _without_routing(query, key, value, _bounds(attention_mask), window, spec.softmax_scale or scaling), None
     if summary_query is None:
         raise ValueError(
             "the model was built before dash_dist.hf was imported, so it has no summary_query: call "
             "dash_dist.hf.load(folder), or import dash_dist.hf before from_pretrained"
         )
-    given = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if given or dropout:
-        raise ValueError(f"dash_attention takes no {', '.join(given) or f'attention dropout ({dropout})'}")
     if spec.softmax_scale is None and scaling is not None:
         spec = spec.replaced(softmax_scale=scaling)
     spec = spec.for_head_dim(query.shape[-1])
@@ -135,6 +163,22 @@ def attention_forward(
 
             out = _by_rows(query, key, value, bounds, later)
     return _Undifferentiable.apply(out, query) if query.requires_grad else out, None
+
+
+def _without_routing(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: Bounds | None,
+    window: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention to the last `window` tokens, to all earlier ones if None; shapes as for `attention_forward`."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        return window_attention(q, k, v, window=window or k.shape[1], softmax_scale=scale)
+
+    return _by_rows(query, key, value, bounds, attend)
 
 
 def _bounds(attention_mask: torch.Tensor | None) -> Bounds | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from dash_kernels import AttentionSpec, ChunkGrid
 from dash_kernels.backend import select_backend
@@ -200,6 +200,16 @@ class DashCacheLayer(DynamicLayer):
         if self._starts:
             rows = torch.arange(len(self._starts))[indices.cpu()].tolist()
             self._starts, self._whole = ([held[row] for row in rows] for held in (self._starts, self._whole))
+
+
+def check_growing(cache: Cache, layer: int) -> None:
+    """Refuse, with ValueError, a cache of a layer without routing whose keys are not those of the tokens so far."""
+    found = type(cache.layers[layer]) if layer < len(cache.layers) else DynamicLayer
+    if found not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise ValueError(
+            f"layer {layer} of the cache is a {found.__name__}: dash_attention needs a DynamicCache; leave "
+            "cache_implementation out, or set it to 'dynamic' or 'offloaded'"
+        )
 
 
 def _continues(room: torch.Tensor, held: torch.Tensor, size: int, dim: int) -> bool:

@@ -22,8 +22,8 @@ from transformers.cache_utils import Cache
 
 from dash_dist.errors import ConfigError
 from dash_dist.hf.attention import attention_forward, padding_bounds
-from dash_dist.hf.cache import DashCacheLayer
-from dash_dist.hf.settings import KEY, check_model, has_settings, spec_of
+from dash_dist.hf.cache import DashCacheLayer, check_growing
+from dash_dist.hf.settings import KEY, check_model, has_settings, kind_of, spec_of
 
 NAME = "dash_attention"
 """Name of the attention in transformers: `attn_implementation`."""
@@ -91,13 +91,13 @@ def load(folder: str | Path, *, routing_scale: float | None = None, **kwargs: An
 
 
 def _add_summary_queries(model: PreTrainedModel) -> None:
-    """Give every attention module of a DashAttention model its `summary_query` [Hkv, D], and its cache at each call.
+    """Give the attention modules of a DashAttention model `summary_query` [Hkv, D] and their cache, by their kind.
 
     Raises ValueError if the model should use DashAttention but was not trained with it.
     """
     for module in model.modules():
         config = getattr(module, "config", None)
-        if not _is_attention(module) or config is None or "summary_query" in module._parameters:
+        if not _is_attention(module) or config is None or hasattr(module, "_dash_is_ready"):
             continue
         uses = config._attn_implementation == NAME
         if not has_settings(config):
@@ -108,12 +108,15 @@ def _add_summary_queries(model: PreTrainedModel) -> None:
             check_model(config)
         else:
             _warn_of_other_attention(config._attn_implementation)
+        module._dash_is_ready = True
+        module.register_forward_pre_hook(_pass_cache, with_kwargs=True)
+        if kind_of(module)[0] != "dash":
+            continue
         like = next(module.parameters())
         shape = config.num_key_value_heads, module.head_dim
         zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
         module.register_parameter("summary_query", nn.Parameter(zeros))
         module.summary_query._dash_initialized = True
-        module.register_forward_pre_hook(_pass_cache, with_kwargs=True)
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -124,8 +127,11 @@ def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """Hand the layer's cache to the attention function, through the keyword arguments of the attention module."""
     # The keyword's name differs between versions: past_key_values, or cache.
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    if cache is not None and module.config._attn_implementation == NAME:
-        kwargs = kwargs | {"dash_cache": DashCacheLayer.of(cache, module.layer_idx)}
+    if cache is None or module.config._attn_implementation != NAME:
+        return args, kwargs
+    if "summary_query" in module._parameters:
+        return args, kwargs | {"dash_cache": DashCacheLayer.of(cache, module.layer_idx)}
+    check_growing(cache, module.layer_idx)
     return args, kwargs
 
 

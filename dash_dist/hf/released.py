@@ -62,6 +62,9 @@ def to_released(tensors: StateDict, config: Config) -> tuple[StateDict, Config]:
     """
     shape = _heads(config)
     spec = _spec(config)
+    kind = config[KEY].get("kind", "dash")
+    if kind != "dash":
+        raise ValueError(f"the layers are of kind {kind}: the released package computes dash in all of them")
     if spec.alpha != _ALPHA:
         raise ValueError(f"alpha is {spec.alpha}: the released package computes {_ALPHA} only")
     if spec.softmax_scale is not None and not math.isclose(spec.softmax_scale, 1 / math.sqrt(shape[1])):

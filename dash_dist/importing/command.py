@@ -13,12 +13,14 @@ from pathlib import Path
 
 import yaml
 
+from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.errors import ConfigError
 from dash_dist.extras import require_extra
-from dash_dist.models.hugging_face import TOKENIZER_FILES, model_from, read_config
+from dash_dist.models.hugging_face import TOKENIZER_FILES, model_from, read_config, windows_of
 from dash_dist.models.safetensors_folder import INDEX, SafetensorsFolder
 from dash_dist.models.table import parameter_table
+from dash_dist.models.windows import attention_of
 
 LIMIT = 1e-4
 """Relative difference of the logits above which an import is refused."""
@@ -73,7 +75,8 @@ def _local(source: str) -> Path:
 def _stage(folder: Path, staged: Path, out: Path) -> float:
     from dash_dist.importing.parity import compared_layers, measure_parity
 
-    model = model_from(read_config(folder))
+    settings = read_config(folder)
+    model, windows = model_from(settings), windows_of(settings)
     staged.mkdir()
     with SafetensorsFolder(folder, parameter_table(model, model.vocab_size or 0)) as weights:
         for name in ["config.json", INDEX, *TOKENIZER_FILES]:
@@ -81,7 +84,7 @@ def _stage(folder: Path, staged: Path, out: Path) -> float:
                 shutil.copyfile(folder / name, staged / name)
         for name in weights.files:
             _link(folder / name, staged / name)
-        parity = measure_parity(model, folder, weights)
+        parity = measure_parity(model, windows, folder, weights)
     if not parity <= LIMIT:
         raise ValueError(
             f"its logits differ from those of transformers by {parity:.1e} of their norm, and {LIMIT:g} is allowed: "
@@ -89,7 +92,7 @@ def _stage(folder: Path, staged: Path, out: Path) -> float:
         )
     record = {"logits_difference": parity, "layers_compared": compared_layers(model), "layers": model.num_layers}
     (staged / "import.json").write_text(json.dumps(record, indent=2) + "\n")
-    (staged / "model.yaml").write_text(_sections(model, folder, out))
+    (staged / "model.yaml").write_text(_sections(model, attention_of(windows, others="dash"), folder, out))
     return parity
 
 
@@ -101,10 +104,12 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _sections(model: ModelConfig, folder: Path, out: Path) -> str:
-    """The section `model`, and `data.tokenizer` where the model has one, as YAML to paste into a run."""
+def _sections(model: ModelConfig, attention: AttentionConfig, folder: Path, out: Path) -> str:
+    """The section `model`, `attention` where there are windows, and `data.tokenizer` where there is one, as YAML."""
     settings = model.model_copy(update={"weights": out.resolve()}).model_dump(mode="json", exclude_defaults=True)
     sections: dict[str, object] = {"model": settings}
+    if attention.window is not None:
+        sections["attention"] = attention.model_dump(mode="json", exclude_defaults=True)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         sections["data"] = {"tokenizer": str(out.resolve())}
     return yaml.safe_dump(sections, sort_keys=False)

@@ -16,6 +16,7 @@ from dash_dist.config.parallel import ParallelConfig
 from dash_dist.megatron.model import build_model, transformer_config
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.models.safetensors_folder import SafetensorsFolder
+from dash_dist.models.windows import attention_of
 
 SMALL = 2 * 10**9
 """Parameters of a model that is compared whole."""
@@ -33,11 +34,12 @@ def compared_layers(model: ModelConfig) -> int:
     return model.num_layers if whole else min(_FIRST_LAYERS, model.num_layers)
 
 
-def measure_parity(model: ModelConfig, folder: Path, weights: SafetensorsFolder) -> float:
+def measure_parity(model: ModelConfig, windows: list[int | None], folder: Path, weights: SafetensorsFolder) -> float:
     """Return |ours - theirs| / |theirs| of the logits of random tokens.
 
     Args:
         model: of the whole folder.
+        windows: of each of its layers.
         folder: as transformers reads it.
         weights: of `folder`.
     """
@@ -47,7 +49,7 @@ def measure_parity(model: ModelConfig, folder: Path, weights: SafetensorsFolder)
     without = tuple(layer for layer in model.layers_without_positions if layer < layers)
     first = model.model_copy(update={"num_layers": layers, "layers_without_positions": without})
     theirs = _theirs(folder, tokens, layers)
-    ours = _ours(first, tokens, weights)
+    ours = _ours(first, attention_of(windows[:layers], others="dense"), tokens, weights)
     return float((ours - theirs).norm() / theirs.norm())
 
 
@@ -67,7 +69,9 @@ def _theirs(folder: Path, tokens: torch.Tensor, layers: int) -> torch.Tensor:
     return logits
 
 
-def _ours(model: ModelConfig, tokens: torch.Tensor, weights: SafetensorsFolder) -> torch.Tensor:
+def _ours(
+    model: ModelConfig, attention: AttentionConfig, tokens: torch.Tensor, weights: SafetensorsFolder
+) -> torch.Tensor:
     parallel = ParallelConfig()
     dims = ParallelDims.initialise(parallel, timeout=timedelta(minutes=10))
     try:
@@ -75,7 +79,7 @@ def _ours(model: ModelConfig, tokens: torch.Tensor, weights: SafetensorsFolder) 
         stage = build_model(
             config,
             model,
-            AttentionConfig(kind="dense"),
+            attention,
             dims,
             vocab_size=model.vocab_size or 0,
             sequence_length=tokens.shape[1],

@@ -1,7 +1,7 @@
-"""DashAttention as the core attention of Megatron-core's SelfAttention.
+"""Each layer's kind of attention as the core attention of Megatron-core's SelfAttention.
 
 Knows Megatron's tensor order, tensor parallelism and checkpoint sharding. Does not know how K and V travel:
-that is `dash_dist.DashAttention`.
+that is `dash_dist.context_parallel`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from dash_dist.config.attention import AttentionConfig
-from dash_dist.context_parallel import DashAttention
+from dash_dist.context_parallel import DashAttention, WindowAttention
 from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.documents import PackedDocuments
 from dash_kernels import AttentionSpec
@@ -34,14 +34,14 @@ def attention_spec(config: AttentionConfig, softmax_scale: float | None = None) 
 
 
 class DashCoreAttention(MegatronModule):
-    """Causal DashAttention over one tensor-parallel rank's heads and one context-parallel rank's shard.
+    """Causal attention of the layer's kind over a tensor-parallel rank's heads and a context-parallel rank's shard.
 
     `summary_query` [num_kv_heads / tp, head_dim] is sharded over tensor parallelism together with the KV
     heads. Over context and data parallelism it is replicated, so Megatron reduces its gradient over DP x CP like that
     of every other weight.
 
     Args:
-        attention: the run's DashAttention settings.
+        attention: the run's settings; the layer's kind is that of `layer_number`, from 1, in the whole model.
         pg_collection: its `tp` and `cp` groups are used.
         config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale: arguments that
             SelfAttention passes to every core attention. The types are not read: the mask is always causal, and the
@@ -63,19 +63,38 @@ class DashCoreAttention(MegatronModule):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
-        self.attention = DashAttention(
-            config.num_query_groups // self.tp_group.size(),
-            config.kv_channels,
-            attention_spec(attention, softmax_scale),
-            backend=attention.backend,
-            layout=attention.layout,
-            exchange=attention.exchange,
-            ranks_per_node=attention.ranks_per_node,
-            recompute=config.recompute_granularity == "full",
-            dense=attention.kind == "dense",
-            cp_group=pg_collection.cp if pg_collection.cp.size() > 1 else None,
-        )
-        self.conversion = Conversion(self.attention, config.num_attention_heads) if attention.conversion else None
+        kind = attention.kinds(config.num_layers)[layer_number - 1]
+        kv_heads, head_dim = config.num_query_groups // self.tp_group.size(), config.kv_channels
+        travel: dict[str, Any] = {
+            "layout": attention.layout,
+            "ranks_per_node": attention.ranks_per_node,
+            "cp_group": pg_collection.cp if pg_collection.cp.size() > 1 else None,
+        }
+        self.attention: DashAttention | WindowAttention
+        if kind == "window":
+            assert attention.window is not None  # the configuration has checked it
+            self.attention = WindowAttention(
+                kv_heads,
+                head_dim,
+                attention.window,
+                chunk_size=attention.chunk_size,
+                softmax_scale=softmax_scale,
+                **travel,
+            )
+        else:
+            self.attention = DashAttention(
+                kv_heads,
+                head_dim,
+                attention_spec(attention, softmax_scale),
+                backend=attention.backend,
+                exchange=attention.exchange,
+                recompute=config.recompute_granularity == "full",
+                dense=kind == "dense",
+                **travel,
+            )
+        self.conversion: Conversion | None = None
+        if attention.conversion is not None and isinstance(self.attention, DashAttention) and kind == "dash":
+            self.conversion = Conversion(self.attention, config.num_attention_heads)
         set_tensor_model_parallel_attributes(self.attention.summary_query, is_parallel=True, dim=0, stride=1)
 
     def forward(
@@ -106,7 +125,7 @@ class DashCoreAttention(MegatronModule):
         """
         for name, argument in {"attention_mask": attention_mask, "attention_bias": attention_bias}.items():
             if argument is not None:
-                raise ValueError(f"{name} was given, and DashAttention is causal over each document: pass None")
+                raise ValueError(f"{name} was given, and attention is causal over each document: pass None")
         if packed_seq_params is not None and not isinstance(packed_seq_params, PackedDocuments):
             raise ValueError(f"packed_seq_params is {type(packed_seq_params).__name__}: pass PackedDocuments or None")
         chunks = None if packed_seq_params is None else packed_seq_params.chunks

@@ -1,18 +1,16 @@
-"""The decoder: Megatron-core's GPTModel with DashAttention as its core attention.
+"""The decoder: Megatron-core's GPTModel with the run's kinds of attention in its layers.
 
 Knows layers, positions and the loss per token. Does not know optimizers or batches.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import LOGITS_PER_PIECE, ModelConfig, padded_vocab_size
 from dash_dist.config.parallel import ParallelConfig
-from dash_dist.context_parallel import DashAttention
+from dash_dist.context_parallel import DashAttention, WindowAttention
 from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.core_attention import DashCoreAttention
+from dash_dist.megatron.layers import layer_spec
 from dash_dist.megatron.likeliest import likeliest_tokens
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
@@ -47,12 +46,18 @@ class DashGPTModel(GPTModel):
     vocab_size_without_padding: int
     """Tokens of the tokenizer; set by `build_model`."""
 
-    def attentions(self) -> Iterator[tuple[int, DashAttention]]:
+    def attentions(self) -> Iterator[tuple[int, DashAttention | WindowAttention]]:
         """This stage's, each with its layer, which counts from 0 at the first layer of the model."""
         for layer in self.decoder.layers:
             core_attention = layer.self_attention.core_attention
             assert isinstance(core_attention, DashCoreAttention)
             yield layer.layer_number - 1, core_attention.attention
+
+    def routers(self) -> Iterator[DashAttention]:
+        """This stage's attentions that route."""
+        for _, attention in self.attentions():
+            if isinstance(attention, DashAttention) and not attention.dense:
+                yield attention
 
     def conversions(self) -> Iterator[Conversion]:
         """The local losses of this stage's layers in a conversion phase, and none in another run."""
@@ -145,7 +150,8 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=model.attention_bias,
-        qk_layernorm=model.qk_norm,
+        # True has Megatron-core sum their gradients over tensor parallelism, which norms over all heads are cut over.
+        qk_layernorm=model.qk_norm and not model.qk_norm_over_heads,
         no_rope_freq=without_positions,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -190,14 +196,10 @@ def build_model(
     Raises:
         OSError, ValueError: the source cannot give a weight.
     """
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
-    layer.submodules.self_attention.submodules.core_attention = functools.partial(
-        DashCoreAttention, attention=attention
-    )
     layers = model.num_layers // dims.pp_size
     # The norm after the last layer is named here: Megatron's default is Apex's, where it is installed, which
     # has no RMSNorm.
-    block = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=WrappedTorchNorm)
+    block = TransformerBlockSubmodules(layer_specs=[layer_spec(model, attention)] * layers, layer_norm=WrappedTorchNorm)
     stage = DashGPTModel(
         config,
         block,
@@ -227,6 +229,7 @@ def rotary_embedding(
         model.resolved_head_dim,
         rotary_base=model.rotary_base,
         positions=model.positions,
+        with_unscaled=model.windows_unscaled,
         sequence_length=sequence_length,
         layout=attention.layout,
         cp_rank=dims.cp_rank,

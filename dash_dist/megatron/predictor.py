@@ -97,9 +97,8 @@ class MegatronPredictor:
 
     def set_routing_scale(self, routing_scale: float) -> None:
         """Route with another scale from now on, in every layer that routes."""
-        for _, attention in self._trained.module.attentions():
-            if not attention.dense:
-                attention.spec = attention.spec.replaced(routing_scale=routing_scale)
+        for attention in self._trained.module.routers():
+            attention.spec = attention.spec.replaced(routing_scale=routing_scale)
 
 
 def next_tokens_of_shards(model: torch.nn.Module, sequence_length: int, shards: list[ShardBatch]) -> list[torch.Tensor]:

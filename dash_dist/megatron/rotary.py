@@ -29,6 +29,7 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         head_dim: channels of one head, all of them rotated.
         rotary_base: the slowest pair of channels turns once in 2 pi x rotary_base ** (1 - 2 / head_dim) tokens.
         positions: scaling of the frequencies. Its attention factor is `scale_rotated`'s to apply.
+        with_unscaled: give the angles of default positions as well, after the others.
         sequence_length: tokens of a whole sequence of the run.
         layout: as for `shard_positions`.
         cp_rank, cp_size: this rank's place in the context-parallel group.
@@ -41,6 +42,7 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         *,
         rotary_base: float,
         positions: PositionsConfig,
+        with_unscaled: bool,
         sequence_length: int,
         layout: str,
         cp_rank: int,
@@ -48,8 +50,12 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         device: torch.device,
     ) -> None:
         torch.nn.Module.__init__(self)
-        self.inv_freq = rotary_frequencies(  # [head_dim / 2], radians per token
-            head_dim, rotary_base, positions, sequence_length=sequence_length, device=device
+        scalings = [positions, PositionsConfig()] if with_unscaled else [positions]
+        self.inv_freq = torch.stack(  # [1 or 2, head_dim / 2], radians per token
+            [
+                rotary_frequencies(head_dim, rotary_base, one, sequence_length=sequence_length, device=device)
+                for one in scalings
+            ]
         )
         self.layout = layout
         self.cp_rank = cp_rank
@@ -77,7 +83,7 @@ class ShardRotaryEmbedding(RotaryEmbedding):
                 GPTModel passes more, about packed sequences, not read here.
 
         Returns:
-            [T / cp, 1, 1, head_dim] float32, radians in [0, 2 pi)
+            [T / cp, 1, 1, head_dim] float32, radians in [0, 2 pi); twice as wide with the unscaled ones
         """
         if isinstance(sequence, torch.Tensor):
             return self._angles_at(sequence)
@@ -87,8 +93,9 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         return self._angles[1]
 
     def _angles_at(self, positions: torch.Tensor) -> torch.Tensor:
-        angles = torch.outer(positions.to(self.inv_freq), self.inv_freq).remainder_(2 * math.pi).float()
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        angles = positions.to(self.inv_freq)[:, None, None] * self.inv_freq  # [T / cp, 1 or 2, head_dim / 2]
+        angles = angles.remainder_(2 * math.pi).float()
+        return torch.cat((angles, angles), dim=-1).flatten(1)[:, None, None, :]
 
 
 def scale_rotated(config: TransformerConfig, factor: float) -> None:

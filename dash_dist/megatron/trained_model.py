@@ -93,6 +93,7 @@ class TrainedModel:
         self.identity = {
             **{name: getattr(model, name) for name in _SHAPES},
             **_not_default(model, ("attention_bias", "qk_norm")),
+            **({"norms_after": True} if model.norms_after else {}),
             "head_dim": model.resolved_head_dim,
             "vocab_size": vocab_size,
         }
@@ -104,7 +105,7 @@ class TrainedModel:
                 f"model.{name}": value
                 for name, value in _not_default(model, ("family", "positions", "layers_without_positions")).items()
             },
-            **{f"attention.{name}": value for name, value in _not_default(attention, ("kind",)).items()},
+            **_kinds(attention),
         }
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32
         self.config = transformer_config(model, parallel, dtype=dtype, device=dims.device)
@@ -261,7 +262,7 @@ class TrainedModel:
         """Give every layer the routing scale of a step. The kernels take it as an argument."""
         self._routing_scale = self._attention.routing_scale_at(step)
         if self._attention.routing_warmup is not None:
-            for _, attention in self.module.attentions():
+            for attention in self.module.routers():
                 attention.spec = attention.spec.replaced(routing_scale=self._routing_scale)
 
     def changes_since(self, saved: EngineState) -> list[str]:
@@ -320,6 +321,15 @@ def _not_default(section: BaseModel, names: Iterable[str]) -> dict[str, Any]:
         for name in names
         if getattr(section, name) != fields[name].get_default(call_default_factory=True)
     }
+
+
+def _kinds(attention: AttentionConfig) -> dict[str, Any]:
+    """Kinds of the layers, likewise, in the shortest spelling, so that equal ones compare equal."""
+    pattern = attention.pattern
+    if pattern == ("dash",):
+        return {}
+    window = {} if attention.window is None else {"attention.window": attention.window}
+    return {"attention.kind": pattern[0] if len(pattern) == 1 else list(pattern), **window}
 
 
 def _setting(function: Mapping[str, Any], name: str) -> Any:

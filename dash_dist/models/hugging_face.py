@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from dash_dist.config.model import FAMILIES, ModelConfig
 from dash_dist.config.positions import NEEDED, OPTIONAL, PositionsConfig
 from dash_dist.models.frequencies import frozen_base
+from dash_dist.models.windows import FULL, SLIDING, attention_from, layer_windows, write_windows
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,7 +42,7 @@ IRRELEVANT = frozenset(
     num_return_sequences num_beam_groups diversity_penalty forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     tf_legacy_loss use_bfloat16 pruned_heads keys_to_ignore_at_inference attn_implementation _attn_implementation
-    _attn_implementation_autoset language tokenizer_name max_window_layers
+    _attn_implementation_autoset language tokenizer_name
     """.split()  # noqa: SIM905
 )
 """Keys that change nothing of the function in training: names, generation, files."""
@@ -52,7 +53,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0, None),
     "hidden_dropout": (0, 0.0, None),
     "resid_pdrop": (0, 0.0, None),
-    "use_sliding_window": (False, None),
     "partial_rotary_factor": (1, 1.0, None),
     "rope_interleaved": (False, None),
     "is_encoder_decoder": (False,),
@@ -70,8 +70,8 @@ _READ = frozenset(
     """
     model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
     head_dim hidden_act max_position_embeddings rms_norm_eps initializer_range tie_word_embeddings rope_theta
-    rope_scaling rope_parameters original_max_position_embeddings sliding_window layer_types no_rope_layers
-    no_rope_layer_interval dash_attention
+    rope_scaling rope_parameters original_max_position_embeddings sliding_window use_sliding_window max_window_layers
+    layer_types no_rope_layers no_rope_layer_interval dash_attention
     """.split()  # noqa: SIM905
 )
 
@@ -95,9 +95,17 @@ _PARAMETERS = {
         )
     },
 }
-_DEFAULT_THETA = {"smollm3": 2_000_000.0}
-_DEFAULT_EPSILON = 1e-6
-_DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "smollm3": 32768}
+_DEFAULT_THETA = {"smollm3": 2_000_000.0, "olmo3": 500_000.0}
+_DEFAULT_EPSILON = {"olmo2": 1e-5, "olmo3": 1e-5}
+_DEFAULT_MAX_POSITIONS = {
+    "llama": 2048,
+    "mistral": 131072,
+    "qwen2": 32768,
+    "qwen3": 32768,
+    "smollm3": 32768,
+    "olmo2": 2048,
+    "olmo3": 2048,
+}
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "smollm3": 4}
 _DEFAULT_TIED = {"smollm3": True}
 
@@ -143,7 +151,7 @@ def model_from(config: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"hidden_act {config['hidden_act']!r} cannot be imported: silu can")
     layers = config["num_hidden_layers"]
     heads = config["num_attention_heads"]
-    _refuse_windows(config, layers)
+    windows_of(config)
     head_dim = config.get("head_dim")
     if head_dim is None and family == "qwen3":
         head_dim = 128
@@ -166,7 +174,7 @@ def model_from(config: Mapping[str, Any]) -> ModelConfig:
             rotary_base=base,
             positions=positions,
             layers_without_positions=_without_positions(config, layers) if family == "smollm3" else (),
-            norm_epsilon=config.get("rms_norm_eps", _DEFAULT_EPSILON),
+            norm_epsilon=config.get("rms_norm_eps", _DEFAULT_EPSILON.get(family, 1e-6)),
             init_std=config.get("initializer_range") or 0.02,
             tie_embeddings=bool(config.get("tie_word_embeddings", _DEFAULT_TIED.get(family, False))),
         )
@@ -174,15 +182,22 @@ def model_from(config: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(_reason(error)) from None
 
 
+def windows_of(config: Mapping[str, Any]) -> list[int | None]:
+    """Return the window of each layer, as `layer_windows`."""
+    without = _without_positions(config, config["num_hidden_layers"]) if config["model_type"] == "smollm3" else ()
+    return layer_windows(config, without)
+
+
 def config_of(
-    model: ModelConfig, *, vocab_size: int, sequence_length: int, dtype: str, dash_attention: dict[str, Any] | None
+    model: ModelConfig, attention: dict[str, Any], *, vocab_size: int, sequence_length: int, dtype: str
 ) -> dict[str, Any]:
     """Return the config.json of a model, with the rotary keys of transformers 4, which 5 reads as well.
 
     Args:
         vocab_size: tokens of the embedding.
         sequence_length: tokens of a sequence in training: the model's limit where `model.positions` has none.
-        dash_attention: the attention's settings; None for dense attention.
+        attention: settings of the attention, by name. They are written as `dash_attention` unless the other keys say
+            everything, as for a model of dense layers.
     """
     positions, family = model.positions, FAMILIES[model.family]
     base = model.rotary_base
@@ -217,21 +232,26 @@ def config_of(
     }
     if scaling is not None:
         config["rope_scaling"] = scaling
-    if model.family in ("llama", "qwen3", "smollm3"):
+    if family.windows_unscaled:
+        config["rope_parameters"] = {
+            FULL: {"rope_type": "default", **(scaling or {}), "rope_theta": base},
+            SLIDING: {"rope_type": "default", "rope_theta": base},
+        }
+    if model.family in ("llama", "qwen3", "smollm3", "olmo2", "olmo3"):
         config["attention_bias"] = False
     if model.family in ("llama", "smollm3"):
         config["mlp_bias"] = False
-    if model.family == "mistral":
-        config["sliding_window"] = None  # transformers' own default is a window
-    if model.family in ("qwen2", "qwen3", "smollm3"):
-        config["use_sliding_window"] = False
     if model.family == "smollm3":
         config["no_rope_layers"] = [
             int(layer not in model.layers_without_positions) for layer in range(model.num_layers)
         ]
+    if model.family in ("smollm3", "olmo2", "olmo3"):
         config["pad_token_id"] = None
-    if dash_attention is not None:
-        config["dash_attention"] = dash_attention
+    layers = attention_from(attention)
+    kinds = layers.kinds(model.num_layers)
+    complete = write_windows(config, kinds, layers.window)
+    if "dash" in kinds or not complete:
+        config["dash_attention"] = attention
     return config
 
 
@@ -246,23 +266,6 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
                 f"config.json has the key {key!r}, which is not known: it may change the function. If it does not, "
                 "remove it from a copy of config.json"
             )
-
-
-def _refuse_windows(config: Mapping[str, Any], layers: int) -> None:
-    windows = [kind for kind in config.get("layer_types") or [] if kind != "full_attention"]
-    if windows:
-        raise ValueError(f"layer_types has {windows[0]!r}, and only full_attention can be imported")
-    if config.get("layer_types") and len(config["layer_types"]) != layers:
-        raise ValueError(f"layer_types has {len(config['layer_types'])} entries, and num_hidden_layers is {layers}")
-    if config["model_type"] == "mistral":
-        window = config.get("sliding_window", 4096)
-        if window is not None:
-            raise ValueError(
-                f"sliding_window is {window} in config.json (transformers' default is 4096), and windows cannot "
-                "be imported: use a version of the model with sliding_window null"
-            )
-    elif config["model_type"] == "llama" and config.get("sliding_window") is not None:
-        raise ValueError(f"sliding_window is {config['sliding_window']}, and a Llama has none: remove it")
 
 
 def _without_positions(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
@@ -340,12 +343,29 @@ def _merged(config: Mapping[str, Any]) -> dict[str, Any]:
         parameters = config.get(source)
         if parameters is None:
             continue
+        if source == "rope_parameters" and FAMILIES[config["model_type"]].windows_unscaled:
+            parameters = _of_full_layers(parameters)
         if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
             raise ValueError(f"{source} is given per type of layer, and only one kind of positions can be imported")
         for key, value in parameters.items():
             take(source, key, value)
     take("rope_theta", "rope_theta", config.get("rope_theta"))
     return rope
+
+
+def _of_full_layers(by_type: Any) -> dict[str, Any]:
+    """Return the rotary keys of layers without windows. Refuses other positions of those with windows than unscaled."""
+    if not isinstance(by_type, dict) or by_type.keys() != {FULL, SLIDING}:
+        raise ValueError(f"rope_parameters is not given for {FULL} and {SLIDING}, as model_type olmo3 needs it")
+    full = dict(by_type[FULL] or {})
+    theta = full.get("rope_theta", _DEFAULT_THETA["olmo3"])
+    for key, value in (by_type[SLIDING] or {}).items():
+        expected = {"rope_type": "default", "rope_theta": theta}.get(key)
+        if value is not None and value != expected:
+            raise ValueError(
+                f"rope_parameters gives {SLIDING} the {key} {value!r}, and only {expected!r} can be imported"
+            )
+    return full
 
 
 def _reason(error: ValidationError) -> str:

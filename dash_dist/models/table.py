@@ -56,6 +56,14 @@ _NORMS = {
 """Norms before a projection: Megatron-core's checkpoints name them as parts of it."""
 
 
+# Of attention and MLP: ours and theirs.
+_NORMS_BEFORE = ("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm")
+_NORMS_AFTER = (
+    ("post_attention_layernorm", "post_attention_layernorm"),
+    ("post_mlp_layernorm", "post_feedforward_layernorm"),
+)
+
+
 def parameter_table(model: ModelConfig, vocab_size: int) -> dict[str, Entry]:
     """Return every parameter of the model by its name, in the order of the layers.
 
@@ -78,20 +86,20 @@ def _entries(model: ModelConfig, vocab_size: int) -> Iterator[Entry]:
 def _layer(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
     hidden, ffn, head_dim = model.hidden_size, model.ffn_hidden_size, model.resolved_head_dim
     heads, kv_heads = model.num_attention_heads, model.num_kv_heads
-    yield _same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", hidden)
+    attention_norm, mlp_norm = _NORMS_AFTER if model.norms_after else _NORMS_BEFORE
+    yield _same(f"{ours}{attention_norm[0]}.weight", f"{theirs}{attention_norm[1]}.weight", hidden)
     yield _qkv(model, f"{ours}self_attention.linear_qkv.weight", f"{theirs}self_attn.", "weight", (hidden,))
     if model.attention_bias:
         yield _qkv(model, f"{ours}self_attention.linear_qkv.bias", f"{theirs}self_attn.", "bias", ())
     if model.qk_norm:
-        for name in ("q", "k"):
-            yield _same(
-                f"{ours}self_attention.{name}_layernorm.weight", f"{theirs}self_attn.{name}_norm.weight", head_dim
-            )
+        for name, number in {"q": heads, "k": kv_heads}.items():
+            width = number * head_dim if model.qk_norm_over_heads else head_dim
+            yield _same(f"{ours}self_attention.{name}_layernorm.weight", f"{theirs}self_attn.{name}_norm.weight", width)
     yield _same(
         f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight", hidden, heads * head_dim
     )
     yield _same(f"{ours}{SUMMARY_QUERY}", f"{theirs}self_attn.summary_query", kv_heads, head_dim, optional=True)
-    yield _same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", hidden)
+    yield _same(f"{ours}{mlp_norm[0]}.weight", f"{theirs}{mlp_norm[1]}.weight", hidden)
     yield Entry(
         f"{ours}mlp.linear_fc1.weight",
         {f"{theirs}mlp.gate_proj.weight": (ffn, hidden), f"{theirs}mlp.up_proj.weight": (ffn, hidden)},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dash_dist.config.attention import Kind
 from dash_dist.config.model import LOGITS_PER_PIECE
 from dash_dist.planning.layouts import Sizes
 from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
@@ -16,7 +17,7 @@ from dash_kernels.limits import MAX_SLAB_BYTES
 INT64 = 8
 
 
-def saved_by_layer(sizes: Sizes) -> int:
+def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> int:
     """Kept from a layer's forward pass to its backward pass, without recomputation."""
     hidden, q, kv, ffn = sizes.hidden, sizes.q, sizes.kv, sizes.ffn
     copy = q if sizes.batch > 1 else 0  # [b, s] to [s, b] for the projection after the attention
@@ -31,11 +32,24 @@ def saved_by_layer(sizes: Sizes) -> int:
     )
     norms = 2 * FP32  # reciprocal root mean squares
     angles = 4 * sizes.shard * sizes.head_dim * BF16  # cosines and sines, for queries and for keys
-    return sizes.tokens * (numbers * BF16 + norms) + angles + saved_by_routing(sizes) + _saved_by_attention(sizes)
+    of_layer = sizes.tokens * (numbers * BF16 + norms) + angles
+    if kind == "window":
+        return of_layer + sizes.tokens * sizes.query_heads * FP32 + _saved_with_halo(sizes, exchange)
+    of_layer += saved_by_exchange(sizes, exchange)
+    return of_layer + saved_by_routing(sizes, kind) + _saved_by_attention(sizes)
 
 
-def saved_by_routing(sizes: Sizes) -> int:
+def _saved_with_halo(sizes: Sizes, exchange: ExchangePlan) -> int:
+    """K and V of the shard and its halo, put together."""
+    if exchange.name == "none":
+        return 0
+    return round(2 * (sizes.tokens * sizes.kv + exchange.received * sizes.chunk_size * sizes.head_dim) * BF16)
+
+
+def saved_by_routing(sizes: Sizes, kind: Kind) -> int:
     """Thresholds, mean of the prior and number of selected chunks per token, and the bits of tiles."""
+    if kind == "window":
+        return 0
     per_token = sizes.query_heads * FP32 + 2 * sizes.kv_heads * FP32
     return sizes.tokens * per_token + tile_bits(sizes)
 
@@ -87,8 +101,10 @@ def mlp_moment(sizes: Sizes) -> Moment:
     return Moment("backward of an MLP", activations=input_of_layer(sizes) + gradients)
 
 
-def attention_moment(sizes: Sizes, exchange: ExchangePlan) -> Moment:
+def attention_moment(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> Moment:
     """Gradients of the keys, once the layer's MLP is done with."""
+    if kind == "window":
+        return _window_moment(sizes, exchange)
     tokens, q, kv = sizes.tokens, sizes.q, sizes.kv
     gradients = tokens * BF16 * (2 * q + sizes.hidden)  # of the output, the queries, and the residual stream
     own = 2 * tokens * kv * FP32
@@ -106,6 +122,17 @@ def attention_moment(sizes: Sizes, exchange: ExchangePlan) -> Moment:
         travelling = round(exchange.received * block * copies.get(exchange.name, ring))
     freed = tokens * BF16 * (5 * sizes.ffn + 2 * sizes.hidden)
     return Moment("backward of an attention", gradients, work, travelling, freed)
+
+
+def _window_moment(sizes: Sizes, exchange: ExchangePlan) -> Moment:
+    """Gradients of a layer with windows: float32 sums of the queries', and of K and V for each query head."""
+    gradients = sizes.tokens * BF16 * (2 * sizes.q + sizes.hidden)
+    band = sizes.tokens * sizes.kv + exchange.received * sizes.chunk_size * sizes.head_dim
+    of_heads = band * (sizes.group if sizes.group > 1 else 0)
+    travelling = 0.0 if exchange.name == "none" else 2 * band * (BF16 + FP32)
+    work = round(sizes.tokens * sizes.q * FP32 + 2 * (of_heads + band) * BF16)
+    freed = sizes.tokens * BF16 * (5 * sizes.ffn + 2 * sizes.hidden)
+    return Moment("backward of an attention with a window", gradients, work, round(travelling), freed)
 
 
 def exchange_ranks(sizes: Sizes) -> float:

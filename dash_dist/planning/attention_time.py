@@ -9,6 +9,7 @@ one of its tokens selected them, R = rows (token and query head), all of one ran
     attend     ATTEND x W
     queries    QUERIES x W
     keys       KEYS x S + KEYS_PAIR x P / (query heads of a KV head)
+    window     WINDOW_FORWARD, WINDOW_BACKWARD x R x the tokens that a token attends to
 
 at head_dim 128 and chunks of 64; of the others, `_head_factor`. Long sequences are slower per pair: K and V no longer
 stay in the cache, see `_length_factor`.
@@ -35,6 +36,9 @@ ATTEND = 0.0887e-9
 QUERIES = 0.115e-9
 KEYS = 0.215e-9
 KEYS_PAIR = 0.025e-9
+# `torch.nn.attention.varlen` of PyTorch 2.11 on one H200, T = 65536, (32, 8) heads, window 4096: 14.9 and 36.6 ms.
+WINDOW_FORWARD = 1.8e-12
+WINDOW_BACKWARD = 4.4e-12
 BACKWARD_OTHERS = 0.02
 """Row sums and conversions, of the backward pass."""
 
@@ -69,6 +73,12 @@ def attention_time(sizes: Sizes, assumptions: Assumptions, *, sequence_length: i
         attend=ATTEND * walked * per_pair * forward_length,
         backward=(queries + keys) * per_pair * backward_length * (1 + BACKWARD_OTHERS),
     )
+
+
+def window_time(sizes: Sizes, attended: float) -> AttentionTime:
+    """Predict the seconds of one rank's queries that attend to `attended` tokens each, on average."""
+    pairs = sizes.tokens * sizes.query_heads * attended * _head_factor(sizes)
+    return AttentionTime(route=0.0, attend=WINDOW_FORWARD * pairs, backward=WINDOW_BACKWARD * pairs)
 
 
 def _head_factor(sizes: Sizes) -> float:

@@ -5,13 +5,15 @@ Knows which micro-batches of a pipeline are in flight and what stays between ste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dash_dist.planning import activations
 from dash_dist.planning.assumptions import Assumptions
+from dash_dist.planning.layers import LayerPlan
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.parameters import StageNumbers
-from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
+from dash_dist.planning.traffic import BF16, FP32
 
 GIB = 2**30
 _CUBLAS = 32 * 2**20  # its work space on Hopper, in torch's allocator
@@ -57,15 +59,15 @@ def stage_memory(
     sizes: Sizes,
     layout: Layout,
     stage: int,
-    exchange: ExchangePlan,
+    layers: Sequence[LayerPlan],
     assumptions: Assumptions,
     *,
     numbers: StageNumbers,
     distributed_optimizer: bool,
 ) -> Memory:
-    """Predict the memory of a rank of pipeline stage `stage`, which holds `numbers`."""
+    """Predict the memory of a rank of pipeline stage `stage` with these layers, which hold `numbers`."""
     of_optimizer = numbers.trained // layout.weight_replicas if distributed_optimizer else numbers.trained
-    base, saved, moments = _activations(sizes, layout, stage, exchange)
+    base, saved, moments = _activations(sizes, layout, stage, layers)
     # AdamW's for-each form takes the square roots of all second moments at once, when no activation is left.
     step = activations.Moment("optimizer step", activations=of_optimizer * FP32, freed=saved)
     fullest = max([*moments, step], key=lambda moment: moment.total)
@@ -91,21 +93,17 @@ def micro_batches_in_flight(layout: Layout, stage: int, micro_batches: int) -> i
 
 
 def _activations(
-    sizes: Sizes, layout: Layout, stage: int, exchange: ExchangePlan
+    sizes: Sizes, layout: Layout, stage: int, layers: Sequence[LayerPlan]
 ) -> tuple[int, int, list[activations.Moment]]:
     """(bytes held all step, bytes saved when the fullest moments come, those moments)"""
     last = stage == layout.pipeline - 1
-    layer = activations.saved_by_layer(sizes) + activations.saved_by_exchange(sizes, exchange)
-    of_layer = [activations.mlp_moment(sizes), activations.attention_moment(sizes, exchange)]
-    kept = layer
-    if layout.recompute == "full":
-        kept = activations.input_of_layer(sizes)
-        if layout.context > 1:  # the first pass leaves its routing and its plan to the second
-            kept += activations.saved_by_routing(sizes) + activations.saved_by_exchange(sizes, exchange)
-        # The layer that is recomputed holds its output as well, and its input is the one that was kept.
-        of_layer = [replace(moment, activations=moment.activations + layer) for moment in of_layer]
+    kept, of_layer = 0, []
+    for layer in layers:
+        by_layer, moments = _kept_and_moments(sizes, layout, layer)
+        kept += by_layer
+        of_layer += moments
     in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)
-    saved = in_flight * (kept * sizes.layers + sizes.shard * sizes.head_dim * FP32)  # and the rotary angles
+    saved = in_flight * (kept + sizes.shard * sizes.head_dim * FP32)  # and the rotary angles
     moments = of_layer
     if last:
         # The fullest moments of layers are those of the last one, when the loss is done with.
@@ -115,3 +113,17 @@ def _activations(
         moments.append(activations.loss_moment(sizes))
     base = sizes.micro_batches * sizes.tokens * _BATCH + _CUBLAS
     return base, saved, moments
+
+
+def _kept_and_moments(sizes: Sizes, layout: Layout, layer: LayerPlan) -> tuple[int, list[activations.Moment]]:
+    """Bytes that a layer keeps for its backward pass, and the fullest moments of that pass."""
+    kind, exchange = layer.kind, layer.exchange
+    saved = activations.saved_by_layer(sizes, kind, exchange)
+    moments = [activations.mlp_moment(sizes), activations.attention_moment(sizes, kind, exchange)]
+    if layout.recompute != "full":
+        return saved, moments
+    kept = activations.input_of_layer(sizes)
+    if layout.context > 1:  # the first pass leaves its routing and its plan to the second
+        kept += activations.saved_by_routing(sizes, kind) + activations.saved_by_exchange(sizes, exchange)
+    # The layer that is recomputed holds its output as well, and its input is the one that was kept.
+    return kept, [replace(moment, activations=moment.activations + saved) for moment in moments]

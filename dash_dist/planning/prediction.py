@@ -5,14 +5,16 @@ Puts the parts together; knows no constant itself.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dash_dist.config.run import RunConfig
 from dash_dist.engine.flops import flops_per_token
 from dash_dist.planning.activations import loss_in_pieces
 from dash_dist.planning.assumptions import Assumptions
-from dash_dist.planning.attention_time import attention_time
 from dash_dist.planning.hardware import Machine
+from dash_dist.planning.layers import LayerPlan, foremost, of_stage, plan_layers
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.memory import Memory, stage_memory
 from dash_dist.planning.parameters import stage_numbers
@@ -25,7 +27,7 @@ from dash_dist.planning.step import (
     loss_time,
     optimizer_time,
 )
-from dash_dist.planning.traffic import BF16, FP32, Bytes, ExchangePlan, all_reduce, plan_exchange
+from dash_dist.planning.traffic import BF16, FP32, Bytes, ExchangePlan, all_reduce
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Prediction:
         flops: operations that a rank executes in a step: matrix products and attention, recomputation included.
         model_flops: operations that a step is worth over all ranks (`dash_dist.megatron.flops`).
         sent: bytes that a rank sends in a step, by purpose.
-        exchange: of one layer and micro-batch.
+        exchange: of one micro-batch and one layer, of kind dash if there is one.
         time: of a step.
         mfu: model FLOPs utilisation.
         tokens: of a global batch.
@@ -82,7 +84,7 @@ def predict(
         vocab_size: tokens of the tokenizer.
     """
     sizes = Sizes.of(config, layout, vocab_size=vocab_size, document_length=assumptions.document_length)
-    exchange = plan_exchange(sizes, layout, machine, assumptions)
+    layers = plan_layers(config, sizes, layout, machine, assumptions)
     distributed = config.parallel.distributed_optimizer
     numbers = {
         stage: stage_numbers(
@@ -97,13 +99,21 @@ def predict(
         for stage in (0, layout.pipeline - 1)
     }
     memory = tuple(
-        stage_memory(sizes, layout, stage, exchange, assumptions, numbers=count, distributed_optimizer=distributed)
+        stage_memory(
+            sizes,
+            layout,
+            stage,
+            of_stage(layers, layout, stage),
+            assumptions,
+            numbers=count,
+            distributed_optimizer=distributed,
+        )
         for stage, count in numbers.items()
     )
     most = max(count.trained for count in numbers.values())
-    sent = _bytes(sizes, layout, machine, exchange, most, distributed=distributed)
+    sent = _bytes(sizes, layout, machine, layers, most, distributed=distributed)
     pace = Pace(machine, assumptions)
-    time = _time(config, sizes, layout, pace, exchange, sent, most, distributed=distributed)
+    time = _time(sizes, layout, pace, layers, sent, most, distributed=distributed)
     tokens = config.training.tokens_per_step
     model_flops = tokens * flops_per_token(
         config.model,
@@ -115,10 +125,10 @@ def predict(
     return Prediction(
         layout=layout,
         memory=memory,
-        flops=_executed(sizes, layout, assumptions),
+        flops=_executed(sizes, layout, layers),
         model_flops=model_flops,
         sent=sent,
-        exchange=exchange,
+        exchange=foremost(layers).exchange,
         time=time,
         mfu=model_flops / (time.total * layout.gpus * machine.gpu.flops),
         tokens=tokens,
@@ -127,9 +137,9 @@ def predict(
 
 
 def _bytes(
-    sizes: Sizes, layout: Layout, machine: Machine, exchange: ExchangePlan, numbers: int, *, distributed: bool
+    sizes: Sizes, layout: Layout, machine: Machine, layers: Sequence[LayerPlan], numbers: int, *, distributed: bool
 ) -> dict[str, Bytes]:
-    """Return the bytes of a step by purpose."""
+    """Return the bytes of a step by purpose, of the busiest stage."""
     passes = 2 if layout.recompute == "full" else 1
     times = sizes.layers * sizes.micro_batches
     residual = sizes.tokens * sizes.hidden * BF16
@@ -143,36 +153,54 @@ def _bytes(
         sends = 2 * residual * sizes.micro_batches
         within_node = layout.gpus // layout.pipeline < machine.gpus_per_node
         pipeline = Bytes(sends) if within_node else Bytes(0.0, sends)
+    stages = [of_stage(tuple(layers), layout, stage) for stage in range(layout.pipeline)]
+    exchanges = [[layer.exchange for layer in stage] for stage in stages]
+    exchanged = [sum((_exchanged(one, passes) for one in stage), Bytes()) for stage in exchanges]
+    summaries = [sum((one.summaries for one in stage), Bytes()) for stage in exchanges]
     return {
-        "exchange": (exchange.forward + exchange.backward) * times,
-        "summaries": exchange.summaries * (times * passes if exchange.name != "none" else 0),
+        "exchange": max(exchanged, key=_total) * sizes.micro_batches,
+        "summaries": max(summaries, key=_total) * (sizes.micro_batches * passes),
         "tensor": one * (times * 2 * (passes + 1)),
         "pipeline": pipeline,
         "gradients": reduced,
     }
 
 
+def _exchanged(exchange: ExchangePlan, passes: int) -> Bytes:
+    """Return the bytes of K, V and gradients: a recomputation finds all but a halo where the backward pass wants it."""
+    forward = exchange.forward * (passes if exchange.name == "halo" else 1)
+    return forward + exchange.backward
+
+
+def _total(size: Bytes) -> float:
+    return size.nvlink + size.network
+
+
 def _time(
-    config: RunConfig,
     sizes: Sizes,
     layout: Layout,
     pace: Pace,
-    exchange: ExchangePlan,
+    layers: tuple[LayerPlan, ...],
     sent: dict[str, Bytes],
     numbers: int,
     *,
     distributed: bool,
 ) -> StepTime:
-    attention = attention_time(sizes, pace.assumptions, sequence_length=config.training.sequence_length)
     one = all_reduce(sizes.tokens * sizes.hidden * BF16, layout.tensor, 1, pace.machine)
-    layer = layer_time(sizes, layout, pace, attention, exchange, one, sequence_layout=config.attention.layout)
-    stage = layer * sizes.layers
-    first = stage + embedding_time(sizes, pace)
-    last = loss_time(sizes, pace, in_pieces=loss_in_pieces(sizes)) + (first if layout.pipeline == 1 else stage)
-    slowest = max(first, last, key=lambda time: time.total)
+    by_kind = {
+        layer.kind: layer_time(sizes, layout, pace, layer.time, layer.exchange, one, uneven=layer.uneven)
+        for layer in dict.fromkeys(layers)
+    }
+    stages = []
+    for stage in range(layout.pipeline):
+        counts = Counter(layer.kind for layer in of_stage(layers, layout, stage))
+        stages.append(sum((by_kind[kind] * count for kind, count in counts.items()), StepTime()))
+    stages[0] += embedding_time(sizes, pace)
+    stages[-1] += loss_time(sizes, pace, in_pieces=loss_in_pieces(sizes))
+    slowest = max(stages, key=lambda time: time.total)
     time = slowest * sizes.micro_batches
     if layout.pipeline > 1:
-        others = first.total + last.total + stage.total * (layout.pipeline - 2) - slowest.total
+        others = sum(stage.total for stage in stages) - slowest.total
         sends = pace.send(sent["pipeline"], 2 * sizes.micro_batches)
         time = time + StepTime(bubble=others, pipeline=sends)
     if layout.weight_replicas > 1:
@@ -181,14 +209,16 @@ def _time(
     return time + optimizer_time(numbers, of_optimizer, pace)
 
 
-def _executed(sizes: Sizes, layout: Layout, assumptions: Assumptions) -> float:
+def _executed(sizes: Sizes, layout: Layout, layers: tuple[LayerPlan, ...]) -> float:
     """Operations of a rank of the last pipeline stage; the tiles' waste is not counted."""
     passes = 4 if layout.recompute == "full" else 3
-    pairs = sizes.tokens * sizes.query_heads * sizes.chunks_per_token
-    selected = assumptions.density * pairs * 4 * sizes.head_dim * sizes.chunk_size
-    routed = pairs * 2 * sizes.head_dim
-    # Stage 3 is two products forward, and seven backward: three for the queries, four for the keys.
-    attention = (selected + routed) * (passes - 2) + selected * 3.5 + routed * 2
-    layers = (layer_matmul(sizes) * passes + attention) * sizes.layers
+    attention = 0.0
+    for layer in of_stage(layers, layout, layout.pipeline - 1):
+        selected = sizes.tokens * sizes.query_heads * layer.attended * 4 * sizes.head_dim
+        routed = sizes.tokens * sizes.query_heads * layer.routed * 2 * sizes.head_dim
+        # Stage 3 is two products forward, and seven backward: three for the queries, four for the keys; flash kernels,
+        # which windows take, have five.
+        attention += (selected + routed) * (passes - 2) + selected * (3.5 if layer.routed else 2.5) + routed * 2
+    products = layer_matmul(sizes) * passes * sizes.layers
     output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * (4 if loss_in_pieces(sizes) else 3)
-    return (layers + output) * sizes.micro_batches
+    return (products + attention + output) * sizes.micro_batches

@@ -6,7 +6,7 @@ A layer's pass takes as long as its matrix products at a share of the peak, its 
 kernels at a share of the memory bandwidth, and the communication that nothing hides; or as long as the host takes to
 launch it. In the code as it is,
 
-- an exchange of K and V overlaps the attention on the rank's own shard (the ring: on all parts);
+- an exchange of K and V overlaps the attention on the rank's own shard (the ring: on all parts; a halo: on none);
 - tensor-parallel all-reduces block the forward pass; in the backward pass they overlap the weight's gradient;
 - a pipeline's sends block, and its stages idle for pipeline - 1 micro-batches;
 - gradients are summed after the last backward pass, and weights gathered after the optimizer; neither overlaps.
@@ -120,16 +120,15 @@ def layer_time(
     exchange: ExchangePlan,
     all_reduce: Bytes,
     *,
-    sequence_layout: str,
+    uneven: float,
 ) -> StepTime:
     """Forward and backward pass of one layer and micro-batch, recomputation included.
 
     Args:
         attention: on an H200, of the mean rank.
         all_reduce: of one tensor-parallel all-reduce; there are two in each pass.
-        sequence_layout: `attention.layout` of the configuration.
+        uneven: attention of the busiest rank / of the mean one.
     """
-    uneven = imbalance(sequence_layout, layout.context)
     stage3 = pace.attention(attention.attend) * uneven, pace.attention(attention.backward) * uneven
     route = pace.attention(attention.route)
     passes = 2 if layout.recompute == "full" else 1
@@ -168,11 +167,10 @@ def _exchange_time(
     """Return the seconds of an exchange that no computation hides."""
     if exchange.name == "none":
         return 0.0
-    ring = exchange.name == "ring"
-    share = 1.0 if ring else 1 / layout.context  # of the attention that overlaps it
+    share = {"ring": 1.0, "halo": 0.0}.get(exchange.name, 1 / layout.context)  # of the attention that overlaps it
     half = exchange.messages // 2
     forward, backward = pace.send(exchange.forward, half), pace.send(exchange.backward, half)
-    if passes == 2 and not ring:
+    if passes == 2 and exchange.name not in ("ring", "halo"):
         # K and V of the recomputation are still there in the backward pass, to which gradients are left.
         backward -= forward
     transfers = [forward] * passes + [backward]

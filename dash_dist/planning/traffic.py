@@ -39,8 +39,9 @@ class ExchangePlan:
     """The exchange of one layer and micro-batch, of the busiest rank of a context-parallel group.
 
     Attributes:
-        name: "selective", "allgather" or "ring"; "none" without context parallelism.
-        forward, backward: sent in the forward pass, and in the backward one: K and V again, and their gradients.
+        name: "selective", "allgather" or "ring"; "halo" of a layer with windows; "none" without context parallelism.
+        forward, backward: sent in a forward pass, and in the backward one: K and V again, except those of a halo, and
+            their gradients.
         summaries: of chunks, gathered in the forward pass.
         messages: collectives or steps of the ring, forward and backward.
         merged: bytes of memory that merging what several parts of K and V give reads and writes, in both passes.
@@ -98,6 +99,27 @@ def plan_exchange(sizes: Sizes, layout: Layout, machine: Machine, assumptions: A
         merged=chosen.merged_bytes,
         received={"selective": busiest.held, "allgather": remote + blocks_per_rank, "ring": blocks_per_rank}[name],
         coverage=busiest.held / remote if remote else 0.0,
+    )
+
+
+def plan_halo(sizes: Sizes, layout: Layout, machine: Machine, chunks: int) -> ExchangePlan:
+    """The exchange of a layer with windows that reach `chunks` chunks beyond a rank's pieces, in all."""
+    topology = cp_topology(layout, machine)
+    received = min(chunks, sizes.chunks - sizes.shard // sizes.chunk_size)
+    numbers = 2.0 * sizes.batch * received * sizes.chunk_size * sizes.kv
+
+    def sent(size: float) -> Bytes:
+        return Bytes(size) if topology.nodes == 1 else Bytes(0.0, size)
+
+    return ExchangePlan(
+        name="halo",
+        forward=sent(numbers * BF16),
+        backward=sent(numbers * FP32),
+        summaries=Bytes(),
+        messages=2,
+        merged=0.0,
+        received=float(received * sizes.batch * sizes.kv_heads),
+        coverage=received / (sizes.chunks - sizes.shard // sizes.chunk_size),
     )
 
 

@@ -54,6 +54,24 @@ def reference_dash_attention(
     return torch.cat([out for out, _ in documents], dim=1), RoutingStatistics(selected, available)
 
 
+def reference_window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int, cu_seqlens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of q [B, T, Hq, D] to the last `window` of k and v [B, T, Hkv, D] in its document -> [B, T, Hq, D].
+
+    cu_seqlens as for `reference_dash_attention`.
+    """
+    tokens = torch.arange(q.shape[1], device=q.device)
+    borders = torch.tensor([0]) if cu_seqlens is None else cu_seqlens[1:-1]
+    document = torch.searchsorted(borders.to(tokens), tokens, right=True)
+    distance = tokens[:, None] - tokens
+    allowed = (distance >= 0) & (distance < window) & (document[:, None] == document)
+    keys, values = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, keys) / math.sqrt(q.shape[3])
+    weights = torch.softmax(scores.masked_fill(~allowed, -math.inf), dim=-1)
+    return torch.einsum("bhts,bshd->bthd", weights, values)
+
+
 def _one_document(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -109,3 +109,58 @@ def test_flops_count_weights_and_attention() -> None:
     # At full density the attended tokens are half of the sequence.
     assert flops(4096, 1.0) == 6 * weights + 6 * (12 * 64 * 2048 + 6 * 64 * 32)
     assert flops(4096, 0.25) < flops(4096, 0.5) < flops(4096, 1.0)
+
+
+def test_flops_count_each_layer_by_its_kind() -> None:
+    model = ModelConfig(**SHAPE)
+
+    def attended(length: int, **settings: object) -> float:
+        """Operations of the attention, in units of 12 H for each layer."""
+        attention = AttentionConfig.model_validate(settings)
+        none = AttentionConfig(kind="window", window=1)
+        all_and_one = [
+            flops_per_token(model, one, vocab_size=257, document_length=length, density=0.25)
+            for one in (attention, none)
+        ]
+        return (all_and_one[0] - all_and_one[1]) / (12 * 64) + 6 * (1 - 1 / (2 * length))
+
+    assert attended(4096, kind="dense") == 6 * 2048
+    assert attended(4096, kind="window", window=512) == 6 * (512 - 512**2 / 8192)
+    assert attended(256, kind="window", window=512) == 6 * 128
+    mixed = attended(4096, kind=["window", "dense", "dash"], window=512)
+    assert mixed == pytest.approx(sum(attended(4096, **one) for one in KINDS) / 3)
+
+
+KINDS: list[dict[str, object]] = [{"kind": "window", "window": 512}, {"kind": "dense"}, {"kind": "dash"}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "window"}, "attention.window is not set: give it in tokens"),
+        ({"kind": ["dash", "dense"], "window": 5}, "attention.window is 5, and attention.kind has no window layer"),
+        ({"kind": []}, "at least 1 item"),
+        ({"kind": ["dash", "sparse"]}, "'dash', 'dense' or 'window'"),
+    ],
+)
+def test_kinds_that_contradict_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttentionConfig.model_validate(settings)
+
+
+def test_a_list_of_kinds_repeats_over_the_layers() -> None:
+    attention = AttentionConfig(kind=("window", "window", "dash"), window=8)
+    assert attention.kinds(6) == ("window", "window", "dash", "window", "window", "dash")
+    assert AttentionConfig(kind=("dash", "dense", "dash", "dense")).pattern == ("dash", "dense")
+    with pytest.raises(ValueError, match=r"has 3 entries, and model.num_layers is 4: .* that divides it: 1, 2, 4"):
+        attention.kinds(4)
+    with pytest.raises(ValueError, match="has 8 entries"):
+        AttentionConfig(kind=("dash",) * 8).kinds(4)
+    with pytest.raises(ValueError, match=r"attention.kind has 4 entries"):
+        check_combination(
+            ModelConfig(**SHAPE),
+            AttentionConfig(kind=("dash", "dash", "dash", "dense")),
+            ParallelConfig(),
+            world_size=1,
+            sequence_length=64,
+        )

@@ -40,8 +40,7 @@ def test_one_device(borders: tuple[int, ...] | None) -> None:
     found = dict(zip(("out", "q", "k", "v", "summary_query"), (out.detach(), *gradients), strict=True))
     edges = borders or (0, q.shape[1])
     assert_same(found, expected(list(itertools.pairwise(edges))))
-    assert attention.routing is not None
-    assert attention.routing.density == 1
+    assert attention.routing is None  # there is none to record
 
 
 @pytest.mark.parametrize("tokens", [192, 187])

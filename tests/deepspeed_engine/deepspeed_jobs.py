@@ -49,7 +49,13 @@ def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     arguments: dict[str, Any] = {
         "model": MODEL.model_copy(update={"tie_embeddings": case.tie_embeddings}),
-        "attention": AttentionConfig(chunk_size=CHUNK_SIZE, routing_scale=ROUTING_SCALE, exchange="selective"),
+        "attention": AttentionConfig(
+            kind=run.case.kind,
+            window=run.case.window,
+            chunk_size=CHUNK_SIZE,
+            routing_scale=ROUTING_SCALE,
+            exchange="selective",
+        ),
         "parallel": parallel,
         "optimizer": OptimizerConfig(lr=1e-2, warmup_steps=2, decay_steps=run.decay_steps, grad_clip=0.5),
         "dims": dims,

@@ -23,6 +23,7 @@ REFERENCES = {
     "packed": Run(None, Case(packed=True), bad_step=BAD_STEP),
     "tied": Run(None, Case(tie_embeddings=True), steps=4),
     "bf16": Run(None, steps=4, bfloat16=True),
+    "windows": Run(None, Case(kind=("dash", "window"), window=37), steps=4),
 }
 ALONE = {"plain, zero 1": Run(1)}
 ON_TWO = {
@@ -31,6 +32,7 @@ ON_TWO = {
     "packed, zero 1, dp 2": Run(1, Case(packed=True), bad_step=BAD_STEP),
     "packed, zero 3, cp 2": Run(3, Case(packed=True, context=2), bad_step=BAD_STEP),
     "tied, zero 3, dp 2": Run(3, Case(tie_embeddings=True), steps=4),
+    "windows, zero 3, cp 2": Run(3, Case(kind=("dash", "window"), window=37, context=2), steps=4),
     "bf16, zero 1, dp 2": Run(1, steps=4, bfloat16=True),
     "bf16, zero 2, cp 2, recompute": Run(2, RECOMPUTE, steps=4, bfloat16=True),
     "bf16, zero 3, cp 2": Run(3, Case(context=2), steps=4, bfloat16=True),

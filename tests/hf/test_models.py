@@ -188,7 +188,8 @@ def test_a_checkpoint_without_another_tensor_is_refused(tmp_path):
     ("change", "message"),
     [
         ({"dash_attention": {"chunk_size": 24}}, "chunk_size is 24"),
-        ({"dash_attention": {"window": 8}}, "unknown keys window"),
+        ({"dash_attention": {"stride": 8}}, "unknown keys stride"),
+        ({"dash_attention": {"window": 8}}, "attention.kind has no window layer"),
         ({"dash_attention": [64]}, "give a dictionary"),
     ],
 )
@@ -201,10 +202,10 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, change, message):
             load(tmp_path)
 
 
-def test_windows_are_refused():
-    with pytest.raises(ValueError, match="sliding_window is 8"):
+def test_windows_of_dash_layers_are_refused():
+    with pytest.raises(ValueError, match="layer 0 is sliding_attention with sliding_window 8"):
         tiny_model("mistral", sliding_window=8)
-    with pytest.raises(ValueError, match="layer_types has sliding_attention"):
+    with pytest.raises(ValueError, match="layer 1 is sliding_attention with sliding_window 8"):
         tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
 
 

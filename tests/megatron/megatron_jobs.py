@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dash_dist.config.attention import AttentionConfig
-from dash_dist.config.model import ModelConfig
+from dash_dist.config.model import FAMILIES, ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.trainable import TrainableSection
@@ -76,8 +76,16 @@ def engine_of(
     model_module.LOGITS_PER_PIECE = case.logits_per_piece or logits_per_piece
     try:
         yield MegatronEngine(
-            model.model_copy(update={"tie_embeddings": case.tie_embeddings}),
+            model.model_copy(
+                update={
+                    "tie_embeddings": case.tie_embeddings,
+                    "family": case.family,
+                    "qk_norm": FAMILIES[case.family].qk_norm,
+                }
+            ),
             AttentionConfig(
+                kind=case.kind,
+                window=case.window,
                 chunk_size=CHUNK_SIZE,
                 routing_scale=case.routing_scale,
                 layout=case.layout,
@@ -97,6 +105,10 @@ def engine_of(
         dims.close()
 
 
+def kinds_of(case: Case) -> tuple[str, ...]:
+    return AttentionConfig(kind=case.kind, window=case.window).kinds(MODEL.num_layers)
+
+
 def ranks_of(dims: ParallelDims) -> dict[str, int]:
     return {"tp": dims.tp_rank, "cp": dims.cp_rank, "pp": dims.pp_rank, "dp": dims.dp_rank}
 
@@ -110,7 +122,7 @@ def measure_step(case: Case) -> Measured:
     with engine_of(case) as engine:
         measured = Measured(ranks_of(engine.dims))
         engine.telemetry.record_routing = engine.telemetry.record_seconds = True
-        engine.telemetry.record_selections = range(engine.model.config.num_layers)
+        engine.telemetry.record_selections = [layer for layer, kind in enumerate(kinds_of(case)) if kind == "dash"]
         started = time.perf_counter()
         result = engine.train_step(micro_batches(0, engine.dims, case))
         measured.step_seconds = time.perf_counter() - started

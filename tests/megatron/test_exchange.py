@@ -28,6 +28,17 @@ ON_TWO = {
     "two nodes": Case(context=2, exchange="selective", ranks_per_node=1, routing_scale=SHARP_ROUTING),
     "no context parallelism": Case(tensor=2),
 }
+WINDOWS = {
+    "windows": Case(context=2, kind="window", window=CHUNK_SIZE + 1),
+    "windows, recompute": Case(context=2, kind="window", window=CHUNK_SIZE + 1, recompute="full"),
+    "windows, then dash": Case(
+        context=2,
+        kind=("window", "dash"),
+        window=CHUNK_SIZE + 1,
+        exchange="selective",
+        routing_scale=DENSE_ROUTING,
+    ),
+}
 ON_FOUR = {
     "ring, tp 2": Case(tensor=2, context=2, exchange="ring"),
     "ring, pp 2": Case(pipeline=2, context=2, exchange="ring"),
@@ -48,7 +59,7 @@ PASSES = 3  # K and V forward and backward, gradients once
 def statistics() -> dict[str, Any]:
     """Case -> its statistics, which are the same at every rank."""
     by_case: dict[str, Any] = {}
-    for world_size, cases in ((2, ON_TWO), (4, ON_FOUR)):
+    for world_size, cases in ((2, ON_TWO | WINDOWS), (4, ON_FOUR)):
         first, *others = run_ranks("tests.megatron.exchange_jobs:statistics_of_steps", world_size, cases, cpu_only=True)
         assert all(other == first for other in others)
         by_case |= first
@@ -137,6 +148,23 @@ def test_overlap_and_the_exchange_are_known(statistics: dict[str, Any], name: st
     assert 0.0 <= got.overlap <= 1.0
     used = (ON_TWO | ON_FOUR)[name].exchange
     assert got.exchanges == {exchange: float(exchange == used) for exchange in EXCHANGES if exchange != "auto"}
+
+
+@pytest.mark.slow
+def test_a_halo_counts_as_traffic_and_not_as_an_exchange(statistics: dict[str, Any]) -> None:
+    # Zigzag: rank 0 has the chunks 0, 1, 6 and 7 and needs chunk 5, rank 1 has the others and needs chunk 1.
+    of_layers = BLOCK * BLOCKS * 2
+    alone, again, mixed = (statistics[name] for name in WINDOWS)
+    assert alone.planned_bytes == alone.sent_bytes == 2 * of_layers  # K and V, then gradients
+    assert again.planned_bytes == again.sent_bytes == 3 * of_layers
+    for got in (alone, again):
+        assert got.coverage == {}
+        assert set(got.exchanges.values()) == {0.0}
+        assert set(got.imbalance.values()) == {1.0}
+    dense = PASSES * BLOCK * BLOCKS * (4 + 2) // 2
+    assert mixed.sent_bytes == of_layers + dense
+    assert mixed.coverage == {1: 1.0}
+    assert mixed.exchanges["selective"] == 1.0
 
 
 def test_counters_are_given_away_once() -> None:

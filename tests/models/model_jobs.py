@@ -5,21 +5,20 @@ from pathlib import Path
 
 import torch
 
-from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.parallel import ParallelDims
-from tests.models.tiny_models import SEQUENCE_LENGTH, tokens
+from tests.models.tiny_models import SEQUENCE_LENGTH, attention_of_case, tokens
 from tests.support.models import Batch
 
 
-def _engine(model: ModelConfig, parallel: ParallelConfig) -> MegatronEngine:
+def _engine(name: str, model: ModelConfig, parallel: ParallelConfig) -> MegatronEngine:
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     return MegatronEngine(
         model,
-        AttentionConfig(kind="dense", chunk_size=16),
+        attention_of_case(name),
         parallel,
         OptimizerConfig(lr=1e-2, warmup_steps=0),
         dims=dims,
@@ -35,7 +34,7 @@ def logits_of(models: dict[str, ModelConfig]) -> dict[str, torch.Tensor | str]:
     for name, model in models.items():
         engine = None
         try:
-            engine = _engine(model, ParallelConfig())
+            engine = _engine(name, model, ParallelConfig())
             with torch.no_grad():
                 found[name] = engine.model(tokens(), None, None)[..., : model.vocab_size]
         except ValueError as error:
@@ -49,7 +48,7 @@ def train_and_save(models: dict[str, ModelConfig], parallel: ParallelConfig, fol
     """Losses of two steps of each model from its weights, with a checkpoint after them."""
     losses = {}
     for name, model in models.items():
-        engine = _engine(model, parallel)
+        engine = _engine(name, model, parallel)
         batch = Batch(tokens(), tokens().roll(-1, 1), torch.ones(1, SEQUENCE_LENGTH, dtype=torch.bool))
         losses[name] = [engine.train_step([batch]).loss for _ in range(2)]
         engine.start_save(folder / name, background=False).finish()
@@ -61,7 +60,7 @@ def load_and_read(models: dict[str, ModelConfig], folder: Path) -> dict[str, tor
     """Logits [1, T, vocab] of each checkpoint, loaded on one rank."""
     found = {}
     for name, model in models.items():
-        engine = _engine(model.model_copy(update={"weights": None}), ParallelConfig())
+        engine = _engine(name, model.model_copy(update={"weights": None}), ParallelConfig())
         engine.load(folder / name)
         with torch.no_grad():
             found[name] = engine.model(tokens(), None, None)[..., : model.vocab_size]

@@ -9,8 +9,8 @@ import torch
 from dash_dist.checkpoints.export import export_weights
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.parallel import ParallelConfig
-from dash_dist.models.hugging_face import model_from, read_config
-from tests.models.tiny_models import CASES, logits_in_transformers, save_tiny_model
+from dash_dist.models.hugging_face import model_from, read_config, windows_of
+from tests.models.tiny_models import CASES, SHAPE, logits_in_transformers, save_tiny_model, tokens
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -59,8 +59,50 @@ def test_trained_over_ranks_and_exported(saved: Any, tmp_path: Path) -> None:
         ours, theirs = read_config(out), read_config(model.weights)
         assert ours["architectures"] == theirs["architectures"]
         assert "dash_attention" not in ours
+        assert windows_of(ours) == windows_of(theirs)
         again = model_from(ours)
         expected = model.model_copy(update={"weights": None, "init_std": again.init_std})
         if model.positions.type == "dynamic":  # frozen: the same frequencies, as default positions
             expected = expected.model_copy(update={"positions": again.positions})
         assert again.model_dump() == expected.model_dump() | {"head_dim": model.resolved_head_dim}
+
+
+def test_a_model_of_mixed_kinds_computes_the_same_in_transformers(tmp_path: Path) -> None:
+    """Windows are spelled by the family where it can; with `dash_attention` every layer is that of the trainer."""
+    import dash_dist.hf
+
+    shape = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_kv_heads": 2}
+    models = {
+        f"{family}, mixed": ModelConfig.model_validate(
+            {
+                **shape,
+                "family": family,
+                "vocab_size": SHAPE["vocab_size"],
+                "init_std": 0.2,
+                "qk_norm": family == "qwen3",
+            }
+        )
+        for family in ("llama", "qwen3")
+    }
+    run_ranks(
+        "tests.models.model_jobs:train_and_save",
+        4,
+        models,
+        ParallelConfig(tensor=2, context=2),
+        tmp_path,
+        cpu_only=True,
+    )
+    (trained,) = run_ranks("tests.models.model_jobs:load_and_read", 1, models, tmp_path, cpu_only=True)
+    for name in models:
+        out = tmp_path / "exported" / name
+        export_weights(tmp_path / name, out)
+        model = dash_dist.hf.load(out, dtype=torch.float32)
+        with torch.no_grad():
+            assert difference(model(tokens()).logits, trained[name]) < 1e-5, name
+        assert difference(logits_in_transformers(out), trained[name]) > 1e-3, name  # dense where it is dash
+        config = read_config(out)
+        assert config["dash_attention"]["kind"] == ["window", "dash", "dense", "window"]
+        assert windows_of(config) == ([40, None, None, 40] if "qwen3" in name else [None] * 4)
+        queries = [tensor for tensor in model.state_dict() if "summary_query" in tensor]
+        assert queries == ["model.layers.1.self_attn.summary_query"]
+        assert model.state_dict()[queries[0]].any()

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from dash_dist.config.model import ModelConfig
-from dash_dist.models.hugging_face import model_from, read_config
+from dash_dist.models.hugging_face import model_from, read_config, windows_of
 from dash_dist.models.safetensors_folder import SafetensorsFolder
 from dash_dist.models.table import parameter_table
-from tests.models.tiny_models import SHAPE, save_tiny_model
+from tests.models.tiny_models import SHAPE, WINDOW, save_tiny_model
 from tests.support.ranks import run_ranks
 
 
@@ -81,8 +81,39 @@ def test_damaged_folders_are_refused(tiny: Path, tmp_path: Path) -> None:
         ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "remove the wrong one"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}, "'beta_fast' is not one of type"),
         ({"rope_scaling": {"type": "su"}}, "rope_type 'su'"),
-        ({"model_type": "mistral"}, "sliding_window is 4096"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True"),
+        ({"sliding_window": 8}, "model_type llama has no windows"),
+        ({"model_type": "mistral", "sliding_window": -1}, "sliding_window is -1"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "sliding_window is 4096 in every layer"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "use_sliding_window is not true"),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 4}, "layer_types has 'chunked_attention'"),
+        ({"model_type": "olmo2", "sliding_window": 8}, "model_type olmo2 has no windows"),
+        ({"model_type": "olmo2", "clip_qkv": 8.0}, "has the key 'clip_qkv'"),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_parameters is not given for full_attention and sliding_attention",
+        ),
+        (
+            {
+                "model_type": "olmo3",
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e6},
+                },
+            },
+            "gives sliding_attention the rope_theta 1000000.0, and only 10000.0",
+        ),
+        (
+            {
+                "model_type": "olmo3",
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            },
+            "factor 2.0 in rope_scaling and 4.0 elsewhere",
+        ),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"] * 3}, "layer_types has 3 entries"),
     ],
 )
 def test_configurations_are_refused_by_key(changes: dict[str, Any], message: str) -> None:
@@ -103,3 +134,25 @@ def test_runs_that_contradict_their_weights_are_refused(tiny: Path) -> None:
         assert "config.json cannot be read" in rank["folder"]
     with pytest.raises(ValueError, match="tokenizer has 60 tokens and model"):
         model.embedded_tokens(60)
+
+
+def test_olmo3_in_the_spelling_of_transformers_4() -> None:
+    """Every fourth layer is full and scaled; the windows of the others have default positions of the same base."""
+    config = {"model_type": "olmo3", **SHAPE, "num_hidden_layers": 8, "rope_theta": 7e3, "sliding_window": 9}
+    config |= {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
+    model = model_from(config)
+    assert (model.rotary_base, model.positions.type, model.norm_epsilon) == (7e3, "yarn", 1e-5)
+    assert model.norms_after
+    assert model.windows_unscaled
+    assert windows_of(config) == [9, 9, 9, None] * 2
+
+
+def test_import_writes_the_kinds_of_a_model_with_windows(tmp_path: Path) -> None:
+    """Layers with a window keep it, the others take the default kind; the comparison used both."""
+    save_tiny_model("qwen3, windows by layer", tmp_path / "model")
+    (parity,) = run_ranks(
+        "dash_dist.importing.command:import_model", 1, str(tmp_path / "model"), tmp_path / "base", cpu_only=True
+    )
+    assert parity < 1e-5
+    attention = yaml.safe_load((tmp_path / "base" / "model.yaml").read_text())["attention"]
+    assert attention == {"kind": ["window", "dash", "window", "window"], "window": WINDOW}

@@ -12,7 +12,7 @@ from dash_dist.planning import Layout, predict
 from dash_dist.planning.activations import saved_by_layer, tile_bits
 from dash_dist.planning.layouts import Sizes
 from dash_dist.planning.parameters import stage_numbers, stage_weights
-from dash_dist.planning.traffic import BF16, FP32
+from dash_dist.planning.traffic import BF16, FP32, NO_EXCHANGE
 from dash_kernels.spec import AttentionSpec
 from dash_kernels.triton.tiles import TileShape
 from tests.planning.planning_cases import (
@@ -145,7 +145,7 @@ def test_activations_of_a_layer_are_what_autograd_keeps(batch: int) -> None:
     sizes = Sizes.of(config, Layout.of(config, 1), vocab_size=VOCAB_SIZE)
     # Not fused, as on a CPU, each of two norms keeps its input twice in float32 instead of once in bfloat16.
     norms = 2 * batch * SEQUENCE_LENGTH * MODEL.hidden_size * (2 * FP32 - BF16)
-    assert saved_by_layer(sizes) - tile_bits(sizes) == kept - norms
+    assert saved_by_layer(sizes, "dash", NO_EXCHANGE) - tile_bits(sizes) == kept - norms
 
 
 def test_model_flops_are_those_of_the_runs_mfu() -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from dash_dist.config.attention import Kind
 from dash_dist.config.model import ModelConfig
 
 VOCAB_SIZE = 50
@@ -47,6 +48,9 @@ class Case:
     ranks_per_node: int | None = None
     routing_scale: float = ROUTING_SCALE
     logits_per_piece: int | None = None
+    family: Literal["llama", "olmo2"] = "llama"
+    kind: Kind | tuple[Kind, ...] = "dash"
+    window: int | None = None
     packed: bool = False  # documents of DOCUMENTS in each sequence
 
 

@@ -65,13 +65,25 @@ def test_ranks_become_a_mean_that_adds_up_and_a_slowest():
 
 
 @pytest.mark.parametrize(
-    ("chosen", "layers", "drawn"), [(None, 1, [0]), (None, 2, [0, 1]), (None, 32, [0, 16, 31]), ([3, 1], 4, [3, 1])]
+    ("chosen", "kinds", "drawn"),
+    [
+        (None, ["dash"], [0]),
+        (None, ["dash"] * 2, [0, 1]),
+        (None, ["dash"] * 32, [0, 16, 31]),
+        (None, ["window", "window", "dash"] * 4, [2, 8, 11]),
+        (None, ["dense"] * 4, []),
+        ([3, 1], ["dash"] * 4, [3, 1]),
+    ],
 )
-def test_the_first_middle_and_last_layer_are_drawn_unless_others_are_chosen(chosen, layers, drawn):
-    assert heat_map_layers(chosen, layers) == drawn
+def test_the_first_middle_and_last_layer_are_drawn_unless_others_are_chosen(chosen, kinds, drawn):
+    assert heat_map_layers(chosen, kinds) == drawn
 
 
-@pytest.mark.parametrize(("layers", "message"), [("[2]", "give layers from 0 to 1"), ("[1, 1]", "names a layer twice")])
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [("[2]", "give layers from 0 to 1"), ("[1, 1]", "names a layer twice"), ("[1, 0]", "names 0, a window layer")],
+)
 def test_layers_that_cannot_be_drawn_are_refused(layers, message):
+    kinds = ["attention.kind=[window, dash]", "attention.window=128"]
     with pytest.raises(ConfigError, match=message):
-        load_config("configs/demo.yaml", [f"logging.heat_map_layers={layers}"])
+        load_config("configs/demo.yaml", [f"logging.heat_map_layers={layers}", *kinds])

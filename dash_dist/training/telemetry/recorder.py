@@ -26,7 +26,7 @@ class Telemetry:
         self._config = config
         self._engine = engine
         self._curves = curves
-        self._layers = heat_map_layers(config.logging.heat_map_layers, config.model.num_layers)
+        self._layers = heat_map_layers(config.logging.heat_map_layers, config.attention.kinds(config.model.num_layers))
         self._host_seconds: defaultdict[str, float] = defaultdict(float)
         self._steps = 0  # since these seconds were last asked for
 
@@ -77,9 +77,16 @@ def require_heat_maps(logging: LoggingSection) -> None:
         )
 
 
-def heat_map_layers(chosen: Sequence[int] | None, num_layers: int) -> list[int]:
-    """Return the layers to draw: the chosen ones, or the first, the middle and the last."""
-    return sorted({0, num_layers // 2, num_layers - 1}) if chosen is None else list(chosen)
+def heat_map_layers(chosen: Sequence[int] | None, kinds: Sequence[str]) -> list[int]:
+    """Return the layers to draw: the chosen ones, or the first, the middle and the last of kind dash.
+
+    Args:
+        kinds: of the attention of every layer.
+    """
+    if chosen is not None:
+        return list(chosen)
+    routed = [layer for layer, kind in enumerate(kinds) if kind == "dash"]
+    return sorted({routed[0], routed[len(routed) // 2], routed[-1]}) if routed else []
 
 
 def over_ranks(

@@ -1,0 +1,141 @@
+"""Layers of every family, as specifications of Megatron-core, and the modules that it lacks.
+
+Knows norms and rotary angles of a layer; does not know the kinds of attention, nor the model around the layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from dash_dist.config.attention import AttentionConfig
+from dash_dist.config.model import ModelConfig
+from dash_dist.megatron.core_attention import DashCoreAttention
+
+
+def layer_spec(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
+    """Return the specification of every layer of the model; the kind of attention follows from its number."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
+    of_attention = layer.submodules.self_attention
+    of_attention.submodules.core_attention = functools.partial(DashCoreAttention, attention=attention)
+    if model.norms_after:
+        layer.module = PostNormLayer
+        layer.submodules.input_layernorm = IdentityOp
+        layer.submodules.pre_mlp_layernorm = IdentityOp
+    if model.qk_norm_over_heads:
+        for name, heads in {"q": model.num_attention_heads, "k": model.num_kv_heads}.items():
+            setattr(of_attention.submodules, f"{name}_layernorm", ModuleSpec(AllHeadsNorm, params={"heads": heads}))
+    if model.windows_unscaled:
+        kinds = attention.kinds(model.num_layers)
+        unscaled = frozenset(layer for layer, kind in enumerate(kinds) if kind == "window")
+        of_attention.module = TwoPositionsSelfAttention
+        of_attention.params = {**of_attention.params, "unscaled": unscaled}
+    return layer
+
+
+class PostNormLayer(TransformerLayer):
+    """A layer whose norms follow attention and MLP, before the residual is added, as in OLMo 2."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.post_attention_layernorm, self.post_mlp_layernorm = (
+            WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2)
+        )
+        self.self_attn_bda = functools.partial(_normed_and_added, self.post_attention_layernorm)
+        self.mlp_bda = functools.partial(_normed_and_added, self.post_mlp_layernorm)
+
+
+def _normed_and_added(norm: torch.nn.Module, _training: bool, _fused: bool) -> Callable[..., torch.Tensor]:
+    """Stand for Megatron-core's `get_bias_dropout_add`; there are neither biases nor dropout."""
+
+    def add(branch: tuple[torch.Tensor, None], residual: torch.Tensor, _dropout: float) -> torch.Tensor:
+        normed: torch.Tensor = norm(branch[0])
+        return residual + normed
+
+    return add
+
+
+class AllHeadsNorm(MegatronModule):
+    """RMSNorm of the queries or keys of all heads together, which tensor-parallel ranks hold parts of.
+
+    Args:
+        heads: of the whole model.
+        hidden_size: channels of a head.
+    """
+
+    def __init__(self, *, heads: int, hidden_size: int, config: TransformerConfig, eps: float) -> None:
+        super().__init__(config=config)
+        self.eps = eps
+        self.channels = heads * hidden_size
+        own = self.channels // config.tensor_model_parallel_size
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(own, dtype=config.params_dtype, device=device))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Norm of this rank's heads x [s, b, heads / tp, head_dim], over the heads of all ranks. A collective."""
+        wide = x.float()
+        squares = wide.square().sum((-2, -1), keepdim=True)
+        # Every rank's output depends on every rank's squares: summed forward, and so are their gradients.
+        squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
+        normed = wide * torch.rsqrt(squares / self.channels + self.eps)
+        return (self.weight.view(x.shape[2:]) * normed).to(x.dtype)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """`weight` for Megatron's distributed checkpoint, cut over tensor parallelism."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=get_tensor_model_parallel_group(),
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+
+
+class TwoPositionsSelfAttention(SelfAttention):
+    """Self-attention that is given scaled and unscaled angles side by side, [T / cp, 1, 1, 2 head_dim], and takes one.
+
+    Args:
+        unscaled: layers, from 0 in the whole model, that take the unscaled ones and have no attention factor.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, layer_number: int, unscaled: frozenset[int], **kwargs: Any
+    ) -> None:
+        super().__init__(config, *args, layer_number=layer_number, **kwargs)
+        self._is_unscaled = layer_number - 1 in unscaled
+        if self._is_unscaled and hasattr(config, "yarn_rotary_scaling_factor"):
+            self.config = copy.copy(config)
+            del self.config.yarn_rotary_scaling_factor
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if rotary_pos_emb is not None:
+            rotary_pos_emb = rotary_pos_emb.chunk(2, dim=-1)[int(self._is_unscaled)]
+        return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)

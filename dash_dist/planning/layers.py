@@ -1,0 +1,92 @@
+"""Layers of a model by their kind of attention: seconds on an H200, exchange, and how evenly ranks share the work.
+
+Knows kinds and pipeline stages. Does not know how parts of a step overlap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dash_dist.config.attention import PIECES_PER_RANK, AttentionConfig, Kind
+from dash_dist.config.run import RunConfig
+from dash_dist.planning.assumptions import Assumptions
+from dash_dist.planning.attention_time import AttentionTime, attention_time, window_time
+from dash_dist.planning.hardware import Machine
+from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.step import imbalance
+from dash_dist.planning.traffic import NO_EXCHANGE, ExchangePlan, plan_exchange, plan_halo
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Attention of one layer and micro-batch.
+
+    Attributes:
+        time: on an H200, of the mean rank.
+        uneven: attention of the busiest context-parallel rank / of the mean one.
+        attended: tokens that a token attends to, on average.
+        routed: chunks that a token is routed against, on average.
+    """
+
+    kind: Kind
+    time: AttentionTime
+    exchange: ExchangePlan
+    uneven: float
+    attended: float
+    routed: float
+
+
+def plan_layers(
+    config: RunConfig, sizes: Sizes, layout: Layout, machine: Machine, assumptions: Assumptions
+) -> tuple[LayerPlan, ...]:
+    """Plan every layer of the model; those of one kind are equal.
+
+    Dense layers count as dash layers that select every chunk, whose kernels they take under context parallelism.
+    """
+    attention, length = config.attention, config.training.sequence_length
+    kinds = attention.kinds(config.model.num_layers)
+
+    def routed(kind: Kind, assumed: Assumptions) -> LayerPlan:
+        return LayerPlan(
+            kind=kind,
+            time=attention_time(sizes, assumed, sequence_length=length),
+            exchange=plan_exchange(sizes, layout, machine, assumed),
+            uneven=imbalance(attention.layout, layout.context),
+            attended=assumed.density * sizes.chunks_per_token * sizes.chunk_size,
+            routed=sizes.chunks_per_token,
+        )
+
+    def of(kind: Kind) -> LayerPlan:
+        match kind:
+            case "dash":
+                return routed(kind, assumptions)
+            case "dense":
+                return routed(kind, replace(assumptions, density=1.0, coverage=1.0))
+            case "window":
+                return _window(attention, sizes, layout, machine)
+
+    by_kind = {kind: of(kind) for kind in dict.fromkeys(kinds)}
+    return tuple(by_kind[kind] for kind in kinds)
+
+
+def _window(attention: AttentionConfig, sizes: Sizes, layout: Layout, machine: Machine) -> LayerPlan:
+    assert attention.window is not None  # the configuration has checked it
+    window = min(attention.window, sizes.document)
+    attended = window - window**2 / (2 * sizes.document)
+    exchange = NO_EXCHANGE
+    if layout.context > 1:
+        chunks = -(-(attention.window - 1) // sizes.chunk_size)
+        exchange = plan_halo(sizes, layout, machine, chunks * PIECES_PER_RANK[attention.layout])
+    time = window_time(sizes, attended)
+    return LayerPlan("window", time, exchange, uneven=1.0, attended=attended, routed=0.0)
+
+
+def of_stage(layers: tuple[LayerPlan, ...], layout: Layout, stage: int) -> tuple[LayerPlan, ...]:
+    """Layers of pipeline stage `stage`, from 0."""
+    count = len(layers) // layout.pipeline
+    return layers[stage * count : (stage + 1) * count]
+
+
+def foremost(layers: tuple[LayerPlan, ...]) -> LayerPlan:
+    """The layer that a report shows: of kind dash if there is one, of kind dense otherwise, or of windows."""
+    return min(layers, key=lambda layer: ("dash", "dense", "window").index(layer.kind))

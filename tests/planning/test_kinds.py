@@ -1,0 +1,73 @@
+"""Predictions of models whose layers have several kinds of attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dash_dist.config.run import RunConfig
+from dash_dist.context_parallel.halo import plan_halo
+from dash_dist.planning import Assumptions, Prediction, predict
+from dash_dist.planning.layers import plan_layers
+from dash_dist.planning.layouts import Sizes
+from dash_kernels import ChunkGrid
+from tests.planning.planning_cases import CHUNK_SIZE, SEQUENCE_LENGTH, large_config, layout, machine, small_config
+
+WINDOW = 4096
+KINDS: dict[str, dict[str, Any]] = {
+    "dash": {"kind": "dash"},
+    "dense": {"kind": "dense"},
+    "window": {"kind": "window", "window": WINDOW},
+    "three in four": {"kind": ["window", "window", "window", "dash"], "window": WINDOW},
+}
+
+
+def config(name: str, **attention: Any) -> RunConfig:
+    return large_config(attention={"chunk_size": 64, **KINDS[name], **attention})
+
+
+def predicted(name: str, **sizes: Any) -> Prediction:
+    chosen = layout(**sizes)
+    return predict(config(name), chosen, machine(chosen.gpus), Assumptions(), vocab_size=128_000)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"context": 8}, {"context": 8, "pipeline": 4, "recompute": "full"}])
+def test_layers_add_up_by_their_kind(sizes: dict[str, Any]) -> None:
+    of = {name: predicted(name, **sizes) for name in KINDS}
+    for measure in ("attention", "exchange", "matmul"):
+        seconds = {name: getattr(one.time, measure) for name, one in of.items()}
+        mixed = 0.75 * seconds["window"] + 0.25 * seconds["dash"]
+        assert seconds["three in four"] == pytest.approx(mixed), measure
+    assert of["window"].seconds < of["three in four"].seconds < of["dash"].seconds < of["dense"].seconds
+    assert of["window"].model_flops < of["three in four"].model_flops < of["dense"].model_flops
+    assert of["window"].flops < of["three in four"].flops < of["dash"].flops < of["dense"].flops
+    kept = {name: one.peak.activations for name, one in of.items()}
+    assert kept["dash"] == kept["dense"]
+    if not sizes:  # with a halo, K and V are copied
+        assert kept["window"] < kept["three in four"] < kept["dash"]
+    names = {name: one.exchange.name for name, one in of.items()}
+    if sizes:
+        assert names == {"dash": "selective", "dense": "selective", "window": "halo", "three in four": "selective"}
+        assert of["window"].sent["summaries"].nvlink == of["window"].sent["summaries"].network == 0
+
+
+def test_windows_take_no_more_than_the_sequence() -> None:
+    longer = large_config(attention={"kind": "window", "window": 2**30})
+    dense = predicted("dense", context=2)
+    windows = predict(longer, layout(context=2), machine(2), Assumptions(), vocab_size=128_000)
+    assert windows.model_flops == pytest.approx(dense.model_flops)
+    assert windows.exchange.coverage == 1.0
+
+
+@pytest.mark.parametrize("sequence_layout", ["contiguous", "zigzag", "double_zigzag"])
+@pytest.mark.parametrize("window", [2, CHUNK_SIZE + 1])
+def test_the_halo_is_that_of_the_busiest_rank(sequence_layout: str, window: int) -> None:
+    attention = {"kind": "window", "window": window, "layout": sequence_layout}
+    run = small_config(attention=attention, parallel={"context": 4})
+    chosen = layout(context=4)
+    sizes = Sizes.of(run, chosen, vocab_size=100)
+    (plan, *_) = plan_layers(run, sizes, chosen, machine(4), Assumptions())
+    sequence = ChunkGrid.whole_sequence(SEQUENCE_LENGTH, CHUNK_SIZE)
+    halos = [plan_halo(sequence, rank, 4, sequence_layout, chunk_size=CHUNK_SIZE, window=window) for rank in range(4)]
+    assert plan.exchange.received == max(sum(halo.receive) for halo in halos) * sizes.kv_heads
