@@ -53,12 +53,6 @@ class DashGPTModel(GPTModel):
             assert isinstance(core_attention, DashCoreAttention)
             yield layer.layer_number - 1, core_attention.attention
 
-    def routers(self) -> Iterator[DashAttention]:
-        """This stage's attentions that route."""
-        for _, attention in self.attentions():
-            if isinstance(attention, DashAttention) and not attention.dense:
-                yield attention
-
     def conversions(self) -> Iterator[Conversion]:
         """The local losses of this stage's layers in a conversion phase, and none in another run."""
         for layer in self.decoder.layers:

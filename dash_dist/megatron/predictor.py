@@ -18,6 +18,7 @@ from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.trainable import TrainableSection
+from dash_dist.engine.ranks import routed_attentions
 from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.megatron.loss import next_tokens_of_batch
 from dash_dist.megatron.model import DashGPTModel
@@ -97,7 +98,7 @@ class MegatronPredictor:
 
     def set_routing_scale(self, routing_scale: float) -> None:
         """Route with another scale from now on, in every layer that routes."""
-        for attention in self._trained.module.routers():
+        for _, attention in routed_attentions(self._trained.module):
             attention.spec = attention.spec.replaced(routing_scale=routing_scale)
 
 

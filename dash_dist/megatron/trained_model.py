@@ -24,6 +24,7 @@ from dash_dist.distributed.agreement import Agreement
 from dash_dist.engine.batch import MicroBatch, count_loss_tokens
 from dash_dist.engine.flops import flops_per_token
 from dash_dist.engine.protocol import BucketLoss
+from dash_dist.engine.ranks import routed_attentions
 from dash_dist.engine.step_timer import StepTimer
 from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.megatron.asked import AskedRows
@@ -262,7 +263,7 @@ class TrainedModel:
         """Give every layer the routing scale of a step. The kernels take it as an argument."""
         self._routing_scale = self._attention.routing_scale_at(step)
         if self._attention.routing_warmup is not None:
-            for attention in self.module.routers():
+            for _, attention in routed_attentions(self.module):
                 attention.spec = attention.spec.replaced(routing_scale=self._routing_scale)
 
     def changes_since(self, saved: EngineState) -> list[str]:
