@@ -1,4 +1,4 @@
-"""The conversion benchmark at its smallest."""
+"""The conversion benchmark at its smallest, and the figures that the docs quote."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.ranks import run_ranks
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "conversion_cpu.json"
 WAYS = {"dense, continued", "straight", "warmup", "phase, then straight", "phase, then warmup"}
 
 
@@ -23,3 +24,9 @@ def test_every_way_is_measured_on_the_same_batches(tmp_path: Path) -> None:
     assert ways["dense, continued"]["heldout_before"] == ways["dense training"]["heldout_after"]
     assert ways["phase"]["heldout_after"] == ways["phase"]["heldout_before"]  # the dense model, whose weights stay
     assert ways["warmup"]["density"][0] > ways["straight"]["density"][0]
+
+
+def test_the_figures_of_the_docs_are_complete() -> None:
+    results = json.loads(RESULTS.read_text())
+    assert results["machine"]["command"].startswith("python -m tools.benchmarks.conversion")
+    assert results["ways"].keys() >= WAYS
