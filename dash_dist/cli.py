@@ -95,7 +95,7 @@ def prepare_data(
         prepare(data, processes=processes or len(os.sched_getaffinity(0)), console=Console())
 
 
-checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and export the checkpoints of a run.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="List and verify the checkpoints of a run.")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
@@ -125,18 +125,20 @@ def verify_checkpoints(
     print("all files are whole")
 
 
-@checkpoint_app.command("export")
-def export_checkpoint(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's step_* folder.")],
+@app.command("export")
+def export_weights(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, for its newest checkpoint, or a step_*.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write the LoRA adapters alone, as peft reads them; default: merged.")
     ] = False,
 ) -> None:
-    """Write the weights alone as safetensors with the names of Hugging Face's Llama, and a config.json."""
+    """Write the weights of a run as a Hugging Face model of its family, with its positions and its attention."""
     from dash_dist.checkpoints.commands import export
 
-    export(checkpoint, out, progress=lambda name: print(f"wrote {out / name}", file=sys.stderr), adapter=adapter)
+    export(source, out, progress=lambda name: print(f"wrote {out / name}", file=sys.stderr), adapter=adapter)
 
 
 @app.command("import")
@@ -296,7 +298,7 @@ def evaluate(
 
 @app.command()
 def generate(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that `checkpoint export` wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that `dash-dist export` wrote.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; 1: as trained.")] = 0.0,

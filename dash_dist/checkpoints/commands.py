@@ -100,14 +100,22 @@ def verify(path: Path, progress: Callable[[Path], None] = lambda _: None) -> Ite
         yield from _check(folder)[1]
 
 
-def export(checkpoint: Path, out: Path, progress: Callable[[str], None], *, adapter: bool = False) -> None:
+def export(source: Path, out: Path, progress: Callable[[str], None], *, adapter: bool = False) -> None:
     """Write the weights of a verified checkpoint, or its LoRA adapters alone, to `out`; see `checkpoints.export`.
+
+    Args:
+        source: a checkpoint's folder, or a run's, for its newest checkpoint.
 
     Raises CheckpointError: the checkpoint is damaged or not one of the Megatron engine, or `out` cannot be written; or
     other weights than the adapters and `summary_query` were trained.
     """
     from dash_dist.checkpoints.export import export_adapters, export_weights
 
+    directory = _directory_of(source)
+    found = [source] if directory is None else visible_checkpoints(directory)
+    if not found:
+        raise CheckpointError(f"{source} has no complete checkpoint: let the run save one")
+    checkpoint = found[-1]
     problems = list(verify(checkpoint)) if (checkpoint / METADATA).exists() else [f"{checkpoint / METADATA} is missing"]
     if problems:
         raise CheckpointError(f"{checkpoint} is not exported: {problems[0]}")

@@ -1,4 +1,4 @@
-"""DashAttention in transformers: models that `dash-dist checkpoint export` wrote, loaded and generated from.
+"""DashAttention in transformers: models that `dash-dist export` wrote, loaded and generated from.
 
 Importing this package registers `dash_attention`, so that
 `AutoModelForCausalLM.from_pretrained(folder, attn_implementation="dash_attention")` works. docs/hf.md is the

@@ -43,7 +43,7 @@ def generate(
     Raises ConfigError for a folder or a length that cannot work, RunError for weights that cannot be loaded.
     """
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder / 'config.json'} is missing: name a folder that `checkpoint export` wrote")
+        raise ConfigError(f"{folder / 'config.json'} is missing: name a folder that `dash-dist export` wrote")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -142,7 +142,7 @@ def _check_loaded(module: nn.Module) -> None:
         return
     raise ValueError(
         f"the checkpoint has no summary_query for layer {getattr(module, 'layer_idx', '?')}, so it would not compute "
-        "the attention that it was trained with: export it again with `dash-dist checkpoint export`"
+        "the attention that it was trained with: export it again with `dash-dist export`"
     )
 
 

@@ -33,7 +33,7 @@ def spec_of(config: Any) -> AttentionSpec:
     if settings is None:
         raise ValueError(
             f"the model's configuration has no {KEY!r}, so it was not trained with DashAttention: load a folder that "
-            "`dash-dist checkpoint export` wrote, or pass another attn_implementation"
+            "`dash-dist export` wrote, or pass another attn_implementation"
         )
     if not isinstance(settings, dict):
         raise ValueError(f"{KEY} in config.json is {settings!r}: give a dictionary such as {{'chunk_size': 64}}")

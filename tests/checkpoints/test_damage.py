@@ -256,8 +256,9 @@ def test_what_no_run_writes_is_refused_although_its_checksums_are_right(run, con
     assert_refused_and_stepped_over(run, control, message)
 
 
-def call(*arguments):
-    return CliRunner().invoke(app, ["checkpoint", *map(str, arguments)], env={"COLUMNS": "200"})
+def call(command, *arguments):
+    group = [] if command == "export" else ["checkpoint"]
+    return CliRunner().invoke(app, [*group, command, *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 def test_list_shows_every_checkpoint_and_its_state(run):
