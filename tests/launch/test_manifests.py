@@ -74,8 +74,10 @@ FAKES = {
     # Steps that run a command on a node stay there until they are ended.
     "srun": 'case "$*" in *hostname*) echo 10.0.0.1;; *) exec sleep 300;; esac',
     "scontrol": '[[ $1 != show ]] || printf "node%s\\n" 0 1',
-    "ray": "true",
-    "python": 'trap "exit 0" TERM; [[ $3 != failing.yaml ]] || exit 3; while :; do sleep 0.1; done',
+    # The steps are started in the background: the cluster answers, and the driver goes on, once they are there.
+    "ray": 'until grep -q "ray start --head" "$CALLS"; do sleep 0.05; done',
+    "python": 'until grep -q "ray start --address" "$CALLS"; do sleep 0.05; done\n'
+    'trap "exit 0" TERM; [[ $3 != failing.yaml ]] || exit 3; while :; do sleep 0.1; done',
 }
 
 
@@ -96,6 +98,7 @@ def slurm(tmp_path):
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node[0-1]",
         "RAY_ADDRESS": "",
+        "CALLS": str(calls),
     }
     return environment, calls
 
