@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +26,7 @@ from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.section import Section
 from dash_dist.config.stages import GateSection, StageSection, complete_training, stage_settings
 from dash_dist.config.trainable import TrainableSection
+from dash_dist.config.training import TrainingSection
 from dash_dist.config.upkeep import CheckpointSection, FaultsSection, LoggingSection
 
 Positive = Annotated[int, Field(gt=0)]
@@ -78,33 +78,6 @@ class RunSection(Section):
     def path(self) -> Path:
         """Folder of the run."""
         return self.directory / self.name
-
-
-class TrainingSection(Section):
-    """Length and batch sizes of the training loop.
-
-    Attributes:
-        steps: optimizer steps of the whole run.
-        sequence_length: tokens of a sequence (T), before it is split over context-parallel ranks.
-        global_batch_size: sequences per optimizer step, over all data-parallel ranks.
-        micro_batch_size: sequences per forward pass of one data-parallel rank. Gradients are accumulated over passes.
-        distributed_timeout_seconds: seconds that a rank waits for another one before the run ends.
-    """
-
-    steps: Positive
-    sequence_length: Annotated[int, Field(gt=1)]
-    global_batch_size: Positive = 1
-    micro_batch_size: Positive = 1
-    distributed_timeout_seconds: Annotated[int, Field(gt=0, le=365 * 86400)] = 1800
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a global batch, padding included."""
-        return self.global_batch_size * self.sequence_length
-
-    @property
-    def distributed_timeout(self) -> timedelta:
-        return timedelta(seconds=self.distributed_timeout_seconds)
 
 
 class RunConfig(Section):

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dash_dist.config.data import DataConfig, check_separate
+from dash_dist.config.data import DataConfig
 from dash_dist.data.corpus import Corpus, changed_documents
 from dash_dist.data.mixture import LEAST_TOKENS, Mixture, SourceCursor, Waiting, shares_of
 from dash_dist.data.packing import JoinedPacker, PackedSequence, Packer, Piece, SeparatePacker, count_inputs
 from dash_dist.data.prepare import prepare_here
+from dash_dist.data.sizes import check_sizes
 from dash_dist.data.tokenizer import Tokenizer
 
 _VERSION = 2
@@ -371,34 +372,3 @@ def _batch(sequences: list[PackedSequence]) -> Batch:
         loss_mask=stack("loss_mask"),
         cu_seqlens=None if cu_seqlens is None else torch.from_numpy(cu_seqlens),
     )
-
-
-def check_sizes(
-    config: DataConfig,
-    *,
-    sequence_length: int,
-    global_batch_size: int,
-    dp_rank: int,
-    dp_size: int,
-    micro_batch_size: int,
-    chunk_size: int,
-) -> None:
-    """Refuse, with ValueError, sizes that do not fit each other or the data's options."""
-    for name, size in (
-        ("sequence_length", sequence_length),
-        ("global_batch_size", global_batch_size),
-        ("dp_size", dp_size),
-        ("micro_batch_size", micro_batch_size),
-    ):
-        if size < 1:
-            raise ValueError(f"{name} is {size}: it must be at least 1")
-    if not 0 <= dp_rank < dp_size:
-        raise ValueError(f"dp_rank {dp_rank} is not in [0, dp_size={dp_size})")
-    unit = dp_size * micro_batch_size
-    if global_batch_size % unit:
-        raise ValueError(
-            f"global_batch_size {global_batch_size} is not a multiple of dp_size x micro_batch_size = "
-            f"{dp_size} x {micro_batch_size}: use {(global_batch_size // unit + 1) * unit}"
-        )
-    if config.documents == "separate":
-        check_separate(sequence_length=sequence_length, micro_batch_size=micro_batch_size, chunk_size=chunk_size)

@@ -34,7 +34,7 @@ def continue_greedily(
     *,
     sequence_length: int,
     padding: int,
-    after_first_pass: Callable[[], None] = lambda: None,
+    after_pass: Callable[[int], None] = lambda passes: None,
 ) -> Continuations:
     """Continue each prompt by its likeliest tokens, as many as its guess has. A collective: all ranks call it.
 
@@ -47,7 +47,7 @@ def continue_greedily(
         guesses: 1 to `MOST_POSITIONS` tokens each.
         sequence_length: that of `predictor`; a prompt and its guess fit into it.
         padding: any token; fills the rows.
-        after_first_pass: called when the telemetry is that of all prompts.
+        after_pass: called with the number of passes so far; the first one is of all prompts.
 
     Raises:
         BatchError, ExchangeError: see `Predictor.next_tokens`.
@@ -67,8 +67,7 @@ def continue_greedily(
             positions[row] = asked.clamp(max=len(text) - 2)
         found = predictor.next_tokens(rows, positions).numpy()
         passes += 1
-        if passes == 1:
-            after_first_pass()
+        after_pass(passes)
         for row, one in enumerate(unsettled):
             likeliest, start = found[row, : len(known[one])], settled[one]
             differing = np.flatnonzero(likeliest[start:] != known[one][start:])

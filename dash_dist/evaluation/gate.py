@@ -5,6 +5,7 @@ Knows the suite `retrieval`; does not know what the run does with the result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import fmean
 
 from dash_dist.data.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ def evaluate_retrieval(
     samples: int = 8,
     special_tokens: bool = False,
     seed: int = 0,
+    beat: Callable[[], None] = lambda: None,
 ) -> float:
     """Return the mean accuracy over the tasks of the suite `retrieval`. A collective: all ranks call it.
 
@@ -34,13 +36,14 @@ def evaluate_retrieval(
         sequence_length: that of the engine; samples fill it.
         samples: of each task.
         special_tokens: the run's `data.special_tokens`.
+        beat: called after every forward pass.
 
     Raises:
         ConfigError: at every rank: the sequences are too short for a task, or the tokenizer cannot write its answers.
         ExchangeError: see `Predictor.next_tokens`.
     """
     start = tokenizer.special_tokens[0] if special_tokens else ()
-    bench = Bench(engine, tokenizer, control, batch=dims.dp_size * dims.pp_size, start=start, seed=seed)
+    bench = Bench(engine, tokenizer, control, batch=dims.dp_size * dims.pp_size, start=start, seed=seed, beat=beat)
     groups = [
         bench.group(task, length=sequence_length, sequence_length=sequence_length, samples=samples, routing_scale=None)
         for task in SUITES["retrieval"]

@@ -6,7 +6,7 @@ Knows samples, decoding and scores; does not know which groups there are.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -50,7 +50,7 @@ class Group:
 
     Attributes:
         routing_scale: None for dense attention.
-        density: selected / causally available chunks, mean over the layers and the samples.
+        density: selected / causally available chunks, mean over the layers that route and the samples; 1 if none does.
         seconds: for making, decoding and scoring the samples.
         passes: forward passes over the samples' batches.
     """
@@ -89,6 +89,7 @@ class Bench:
         batch: samples per forward call; all but those of the last pipeline round count in the density.
         start: tokens before every document.
         seed: of the samples.
+        beat: called after every forward pass.
     """
 
     predictor: Predictor
@@ -97,6 +98,7 @@ class Bench:
     batch: int
     start: Sequence[int] = ()
     seed: int = 0
+    beat: Callable[[], None] = lambda: None
 
     def group(
         self, task: str, *, length: int, sequence_length: int, samples: int, routing_scale: float | None
@@ -134,10 +136,13 @@ class Bench:
         before, telemetry.record_routing = telemetry.record_routing, True
         density = 1.0
 
-        def measure() -> None:
+        def measure(passes: int) -> None:
             nonlocal density
-            density = fmean(layer.density for layer in telemetry.routing_statistics())
-            telemetry.record_routing = False
+            self.beat()
+            if passes == 1:
+                layers = telemetry.routing_statistics()
+                density = fmean(layer.density for layer in layers) if layers else 1.0
+                telemetry.record_routing = False
 
         try:
             continued = continue_greedily(
@@ -146,7 +151,7 @@ class Bench:
                 [one.answer for one in made],
                 sequence_length=sequence_length,
                 padding=self.tokenizer.end_of_document,
-                after_first_pass=measure,
+                after_pass=measure,
             )
         finally:
             telemetry.record_routing = before

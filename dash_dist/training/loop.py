@@ -15,7 +15,6 @@ from dash_dist.config.run import Stage
 from dash_dist.data.stream import Batch
 from dash_dist.engine.protocol import StepResult
 from dash_dist.errors import ConfigError, RankError, RunError
-from dash_dist.evaluation.gate import evaluate_retrieval
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.curve_names import pages
 from dash_dist.run.messages import RunStart, RunSummary, StepReport
@@ -24,12 +23,11 @@ from dash_dist.run.state import RunState
 from dash_dist.training.engines import build_engine
 from dash_dist.training.faults.memory import allocated_bytes, out_of_memory, plan_memory
 from dash_dist.training.faults.recovery import LossRecovery
-from dash_dist.training.gate import missed
-from dash_dist.training.heldout import HeldOut, in_words
 from dash_dist.training.pace import Pace
 from dash_dist.training.position import Changes, RunPosition
 from dash_dist.training.saving import Saver
 from dash_dist.training.session import Session
+from dash_dist.training.stage_evaluation import StageEvaluation
 from dash_dist.training.telemetry.curves import Curves
 from dash_dist.training.telemetry.device import memory_used, peak_bf16_flops
 from dash_dist.training.telemetry.metrics import HeldOutMetrics, MetricsWriter, StepMetrics
@@ -63,20 +61,7 @@ class TrainingLoop:
         prepared = session.data[stage.number]
         with self._control.together("the run cannot start", ConfigError):
             self._data = prepared.stream(config, dims)
-        self._tokenizer = prepared.tokenizer
-        self._heldout: HeldOut | None = None
-        self._heldout_metrics: HeldOutMetrics | None = None
-        if prepared.heldout is not None:
-            self._heldout = HeldOut(
-                config,
-                prepared.heldout,
-                prepared.tokenizer,
-                dims,
-                self._control,
-                first_step=stage.first_step,
-                note=session.note,
-                beat=session.watchdog.beat,
-            )
+        self._evaluation = StageEvaluation(session, stage, prepared, dims, show=self._show_heldout)
         with self._control.together("the model cannot be built", ConfigError):
             vocab_size = config.model.embedded_tokens(prepared.tokenizer.vocab_size)
             self._engine = build_engine(config, dims, vocab_size, resumed=origin is not None)
@@ -203,35 +188,11 @@ class TrainingLoop:
                     self._saver.start(self._state, self._position.data_state)
         self._saver.save_at_the_end(self._state, self._position.data_state)
         if self._state.step >= steps:
-            self._check_gate()
+            self._evaluation.check_gate(self._engine, self._state.step)
         summary = self._summary()
         if self._curves is not None and summary.completed:
             self._curves.write(self._state.step, lambda writer: writer.finished())
         return summary
-
-    def _check_gate(self) -> None:
-        """Raise RunError at every rank if the end of the stage misses a condition of its gate."""
-        gate, step = self._stage.gate, self._state.step
-        if not gate.is_set:
-            return
-        if gate.heldout_loss is not None and (self._heldout_metrics is None or self._heldout_metrics.step != step):
-            self._evaluate()
-        retrieval = None
-        if gate.retrieval is not None:
-            config = self._config
-            retrieval = evaluate_retrieval(
-                self._engine,
-                self._tokenizer,
-                self._dims,
-                self._control,
-                sequence_length=config.training.sequence_length,
-                special_tokens=config.data.special_tokens,
-            )
-            self._session.note(f"step {step}  retrieval {retrieval:.3f}")
-        problem = missed(self._stage, self._heldout_metrics, retrieval)
-        if problem is not None:
-            raise RunError(problem)
-        self._log.record("stage", f"stage {self._stage.name} passes its gate", step=step)
 
     def _next_batches(self) -> list[Batch] | None:
         """Return the micro-batches of the next step; None at every rank if any rank was asked to stop."""
@@ -292,24 +253,19 @@ class TrainingLoop:
         self._evaluate_if_due()
 
     def _evaluate_if_due(self) -> None:
-        """Compute and show the loss on the held-out sequences after the last step; not counted in the step time."""
-        step = self._state.step
-        if self._heldout is not None and self._heldout.is_due(step):
-            self._evaluate()
-
-    def _evaluate(self) -> None:
-        assert self._heldout is not None
-        step = self._state.step
+        """Compute the loss on the held-out sequences after the last step; not counted in the step time."""
+        if not self._evaluation.is_due(self._state.step):
+            return
         with self._pace.excluded():
             try:
-                metrics = self._heldout.evaluate(self._engine, step)
+                self._evaluation.evaluate(self._engine, self._state.step)
             except RunError:
                 self._saver.save_now(self._state, self._position.data_state)
                 raise
-            self._heldout_metrics = metrics
-            if self._curves is not None:
-                self._curves.write(step, lambda writer: writer.heldout(metrics))
-            self._session.note(in_words(metrics))
+
+    def _show_heldout(self, metrics: HeldOutMetrics) -> None:
+        if self._curves is not None:
+            self._curves.write(metrics.step, lambda writer: writer.heldout(metrics))
 
     def _describe(self, writer: MetricsWriter) -> None:
         writer.describe(
@@ -320,7 +276,7 @@ class TrainingLoop:
             pages(
                 with_mfu=self._peak_flops is not None,
                 context_parallel=self._dims.cp_size > 1,
-                with_heldout=self._heldout is not None,
+                with_heldout=self._evaluation.with_heldout,
                 with_routing_warmup=self._config.attention.routing_warmup is not None,
                 with_conversion=self._config.attention.conversion is not None,
             ),

@@ -11,7 +11,8 @@ from dash_dist.config.data import DataConfig
 from dash_dist.config.run import RunConfig, Stage
 from dash_dist.data.corpus import Corpus
 from dash_dist.data.prepare import prepare_together
-from dash_dist.data.stream import DataStream, build_data_stream, check_sizes
+from dash_dist.data.sizes import check_sizes
+from dash_dist.data.stream import DataStream, build_data_stream
 from dash_dist.data.tokenizer import Tokenizer, load_tokenizer
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.engine.ranks import Dims
