@@ -29,8 +29,6 @@ from dash_dist.config.trainable import TrainableSection
 from dash_dist.config.training import TrainingSection
 from dash_dist.config.upkeep import CheckpointSection, FaultsSection, LoggingSection
 
-Positive = Annotated[int, Field(gt=0)]
-
 
 class RunSection(Section):
     """Name, place and start of the run.

@@ -201,7 +201,7 @@ def _batches(setup: _Setup, seed: int) -> Iterator[_Batch]:
 def _text() -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Source code of the installed packages, file by file in the order of a fixed shuffle."""
     files = sorted(path for folder in site.getsitepackages() for path in Path(folder).rglob("*.py"))
-    np.random.default_rng(0).shuffle(files)  # type: ignore[arg-type]
+    np.random.default_rng(0).shuffle(files)
     content, size = [], 0
     for path in files:
         content.append(path.read_bytes())

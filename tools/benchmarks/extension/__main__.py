@@ -7,6 +7,7 @@ Knows the order of the runs; does not know their settings.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import sys
@@ -70,7 +71,7 @@ class _Experiment:
         self._timed("untrained", lambda: self._train(untrained(size, folder, imported)))
         for kind in ("dash", "dense"):
             settings = extension(size, folder, imported, kind)
-            self._timed(f"{kind} extension", lambda settings=settings: self._train(settings))
+            self._timed(f"{kind} extension", functools.partial(self._train, settings))
         self._export("dash", folder / "extended")
         self._record["text"] = self._timed("generation", self._generate)
         evaluated = {
@@ -80,7 +81,7 @@ class _Experiment:
             "base": [size.lengths[0]],
         }
         for name, lengths in evaluated.items():
-            self._timed(f"retrieval, {name}", lambda name=name, lengths=lengths: self._evaluate(name, lengths))
+            self._timed(f"retrieval, {name}", functools.partial(self._evaluate, name, lengths))
         self._write()
 
     def _write_text(self) -> None:
