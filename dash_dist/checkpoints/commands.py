@@ -123,7 +123,10 @@ def export(source: Path, out: Path, progress: Callable[[str], None], *, adapter:
     try:
         if adapter:
             _check_adapters_are_all(settings)
-            export_adapters(checkpoint / ENGINE, out, base=settings.get("model", {}).get("weights"))
+            # A run that began from another one's checkpoint did not read model.weights.
+            started_here = read_metadata(checkpoint).state.origin is None
+            base = settings.get("model", {}).get("weights") if started_here else None
+            export_adapters(checkpoint / ENGINE, out, base=base)
         else:
             export_weights(checkpoint / ENGINE, out, progress=progress)
         _copy_tokenizer(settings, out)
@@ -139,6 +142,11 @@ def _settings(config: Path) -> dict[str, Any]:
 
 
 def _check_adapters_are_all(settings: dict[str, Any]) -> None:
+    """Refuse, with ValueError, adapters beside other trained weights, which they cannot hold."""
+    if any(stage.get("trainable") for stage in settings.get("stages") or ()):
+        raise ValueError(
+            "stages of the run train different parameters, and an adapter holds those of one: export without --adapter"
+        )
     patterns = (settings.get("trainable") or {}).get("parameters") or ()
     if others := [one["match"] for one in patterns if not one["match"].endswith("summary_query")]:
         raise ValueError(

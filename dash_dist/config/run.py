@@ -25,7 +25,7 @@ from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.section import Section
 from dash_dist.config.stages import GateSection, StageSection, complete_training, stage_settings
-from dash_dist.config.trainable import TrainableSection
+from dash_dist.config.trainable import TrainableSection, check_adapters
 from dash_dist.config.training import TrainingSection
 from dash_dist.config.upkeep import CheckpointSection, FaultsSection, LoggingSection
 
@@ -212,6 +212,8 @@ class RunConfig(Section):
                     f"attention.conversion is {self.attention.conversion}, and engine: deepspeed trains by the loss of "
                     "the model only: set engine to megatron"
                 )
+        if self.attention.conversion is not None and not self.stages:
+            self.trainable.check_conversion()
         return self
 
     @model_validator(mode="after")
@@ -239,6 +241,7 @@ class RunConfig(Section):
                     f"stage {stage.name} has gate.heldout_loss = {stage.gate.heldout_loss:g} and no evaluation: set "
                     "evaluation.interval and evaluation.data"
                 )
+        check_adapters([(stage.name, stage.config.trainable.lora) for stage in stages])
         steps = stages[-1].last_step
         if self.training.steps != steps:
             raise ValueError(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Literal, get_args
 
 from pydantic import Field, field_validator
@@ -83,6 +84,16 @@ class TrainableSection(Section):
             return (TrainablePattern(match="*.summary_query"),)
         return self.parameters
 
+    def check_conversion(self) -> None:
+        """Refuse, with ValueError, to train in a conversion phase anything but `summary_query`."""
+        others = ["every parameter"] if self.patterns is None else []
+        others += [one.match for one in self.patterns or () if not one.match.endswith("summary_query")]
+        if others or self.lora is not None:
+            raise ValueError(
+                f"attention.conversion trains summary_query alone, and {(others or ['trainable.lora'])[0]} would get "
+                'no gradient: set trainable.parameters to [{match: "*.summary_query"}], without trainable.lora'
+            )
+
     def trains(self, name: str) -> bool:
         """Return whether the parameter of this name is trained, without a check of the patterns."""
         patterns = self.patterns
@@ -119,6 +130,20 @@ class TrainableSection(Section):
             for name in matching:
                 rates.setdefault(name, pattern.lr)
         return rates
+
+
+def check_adapters(stages: Sequence[tuple[str, LoraConfig | None]]) -> None:
+    """Refuse, with ValueError, stages that change or drop the adapters of one before.
+
+    Args:
+        stages: name and adapters of each.
+    """
+    for (before, adapters), (name, others) in pairwise(stages):
+        if adapters is not None and (others is None or others.identity != adapters.identity):
+            raise ValueError(
+                f"stage {before} trains adapters and stage {name} has {'none' if others is None else 'others'}: give "
+                "both the same trainable.lora, or export after the first and name that in model.weights of another run"
+            )
 
 
 def _near_misses(pattern: str, names: Iterable[str]) -> list[str]:

@@ -230,7 +230,10 @@ class _Evaluation:
             "tokenizer": self._tokenizer.fingerprint,
             "special_tokens": self._config.data.special_tokens,
             "model": self._config.model.model_dump(mode="json", exclude={"weights", "init_std"}),
-            "attention": {name: getattr(attention, name) for name in ("kind", "chunk_size", "alpha", "prior_sigma")},
+            "attention": {
+                "kind": list(attention.pattern),
+                **{name: getattr(attention, name) for name in ("window", "chunk_size", "alpha", "prior_sigma")},
+            },
         }
 
     def _circumstances(self) -> dict[str, Any]:

@@ -107,11 +107,14 @@ def load_stage(path: Path, step: int, overrides: Sequence[str]) -> RunConfig:
 def load_as_saved(path: Path, state: EngineState, overrides: Sequence[str]) -> RunConfig:
     """Return a run's configuration with the function that a checkpoint's weights were trained in, and `overrides`.
 
+    The routing scale is that of the checkpoint's step, and after a conversion phase it is the routing that is used.
+
     Raises:
         ConfigError: see `load_config`.
     """
+    phases = ["attention.routing_warmup=null", "attention.conversion=null"]
     saved = [f"{name}={json.dumps(value)}" for name, value in state.function.items()]
-    return load_stage(path, state.step, [*saved, *overrides])
+    return load_stage(path, state.step, [*phases, *saved, *overrides])
 
 
 def read_state(checkpoint: Path) -> EngineState:

@@ -105,7 +105,7 @@ def mean_loss(layers: Iterable[Conversion], *, positions: int, num_layers: int, 
     Args:
         layers: of this rank's stage.
         positions: tokens of the global batch, padding included.
-        num_layers: of the whole model.
+        num_layers: that convert, of the whole model.
     """
     total = torch.tensor(sum(layer.take_total() for layer in layers), dtype=torch.float64, device=device)
     dist.all_reduce(total)

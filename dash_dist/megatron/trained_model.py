@@ -151,7 +151,7 @@ class TrainedModel:
                 self._conversion_loss = mean_loss(
                     self.module.conversions(),
                     positions=positions,
-                    num_layers=self._model_config.num_layers,
+                    num_layers=self._attention.kinds(self._model_config.num_layers).count("dash"),
                     device=self.dims.device,
                 )
             return loss, tokens

@@ -130,11 +130,18 @@ class TrainingLoop:
         cleanup.callback(self._curves.close)
         self._log.draw(self._state.step)
 
+    def _change_of_conversion(self) -> list[str]:
+        if self._stage.number == 0:
+            return []
+        before = self._session.config.stage_list[self._stage.number - 1].config.attention.conversion
+        now = self._config.attention.conversion
+        return [] if before == now else [f"attention.conversion was {before} and is {now}"]
+
     def _record(self, changes: Changes) -> None:
         """Tell how the run differs from the checkpoint that it continues from."""
         step = self._state.step
         if changes.new_stage:
-            described = [*changes.function, *changes.data]
+            described = [*changes.function, *self._change_of_conversion(), *changes.data]
             what = f"stage {self._stage.name} begins: {'; '.join(described) or 'the same function and documents'}"
             self._log.record("stage", what, step=step)
             return

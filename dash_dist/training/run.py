@@ -6,7 +6,7 @@ computed.
 
 import contextlib
 
-from dash_dist.config.run import RunConfig
+from dash_dist.config.run import RunConfig, Stage
 from dash_dist.distributed.first_failure import FirstFailure
 from dash_dist.distributed.process_group import joined_process_group
 from dash_dist.errors import ConfigError
@@ -69,7 +69,7 @@ def train(
 
 def _train_stage(session: Session) -> tuple[RunSummary, bool]:
     """Train the stage that the run's step is in; returns its summary, and True if the run was asked to stop."""
-    stage = session.config.stage_at(session.step)
+    stage = _current_stage(session)
     with contextlib.ExitStack() as cleanup:
         try:
             dims = ParallelDims.initialise(stage.config.parallel, timeout=stage.config.training.distributed_timeout)
@@ -78,6 +78,17 @@ def _train_stage(session: Session) -> tuple[RunSummary, bool]:
         cleanup.callback(dims.close)
         loop = TrainingLoop(session, stage, dims, cleanup)
         summary = loop.to_the_end()
+        session.gates_passed = stage.number if summary.steps >= stage.last_step else session.gates_passed
         if not loop.stopped and summary.steps < session.config.training.steps:
             dims.disband()  # after an error the other ranks may be in a collective
         return summary, loop.stopped
+
+
+def _current_stage(session: Session) -> Stage:
+    """Return the stage of the run's step. A new process asks the gate of a stage that has just ended again."""
+    stages, stage = session.config.stage_list, session.config.stage_at(session.step)
+    if stage.number and session.step == stage.first_step:
+        before = stages[stage.number - 1]
+        if before.gate.is_set and session.gates_passed < before.number:
+            return before
+    return stage

@@ -34,6 +34,7 @@ class Session:
     Attributes:
         data: the prepared documents of each stage.
         origin: the checkpoint that the next stage starts from; None for a start from scratch.
+        gates_passed: number of the last stage that ended in this process, and so passed its gate; -1 for none.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Session:
         watchdog: Watchdog,
         cleanup: contextlib.ExitStack,
     ) -> None:
+        self.gates_passed = -1
         self.config = config
         self.reporter = reporter
         self.requests = requests

@@ -124,6 +124,16 @@ def test_a_configuration_with_stages_reads_back_equal(load, tmp_path):
         ([SHORT, LONG], {"run": {"resume": "a/step_1"}}, "run.resume = a/step_1 with stages"),
         ([{**SHORT, "gate": {"heldout_loss": 2.0}}], {}, "gate.heldout_loss = 2 and no evaluation: set"),
         ([{**SHORT, "gate": {"heldout": 2.0}}], {}, "stages.0.gate.heldout = 2.0: there is no such setting"),
+        (
+            [{**SHORT, "trainable": {"lora": {"linears": ["q_proj"], "rank": 2}}}, LONG],
+            {},
+            "stage short trains adapters and stage long has none: give both the same trainable.lora",
+        ),
+        (
+            [SHORT, {**LONG, "attention": {"conversion": "output"}}],
+            {},
+            "stages.1: attention.conversion trains summary_query alone, and every parameter would get no gradient",
+        ),
         ([3], {}, "stages.0 = 3"),
         ([{"name": "x", "steps": "3"}], {}, 'stages.0.steps = "3": input should be a valid integer'),
         ([{"name": "a/b", "steps": 3}], {}, "stages.0.name"),

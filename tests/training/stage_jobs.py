@@ -42,6 +42,10 @@ def runs_with_stages(staged: Path, plain: Path, gated: Path, folder: Path) -> di
         outcomes[f"stopped after {steps}"] = attempt(staged, name, requests=stop_after(steps))
         outcomes[f"continued after {steps}"] = attempt(staged, name)
     outcomes["again"] = attempt(staged, "run.name=whole")
+    strict = gated.with_name("strict.yaml")
+    strict.write_text(gated.read_text().replace("100.0", "0.5"))
+    outcomes["first gate missed"] = attempt(strict, "run.name=strict")
+    outcomes["first gate missed again"] = attempt(strict, "run.name=strict")
     outcomes["gate missed"] = attempt(gated, "run.name=gated")
     outcomes["gate still missed"] = attempt(gated, "run.name=gated")
     return outcomes

@@ -122,6 +122,12 @@ def test_a_gate_ends_the_run_and_keeps_its_checkpoint(folder, outcomes):
     assert evaluated == [1, 4, 5, 8, 8]
 
 
+def test_a_gate_between_stages_is_asked_again_by_another_attempt(folder, outcomes):
+    for name in ("first gate missed", "first gate missed again"):
+        assert "RunError: stage short ends at step 4 with a held-out loss of" in outcomes[name].error
+    assert list(losses(folder / "runs" / "strict")) == [1, 2, 3, 4]
+
+
 @pytest.fixture(scope="module")
 def rolled_back(staged):
     first, _ = run_ranks("tests.training.stage_jobs:rollbacks", 2, staged, cpu_only=True)
