@@ -49,10 +49,10 @@ def parameters_on_meta(paths: list[Path]) -> dict[str, tuple[int, int]]:
             )
             exported = config_of(
                 model,
+                {"kind": "dense"},
                 vocab_size=vocab_size,
                 sequence_length=stage.training.sequence_length,
                 dtype="bfloat16",
-                dash_attention=None,
             )
             theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING[exported["model_type"]].from_dict(exported))
         ours = sum(
