@@ -125,7 +125,7 @@ class WorkerGroup:
                 self._asked_at[rank] = now
                 self._polls[rank] = (now, actor.poll.remote(command if rank == 0 else Command()))
         done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
-        if any(isinstance(self._outcome(run), BaseException) for run in done):
+        if any(isinstance(self._outcome(run), BaseException) for run in done) and self._failed_alone() is None:
             self._raise_failure()
         return messages
 
@@ -152,9 +152,9 @@ class WorkerGroup:
             done, running = ray.wait(running, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
                 raise AttemptFailed(f"{self._described(self._runs.index(running[0]))} did not end with the others")
+            if (alone := self._failed_alone()) is not None:
+                return [alone], []
             outcome = self._outcome(done[0])
-            if isinstance(outcome, RankResult) and isinstance(outcome.refusal, RankError):
-                return [outcome], []
             if isinstance(outcome, BaseException):
                 self._raise_failure()
             else:
@@ -178,6 +178,16 @@ class WorkerGroup:
         remove_placement_group(self._placement)
         wait_until_gone((place.node_id, place.process) for place in self.places)
         self._actors = []
+
+    def _failed_alone(self) -> RankResult | None:
+        """Return the result of a rank that failed alone and for good, whatever became of the others since."""
+        import ray
+
+        done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
+        outcomes = (self._outcome(run) for run in done)
+        return next(
+            (one for one in outcomes if isinstance(one, RankResult) and isinstance(one.refusal, RankError)), None
+        )
 
     def _wait_for_placement(self, num_workers: int, keep_waiting: Callable[[], None]) -> None:
         deadline = time.monotonic() + self._start_seconds

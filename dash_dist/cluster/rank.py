@@ -130,8 +130,10 @@ class RankProcess:
         ended = result_of(
             lambda: train(job.config, reporter=_MessageReporter(self._messages), requests=lambda: self._command)
         )
-        # Not after any other error: the others may be gone, and leaving together would wait for them.
-        dist.destroy_process_group()
+        # Not after any other error: the others may be gone, and leaving together would wait for them. A rank that
+        # failed alone has aborted the group.
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return ended
 
     def poll(self, command: Command) -> list[ProgressMessage]:

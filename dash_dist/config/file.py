@@ -47,6 +47,7 @@ def overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 def _validated(settings: dict[str, Any], overrides: Sequence[str], title: str) -> RunConfig:
     for override in overrides:
         _apply(settings, override)
+        _check_reaches_stages(settings, override)
     try:
         # strict: "4" is not 4, and true is not 1.
         return RunConfig.model_validate(settings, strict=True)
@@ -102,6 +103,19 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         # A copy: with aliases, another section of the file may be the same object.
         place[section] = place = dict(inner)
     place[leaf] = value
+
+
+def _check_reaches_stages(settings: dict[str, Any], override: str) -> None:
+    """Refuse, with ConfigError, an override of a setting that a stage sets, which would stay as it is there."""
+    section, _, key = override.partition("=")[0].partition(".")
+    stages = settings.get("stages")
+    for stage in stages if isinstance(stages, list | tuple) else ():
+        replaced = stage.get(section) if isinstance(stage, dict) else None
+        if isinstance(replaced, dict) and key.partition(".")[0] in replaced:
+            raise ConfigError(
+                f"override {_cut(repr(override))}: stage {stage.get('name')} sets {section}.{key.partition('.')[0]} "
+                "itself: change it in the file"
+            )
 
 
 def _explain(error: ErrorDetails) -> str:

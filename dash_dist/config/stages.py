@@ -16,6 +16,13 @@ from dash_dist.config.section import Section
 Settings = dict[str, Any]
 
 _MODEL = ("rotary_base", "positions")
+_OF_RUN = {
+    "training": ("distributed_timeout_seconds",),
+    "checkpoint": ("keep", "keep_every_hours", "asynchronous"),
+    "faults": ("hang_timeout_seconds",),
+    "parallel": ("distributed_optimizer",),
+}
+"""Settings that hold for a whole run."""
 _DATA = ("tokenizer", "end_of_document", "special_tokens", "cache")
 
 
@@ -78,6 +85,10 @@ class StageSection(Section):
         for section, names, reason in (
             ("model", self.model.keys() - set(_MODEL), f"weights carry over: only {' and '.join(_MODEL)} may change"),
             ("optimizer", self.optimizer.keys() & {"schedule_start"}, "the stage's `schedule` says where it begins"),
+            *(
+                (section, getattr(self, section).keys() & set(names), "it holds for all stages: set it for the run")
+                for section, names in _OF_RUN.items()
+            ),
             ("data", self.data.keys() & set(_DATA), "the model reads the same tokens in every stage: set it in `data`"),
         ):
             if names:

@@ -223,7 +223,8 @@ class DataStream:
                 f"the checkpoint's position in the data is of version {state.get('version', 1)}, and this one reads "
                 f"{_VERSION}: continue with the version of dash-dist that saved it, or start a new run from its weights"
             )
-        anew_for = [key for key in _ORDER if new_stage and state[key] != self._identity[key]]
+        same_tokens = all(state[key] == self._identity[key] for key in _IDENTITY if key not in _ORDER)
+        anew_for = [key for key in _ORDER if new_stage and same_tokens and state[key] != self._identity[key]]
         if anew_for:
             return [
                 f"data.{key} was {state[key]} and is {self._identity[key]}: the documents are read from the beginning"

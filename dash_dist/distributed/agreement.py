@@ -105,10 +105,12 @@ class ControlGroup(Agreement):
                 tell_failure(error)
         try:
             failures = self.gather(failure)
-        except RuntimeError as broken:
-            if cause is None or not _is_defect(cause):
+        except RuntimeError as broken:  # the others have ended in another collective
+            if failure is None or cause is None:
                 raise
-            raise cause from broken  # the others have ended in another collective
+            if _is_defect(cause):
+                raise cause from broken
+            raise error_type(f"{what}: {failure[0]}", retryable=failure[1]) from broken
         _raise_together(what, error_type, [one for one in failures if one is not None], cause)
 
     def on_main(self, what: str, error_type: type[RunError], function: Callable[[], T]) -> T:

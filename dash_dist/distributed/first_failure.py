@@ -91,6 +91,7 @@ class FirstFailure:
         if self._store is not None:
             self._thread.join()
         if error is None or (isinstance(error, RunError) and not isinstance(error, RankError)):
+            self._wait_for_others()
             return
         if self._told and isinstance(error, RankError):  # says more than what was told
             _print(f"error: {error}")
@@ -120,6 +121,17 @@ class FirstFailure:
         with suppress(RuntimeError, OSError):
             while self._store is not None and time.monotonic() < deadline:
                 if self._store.add(self._readers, 0) >= dist.get_world_size() - 1:
+                    return
+                time.sleep(_READING_SECONDS / 50)
+
+    def _wait_for_others(self) -> None:
+        """Let the ranks leave together, as far as that is soon: the store may go with this one."""
+        left, deadline = f"{self._key}/left", time.monotonic() + self._patience
+        with suppress(RuntimeError, OSError):
+            if self._store is not None:
+                self._store.add(left, 1)
+            while self._store is not None and self._rank == 0 and time.monotonic() < deadline:
+                if self._store.add(left, 0) >= dist.get_world_size():
                     return
                 time.sleep(_READING_SECONDS / 50)
 

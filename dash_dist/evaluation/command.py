@@ -19,10 +19,12 @@ from rich.console import Console
 from dash_dist.checkpoints.folders import step_of
 from dash_dist.config.attention import PIECES_PER_RANK
 from dash_dist.config.combination import check_combination
+from dash_dist.config.file import load_config
 from dash_dist.config.run import RunConfig
 from dash_dist.config.section import next_multiple
 from dash_dist.data.tokenizer import load_tokenizer
 from dash_dist.distributed.agreement import ControlGroup
+from dash_dist.distributed.process_group import joined_process_group
 from dash_dist.errors import ConfigError, RunError
 from dash_dist.evaluation.groups import Bench, Group
 from dash_dist.evaluation.loading import (
@@ -54,14 +56,16 @@ def evaluate(run: Path, overrides: Sequence[str], options: Options, console: Con
         RunError: the results cannot be written.
     """
     folder = RunFolder.of(run, step=options.step)
-    config, remark = fitting_layout(load_stage(folder.path / CONFIG, folder.step, overrides), overrides)
-    try:
-        dims = ParallelDims.initialise(config.parallel, timeout=config.training.distributed_timeout)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    timeout = load_config(folder.path / CONFIG).training.distributed_timeout
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(joined_process_group(timeout=timeout))
+        control = ControlGroup(timeout)
+        # The main rank chooses: storage may look different to others, and a run may still be writing.
+        folder = control.on_main("the evaluation cannot start", ConfigError, folder.with_checkpoint)
+        with control.together("the evaluation cannot start", ConfigError):
+            config, remark = fitting_layout(load_stage(folder.path / CONFIG, folder.step, overrides), overrides)
+            dims = ParallelDims.initialise(config.parallel, timeout=timeout)
         cleanup.callback(dims.close)
-        control = ControlGroup(config.training.distributed_timeout)
         note = functools.partial(_print, console) if control.is_main else _say_nothing
         if remark is not None:
             note(remark)

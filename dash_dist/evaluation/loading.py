@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,12 @@ class RunFolder:
 
     @property
     def step(self) -> int:
-        """Step of the checkpoint, as its folder says; 0 where there is none."""
-        found = [self.checkpoint] if self.checkpoint else visible_checkpoints(self.path / "checkpoints")
-        return (step_of(found[-1]) if found else None) or 0
+        """Step of the checkpoint, as its folder says; 0 where none is named."""
+        return (step_of(self.checkpoint) if self.checkpoint else None) or 0
+
+    def with_checkpoint(self) -> RunFolder:
+        """Return the folder with its newest checkpoint named, if none is. Raises CheckpointError."""
+        return replace(self, checkpoint=self.find_checkpoint()[0])
 
     def find_checkpoint(self) -> tuple[Path, float]:
         """Return the checkpoint and when it was saved, in seconds since 1970. Raises CheckpointError."""

@@ -5,7 +5,8 @@ Knows parameters and steps. Does not know the model's function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -30,12 +31,30 @@ from dash_dist.megatron.optimizer_state import save_with_padding, set_updates, s
 from dash_dist.megatron.trainable import LearningRates
 
 
+class _Gradients(DistributedDataParallel):
+    """Megatron-core's gradient buffers, which go when nobody uses them any more.
+
+    Megatron hangs a hook that holds the whole object on every weight, in C++, where Python's garbage collector cannot
+    see the cycle: the model of one stage of a run would stay on the device through the next ones.
+    """
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        this = weakref.ref(self)
+
+        def hook(*unused: Any) -> None:
+            gradients = this()
+            if gradients is not None:
+                DistributedDataParallel._make_backward_post_hook(gradients, param)(*unused)
+
+        return hook
+
+
 def wrap_model(config: TransformerConfig, parallel: ParallelConfig, model: MegatronModule) -> DistributedDataParallel:
     """The model with its gradients in float32 buffers that are summed over DP x CP when a step's backward is done."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.distributed_optimizer
     )
-    return DistributedDataParallel(config, ddp_config, Float16Module(config, model) if config.bf16 else model)
+    return _Gradients(config, ddp_config, Float16Module(config, model) if config.bf16 else model)
 
 
 class _HasParameterGroups(Protocol):

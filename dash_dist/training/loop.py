@@ -65,8 +65,10 @@ class TrainingLoop:
         with self._control.together("the model cannot be built", ConfigError):
             vocab_size = config.model.embedded_tokens(prepared.tokenizer.vocab_size)
             self._engine = build_engine(config, dims, vocab_size, resumed=origin is not None)
+        session.watchdog.beat()
         self._position = RunPosition(self._engine, self._data, self._control, stage)
         changes = Changes() if origin is None else self._position.load(self._checkpoints, origin)
+        session.watchdog.beat()
         self._saver = Saver(
             self._checkpoints,
             self._engine,
@@ -127,8 +129,12 @@ class TrainingLoop:
             describe=self._describe,
             on_failure=lambda reason: self._log.record("metrics_failed", reason, step=self._state.step),
         )
-        cleanup.callback(self._curves.close)
+        cleanup.callback(self._end_curves, self._curves)
         self._log.draw(self._state.step)
+
+    def _end_curves(self, curves: Curves) -> None:
+        curves.close()
+        self._log.curves = None  # the log goes on, without this loop
 
     def _change_of_conversion(self) -> list[str]:
         if self._stage.number == 0:

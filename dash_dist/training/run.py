@@ -14,6 +14,7 @@ from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.messages import ProgressReporter, RunSummary
 from dash_dist.run.requests import Requests, RequestsOfRank, nothing_asked
 from dash_dist.training.console import ConsoleProgress
+from dash_dist.training.faults.memory import free_memory
 from dash_dist.training.faults.permanent import permanent_failures_recorded
 from dash_dist.training.faults.watchdog import Watchdog
 from dash_dist.training.loop import TrainingLoop
@@ -64,6 +65,7 @@ def train(
                 if session.control.is_main:
                     reporter.finish(summary)
                 return summary
+            free_memory()  # of the stage that has ended
             session.go_on()
 
 

@@ -84,7 +84,9 @@ class Session:
 
     def go_on(self) -> None:
         """Continue from the run's newest checkpoint. Raises CheckpointError at every rank."""
+        self.watchdog.beat()
         self.origin = self.checkpoints.resume_from("auto")
+        self.watchdog.beat()
 
     def note(self, text: str) -> None:
         """Show a text at the main rank."""

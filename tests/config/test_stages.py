@@ -110,6 +110,8 @@ def test_a_configuration_with_stages_reads_back_equal(load, tmp_path):
         ([{**SHORT, "model": {"num_layers": 3}}], {}, "stage short sets model.num_layers; weights carry over: only"),
         ([{**SHORT, "data": {"tokenizer": "x"}}], {}, "stage short sets data.tokenizer; the model reads the same"),
         ([{**SHORT, "optimizer": {"schedule_start": 3}}], {}, "the stage's `schedule` says where it begins"),
+        ([{**SHORT, "checkpoint": {"keep": 3}}], {}, "stage short sets checkpoint.keep; it holds for all stages"),
+        ([{**SHORT, "faults": {"hang_timeout_seconds": 9}}], {}, "sets faults.hang_timeout_seconds; it holds for all"),
         ([{**SHORT, "run": {"name": "y"}}], {}, "stages.0.run = .*no such setting; a stage has name, steps"),
         ([SHORT, {**LONG, "training": {"lenght": 3}}], {}, "stages.1.training.lenght = 3: there is no such setting"),
         ([SHORT, {**LONG, "optimizer": {"lr": "x"}}], {}, 'stages.1.optimizer.lr = "x": input should be a'),
@@ -150,3 +152,11 @@ def test_a_number_of_processes_must_suit_every_stage(load):
     config = load(SHORT, {**LONG, "training": {"global_batch_size": 1}})
     with pytest.raises(ValueError, match=r"stage long: .*global_batch_size = 1 is not a multiple"):
         config.check_world_size(4)
+
+
+def test_an_override_that_a_stage_would_hide_is_refused(load, tmp_path):
+    load(SHORT, {**LONG, "optimizer": {"lr": 1e-3}})
+    path = tmp_path / "staged.yaml"
+    assert load_config(path, ["optimizer.weight_decay=0.5"]).stage_list[1].config.optimizer.weight_decay == 0.5
+    with pytest.raises(ConfigError, match=r"'optimizer\.lr=0\.5': stage long sets optimizer\.lr itself"):
+        load_config(path, ["optimizer.lr=0.5"])

@@ -4,6 +4,7 @@ The test process itself does not import this: it would load Megatron-core.
 """
 
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 from dash_dist.engine.protocol import StepResult
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.run.requests import Command, Request, Requests
+from dash_dist.training import loop
 from tests.support.attempts import Outcome, attempt
 
 SHORT = ["training.steps=4"]
@@ -49,6 +51,23 @@ def runs_with_stages(staged: Path, plain: Path, gated: Path, folder: Path) -> di
     outcomes["gate missed"] = attempt(gated, "run.name=gated")
     outcomes["gate still missed"] = attempt(gated, "run.name=gated")
     return outcomes
+
+
+def models_that_stay(staged: Path) -> list[list[bool]]:
+    """Return, at the build of each stage's engine, whether the model of each stage before is still there."""
+    models: list[weakref.ref] = []
+    alive: list[list[bool]] = []
+    real = loop.build_engine
+
+    def build(*arguments, **options):
+        alive.append([model() is not None for model in models])
+        engine = real(*arguments, **options)
+        models.append(weakref.ref(engine.model))
+        return engine
+
+    with mock.patch.object(loop, "build_engine", build):
+        assert attempt(staged, "run.name=memory").error == ""
+    return alive
 
 
 def rollbacks(staged: Path) -> dict[str, Outcome]:

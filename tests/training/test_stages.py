@@ -106,6 +106,10 @@ def test_the_beginning_of_a_stage_is_an_event(folder, outcomes):
     assert not [event for event in EventLog(folder / "runs" / "whole").read() if event.kind == "schedule_changed"]
 
 
+def test_the_model_of_a_stage_is_gone_in_the_next(staged):
+    assert run_ranks("tests.training.stage_jobs:models_that_stay", 2, staged, cpu_only=True) == [[[], [False]]] * 2
+
+
 def test_a_gate_ends_the_run_and_keeps_its_checkpoint(folder, outcomes):
     message = (
         r"RunError: stage long ends at step 8 with a held-out loss of \d\.\d{4}, above its "

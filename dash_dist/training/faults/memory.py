@@ -3,6 +3,7 @@
 Knows the plan's prediction and the allocator's figures; does not know who allocates.
 """
 
+import gc
 import os
 
 import torch
@@ -79,6 +80,13 @@ def plan_memory(config: RunConfig, dims: Dims, vocab_size: int) -> MemoryPlan | 
     memory = torch.cuda.get_device_properties(dims.device).total_memory
     machine = Machine(gpu, dims.world_size, min(node, dims.world_size), memory)
     return MemoryPlan(config, machine, vocab_size=vocab_size)
+
+
+def free_memory() -> None:
+    """Free what nobody refers to any more, and give the allocator's cache back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def allocated_bytes(device: torch.device) -> float:
