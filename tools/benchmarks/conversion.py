@@ -151,7 +151,8 @@ def _train(
             engine.telemetry.record_routing = True
             result = engine.train_step([next(batches)])
             curve.loss.append(round(result.loss, 5))
-            curve.density.append(round(fmean(one.density for one in engine.telemetry.routing_statistics()), 5))
+            routed = [one.density for one in engine.telemetry.routing_statistics()] or [1.0]  # of dense layers
+            curve.density.append(round(fmean(routed), 5))
             if "routing/conversion_loss" in result.curves:
                 curve.local_loss.append(round(result.curves["routing/conversion_loss"], 5))
         curve.seconds = round(time.perf_counter() - began, 1)
