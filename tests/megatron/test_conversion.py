@@ -93,8 +93,9 @@ def test_more_than_the_routing_is_refused(trainable: dict[str, Any], name: str) 
 
 
 def test_deepspeed_and_dense_attention_are_refused() -> None:
-    assert isinstance(small_config(attention=OUTPUT), RunConfig)
+    routing = {"parameters": ({"match": "*.summary_query"},)}
+    config = small_config(attention=OUTPUT, trainable=routing)
     with pytest.raises(ValidationError, match=r"attention\.conversion is given, and attention\.kind dense"):
         small_config(attention={**OUTPUT, "kind": "dense"})
     with pytest.raises(ValidationError, match="engine: deepspeed trains by the loss of the model only"):
-        RunConfig.model_validate({**small_config(attention=OUTPUT).model_dump(), "engine": "deepspeed"})
+        RunConfig.model_validate({**config.model_dump(), "engine": "deepspeed"})
