@@ -337,7 +337,9 @@ def test_a_cache_that_is_a_file_is_an_error(tmp_path):
         build(files(tmp_path / "a.txt", cache=tmp_path / "cache"))
 
 
-def test_prepared_tokens_are_not_made_again(tmp_path, monkeypatch):
+def test_prepared_tokens_are_not_made_again(tmp_path, tmp_path_factory, monkeypatch):
+    # A cache of its own: what another process writes at the same time may replace what is remembered of a file.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     (tmp_path / "a.jsonl").write_bytes(json_lines(*MANY))
     config = files(tmp_path)
     build(config)
