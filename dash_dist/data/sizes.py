@@ -3,7 +3,22 @@
 Knows numbers; does not know documents.
 """
 
+from typing import Any
+
 from dash_dist.config.data import DataConfig, check_separate
+from dash_dist.config.run import RunConfig
+
+
+def sizes_of(config: RunConfig, dp_rank: int, dp_size: int) -> dict[str, Any]:
+    """Return the sizes of a run at one data-parallel rank, as `build_data_stream` and `check_sizes` take them."""
+    return {
+        "sequence_length": config.training.sequence_length,
+        "global_batch_size": config.training.global_batch_size,
+        "dp_rank": dp_rank,
+        "dp_size": dp_size,
+        "micro_batch_size": config.training.micro_batch_size,
+        "chunk_size": config.attention.chunk_size,
+    }
 
 
 def check_sizes(

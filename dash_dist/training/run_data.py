@@ -5,13 +5,12 @@ Knows which settings a corpus depends on; does not know how documents become tok
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dash_dist.config.data import DataConfig
 from dash_dist.config.run import RunConfig, Stage
 from dash_dist.data.corpus import Corpus
 from dash_dist.data.prepare import prepare_together
-from dash_dist.data.sizes import check_sizes
+from dash_dist.data.sizes import check_sizes, sizes_of
 from dash_dist.data.stream import DataStream, build_data_stream
 from dash_dist.data.tokenizer import Tokenizer, load_tokenizer
 from dash_dist.distributed.agreement import ControlGroup
@@ -34,7 +33,7 @@ class StageData:
     def stream(self, config: RunConfig, dims: Dims) -> DataStream:
         """Return this data-parallel rank's stream of a stage. Raises ValueError for sizes that do not fit."""
         return build_data_stream(
-            config.data, tokenizer=self.tokenizer, corpus=self.corpus, **_sizes(config, dims.dp_rank, dims.dp_size)
+            config.data, tokenizer=self.tokenizer, corpus=self.corpus, **sizes_of(config, dims.dp_rank, dims.dp_size)
         )
 
 
@@ -52,7 +51,7 @@ def prepare_data(
             config = stage.config
             config.model.embedded_tokens(tokenizer.vocab_size)
             # Before the documents are prepared, which can take long.
-            check_sizes(config.data, **_sizes(config, 0, config.parallel.data_parallel_size(control.size)))
+            check_sizes(config.data, **sizes_of(config, 0, config.parallel.data_parallel_size(control.size)))
     if data.special_tokens:
         before, after = tokenizer.special_tokens
         note(f"data.special_tokens puts {list(before)} before and {list(after)} after each document")
@@ -75,14 +74,3 @@ def prepare_data(
             heldout = prepare(evaluation.data)
         found.append(StageData(tokenizer, corpus, heldout))
     return found
-
-
-def _sizes(config: RunConfig, dp_rank: int, dp_size: int) -> dict[str, Any]:
-    return {
-        "sequence_length": config.training.sequence_length,
-        "global_batch_size": config.training.global_batch_size,
-        "dp_rank": dp_rank,
-        "dp_size": dp_size,
-        "micro_batch_size": config.training.micro_batch_size,
-        "chunk_size": config.attention.chunk_size,
-    }

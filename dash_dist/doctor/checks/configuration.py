@@ -5,6 +5,7 @@ Knows the configuration, which is valid in itself by then; builds no model.
 
 from dash_dist.config.run import Stage
 from dash_dist.data.prepare import Preparation, read_first_documents
+from dash_dist.data.sizes import sizes_of
 from dash_dist.data.stream import build_data_stream
 from dash_dist.data.tokenizer import Tokenizer, load_tokenizer
 from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, skipped, warning
@@ -66,16 +67,7 @@ def _data(stage: Stage, tokenizer: Tokenizer) -> Finding:
             left = f"{len(missing)} of {len(preparation.shards)} shards have no tokens yet"
             advice = "Run dash-dist data prepare CONFIG before the GPUs wait for it."
             return warning(name, f"{config.data.source}: the documents can be read; {left}", advice)
-        stream = build_data_stream(
-            config.data,
-            tokenizer=tokenizer,
-            sequence_length=config.training.sequence_length,
-            global_batch_size=config.training.global_batch_size,
-            dp_rank=0,
-            dp_size=1,
-            micro_batch_size=config.training.micro_batch_size,
-            chunk_size=config.attention.chunk_size,
-        )
+        stream = build_data_stream(config.data, tokenizer=tokenizer, **sizes_of(config, 0, 1))
         stream.next_step()
     except (OSError, ValueError) as error:
         return failure(name, str(error), "Correct data.* so that every node can read the documents.")
