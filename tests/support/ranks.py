@@ -6,6 +6,7 @@ Knows processes and process groups; does not know their jobs.
 import contextlib
 import functools
 import importlib
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -14,7 +15,7 @@ import random
 import socket
 import time
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -42,13 +43,25 @@ def backend_for(world_size: int) -> str:
     return "nccl" if torch.cuda.device_count() >= world_size else "gloo"
 
 
+@functools.cache
+def _ports() -> Iterator[int]:
+    """Give this worker of pytest-xdist ports that no other worker gives, outside the range of the system's own."""
+    workers, all_ports = 16, range(21000, 32000)
+    own = list(all_ports[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers :: workers])
+    start = random.randrange(len(own))  # another run of the tests begins elsewhere
+    return itertools.cycle(own[start:] + own[:start])
+
+
 def free_port() -> int:
-    """Return a free loopback port, outside the range that the system assigns to connections."""
-    while True:
-        port = random.randrange(21000, 32000)
+    """Return a loopback port that is free now, for a process that must be told one before it listens.
+
+    Another process can take it first: give a listening socket instead where that is possible.
+    """
+    for port in _ports():
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("", port))
             return port
+    raise AssertionError("the ports have no end")
 
 
 def run_ranks(
@@ -69,7 +82,9 @@ def run_ranks(
     Returns:
         The result of each rank.
     """
-    port = free_port()
+    # The store lives here: a port that is free before rank 0 listens may be taken when it does.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world_size > 1 else None
+    port = 0 if store is None else store.port
     context = _context()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
@@ -124,12 +139,9 @@ def _rank(
             backend = backend_for(world_size)
             if backend == "nccl":
                 torch.cuda.set_device(rank)
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=120))
             dist.init_process_group(
-                backend,
-                init_method=f"tcp://127.0.0.1:{port}",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=120),
+                backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
             )
         message: tuple[str | None, Any] = None, getattr(importlib.import_module(module), function)(*arguments)
         if world_size > 1:
