@@ -1,6 +1,6 @@
 """Each layer's kind of attention as the core attention of Megatron-core's SelfAttention.
 
-Knows Megatron's tensor order, tensor parallelism and checkpoint sharding. Does not know how K and V travel:
+Knows the layer's tensor order, tensor parallelism and checkpoint sharding. Does not know how K and V travel:
 that is `dash_dist.context_parallel`.
 """
 
@@ -104,17 +104,15 @@ class DashCoreAttention(MegatronModule):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         *,
-        attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedDocuments | None = None,
     ) -> torch.Tensor:
         """Causal attention within each sequence, or within each document packed into it.
 
         Args:
-            query: [s, b, num_attention_heads / tp, head_dim], s tokens of this rank's shard, after rotary embedding.
-            key, value: [s, b, num_kv_heads / tp, head_dim].
+            query: [b, s, num_attention_heads / tp, head_dim], s tokens of this rank's shard, after rotary embedding.
+            key, value: [b, s, num_kv_heads / tp, head_dim].
             attention_mask, attention_bias: must be None.
-            attn_mask_type: not read, the mask is causal.
             packed_seq_params: the documents packed into the sequence; None for sequences of one document.
 
         Returns:
@@ -129,12 +127,11 @@ class DashCoreAttention(MegatronModule):
         if packed_seq_params is not None and not isinstance(packed_seq_params, PackedDocuments):
             raise ValueError(f"packed_seq_params is {type(packed_seq_params).__name__}: pass PackedDocuments or None")
         chunks = None if packed_seq_params is None else packed_seq_params.chunks
-        q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))  # [b, s, heads, dim]
         if self.conversion is None:
-            output = self.attention(q, k, v, chunks=chunks)
+            output = self.attention(query, key, value, chunks=chunks)
         else:
-            output = self.conversion(q, k, v, chunks, training=self.training)
-        return output.transpose(0, 1).flatten(start_dim=2).contiguous()
+            output = self.conversion(query, key, value, chunks, training=self.training)
+        return output.flatten(start_dim=2).transpose(0, 1).contiguous()  # a view for one sequence
 
     def sharded_state_dict(
         self,

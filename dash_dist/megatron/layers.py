@@ -1,11 +1,10 @@
 """Layers of every family, as specifications of Megatron-core, and the modules that it lacks.
 
-Knows norms and rotary angles of a layer; does not know the kinds of attention, nor the model around the layers.
+Knows the parts of a layer and its norms; does not know the kinds of attention, nor the model around the layers.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,6 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -30,6 +28,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.megatron.core_attention import DashCoreAttention
+from dash_dist.megatron.self_attention import RotarySelfAttention
 
 
 def layer_spec(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
@@ -44,10 +43,10 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
     if model.qk_norm_over_heads:
         for name, heads in {"q": model.num_attention_heads, "k": model.num_kv_heads}.items():
             setattr(of_attention.submodules, f"{name}_layernorm", ModuleSpec(AllHeadsNorm, params={"heads": heads}))
+    of_attention.module = RotarySelfAttention
     if model.windows_unscaled:
         kinds = attention.kinds(model.num_layers)
         unscaled = frozenset(layer for layer, kind in enumerate(kinds) if kind == "window")
-        of_attention.module = TwoPositionsSelfAttention
         of_attention.params = {**of_attention.params, "unscaled": unscaled}
     return layer
 
@@ -92,7 +91,7 @@ class AllHeadsNorm(MegatronModule):
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Norm of this rank's heads x [s, b, heads / tp, head_dim], over the heads of all ranks. A collective."""
+        """Norm of this rank's heads x [b, s, heads / tp, head_dim], over the heads of all ranks. A collective."""
         wide = x.float()
         squares = wide.square().sum((-2, -1), keepdim=True)
         # Every rank's output depends on every rank's squares: summed forward, and so are their gradients.
@@ -115,27 +114,3 @@ class AllHeadsNorm(MegatronModule):
             tp_group=get_tensor_model_parallel_group(),
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
-
-
-class TwoPositionsSelfAttention(SelfAttention):
-    """Self-attention that is given scaled and unscaled angles side by side, [T / cp, 1, 1, 2 head_dim], and takes one.
-
-    Args:
-        unscaled: layers, from 0 in the whole model, that take the unscaled ones and have no attention factor.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, *args: Any, layer_number: int, unscaled: frozenset[int], **kwargs: Any
-    ) -> None:
-        super().__init__(config, *args, layer_number=layer_number, **kwargs)
-        self._is_unscaled = layer_number - 1 in unscaled
-        if self._is_unscaled and hasattr(config, "yarn_rotary_scaling_factor"):
-            self.config = copy.copy(config)
-            del self.config.yarn_rotary_scaling_factor
-
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        if rotary_pos_emb is not None:
-            rotary_pos_emb = rotary_pos_emb.chunk(2, dim=-1)[int(self._is_unscaled)]
-        return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)

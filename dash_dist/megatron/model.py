@@ -26,7 +26,7 @@ from dash_dist.megatron.layers import layer_spec
 from dash_dist.megatron.likeliest import likeliest_tokens
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
-from dash_dist.megatron.rotary import ShardRotaryEmbedding, scale_rotated
+from dash_dist.megatron.rotary import ShardRotaryEmbedding
 from dash_dist.megatron.weights import FullParameters, initialise_weights, read_weights
 
 
@@ -131,7 +131,7 @@ def transformer_config(
     without_positions: list[int] | None = None
     if model.layers_without_positions:
         without_positions = [int(layer in model.layers_without_positions) for layer in range(model.num_layers)]
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -163,8 +163,6 @@ def transformer_config(
         cuda_graph_scope=[],
         **recompute,
     )
-    scale_rotated(config, model.positions.resolved_attention_factor)
-    return config
 
 
 def build_model(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dash_dist.config.positions import PositionsConfig
 from dash_dist.context_parallel import shard_positions
@@ -23,13 +22,13 @@ class ShardRotaryEmbedding(RotaryEmbedding):
     at the positions within each.
 
     Angles are computed in float64 and reduced to one turn before they are rounded to float32: at a million tokens the
-    float32 product of position and frequency is off by up to 0.03 radians.
+    float32 product of position and frequency is off by up to 0.03 radians. All layers share their cosines and sines.
 
     Args:
         head_dim: channels of one head, all of them rotated.
         rotary_base: the slowest pair of channels turns once in 2 pi x rotary_base ** (1 - 2 / head_dim) tokens.
-        positions: scaling of the frequencies. Its attention factor is `scale_rotated`'s to apply.
-        with_unscaled: give the angles of default positions as well, after the others.
+        positions: scaling of the frequencies, and the factor of rotated queries and keys.
+        with_unscaled: give the angles of default positions as well, as a second kind.
         sequence_length: tokens of a whole sequence of the run.
         layout: as for `shard_positions`.
         cp_rank, cp_size: this rank's place in the context-parallel group.
@@ -60,6 +59,9 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         self.layout = layout
         self.cp_rank = cp_rank
         self.cp_size = cp_size
+        # A factor on cosines and sines is one on what they rotate.
+        factors = [one.resolved_attention_factor for one in scalings]
+        self._factors = torch.tensor(factors, dtype=torch.float64, device=device)[:, None, None]
         self._angles: tuple[int, torch.Tensor] | None = None
 
     def get_rotary_seq_len(
@@ -76,14 +78,14 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         return super().get_rotary_seq_len(inference_context, transformer, transformer_input, transformer_config)
 
     def forward(self, sequence: int | torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        """Angles of this rank's tokens, in shard order.
+        """Cosines and sines of the angles of this rank's tokens, in shard order.
 
         Args:
             sequence: tokens of the whole sequence (T), or the position of each of this rank's tokens, [T / cp].
                 GPTModel passes more, about packed sequences, not read here.
 
         Returns:
-            [T / cp, 1, 1, head_dim] float32, radians in [0, 2 pi); twice as wide with the unscaled ones
+            [2, 1, T / cp, head_dim / 2] float32: cosines, then sines; [2, 2, ...] with the unscaled ones
         """
         if isinstance(sequence, torch.Tensor):
             return self._angles_at(sequence)
@@ -93,20 +95,6 @@ class ShardRotaryEmbedding(RotaryEmbedding):
         return self._angles[1]
 
     def _angles_at(self, positions: torch.Tensor) -> torch.Tensor:
-        angles = positions.to(self.inv_freq)[:, None, None] * self.inv_freq  # [T / cp, 1 or 2, head_dim / 2]
+        angles = positions.to(self.inv_freq)[:, None] * self.inv_freq[:, None]  # [1 or 2, T / cp, head_dim / 2]
         angles = angles.remainder_(2 * math.pi).float()
-        return torch.cat((angles, angles), dim=-1).flatten(1)[:, None, None, :]
-
-
-def scale_rotated(config: TransformerConfig, factor: float) -> None:
-    """Have Megatron-core multiply cos and sin by `factor`, and so rotated queries and keys; layers that are not rotated
-    keep theirs.
-
-    Its attention takes the factor from the settings of YaRN whatever the type of the positions, by the formula
-    (0.1 m log(s) + 1) / (0.1 m' log(s) + 1), here with log(s) = 10, m = factor - 1 and m' = 0.
-    """
-    if factor == 1.0:
-        return
-    config.yarn_rotary_scaling_factor = math.exp(10.0)
-    config.yarn_mscale = factor - 1.0
-    config.yarn_mscale_all_dim = 0.0
+        return torch.stack([(angles.cos() * self._factors).float(), (angles.sin() * self._factors).float()])

@@ -36,6 +36,7 @@ OF_EVERY_CALL = OF_A_WHOLE_PART | {
     "query_gradient_kernel": 4,
     "query_bits_kernel": 2,
     "key_gradient_kernel": 2,
+    "turn_kernel": 3,
 }
 
 

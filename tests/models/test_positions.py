@@ -1,4 +1,4 @@
-"""Limits of `model.positions`, and the factor that Megatron-core applies."""
+"""Limits of `model.positions`, and the factor of rotated queries and keys."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from dash_dist.config.combination import check_combination
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.positions import PositionsConfig
+from dash_dist.megatron.rotary import ShardRotaryEmbedding
 from tests.support.models import MODEL
-from tests.support.ranks import run_ranks
 
 
 def test_a_sequence_beyond_the_positions_is_refused() -> None:
@@ -32,22 +32,20 @@ def test_parameters_are_those_of_the_type(settings: dict[str, object], message: 
         ModelConfig.model_validate(MODEL.model_dump() | {"positions": settings})
 
 
-def factors(wanted: list[float]) -> list[float]:
-    """Factors that Megatron-core's attention reads for `wanted`."""
-    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
-
-    from dash_dist.megatron.model import transformer_config
-
-    found = []
-    for factor in wanted:
-        positions = PositionsConfig(type="yarn", factor=4.0, original_max_positions=64, attention_factor=factor)
-        model = MODEL.model_copy(update={"positions": positions})
-        config = transformer_config(model, ParallelConfig(), dtype=torch.float32, device=torch.device("cpu"))
-        found.append(yarn._yarn_get_concentration_factor_from_config(config))
-    return found
-
-
-def test_megatron_applies_the_attention_factor() -> None:
-    wanted = [0.7, 1.0, 1.1386294361119891, 1.208]
-    (found,) = run_ranks("tests.models.test_positions:factors", 1, wanted, cpu_only=True)
-    assert found == pytest.approx(wanted, rel=1e-15)
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.1386294361119891])
+def test_cosines_and_sines_bear_the_attention_factor(factor: float) -> None:
+    positions = PositionsConfig(type="yarn", factor=4.0, original_max_positions=64, attention_factor=factor)
+    embedding = ShardRotaryEmbedding(
+        16,
+        rotary_base=1e4,
+        positions=positions,
+        with_unscaled=True,
+        sequence_length=128,
+        layout="zigzag",
+        cp_rank=0,
+        cp_size=1,
+        device=torch.device("cpu"),
+    )
+    scaled, unscaled = embedding(128).square().sum(0)  # cosines and sines
+    torch.testing.assert_close(scaled, torch.full_like(scaled, factor**2))
+    torch.testing.assert_close(unscaled, torch.ones_like(unscaled))
