@@ -25,6 +25,9 @@ class ParallelConfig(Section):
         default="none",
         description="full: keep only the input of each layer and recompute the rest in the backward pass",
     )
+    fused_kernels: bool = Field(
+        default=True, description="Liger's kernels for norms, SwiGLU and the loss on GPUs; false: PyTorch's operations"
+    )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of ranks that read different sequences.

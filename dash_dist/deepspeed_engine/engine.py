@@ -22,7 +22,7 @@ from dash_dist.deepspeed_engine.checkpoint import ZeroSave, load_checkpoint, sta
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.engine.batch import MicroBatch
 from dash_dist.engine.protocol import BucketLoss, StepResult
-from dash_dist.megatron.loss import bucket_losses, summed_loss
+from dash_dist.megatron.loss import bucket_losses
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch
 from dash_dist.megatron.trained_model import TrainedModel, describe_new_state
@@ -122,15 +122,15 @@ class DeepSpeedEngine:
         total = torch.zeros(1, dtype=torch.float64, device=self.dims.device)
         for number, shard in enumerate(shards, start=1):
             with self.telemetry.timer.span("forward"):
-                token_losses = self._zero.forward(
+                loss = self._zero.forward(
                     shard.tokens,
                     None,
                     None,
                     labels=shard.labels,
+                    loss_mask=shard.loss_mask,
                     packed_seq_params=shard.documents,
                     last=number == len(shards),
                 )
-                loss = summed_loss(shard.loss_mask, token_losses)
             total += loss.detach()
             with self.telemetry.timer.span("backward"):
                 self._zero.backward(loss, weight=1.0 / tokens)

@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -28,16 +27,27 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.megatron.core_attention import DashCoreAttention
+from dash_dist.megatron.fused import SwiGLU, norm_module
 from dash_dist.megatron.self_attention import RotarySelfAttention
 
 
-def layer_spec(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
-    """Return the specification of every layer of the model; the kind of attention follows from its number."""
+def layer_spec(model: ModelConfig, attention: AttentionConfig, *, fused: bool) -> ModuleSpec:
+    """Return the specification of every layer of the model; the kind of attention follows from its number.
+
+    Args:
+        fused: take the kernels of `dash_dist.megatron.fused`.
+    """
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
+    norm = norm_module(fused)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    layer.submodules.mlp.submodules.activation_func = ModuleSpec(SwiGLU, params={"fused": fused})
     of_attention = layer.submodules.self_attention
     of_attention.submodules.core_attention = functools.partial(DashCoreAttention, attention=attention)
+    if model.qk_norm:
+        of_attention.submodules.q_layernorm = of_attention.submodules.k_layernorm = norm
     if model.norms_after:
         layer.module = PostNormLayer
+        layer.params = {**layer.params, "norm": norm}
         layer.submodules.input_layernorm = IdentityOp
         layer.submodules.pre_mlp_layernorm = IdentityOp
     if model.qk_norm_over_heads:
@@ -52,12 +62,16 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
 
 
 class PostNormLayer(TransformerLayer):
-    """A layer whose norms follow attention and MLP, before the residual is added, as in OLMo 2."""
+    """A layer whose norms follow attention and MLP, before the residual is added, as in OLMo 2.
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    Args:
+        norm: makes a norm.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, norm: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.post_attention_layernorm, self.post_mlp_layernorm = (
-            WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2)
+            norm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2)
         )
         self.self_attn_bda = functools.partial(_normed_and_added, self.post_attention_layernorm)
         self.mlp_bda = functools.partial(_normed_and_added, self.post_mlp_layernorm)

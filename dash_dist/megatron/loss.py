@@ -18,7 +18,14 @@ from dash_dist.megatron.shard_batch import ShardBatch
 def loss_of_batch(shards: Iterator[ShardBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """The forward step of Megatron-core's schedules: the next batch's output, and what makes its loss of that."""
     shard = next(shards)
-    output = model(shard.tokens, None, None, labels=shard.labels, packed_seq_params=shard.documents)
+    output = model(
+        shard.tokens,
+        None,
+        None,
+        labels=shard.labels,
+        loss_mask=shard.loss_mask,
+        packed_seq_params=shard.documents,
+    )
     return output, functools.partial(_summed_loss, shard.loss_mask)
 
 
@@ -54,10 +61,7 @@ def summed_loss(loss_mask: torch.Tensor, token_losses: torch.Tensor) -> torch.Te
     return torch.where(loss_mask, token_losses, 0.0).sum()
 
 
-def _summed_loss(
-    loss_mask: torch.Tensor, token_losses: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss = summed_loss(loss_mask, token_losses)
+def _summed_loss(loss_mask: torch.Tensor, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return loss, loss_mask.sum(dtype=torch.int32), loss.detach()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
@@ -22,8 +22,10 @@ from dash_dist.config.parallel import ParallelConfig
 from dash_dist.context_parallel import DashAttention, WindowAttention
 from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.core_attention import DashCoreAttention
+from dash_dist.megatron.fused import fused_summed_loss, fused_token_losses, norm_module
 from dash_dist.megatron.layers import layer_spec
 from dash_dist.megatron.likeliest import likeliest_tokens
+from dash_dist.megatron.loss import summed_loss
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.rotary import ShardRotaryEmbedding
@@ -36,15 +38,18 @@ class DashGPTModel(GPTModel):
     Without labels and with a `loss_mask` [b, s], the last stage returns the likeliest next token at the positions that
     it marks, and 0 elsewhere, [b, s] int64.
 
-    With labels, the last stage returns the cross entropy of every token, [b, s] float32, without ever holding the
-    logits of the whole shard: where they would be more than `LOGITS_PER_PIECE`, output layer and loss are computed in
-    pieces along the sequence, and computed again in the backward pass.
+    With labels, the last stage returns the cross entropy of every token, [b, s] float32; with a `loss_mask` as well,
+    the sum where it is True. It never holds the logits of the whole shard: where they would be more than
+    `LOGITS_PER_PIECE`, output layer and loss are computed in pieces along the sequence, and again in the backward pass.
+    The fused loss computes the gradients of a piece at once instead.
 
     The output layer has more rows than there are tokens. Their logits are -inf, in the loss and without labels.
     """
 
     vocab_size_without_padding: int
     """Tokens of the tokenizer; set by `build_model`."""
+    fused: bool
+    """Take the kernels of `dash_dist.megatron.fused`; set by `build_model`."""
 
     def attentions(self) -> Iterator[tuple[int, DashAttention | WindowAttention]]:
         """This stage's, each with its layer, which counts from 0 at the first layer of the model."""
@@ -72,10 +77,27 @@ class DashGPTModel(GPTModel):
         if not self.post_process or labels is None:
             output = super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
             return self._without_padding(output) if self.post_process else output
+        if loss_mask is None:
+            return self._token_losses(hidden_states, labels)
+        if self._takes_fused_loss(hidden_states):
+            rows = self._output_weight()[: self.vocab_size_without_padding]
+            return fused_summed_loss(hidden_states, rows, labels, loss_mask)
+        return summed_loss(loss_mask, self._token_losses(hidden_states, labels))
+
+    def _takes_fused_loss(self, hidden_states: torch.Tensor) -> bool:
+        """Tell whether the output layer is a plain matrix that this rank holds whole, and gradients pass through it."""
+        whole = self.tp_group.size() == 1 and type(self.output_layer) is ColumnParallelLinear
+        # ZeRO-3 gathers a weight for a module's forward pass only.
+        gathered = not hasattr(self._output_weight(), "ds_id")
+        return self.fused and whole and gathered and hidden_states.requires_grad
+
+    def _token_losses(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         weight = self._output_weight()
 
         def token_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             logits, _ = self.output_layer(hidden, weight=weight)  # [piece, b, vocab / tp]
+            if self.fused:
+                return fused_token_losses(self._without_padding(logits), targets, self.tp_group)
             return self.compute_language_model_loss(targets, self._without_padding(logits))  # [b, piece]
 
         tokens, batch, _ = hidden_states.shape
@@ -142,6 +164,7 @@ def transformer_config(
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # that is, the specification's
         add_bias_linear=False,
         add_qkv_bias=model.attention_bias,
         # True has Megatron-core sum their gradients over tensor parallelism, which norms over all heads are cut over.
@@ -175,6 +198,7 @@ def build_model(
     sequence_length: int,
     seed: int,
     source: FullParameters | None = None,
+    fused: bool = False,
 ) -> DashGPTModel:
     """This rank's pipeline stage, initialised, on its device.
 
@@ -184,6 +208,7 @@ def build_model(
         sequence_length: tokens of a whole sequence.
         seed: of the initial weights, which depend on nothing else.
         source: of the initial weights; None draws them.
+        fused: take the kernels of `dash_dist.megatron.fused`, which need a GPU.
 
     Raises:
         OSError, ValueError: the source cannot give a weight.
@@ -191,7 +216,8 @@ def build_model(
     layers = model.num_layers // dims.pp_size
     # The norm after the last layer is named here: Megatron's default is Apex's, where it is installed, which
     # has no RMSNorm.
-    block = TransformerBlockSubmodules(layer_specs=[layer_spec(model, attention)] * layers, layer_norm=WrappedTorchNorm)
+    layer = layer_spec(model, attention, fused=fused)
+    block = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm_module(fused))
     stage = DashGPTModel(
         config,
         block,
@@ -204,6 +230,7 @@ def build_model(
         rotary_base=model.rotary_base,
     )
     stage.vocab_size_without_padding = vocab_size
+    stage.fused = fused
     stage.rotary_pos_emb = rotary_embedding(model, attention, dims, sequence_length=sequence_length)
     stage = stage.to(dims.device)
     if source is None:

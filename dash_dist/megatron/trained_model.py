@@ -279,6 +279,7 @@ class TrainedModel:
             "vocab_size": self._vocab_size,
             "sequence_length": self.sequence_length,
             "seed": seed,
+            "fused": self._parallel.fused_kernels and self.dims.device.type == "cuda",
         }
         model, dims = self._model_config, self.dims
         if model.weights is None:

@@ -1,6 +1,7 @@
 """Rotary positions, and queries, keys and values taken out of one projection, each in one pass over memory.
 
-Knows heads, angles and Megatron-core's order of a projection; does not know attention. Triton on GPUs, PyTorch elsewhere.
+Knows heads, angles and Megatron-core's order of a projection; does not know attention. Takes Triton on GPUs, and
+PyTorch elsewhere.
 """
 
 from __future__ import annotations

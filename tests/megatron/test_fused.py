@@ -1,0 +1,42 @@
+"""The step in fused kernels against the step in PyTorch: loss and all gradients."""
+
+import dataclasses
+
+import pytest
+
+from tests.megatron.test_layouts import assert_same, joined
+from tests.support.models import Case, Measured
+from tests.support.ranks import run_ranks
+
+ALONE = {
+    "batch of two": Case(micro_batch_size=2),
+    "tied": Case(micro_batch_size=4, tie_embeddings=True),
+    "olmo": Case(micro_batch_size=2, family="olmo2"),
+    "recompute": Case(micro_batch_size=4, recompute="full"),
+}
+ON_TWO = {
+    "tp, in pieces": Case(micro_batch_size=4, tensor=2, logits_per_piece=2 * 16 * 24),
+    "cp": Case(micro_batch_size=4, context=2, tie_embeddings=True),
+    "pp, packed": Case(pipeline=2, packed=True),
+}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, list[tuple[Measured, Measured]]]:
+    """Case -> of each rank, the step in PyTorch and in kernels."""
+    by_case = {}
+    for cases, ranks in ((ALONE, 1), (ON_TWO, 2)):
+        found = run_ranks("tests.megatron.fused_jobs:measure_both", ranks, cases, cpu_only=True)
+        by_case |= {name: [of_rank[name] for of_rank in found] for name in cases}
+    return by_case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ALONE, *ON_TWO])
+def test_kernels_give_the_step_of_pytorch(name: str, measured: dict[str, list[tuple[Measured, Measured]]]) -> None:
+    plain, fused = ([pair[i] for pair in measured[name]] for i in (0, 1))
+    for before, after in zip(plain, fused, strict=True):
+        assert after.losses == pytest.approx(before.losses, rel=1e-6)
+        assert after.tokens == before.tokens
+        assert dataclasses.astuple(after)[0] == dataclasses.astuple(before)[0]
+    assert_same(joined(fused, "gradients"), joined(plain, "gradients"), 1e-5)
