@@ -1,0 +1,1 @@
+"""Whole training steps, by setting and beside transformers."""

@@ -1,0 +1,125 @@
+"""Seconds of whole training steps at long sequences, by setting, beside transformers with Liger and cuDNN.
+
+    python -m tools.benchmarks.step --out docs/results/step_h200.json        # cases for as many GPUs as there are
+
+Every case is a run of its own, `dash-dist train` on random weights. Knows runs and results; does not know settings.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from dash_dist.planning.measurements import measure_run
+from tools.benchmarks.common.environment import ROOT, describe_environment
+from tools.benchmarks.step.cases import CASES, SHAPES, Case, settings, write
+from tools.benchmarks.step.table import as_markdown
+
+_PROGRAM = "tools.benchmarks.step"
+_PEER = "transformers, Liger, cuDNN"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Results as JSON, with a table beside it as .md.")],
+    tokens: Annotated[int, typer.Option(help="Sequence length of cases without their own.")] = 131_072,
+    only: Annotated[list[str] | None, typer.Option(help="Name of a case; may be repeated. The peer is 'peer'.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time limit of a case.")] = 180.0,
+    shape: Annotated[str | None, typer.Option(help="Shape for all cases, such as tiny on a CPU.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Name of this tree; default: git's HEAD.")] = None,
+) -> None:
+    """Run the cases one after another; results are written after each."""
+    names = [case.name for case in CASES]
+    if unknown := sorted(set(only or ()) - {*names, "peer"}):
+        raise typer.BadParameter(f"no case is named {', '.join(unknown)}: there are peer, {', '.join(names)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = max(torch.cuda.device_count(), 1)
+    record = describe_environment(_PROGRAM, sys.argv[1:], commit=commit, device=device) | {"rows": [], "failed": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for case in CASES:
+            if case.gpus != gpus or (only and case.name not in only):
+                continue
+            _record(record, case.name, lambda case=case: _run(case, tokens, Path(folder), seconds, shape))
+            _write(record, out)
+        if device == "cuda" and gpus == 1 and (not only or "peer" in only):
+            _record(record, _PEER, lambda: _peer(shape or "1b", tokens, seconds))
+            _write(record, out)
+
+
+def _record(record: dict[str, Any], name: str, measure: Any) -> None:
+    try:
+        record["rows"].append(measure())
+        print(json.dumps(record["rows"][-1]), flush=True)
+    except (subprocess.SubprocessError, RuntimeError) as error:
+        record["failed"][name] = str(error)
+        print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+
+
+def _run(case: Case, tokens: int, folder: Path, seconds: float, shape: str | None) -> dict[str, Any]:
+    case = Case(case.name, shape or case.shape, case.gpus, case.tokens, case.changes)
+    config = write(case, tokens, folder)
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.gpus}"]
+    _call([*command, "-m", "dash_dist.cli", "train", str(config)], seconds)
+    measured = measure_run(folder / "runs" / config.stem)
+    found = settings(case, tokens, folder)
+    length = found["training"]["sequence_length"]
+    return _row(
+        case.name, case.shape, case.gpus, length, measured.step_seconds, measured.allocated_gib, measured.density,
+        layers_again=found["parallel"]["recompute"] == "full",
+    )  # fmt: skip
+
+
+def _peer(shape: str, tokens: int, seconds: float) -> dict[str, Any]:
+    found = json.loads(_call(["-m", f"{_PROGRAM}.peer", shape, str(tokens)], seconds).splitlines()[-1])
+    row = _row(_PEER, shape, 1, tokens, found["step_seconds"], found["allocated_gib"], None, layers_again=True)
+    return row | {"is_peer": True}
+
+
+def _row(
+    name: str,
+    shape: str,
+    gpus: int,
+    tokens: int,
+    step_seconds: float,
+    allocated_gib: float | None,
+    density: float | None,
+    *,
+    layers_again: bool,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "shape": shape,
+        "gpus": gpus,
+        "tokens": tokens,
+        "density": density,
+        "step_seconds": step_seconds,
+        "tokens_per_second": tokens / gpus / step_seconds,
+        "allocated_gib": allocated_gib,
+        "floor_seconds": SHAPES[shape].floor_seconds(tokens // gpus, layers_again=layers_again),
+        "is_peer": False,
+    }
+
+
+def _call(arguments: list[str], seconds: float) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"exit status {done.returncode}: {done.stderr[-1500:] or done.stdout[-1500:]}")
+    return done.stdout
+
+
+def _write(record: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.with_suffix(".md").write_text(as_markdown(record))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,119 @@
+"""Runs of the step benchmark: shapes of models, and the settings that differ between runs of one shape.
+
+Knows configurations; does not know how runs are started or measured.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+VOCABULARY = 128_256
+STEPS = 8
+"""Steps of a run; the first ones compile kernels and are not counted."""
+MATRIX_FLOPS = 700e12
+"""Sustained rate of matrix products on Hopper, from which a step's floor is computed."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model with one embedding for input and output."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def weights_of_layers(self) -> int:
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.ffn)
+
+    def floor_seconds(self, tokens: int, *, layers_again: bool) -> float:
+        """Seconds of all matrix products of a step without attention's, at `MATRIX_FLOPS`, on one GPU.
+
+        Args:
+            layers_again: the layers' forward pass is computed a second time.
+        """
+        passes = 4 if layers_again else 3
+        return 2.0 * tokens * (passes * self.weights_of_layers + 3 * VOCABULARY * self.hidden) / MATRIX_FLOPS
+
+
+SHAPES = {
+    "1b": Shape(layers=16, hidden=2048, ffn=8192, heads=32, kv_heads=8, head_dim=64),
+    "8b": Shape(layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128),
+    # Of tests of the benchmark.
+    "tiny": Shape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a shape.
+
+    Attributes:
+        changes: sections and keys that differ from `settings`.
+        tokens: None for the benchmark's.
+    """
+
+    name: str
+    shape: str = "1b"
+    gpus: int = 1
+    tokens: int | None = None
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+CASES = (
+    Case("pytorch", changes={"parallel": {"fused_kernels": False}}),
+    Case("fused"),
+    Case("fused, selective", changes={"parallel": {"recompute": "selective"}}),
+    Case(
+        "fused, selective, denser", changes={"parallel": {"recompute": "selective"}, "attention": {"routing_scale": 8}}
+    ),
+    Case("dense", changes={"attention": {"kind": "dense"}}),
+    Case("8b", shape="8b", gpus=2, changes={"parallel": {"context": 2}}),
+    Case("1b, a million", gpus=2, tokens=2**20, changes={"parallel": {"context": 2}}),
+)
+
+
+def settings(case: Case, tokens: int, folder: Path) -> dict[str, Any]:
+    """A run's configuration: random weights, text of Python's library as bytes, the whole vocabulary."""
+    shape = SHAPES[case.shape]
+    run: dict[str, dict[str, Any]] = {
+        "run": {"name": case.name.replace(", ", "_").replace(" ", "_"), "directory": str(folder / "runs")},
+        "model": {
+            "num_layers": shape.layers,
+            "hidden_size": shape.hidden,
+            "ffn_hidden_size": shape.ffn,
+            "num_attention_heads": shape.heads,
+            "num_kv_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "vocab_size": VOCABULARY,
+            "tie_embeddings": True,
+        },
+        "attention": {"routing_scale": 32},  # at 1 an untrained model selects every chunk
+        "parallel": {"recompute": "full", "context": 1},
+        "data": {"source": "stdlib", "tokenizer": "bytes", "cache": str(folder / "tokens")},
+        "optimizer": {"lr": 1e-5},
+        "training": {"steps": STEPS, "sequence_length": case.tokens or tokens},
+        "checkpoint": {"interval": 10_000},
+        "logging": {"interval": 1, "routing_interval": 10_000},
+    }
+    merged = copy.deepcopy(run)
+    for section, values in case.changes.items():
+        merged[section] |= values
+    return merged
+
+
+def write(case: Case, tokens: int, folder: Path) -> Path:
+    """Write a case's configuration into `folder`; returns the file."""
+    content = settings(case, tokens, folder)
+    path = folder / f"{content['run']['name']}.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
