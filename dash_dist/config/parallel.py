@@ -25,6 +25,10 @@ class ParallelConfig(Section):
         default="none",
         description="full: keep only the input of each layer and recompute the rest in the backward pass",
     )
+    overlap_gradients: bool = Field(
+        default=False,
+        description="sum the gradients of a layer over the ranks while those of the layers before it are computed",
+    )
     fused_kernels: bool = Field(
         default=True, description="Liger's kernels for norms, SwiGLU and the loss on GPUs; false: PyTorch's operations"
     )

@@ -50,11 +50,17 @@ class _Gradients(DistributedDataParallel):
 
 
 def wrap_model(config: TransformerConfig, parallel: ParallelConfig, model: MegatronModule) -> DistributedDataParallel:
-    """The model with its gradients in float32 buffers that are summed over DP x CP when a step's backward is done."""
+    """The model with its gradients in float32 buffers that are summed over DP x CP: when a step's backward pass is
+    done, or with `parallel.overlap_gradients` bucket by bucket in the pass of the last micro-batch."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_gradients,
     )
-    return _Gradients(config, ddp_config, Float16Module(config, model) if config.bf16 else model)
+    wrapped = _Gradients(config, ddp_config, Float16Module(config, model) if config.bf16 else model)
+    if parallel.overlap_gradients:
+        config.no_sync_func = wrapped.no_sync
+    return wrapped
 
 
 class _HasParameterGroups(Protocol):

@@ -4,6 +4,7 @@ The test process itself does not import this: it would load Megatron-core.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import FAMILIES, ModelConfig
@@ -22,6 +24,7 @@ from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.trainable import TrainableSection
 from dash_dist.context_parallel import DashAttention, shard_positions
 from dash_dist.megatron import model as model_module
+from dash_dist.megatron import optimizer as optimizer_module
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.weights import global_name
@@ -70,9 +73,13 @@ def engine_of(
         pipeline=case.pipeline,
         distributed_optimizer=case.distributed_optimizer,
         recompute=case.recompute,
+        overlap_gradients=case.overlap_gradients,
     )
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     logits_per_piece = model_module.LOGITS_PER_PIECE
+    of_buckets = DistributedDataParallelConfig
+    if case.overlap_gradients:
+        optimizer_module.DistributedDataParallelConfig = functools.partial(of_buckets, bucket_size=2000)
     model_module.LOGITS_PER_PIECE = case.logits_per_piece or logits_per_piece
     try:
         yield MegatronEngine(
@@ -102,6 +109,7 @@ def engine_of(
         )
     finally:
         model_module.LOGITS_PER_PIECE = logits_per_piece
+        optimizer_module.DistributedDataParallelConfig = of_buckets
         dims.close()
 
 

@@ -39,6 +39,7 @@ ON_TWO = {
     "pp 2": Case(pipeline=2),
     "pp 2, tied": Case(pipeline=2, tie_embeddings=True),
     "dp 2": Case(),
+    "dp 2, overlap": Case(overlap_gradients=True),
     "packed, tp 2, recompute": Case(packed=True, tensor=2, recompute="full"),
     "packed, pp 2": Case(packed=True, pipeline=2),
     "packed, pp 2, recompute": Case(packed=True, pipeline=2, recompute="full"),
@@ -49,6 +50,8 @@ ON_TWO = {
 ON_FOUR = {
     "tp 2, cp 2": Case(tensor=2, context=2, micro_batch_size=2),
     "cp 2, pp 2": Case(context=2, pipeline=2),
+    "cp 2, dp 2, overlap": Case(context=2, overlap_gradients=True),
+    "pp 2, dp 2, overlap, recompute": Case(pipeline=2, overlap_gradients=True, recompute="full"),
     "packed, tp 2, pp 2, recompute": Case(packed=True, tensor=2, pipeline=2, recompute="full"),
     "packed, tp 2, cp 2": Case(packed=True, tensor=2, context=2),
     "packed, cp 2, pp 2, recompute": Case(packed=True, context=2, pipeline=2, recompute="full"),
@@ -58,6 +61,7 @@ SAVED_ON_TWO = {
     "cp 2": dataclasses.replace(SAVED, context=2),
     "pp 2": dataclasses.replace(SAVED, pipeline=2),
     "dp 2": SAVED,
+    "dp 2, overlap": dataclasses.replace(SAVED, overlap_gradients=True),
     "dp 2, plain optimizer": dataclasses.replace(SAVED, distributed_optimizer=False),
     "pp 2, tied": dataclasses.replace(SAVED, pipeline=2, tie_embeddings=True),
 }
