@@ -28,6 +28,7 @@ from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.rotary import ShardRotaryEmbedding, scale_rotated
 from dash_dist.megatron.weights import FullParameters, initialise_weights, read_weights
+from dash_kernels.ranges import ranged
 
 
 class DashGPTModel(GPTModel):
@@ -74,6 +75,7 @@ class DashGPTModel(GPTModel):
             return self._without_padding(output) if self.post_process else output
         weight = self._output_weight()
 
+        @ranged("loss")
         def token_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             logits, _ = self.output_layer(hidden, weight=weight)  # [piece, b, vocab / tp]
             return self.compute_language_model_loss(targets, self._without_padding(logits))  # [b, piece]
