@@ -5,7 +5,7 @@ Knows activities and parts. Does not know how steps are run, nor how a table is 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -21,6 +21,10 @@ _NAME_LENGTH = 120
 _LEAST_KNOWN = 0.5
 """Share of a part's time whose operations or bytes must be known."""
 _MICROSECOND = 1e-6
+
+
+def _from_zero() -> defaultdict[str, float]:
+    return defaultdict(float)
 
 
 @dataclass
@@ -51,14 +55,15 @@ class RankPart:
     count: int = 0
     flops: _Rate = field(default_factory=_Rate)
     moved: _Rate = field(default_factory=_Rate)
-    names: Counter[str] = field(default_factory=Counter)
+    names: defaultdict[str, float] = field(default_factory=_from_zero)
 
     def add(self, activity: Activity) -> None:
-        self.length += activity.length
+        length = activity.length
+        self.length += length
         self.count += 1
-        self.flops.add(activity.flops, activity.length)
-        self.moved.add(activity.moved, activity.length)
-        self.names[activity.name[:_NAME_LENGTH]] += activity.length
+        self.flops.add(activity.flops, length)
+        self.moved.add(activity.moved, length)
+        self.names[activity.name[:_NAME_LENGTH]] += length
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ def anatomy_of(trace: Trace) -> Anatomy:
         part = part_of(activity)
         parts[part].add(activity)
         busy += [Busy(start, end, part, activity.is_transfer) for start, end in activity.pieces]
-    for part, share in exclusive(busy).items():
-        parts[str(part)].exclusive = share
+    for key, share in exclusive(busy).items():
+        parts[str(key)].exclusive = share
     start, end = trace.window
     return Anatomy(trace.steps, end - start, dict(parts))
 
@@ -110,9 +115,11 @@ def _part_time(part: str, anatomies: Sequence[Anatomy], peaks: Peaks) -> PartTim
     steps = anatomies[0].steps
     of_ranks = [anatomy.parts.get(part, RankPart()) for anatomy in anatomies]
     unit = _MICROSECOND / steps
-    names: Counter[str] = Counter()
+    names = _from_zero()
     for one in of_ranks:
-        names.update(one.names)
+        for name, length in one.names.items():
+            names[name] += length
+    longest = sorted(names.items(), key=lambda item: -item[1])[:_NAMES]
     flops, moved = (_rate([getattr(one, kind) for one in of_ranks], of_ranks) for kind in ("flops", "moved"))
     rate, peak = (flops, peaks.flops) if flops is not None else (moved, peaks.bandwidth)
     return PartTime(
@@ -126,7 +133,7 @@ def _part_time(part: str, anatomies: Sequence[Anatomy], peaks: Peaks) -> PartTim
         bytes_per_second=moved,
         # Copies from and to the host are bound by its link, and not by the memory.
         peak_share=None if rate is None or peak is None or part == "host_copies" else rate / peak,
-        names={name: length * unit / len(of_ranks) for name, length in names.most_common(_NAMES)},
+        names={name: length * unit / len(of_ranks) for name, length in longest},
     )
 
 

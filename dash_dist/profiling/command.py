@@ -71,7 +71,7 @@ def profile(path: Path, overrides: Sequence[str], options: Options, console: Con
 
         def note(text: str) -> None:
             if control.is_main:
-                console.print(text, soft_wrap=True)
+                console.print(text, soft_wrap=True, markup=False)
 
         with control.together(f"cannot write {out}", RunError):
             _try_to_write(out)
@@ -79,7 +79,7 @@ def profile(path: Path, overrides: Sequence[str], options: Options, console: Con
         note(f"{config.run.name} on {steps.dims.describe()}: {options.steps} steps")
         found = _measure(config.run.name, stage, steps, control, options.steps, out)
         control.on_main(f"cannot write {out}", RunError, lambda: found.write(out))
-        _show(found, out, note, console if control.is_main else None)
+        _show(found, out, note)
         return found
 
 
@@ -146,9 +146,8 @@ def _profile(
     )
 
 
-def _show(found: Profile, out: Path, note: Callable[[str], None], console: Console | None) -> None:
-    if console is not None:
-        console.print(table_of(found))
+def _show(found: Profile, out: Path, note: Callable[[str], None]) -> None:
+    note(table_of(found))
     for part in found.parts:
         if part.part == OTHER:
             note(f"{part.title}: {_names(part)}")

@@ -10,6 +10,8 @@ innermost first. Where such a call is of the backward pass, the context of the f
 from __future__ import annotations
 
 import bisect
+import contextlib
+import gc
 import gzip
 import json
 from collections import defaultdict
@@ -86,13 +88,13 @@ def read_trace(path: Path) -> Trace:
         OSError: it cannot be read.
         ValueError: it is not such a file, or has no range of steps.
     """
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        content = json.load(file)
-    events = content.get("traceEvents") if isinstance(content, dict) else None
-    if not isinstance(events, list):
-        raise ValueError(f"{path} has no traceEvents: name a trace of PyTorch's profiler")
-    return trace_of(events)
+    content = path.read_bytes()
+    with _without_garbage_collection():
+        parsed = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
+        events = parsed.get("traceEvents") if isinstance(parsed, dict) else None
+        if not isinstance(events, list):
+            raise ValueError(f"{path} has no traceEvents: name a trace of PyTorch's profiler")
+        return trace_of(events)
 
 
 def trace_of(events: Sequence[Mapping[str, Any]]) -> Trace:
@@ -112,7 +114,19 @@ def trace_of(events: Sequence[Mapping[str, Any]]) -> Trace:
     return Trace(inside, (window.start, window.end), steps, on_gpu=bool(on_device))
 
 
-@dataclass(eq=False)
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Keep Python from looking for garbage among millions of objects of which none is."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass(eq=False, slots=True)
 class _Call:
     """A call on a thread of the host: an operator, a range or a launch."""
 

@@ -130,9 +130,7 @@ def rows_of(profile: Profile) -> list[tuple[str, ...]]:
         )
         for part in profile.parts
     ]
-    rows.append(
-        row("gaps: the device waits for the host", profile.gap_seconds, profile.gap_seconds_max, None, None, "", "")
-    )
+    rows.append(row("gaps: waiting for the host", profile.gap_seconds, profile.gap_seconds_max, None, None, "", ""))
     rows.append(row("step", step, None, None, None, "", ""))
     return [head, *rows]
 

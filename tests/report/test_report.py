@@ -66,6 +66,7 @@ HEALTHY = RunRecord(
     pictures={},
     events=[],
     checkpoints=[],
+    profile=None,
     ended=None,
     last_write=1000.0,
     read_at=1010.0,
