@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from dash_dist.profiling.intervals import Busy, exclusive
-from dash_dist.profiling.parts import PARTS, part_of
+from dash_dist.profiling.parts import GAPS, PARTS, part_of
 from dash_dist.profiling.trace import Activity, Trace
 from dash_dist.run.profile import PartTime
 
@@ -80,7 +80,7 @@ class Anatomy:
 
     @property
     def gap(self) -> float:
-        """Microseconds in which the device had nothing to do."""
+        """Microseconds in which neither the device nor a range of the host had something to do."""
         return max(0.0, self.window - sum(part.exclusive for part in self.parts.values()))
 
 
@@ -99,7 +99,7 @@ def anatomy_of(trace: Trace) -> Anatomy:
     for activity in trace.activities:
         part = part_of(activity)
         parts[part].add(activity)
-        busy += [Busy(start, end, part, activity.is_transfer) for start, end in activity.pieces]
+        busy += [Busy(start, end, part, activity.level) for start, end in activity.pieces]
     for key, share in exclusive(busy).items():
         parts[str(key)].exclusive = share
     start, end = trace.window
@@ -115,6 +115,7 @@ def _part_time(part: str, anatomies: Sequence[Anatomy], peaks: Peaks) -> PartTim
     steps = anatomies[0].steps
     of_ranks = [anatomy.parts.get(part, RankPart()) for anatomy in anatomies]
     unit = _MICROSECOND / steps
+    on_device = part not in GAPS
     names = _from_zero()
     for one in of_ranks:
         for name, length in one.names.items():
@@ -127,8 +128,8 @@ def _part_time(part: str, anatomies: Sequence[Anatomy], peaks: Peaks) -> PartTim
         title=PARTS[part],
         seconds=fmean(one.exclusive for one in of_ranks) * unit,
         seconds_max=max(one.exclusive for one in of_ranks) * unit,
-        device_seconds=fmean(one.length for one in of_ranks) * unit,
-        count=fmean(one.count for one in of_ranks) / steps,
+        device_seconds=fmean(one.length for one in of_ranks) * unit if on_device else None,
+        count=fmean(one.count for one in of_ranks) / steps if on_device else None,
         flops_per_second=flops,
         bytes_per_second=moved,
         # Copies from and to the host are bound by its link, and not by the memory.

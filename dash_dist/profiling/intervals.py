@@ -18,13 +18,13 @@ class Busy(NamedTuple):
     """An interval in which something runs.
 
     Attributes:
-        background: a transfer, which does not keep the device from computing.
+        level: 0 for computation; what has a higher one runs beside it, as transfers do.
     """
 
     start: float
     end: float
     key: Hashable
-    background: bool = False
+    level: int = 0
 
 
 def union(intervals: Iterable[Interval]) -> float:
@@ -58,8 +58,8 @@ def without(interval: Interval, holes: Sequence[Interval]) -> list[Interval]:
 def exclusive(busy: Sequence[Busy]) -> dict[Hashable, float]:
     """Return the time that each key has the device for; the sum is the length of the union of all intervals.
 
-    Intervals that overlap share their time evenly. One in the background has none while another one computes: its time
-    is what computation does not hide.
+    Those of the lowest level that overlap share their time evenly. The others have none meanwhile: their time is what
+    lower levels do not hide.
     """
     # Ends come first: an interval that begins where another one ends does not overlap it.
     moments = sorted(
@@ -67,16 +67,16 @@ def exclusive(busy: Sequence[Busy]) -> dict[Hashable, float]:
         key=lambda moment: moment[:2],
     )
     shares: defaultdict[Hashable, float] = defaultdict(float)
-    running: dict[bool, Counter[Hashable]] = {False: Counter(), True: Counter()}
+    running: dict[int, Counter[Hashable]] = {level: Counter() for level in sorted({one.level for one in busy})}
     before = 0.0
     for time, change, one in moments:
-        active = running[False] or running[True]
+        active = next((keys for keys in running.values() if keys), None)
         if active and time > before:
             share = (time - before) / active.total()
             for key, count in active.items():
                 shares[key] += share * count
         before = time
-        kind = running[one.background]
+        kind = running[one.level]
         kind[one.key] += change
         if not kind[one.key]:
             del kind[one.key]

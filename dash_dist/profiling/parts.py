@@ -44,10 +44,14 @@ PARTS = {
     "collectives": "other collectives",
     "host_copies": "copies to and from the host",
     "optimizer": "optimizer",
-    "data": "data",
     OTHER: "other",
+    "data_gaps": "gaps: reading data",
+    "optimizer_gaps": "gaps: in the optimizer",
 }
-"""Parts in the order of the table, with their titles."""
+"""Parts in the order of the table, with their titles. In a gap the device has nothing to do."""
+
+GAPS = ("data_gaps", "optimizer_gaps")
+"""Parts in which the device waits for a range of the host."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ _OF_ATTENTION = (
 _PRODUCT = r"gemm|gemv|nvjet|xmma|cublas|splitk|cutlass|^aten::(_scaled_mm|mm|bmm|addmm|baddbmm)$"
 
 RULES = (
+    Rule("data_gaps", name=f"^{PREFIX}data$"),
+    Rule("optimizer_gaps", name=f"^{PREFIX}optimizer$"),
     Rule("exchange", within=_OF_ATTENTION, collective=True),
     Rule("gradients", within=f"^{PREFIX}gradients$", collective=True),
     Rule("collectives", collective=True),
@@ -103,7 +109,6 @@ RULES = (
     Rule("attention_rest", range="core attention"),
     Rule("optimizer", within=rf"^{PREFIX}optimizer$|^Optimizer\."),
     Rule("gradients", range="gradients"),
-    Rule("data", range="data"),
     Rule("output_matmul", name=_PRODUCT, range="loss"),
     Rule("loss", range="loss"),
     Rule("matmul", name=_PRODUCT),

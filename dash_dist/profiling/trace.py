@@ -13,10 +13,11 @@ import bisect
 import contextlib
 import gc
 import gzip
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from dash_kernels.ranges import PREFIX
 
 STEPS, STEP = "steps", "step"
 """Ranges of all profiled steps, and of each."""
+ON_HOST = (PREFIX + "data", PREFIX + "optimizer")
+"""Ranges whose time is the host's where the device has nothing to do."""
 
 _ON_GPU = frozenset(("kernel", "gpu_memcpy", "gpu_memset"))
 _CALLS = frozenset(("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"))
@@ -42,6 +45,7 @@ class Activity:
         context: names of the calls that it was launched in, innermost first.
         flops: operations of a matrix product; None where not known.
         moved: bytes read and written; None where not known.
+        on_host: a range of the host, which the device may wait for.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Activity:
     context: tuple[str, ...] = ()
     flops: float | None = None
     moved: float | None = None
+    on_host: bool = False
 
     @property
     def length(self) -> float:
@@ -61,14 +66,16 @@ class Activity:
         return self.name.lower().startswith(_COLLECTIVES)
 
     @property
-    def is_transfer(self) -> bool:
-        """A collective or a copy between host and GPU, which computation can hide."""
-        return self.is_collective or self.name.startswith(_BETWEEN_HOST_AND_GPU)
+    def level(self) -> int:
+        """Level of `intervals.Busy`: 0 computation, 1 collectives and copies from and to the host, 2 the host."""
+        if self.on_host:
+            return 2
+        return int(self.is_collective or self.name.startswith(_BETWEEN_HOST_AND_GPU))
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Activities of some steps.
+    """Activities of some steps, of the device and of the host.
 
     Attributes:
         window: from the start of the first step to the end of the last one, in microseconds.
@@ -107,10 +114,10 @@ def trace_of(events: Sequence[Mapping[str, Any]]) -> Trace:
     on_device = [event for event in events if event.get("ph") == "X" and event.get("cat") in _ON_GPU]
     found = calls.gpu_activities(on_device) if on_device else calls.cpu_activities(window)
     inside = []
-    for activity in found:
+    for activity in itertools.chain(found, calls.host_activities()):
         pieces = tuple(clipped(activity.pieces, (window.start, window.end)))
         if pieces:
-            inside.append(Activity(activity.name, pieces, activity.context, activity.flops, activity.moved))
+            inside.append(replace(activity, pieces=pieces))
     return Trace(inside, (window.start, window.end), steps, on_gpu=bool(on_device))
 
 
@@ -214,6 +221,12 @@ class _Calls:
                     moved = moved or moved_bytes(operator.name, operator.arguments)
                 pieces = ((start, start + float(event["dur"])),)
                 yield Activity(event["name"], pieces, self.context(launch), flops, moved)
+
+    def host_activities(self) -> Iterator[Activity]:
+        """Yield the ranges of the host that a device may wait for."""
+        for call in self.all():
+            if call.name in ON_HOST:
+                yield Activity(call.name, ((call.start, call.end),), on_host=True)
 
     def cpu_activities(self, window: _Call) -> Iterator[Activity]:
         """Yield the activities of a CPU. The context of a collective, on a thread of its own, is the main thread's."""

@@ -20,7 +20,7 @@ from dash_dist.checkpoints.folders import visible_checkpoints
 from dash_dist.checkpoints.integrity import DamagedCheckpoint, read_metadata
 from dash_dist.errors import RunError
 from dash_dist.run.events import Event, EventLog
-from dash_dist.run.profile import FOLDER, Profile, read_profile
+from dash_dist.run.profile import FILE, FOLDER, Profile, read_profile
 
 # Points that are kept of a curve, chosen evenly over its steps as TensorBoard itself does; the last one always is.
 MAX_POINTS = 2000
@@ -144,7 +144,7 @@ def read_run(directory: Path) -> RunRecord:
     tensorboard = directory / "tensorboard"
     if not directory.is_dir():
         raise RunError(f"{directory} is not a folder: name the folder of a run, such as runs/demo")
-    if not any((directory / name).exists() for name in ("config.yaml", "tensorboard", FOLDER)):
+    if not any((directory / name).exists() for name in ("config.yaml", "tensorboard", f"{FOLDER}/{FILE}")):
         raise RunError(
             f"{directory} is not the folder of a run, it has no config.yaml and no tensorboard/: name one, such as "
             f"runs/demo"

@@ -24,20 +24,20 @@ class PartTime:
         seconds: time that the device spent on it. Activities that overlap share it, and a transfer has only the time in
             which nothing else ran. All parts and `Profile.gap_seconds` add up to the step.
         seconds_max: of the slowest rank.
-        device_seconds: sum of the durations of its activities, overlapped or not.
-        count: activities.
+        device_seconds: sum of the durations of its activities, overlapped or not; None for a gap.
+        count: activities; None for a gap.
         flops_per_second, bytes_per_second: of the activities whose operations or bytes are known; None where they are
             less than half of `device_seconds`.
         peak_share: of the device's published peak; None where that is not known.
-        names: its activities that took longest -> their `device_seconds`.
+        names: its activities that took longest -> sum of their durations.
     """
 
     part: str
     title: str
     seconds: float
     seconds_max: float
-    device_seconds: float
-    count: float
+    device_seconds: float | None
+    count: float | None
     flops_per_second: float | None
     bytes_per_second: float | None
     peak_share: float | None
@@ -55,7 +55,8 @@ class Profile:
         steps: that were profiled, and as many that were timed without the profiler.
         step_seconds: of a step without the profiler.
         profiled_seconds: of a step under the profiler, which the parts add up to.
-        gap_seconds, gap_seconds_max: time in which the device had nothing to do; mean and slowest rank.
+        gap_seconds, gap_seconds_max: time in which the device had nothing to do, without the gaps among the parts; mean
+            and slowest rank.
         tokens_per_second_per_gpu, model_tflops_per_gpu, mfu: as in training, without the profiler.
         density: mean over the layers of kind dash, after the profiled steps; None without such layers.
         memory: name -> GiB, the fullest rank.
@@ -99,39 +100,22 @@ def read_profile(folder: Path) -> Profile | None:
 
 def rows_of(profile: Profile) -> list[tuple[str, ...]]:
     """Return the table of a profile as text, its head first: the parts, the gaps between them, and the whole step."""
-    step = profile.profiled_seconds
-    several = profile.ranks > 1
-
-    def row(
-        title: str,
-        seconds: float,
-        slowest: float | None,
-        device: float | None,
-        count: float | None,
-        rate: str,
-        peak: str,
-    ) -> tuple[str, ...]:
-        cells = [title, _milliseconds(seconds)]
-        if several:
-            cells.append(_milliseconds(slowest))
-        count_cell = "" if count is None else f"{count:,.0f}"
-        return (*cells, f"{seconds / step:.1%}", _milliseconds(device), count_cell, rate, peak)
-
+    step, several = profile.profiled_seconds, profile.ranks > 1
+    gap = _without_rate("gaps: elsewhere", profile.gap_seconds, profile.gap_seconds_max)
     head = ("part", "ms", *(["slowest ms"] if several else []), "share", "device ms", "calls", "rate", "of peak")
     rows = [
-        row(
+        (
             part.title,
-            part.seconds,
-            part.seconds_max,
-            part.device_seconds,
-            part.count,
+            _milliseconds(part.seconds),
+            *([_milliseconds(part.seconds_max)] if several else []),
+            f"{part.seconds / step:.1%}",
+            "" if part.device_seconds is None else _milliseconds(part.device_seconds),
+            "" if part.count is None else f"{part.count:,.0f}",
             _rate(part),
             "" if part.peak_share is None else f"{part.peak_share:.0%}",
         )
-        for part in profile.parts
+        for part in (*profile.parts, gap, _without_rate("step", step, step))
     ]
-    rows.append(row("gaps: waiting for the host", profile.gap_seconds, profile.gap_seconds_max, None, None, "", ""))
-    rows.append(row("step", step, None, None, None, "", ""))
     return [head, *rows]
 
 
@@ -141,7 +125,7 @@ def facts_of(profile: Profile) -> dict[str, str]:
         "step without the profiler": f"{profile.step_seconds * 1e3:,.1f} ms",
         "step under the profiler": f"{profile.profiled_seconds * 1e3:,.1f} ms",
         "tokens/s per GPU": f"{profile.tokens_per_second_per_gpu:,.0f}",
-        "model TFLOP/s per GPU": f"{profile.model_tflops_per_gpu:,.3g}",
+        "model TFLOP/s per GPU": _short(profile.model_tflops_per_gpu),
     }
     if profile.mfu is not None:
         facts["MFU"] = f"{profile.mfu:.1%}"
@@ -152,11 +136,19 @@ def facts_of(profile: Profile) -> dict[str, str]:
     }
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:,.2f}"
+def _without_rate(title: str, seconds: float, seconds_max: float) -> PartTime:
+    return PartTime(title, title, seconds, seconds_max, None, None, None, None, None, {})
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f}"
 
 
 def _rate(part: PartTime) -> str:
     if part.flops_per_second is not None:
-        return f"{part.flops_per_second / 1e12:,.3g} TFLOP/s"
-    return "" if part.bytes_per_second is None else f"{part.bytes_per_second / 1e9:,.3g} GB/s"
+        return f"{_short(part.flops_per_second / 1e12)} TFLOP/s"
+    return "" if part.bytes_per_second is None else f"{_short(part.bytes_per_second / 1e9)} GB/s"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

@@ -16,9 +16,14 @@ def test_union_and_holes():
     assert without((0, 10), [(0, 10)]) == []
 
 
-def test_a_transfer_has_only_the_time_in_which_nothing_computes():
-    busy = [Busy(0, 10, "send", background=True), Busy(4, 7, "attend"), Busy(12, 13, "send", background=True)]
-    assert exclusive(busy) == {"send": 8.0, "attend": 3.0}
+def test_a_level_has_only_the_time_that_lower_ones_leave():
+    busy = [
+        Busy(0, 10, "send", level=1),
+        Busy(4, 7, "attend"),
+        Busy(12, 13, "send", level=1),
+        Busy(0, 20, "host", level=2),
+    ]
+    assert exclusive(busy) == {"send": 8.0, "attend": 3.0, "host": 9.0}
 
 
 def test_computations_that_overlap_share_their_time():
@@ -32,11 +37,11 @@ def test_shares_are_those_of_a_count_of_moments(seed):
     busy = []
     for _ in range(rng.randrange(1, 40)):
         start = rng.randrange(100)
-        busy.append(Busy(start, start + rng.randrange(0, 20), rng.choice("abc"), rng.random() < 0.4))
+        busy.append(Busy(start, start + rng.randrange(0, 20), rng.choice("abc"), rng.choice([0, 0, 1, 2])))
     expected = dict.fromkeys("abc", 0.0)
     for moment in range(130):
         running = [one for one in busy if one.start <= moment < one.end]
-        active = [one for one in running if not one.background] or running
+        active = [one for one in running if one.level == min(other.level for other in running)]
         for one in active:
             expected[one.key] += 1 / len(active)
     found = exclusive(busy)
