@@ -123,7 +123,7 @@ RULES = (
     Rule("accumulation", within="AccumulateGrad"),
     Rule(
         "pointwise",
-        name="elementwise|vectorized|unrolled|reduce|CatArray|copy|fill|index|scatter|multi_tensor|^Mem(set|cpy)|^aten::",
+        name="elementwise|vectorized|unrolled|reduce|CatArray|copy|fill|index|scatter|multi_tensor|^triton_(poi|red|per)_|^Mem(set|cpy)|^aten::",
     ),
 )
 

@@ -215,10 +215,10 @@ class _Calls:
         for operator, launched in by_operator.items():
             longest = max((event for event, _ in launched), key=lambda event: float(event["dur"]))
             for event, launch in launched:
-                start, flops, moved = float(event["ts"]), None, event.get("args", {}).get("bytes")
+                start, flops, moved = float(event["ts"]), None, _copied_bytes(event)
                 if operator is not None and event is longest:
                     flops = product_flops(operator.name, operator.arguments)
-                    moved = moved or moved_bytes(operator.name, operator.arguments)
+                    moved = moved_bytes(operator.name, operator.arguments) if moved is None else moved
                 pieces = ((start, start + float(event["dur"])),)
                 yield Activity(event["name"], pieces, self.context(launch), flops, moved)
 
@@ -242,6 +242,13 @@ class _Calls:
                 pieces = tuple(without((call.start, call.end), call.children))
                 flops, moved = (of(call.name, call.arguments) for of in (product_flops, moved_bytes))
                 yield Activity(call.name, pieces, self.context(call), flops, moved)
+
+
+def _copied_bytes(event: Mapping[str, Any]) -> float | None:
+    """Return the bytes that a copy or a memset moves in the GPU's memory; None for a kernel."""
+    size = event.get("args", {}).get("bytes")
+    within = event["name"].startswith("Memcpy DtoD")  # reads there, and writes
+    return None if size is None else float(size) * (2 if within else 1)
 
 
 def _nest(calls: Iterable[_Call]) -> None:

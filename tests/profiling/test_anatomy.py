@@ -71,6 +71,19 @@ def test_over_ranks_there_are_the_mean_and_the_slowest():
     assert (parts["other"].seconds, parts["other"].count) == (pytest.approx(5e-6), 0.5)
 
 
+def test_a_copy_within_the_gpu_reads_and_writes_and_one_to_the_host_does_not_read_here():
+    trace = TraceOfGpu()
+    trace.range("steps", 0, 100)
+    trace.range("step", 0, 100)
+    trace.kernel("Memcpy DtoD (Device -> Device)", 0, 10, kind="gpu_memcpy", bytes=1000)
+    trace.kernel("Memcpy DtoH (Device -> Pinned)", 0, 30, kind="gpu_memcpy", bytes=1500, stream=9)
+    parts = {one.part: one for one in over_ranks([anatomy_of(trace_of(trace.events))], Peaks(bandwidth=1e9))}
+    within, out = parts["pointwise"], parts["host_copies"]
+    assert (within.bytes_per_second, within.peak_share) == (pytest.approx(2e8), pytest.approx(0.2))
+    assert (out.bytes_per_second, out.peak_share) == (pytest.approx(5e7), None)  # the link's, not the memory's
+    assert out.seconds == pytest.approx(20e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "ranges", "part"),
     [
@@ -100,6 +113,7 @@ def test_over_ranks_there_are_the_mean_and_the_slowest():
         ("void at::native::reduce_kernel<512, 1, ...>", ("norm",), "norm"),
         ("_swiglu_forward_kernel", (), "mlp"),
         ("indexing_backward_kernel", ("embedding",), "embedding"),
+        ("triton_poi_fused_add_cos_sin_0", (), "pointwise"),
         ("triton_mystery", (), "other"),
     ],
 )
