@@ -245,6 +245,25 @@ def plan(
 
 
 @app.command()
+def profile(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps under the profiler, and as many without it.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of table and traces; default: profile/ in the run's folder.")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="Name of the stage; default: the first one.")] = None,
+) -> None:
+    """Run a few steps and show where their time goes, in this process or as one rank of several."""
+    from rich.console import Console
+
+    from dash_dist.profiling.command import Options
+    from dash_dist.profiling.command import profile as profile_steps
+
+    profile_steps(config, overrides or [], Options(steps=steps, out=out, stage=stage), Console(highlight=False))
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, such as runs/demo.")],
     output: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in that folder.")] = None,

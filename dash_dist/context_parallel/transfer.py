@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dash_dist.context_parallel.errors import exchange_errors
+from dash_kernels.ranges import named_range
 
 Steps = Generator[None, None, torch.Tensor]  # yields wherever it has to wait for a collective; returns the result
 Sent = Callable[[Sequence[int], int], None]  # called with the rows that left for every rank, and the bytes of a row
@@ -68,7 +69,8 @@ class Transfer:
 
     def _proceed(self) -> None:
         try:
-            next(self._steps)
+            with named_range("exchange"):
+                next(self._steps)
         except StopIteration as end:
             if end.value is None:  # the steps ended by an error, which was raised then
                 raise RuntimeError("a failed transfer has no result") from None

@@ -94,6 +94,11 @@ class Engine(Saveable, Predictor, Protocol):
     step: int
     optimizer_changes: list[str]
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """This rank's part of the model."""
+        ...
+
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Train on one global batch.
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dash_kernels.ranges import named_range
+
 # What Megatron-core's schedules call the spans they offer, and what they are here; the others are left out.
 _OF_MEGATRON = {"forward-compute": "forward", "backward-compute": "backward"}
 
@@ -38,8 +40,10 @@ class StepTimer:
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
+        """Record the block as a span, and as a range of a profiler that runs."""
         self.start(name)
-        yield
+        with named_range(name):
+            yield
         self.stop(name)
 
     def start(self, name: str) -> None:

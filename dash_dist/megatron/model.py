@@ -30,6 +30,7 @@ from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.rotary import ShardRotaryEmbedding
 from dash_dist.megatron.weights import FullParameters, initialise_weights, read_weights
+from dash_kernels.ranges import ranged
 
 
 class DashGPTModel(GPTModel):
@@ -94,6 +95,7 @@ class DashGPTModel(GPTModel):
     def _token_losses(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         weight = self._output_weight()
 
+        @ranged("loss")
         def token_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             logits, _ = self.output_layer(hidden, weight=weight)  # [piece, b, vocab / tp]
             if self.fused:

@@ -12,6 +12,7 @@ from html import escape
 from dash_dist.report.figures import Figure, figures
 from dash_dist.report.health import remarks, verdict
 from dash_dist.report.record import RunRecord, numbered
+from dash_dist.run.profile import facts_of, rows_of
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #fbfbfa; --card: #fff; --text: #1c2126; --soft: #5b646e; --line: #dfe3e7;
@@ -47,8 +48,15 @@ def render(record: RunRecord) -> str:
     name = escape(record.directory.resolve().name)
     drawn = figures(record)
     body = "\n".join(
-        [*_header(record, name), *_figures(drawn), *_pictures(record), *_events(record), *_checkpoints(record)]
-        + list(_config(record))
+        [
+            *_header(record, name),
+            *_figures(drawn),
+            *_pictures(record),
+            *_anatomy(record),
+            *_events(record),
+            *_checkpoints(record),
+            *_config(record),
+        ]
     )
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -121,6 +129,22 @@ def _pictures(record: RunRecord) -> Iterator[str]:
         image = f'<img src="{source}" alt="{description}">'
         yield _figure(f"heat-map-{layer}", f"Heat map of layer {layer}", meaning, image)
     yield "</div>"
+
+
+def _anatomy(record: RunRecord) -> Iterator[str]:
+    profile = record.profile
+    if profile is None:
+        return
+    of_stage = f", stage {escape(profile.stage)}" if profile.stage else ""
+    yield "<h2>A step's anatomy</h2>"
+    yield (
+        f"<p class='soft'>{profile.steps} steps on {escape(profile.layout)}{of_stage}, {escape(profile.device)}, from "
+        "the initial weights. The parts and the gaps add up to a step under the profiler.</p>"
+    )
+    facts = "".join(f"<div><dt>{title}</dt><dd>{text}</dd></div>" for title, text in facts_of(profile).items())
+    yield f"<dl>{facts}</dl>"
+    head, *rows = rows_of(profile)
+    yield _table("Parts of a step", head, rows)
 
 
 def _events(record: RunRecord) -> Iterator[str]:

@@ -20,6 +20,7 @@ from dash_dist.checkpoints.folders import visible_checkpoints
 from dash_dist.checkpoints.integrity import DamagedCheckpoint, read_metadata
 from dash_dist.errors import RunError
 from dash_dist.run.events import Event, EventLog
+from dash_dist.run.profile import FILE, FOLDER, Profile, read_profile
 
 # Points that are kept of a curve, chosen evenly over its steps as TensorBoard itself does; the last one always is.
 MAX_POINTS = 2000
@@ -81,6 +82,7 @@ class RunRecord:
         config: the same, read.
         curves: tag -> curve, at least a point each.
         histograms, pictures: tag -> the last one.
+        profile: of some of its steps; None where there is none.
         ended: how the last attempt ended by itself: "finished", "stopped" or "error"; None while it runs, and for ever
             if it was killed or crashed.
         last_write: newest change of the run's files, in seconds since 1970.
@@ -95,6 +97,7 @@ class RunRecord:
     pictures: Mapping[str, Picture]
     events: Sequence[Event]
     checkpoints: Sequence[Checkpoint]
+    profile: Profile | None
     ended: str | None
     last_write: float
     read_at: float
@@ -141,7 +144,7 @@ def read_run(directory: Path) -> RunRecord:
     tensorboard = directory / "tensorboard"
     if not directory.is_dir():
         raise RunError(f"{directory} is not a folder: name the folder of a run, such as runs/demo")
-    if not (directory / "config.yaml").is_file() and not tensorboard.is_dir():
+    if not any((directory / name).exists() for name in ("config.yaml", "tensorboard", f"{FOLDER}/{FILE}")):
         raise RunError(
             f"{directory} is not the folder of a run, it has no config.yaml and no tensorboard/: name one, such as "
             f"runs/demo"
@@ -161,6 +164,7 @@ def read_run(directory: Path) -> RunRecord:
             directory / "events.jsonl",
             directory / "attempt.json",
         ]
+        profile = _read_profile(directory / FOLDER)
         changes = [file.stat().st_mtime for file in own_files if file.exists()]
     except OSError as error:
         raise RunError(f"cannot read the run in {directory}: {error.strerror or error}: {error.filename}") from error
@@ -173,6 +177,7 @@ def read_run(directory: Path) -> RunRecord:
         pictures=pictures,
         events=events,
         checkpoints=checkpoints,
+        profile=profile,
         ended=_read_end(directory / "attempt.json"),
         last_write=max([*changes, *(checkpoint.written for checkpoint in checkpoints)], default=0.0),
         read_at=time.time(),
@@ -216,6 +221,13 @@ def _read_tensorboard(
         tag: Picture(last.step, last.encoded_image_string) for tag in tags["images"] for last in events.Images(tag)[-1:]
     }
     return curves, histograms, pictures
+
+
+def _read_profile(folder: Path) -> Profile | None:
+    try:
+        return read_profile(folder)
+    except ValueError as error:
+        raise RunError(f"{error}: profile the run again, or remove the file") from error
 
 
 def _read_end(attempt: Path) -> str | None:

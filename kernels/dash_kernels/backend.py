@@ -17,6 +17,7 @@ from dash_kernels import eager
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.device import Device
 from dash_kernels.limits import MAX_TRITON_SHARPNESS
+from dash_kernels.ranges import with_ranges
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries, QueryGradient, Routing
 from dash_kernels.support import obstacle
 
@@ -87,16 +88,16 @@ def select_backend(name: str, q: torch.Tensor, kv_heads: int, spec: AttentionSpe
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}: give one of {', '.join(BACKENDS)}")
     if name == "eager" or (name == "auto" and not q.is_cuda):
-        return eager
+        return with_ranges(eager)
     obstacle = _triton_obstacle(q, kv_heads, spec)
     if obstacle is None:
         import dash_kernels.triton
 
-        return dash_kernels.triton
+        return with_ranges(dash_kernels.triton)
     if name == "triton":
         raise ValueError(f"backend 'triton' cannot take this call: {obstacle}; use backend='eager' or 'auto'")
     _log_fallback(obstacle)
-    return eager
+    return with_ranges(eager)
 
 
 def _triton_obstacle(q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> str | None:

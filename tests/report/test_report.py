@@ -20,6 +20,7 @@ from dash_dist.report.figures import COLOURS, figures
 from dash_dist.report.health import GRACE_SECONDS, remarks, verdict
 from dash_dist.report.record import MAX_POINTS, Curve, RunRecord, read_run
 from dash_dist.run.events import Event, EventLog
+from dash_dist.run.profile import PartTime, Profile
 from dash_dist.training.telemetry.metrics import MetricsWriter
 
 
@@ -66,6 +67,7 @@ HEALTHY = RunRecord(
     pictures={},
     events=[],
     checkpoints=[],
+    profile=None,
     ended=None,
     last_write=1000.0,
     read_at=1010.0,
@@ -234,3 +236,55 @@ def test_the_command_says_where_the_page_is_and_what_is_wrong(tmp_path: Path) ->
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("error: ")
     assert "Traceback" not in refused.stderr
+
+
+PROFILE = Profile(
+    run="it",
+    stage="64k",
+    layout="2 x <GPU>",
+    device="H200",
+    ranks=2,
+    steps=5,
+    step_seconds=0.09,
+    profiled_seconds=0.1,
+    gap_seconds=0.025,
+    gap_seconds_max=0.03,
+    tokens_per_second_per_gpu=1234.0,
+    model_tflops_per_gpu=400.0,
+    mfu=0.4,
+    density=0.05,
+    memory={"allocated_peak_gib": 70.0},
+    parts=[
+        PartTime("matmul", "matrix products", 0.06, 0.07, 0.061, 320.0, 650e12, None, 0.657, {"nvjet": 0.061}),
+        PartTime("norm", "norms", 0.015, 0.016, 0.015, 64.0, None, 3.2e12, None, {}),
+    ],
+    traces=["trace_rank_00000.json.gz", "trace_rank_00001.json.gz"],
+)
+
+
+def test_the_profile_of_a_run_is_a_table_even_before_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "it" / "profile"
+    folder.mkdir(parents=True)
+    with pytest.raises(RunError, match="is not the folder of a run"):
+        write_report(tmp_path / "it")
+    PROFILE.write(folder)
+    assert read_run(tmp_path / "it").profile == PROFILE
+    page = write_report(tmp_path / "it").read_text()
+    for text in (
+        "A step's anatomy",
+        "5 steps on 2 x &lt;GPU&gt;, stage 64k, H200",
+        "<dd>40.0%</dd>",
+        "<dd>70.00 GiB</dd>",
+    ):
+        assert text in page
+    rows = [
+        ["matrix products", "60.00", "70.00", "60.0%", "61.00", "320", "650 TFLOP/s", "66%"],
+        ["norms", "15.00", "16.00", "15.0%", "15.00", "64", "3,200 GB/s", ""],
+        ["gaps: elsewhere", "25.00", "30.00", "25.0%", "", "", "", ""],
+        ["step", "100.00", "100.00", "100.0%", "", "", "", ""],
+    ]
+    for row in rows:
+        assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" in page
+    (folder / "profile.json").write_text("{}")
+    with pytest.raises(RunError, match=r"profile\.json is not a profile of this version.*profile the run again"):
+        write_report(tmp_path / "it")
