@@ -14,6 +14,8 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
+from dash_kernels.ranges import ranged
+
 _IGNORED = -100
 """A target without a loss."""
 
@@ -65,6 +67,7 @@ class _SwiGLU(torch.autograd.Function):
         return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
 
 
+@ranged("loss")
 def fused_summed_loss(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor
 ) -> torch.Tensor:

@@ -118,7 +118,7 @@ RULES = (
     Rule("mlp", range="mlp"),
     Rule("mlp", name="swiglu|silu"),
     Rule("around_attention", range="attention"),
-    Rule("around_attention", name="rope|rotary"),
+    Rule("around_attention", name="rope|rotary|^turn_kernel"),
     Rule("embedding", range="embedding"),
     Rule("accumulation", within="AccumulateGrad"),
     Rule(
