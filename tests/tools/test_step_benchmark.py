@@ -1,0 +1,44 @@
+"""The step benchmark: every case is a configuration that runs, and the table says what was measured."""
+
+from pathlib import Path
+
+import pytest
+
+from dash_dist.config.file import load_config
+from tools.benchmarks.step.cases import CASES, MATRIX_FLOPS, SHAPES, VOCABULARY, Case, write
+from tools.benchmarks.step.table import as_markdown
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_is_a_configuration(case: Case, tmp_path: Path) -> None:
+    config = load_config(write(case, 131_072, tmp_path))
+    assert config.training.sequence_length == (case.tokens or 131_072)
+    assert config.model.resolved_head_dim == SHAPES[case.shape].head_dim
+    assert config.parallel.context == case.gpus
+    for section, values in case.changes.items():
+        for name, value in values.items():
+            assert getattr(getattr(config, section), name) == value
+
+
+def test_the_floor_counts_each_product() -> None:
+    shape = SHAPES["8b"]
+    assert shape.weights_of_layers == pytest.approx(6.98e9, rel=1e-3)  # Llama-3-8B without its embeddings
+    once, again = (shape.floor_seconds(1000, layers_again=flag) for flag in (False, True))
+    assert again - once == pytest.approx(2 * 1000 * shape.weights_of_layers / MATRIX_FLOPS)
+    assert once == pytest.approx(6 * 1000 * (shape.weights_of_layers + VOCABULARY * 4096) / MATRIX_FLOPS)
+
+
+def test_the_table_compares_with_the_peer_of_the_same_shape() -> None:
+    def row(name: str, seconds: float, **others: object) -> dict[str, object]:
+        common = {"name": name, "shape": "1b", "gpus": 1, "tokens": 1000, "density": None, "allocated_gib": 2.0}
+        of_time = {"step_seconds": seconds, "tokens_per_second": 1000 / seconds, "floor_seconds": 0.5}
+        return {**common, **of_time, "is_peer": False, **others}
+
+    rows = [row("fused", 1.0, density=0.0123), row("peer", 4.0, is_peer=True), row("far", 2.0, tokens=4000)]
+    record = {"gpu": "G", "torch": "1", "triton": "2", "commit": "c", "command": "run", "rows": rows}
+    text = as_markdown({**record, "failed": {"8b": "out of memory"}})
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 1b")]
+    assert cells[0] == ["1b: fused", "1", "1000", "0.012", "1.000", "1000", "4.00", "2.0", "50 %"]
+    assert cells[1][6] == "1.00"
+    assert cells[2][6] == "-"
+    assert "Failed: 8b: out of memory" in text
