@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
 from dash_dist.config.attention import AttentionConfig
@@ -26,6 +25,7 @@ from dash_dist.megatron.layers import layer_spec
 from dash_dist.megatron.likeliest import likeliest_tokens
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.megatron.recompute import LayerConfig, recompute_settings
 from dash_dist.megatron.rotary import ShardRotaryEmbedding, scale_rotated
 from dash_dist.megatron.weights import FullParameters, initialise_weights, read_weights
 
@@ -110,20 +110,13 @@ class DashGPTModel(GPTModel):
 
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, device: torch.device
-) -> TransformerConfig:
+) -> LayerConfig:
     """Megatron-core's configuration of the same model.
 
     Args:
         dtype: of the weights and activations, float32 or bfloat16.
         device: of the run.
     """
-    recompute: dict[str, Any] = {}
-    if parallel.recompute == "full":
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
 
     def leave(_weight: torch.Tensor) -> None:
         """Weights are drawn by `initialise_weights` once the model stands."""
@@ -131,7 +124,7 @@ def transformer_config(
     without_positions: list[int] | None = None
     if model.layers_without_positions:
         without_positions = [int(layer in model.layers_without_positions) for layer in range(model.num_layers)]
-    config = TransformerConfig(
+    config = LayerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -161,14 +154,14 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         deallocate_pipeline_outputs=True,
         cuda_graph_scope=[],
-        **recompute,
+        **recompute_settings(parallel),
     )
     scale_rotated(config, model.positions.resolved_attention_factor)
     return config
 
 
 def build_model(
-    config: TransformerConfig,
+    config: LayerConfig,
     model: ModelConfig,
     attention: AttentionConfig,
     dims: ParallelDims,
