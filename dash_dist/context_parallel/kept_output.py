@@ -109,7 +109,10 @@ class _Resumed(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Place:
-    """Elements of a storage: of an input, or of a view that stands for it. index: the first input in that storage."""
+    """Elements of an input, or of a view of inputs.
+
+    index: the first input in the same storage. offset: elements from its first one.
+    """
 
     index: int
     size: torch.Size
@@ -126,6 +129,7 @@ class _Inputs:
     def __init__(self, inputs: tuple[torch.Tensor, ...]) -> None:
         self._places = _places(inputs)
         self._dtypes = [one.dtype for one in inputs]
+        self._begins = [int(one.storage_offset()) for one in inputs]
         self._index_at = _index_at(inputs)
         self._given: tuple[torch.Tensor, ...] = ()
 
@@ -137,12 +141,13 @@ class _Inputs:
         index = self._index_at.get(tensor.untyped_storage().data_ptr())
         if index is None or tensor.dtype != self._dtypes[index]:
             return tensor
-        return _Place(index, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return _Place(index, tensor.shape, tensor.stride(), int(tensor.storage_offset()) - self._begins[index])
 
     def unpack(self, saved: torch.Tensor | _Place) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):
             return saved
-        return self._given[saved.index].as_strided(saved.size, saved.stride, saved.offset)
+        given = self._given[saved.index]
+        return given.as_strided(saved.size, saved.stride, int(given.storage_offset()) + saved.offset)
 
     def check(self, inputs: tuple[torch.Tensor, ...]) -> None:
         places = _places(inputs)
@@ -172,7 +177,9 @@ def _index_at(inputs: tuple[torch.Tensor, ...]) -> dict[int, int]:
 
 def _places(inputs: tuple[torch.Tensor, ...]) -> list[_Place]:
     index_at = _index_at(inputs)
-    return [
-        _Place(index_at[one.untyped_storage().data_ptr()], one.shape, one.stride(), int(one.storage_offset()))
-        for one in inputs
-    ]
+    places = []
+    for one in inputs:
+        index = index_at[one.untyped_storage().data_ptr()]
+        offset = int(one.storage_offset()) - int(inputs[index].storage_offset())
+        places.append(_Place(index, one.shape, one.stride(), offset))
+    return places
