@@ -82,13 +82,15 @@ class DashAttention(nn.Module):
         *,
         chunks: ChunkGrid | None = None,
     ) -> torch.Tensor:
+        recorded = self.record_routing and not self.dense
+
         def attend(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, summary_query: torch.Tensor
         ) -> tuple[torch.Tensor, RoutingStatistics | None]:
             if self.dense and self.cp_group is None and cu_seqlens is None and chunks is None:
                 spec = self.spec.for_head_dim(q.shape[-1])
                 return dense_attention_one_device(q, k, v, summary_query, spec), None
-            out, routing = dash_attention(
+            found = dash_attention(
                 q,
                 k,
                 v,
@@ -97,7 +99,7 @@ class DashAttention(nn.Module):
                 cu_seqlens=cu_seqlens,
                 chunks=chunks,
                 backend=self.backend,
-                return_routing=True,
+                return_routing=recorded,
                 cp_group=self.cp_group,
                 layout=self.layout,
                 exchange=self.exchange,
@@ -105,11 +107,10 @@ class DashAttention(nn.Module):
                 traffic=self.traffic,
                 memory=self._memory_of("full"),
             )
-            return out, routing
+            return found if recorded else (found, None)
 
         outputs: ForwardMemory[KeptOutput] | None = self._memory_of("selective")
-        out, routing = with_kept_output(outputs, attend, q, k, v, self.summary_query)
-        self.routing = routing if self.record_routing and not self.dense else None
+        out, self.routing = with_kept_output(outputs, attend, q, k, v, self.summary_query)
         return out
 
     def _memory_of(self, recompute: Recompute) -> ForwardMemory[Any] | None:

@@ -63,6 +63,9 @@ def test_no_bit_of_a_step_changes(measured: dict[tuple[str, str], list[Measured]
     for found, plain in zip(measured[layout, way], measured[layout, "none"], strict=True):
         assert (found.losses, found.grad_norm, found.tokens) == (plain.losses, plain.grad_norm, plain.tokens)
         assert (found.density, found.selected) == (plain.density, plain.selected)
+        for (selected, available), (plain_selected, plain_available) in zip(found.maps, plain.maps, strict=True):
+            assert torch.equal(selected, plain_selected)
+            assert torch.equal(available, plain_available)
         assert found.gradients.keys() == plain.gradients.keys()
         for name, (gradient, _) in plain.gradients.items():
             assert torch.equal(found.gradients[name][0], gradient), name
