@@ -5,11 +5,14 @@ Knows sizes of groups; does not know process groups.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dash_dist.config.section import Section, next_multiple
+
+RecomputeModule = Literal["projections", "mlp"]
+RECOMPUTE_MODULES: tuple[RecomputeModule, ...] = get_args(RecomputeModule)
 
 
 class ParallelConfig(Section):
@@ -21,9 +24,16 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = Field(
         default=True, description="shard the optimizer's state over the data- and context-parallel ranks"
     )
-    recompute: Literal["none", "full"] = Field(
+    recompute: Literal["none", "selective", "full"] = Field(
         default="none",
-        description="full: keep only the input of each layer and recompute the rest in the backward pass",
+        description="selective: of each layer keep its input and what attention computed, whose kernels then run once, "
+        "and recompute `recompute_modules` in the backward pass; full: keep the input and the routing alone",
+    )
+    recompute_modules: tuple[RecomputeModule, ...] | None = Field(
+        default=None,
+        description="parts of a layer that recompute: selective computes twice, by default both. projections: the "
+        "norm, projections and rotary embedding around the attention, a fifth to a third of the matrix products; saves "
+        "queries, keys and values. mlp: its norm and itself, the other products; saves the most",
     )
     overlap_gradients: bool = Field(
         default=False,
@@ -32,6 +42,28 @@ class ParallelConfig(Section):
     fused_kernels: bool = Field(
         default=True, description="Liger's kernels for norms, SwiGLU and the loss on GPUs; false: PyTorch's operations"
     )
+
+    @model_validator(mode="after")
+    def _modules_are_read(self) -> Self:
+        modules = self.recompute_modules
+        if modules is None:
+            return self
+        if self.recompute != "selective":
+            raise ValueError(
+                f"recompute_modules is {list(modules)} and recompute is {self.recompute}, which does not read it: set "
+                "recompute to selective, or recompute_modules to null"
+            )
+        if not modules or len(set(modules)) < len(modules):
+            raise ValueError(
+                f"recompute_modules is {list(modules)}: name some of {', '.join(RECOMPUTE_MODULES)}, each once; to "
+                "recompute nothing set recompute to none"
+            )
+        return self
+
+    @property
+    def recomputed(self) -> tuple[RecomputeModule, ...]:
+        """Parts of a layer that the backward pass computes again; `full` adds the attention itself."""
+        return () if self.recompute == "none" else self.recompute_modules or RECOMPUTE_MODULES
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of ranks that read different sequences.

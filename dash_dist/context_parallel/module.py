@@ -5,7 +5,7 @@ Knows the settings; does not know how the attention is computed.
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,14 @@ from torch import nn
 from dash_dist.context_parallel.dense import dense_attention_one_device, dense_spec
 from dash_dist.context_parallel.exchange import check_exchange
 from dash_dist.context_parallel.exchange_counters import Traffic
+from dash_dist.context_parallel.kept_output import KeptOutput, with_kept_output
 from dash_dist.context_parallel.layout import check_layout
 from dash_dist.context_parallel.recompute import ForwardMemory
 from dash_dist.context_parallel.sharded_attention import dash_attention
 from dash_kernels import AttentionSpec, ChunkGrid, RoutingStatistics
 from dash_kernels.spec import AttentionSettings
+
+Recompute = Literal["none", "full", "selective"]
 
 
 class DashAttention(nn.Module):
@@ -28,9 +31,10 @@ class DashAttention(nn.Module):
     `record_routing` is True, `routing` holds the statistics of the last forward, over this rank's tokens. `traffic`
     counts the bytes and waits of forward and backward passes until they are taken. `recompute` is for reentrant
     activation checkpointing, as in Megatron-core: a pass without gradients, then one with them just before the
-    backward pass. With `dense`, the attention selects every chunk and has no bias, and of the settings only
-    chunk_size and softmax_scale count, and there is no routing to record; on one device whole sequences take torch's
-    own kernels. For `spec`, `settings` and the other arguments see `dash_dist.dash_attention`.
+    backward pass. With "full", the second pass takes the routing of the first one; with "selective" its output and
+    all that the backward pass needs beside q, k and v. With `dense`, the attention selects every chunk and has no bias,
+    and of the settings only chunk_size and softmax_scale count, and there is no routing to record; on one device whole
+    sequences take torch's own kernels. For `spec`, `settings` and the other arguments see `dash_dist.dash_attention`.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class DashAttention(nn.Module):
         exchange: str = "auto",
         cp_group: dist.ProcessGroup | None = None,
         ranks_per_node: int | None = None,
-        recompute: bool = False,
+        recompute: Recompute = "none",
         dense: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -64,7 +68,8 @@ class DashAttention(nn.Module):
         self.cp_group = cp_group
         self.ranks_per_node = ranks_per_node
         self.traffic = Traffic()
-        self.memory = ForwardMemory() if recompute else None
+        self.recompute = recompute
+        self.memory: ForwardMemory[Any] | None = None if recompute == "none" else ForwardMemory()
         self.record_routing = False
         self.routing: RoutingStatistics | None = None
 
@@ -77,27 +82,39 @@ class DashAttention(nn.Module):
         *,
         chunks: ChunkGrid | None = None,
     ) -> torch.Tensor:
-        if self.dense and self.cp_group is None and cu_seqlens is None and chunks is None:
-            return dense_attention_one_device(q, k, v, self.summary_query, self.spec.for_head_dim(q.shape[-1]))
-        out, routing = dash_attention(
-            q,
-            k,
-            v,
-            self.summary_query,
-            spec=self.spec,
-            cu_seqlens=cu_seqlens,
-            chunks=chunks,
-            backend=self.backend,
-            return_routing=True,
-            cp_group=self.cp_group,
-            layout=self.layout,
-            exchange=self.exchange,
-            ranks_per_node=self.ranks_per_node,
-            traffic=self.traffic,
-            memory=self.memory if self.training else None,
-        )
-        self.routing = routing if self.record_routing and not self.dense else None
+        recorded = self.record_routing and not self.dense
+
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, summary_query: torch.Tensor
+        ) -> tuple[torch.Tensor, RoutingStatistics | None]:
+            if self.dense and self.cp_group is None and cu_seqlens is None and chunks is None:
+                spec = self.spec.for_head_dim(q.shape[-1])
+                return dense_attention_one_device(q, k, v, summary_query, spec), None
+            found = dash_attention(
+                q,
+                k,
+                v,
+                summary_query,
+                spec=self.spec,
+                cu_seqlens=cu_seqlens,
+                chunks=chunks,
+                backend=self.backend,
+                return_routing=recorded,
+                cp_group=self.cp_group,
+                layout=self.layout,
+                exchange=self.exchange,
+                ranks_per_node=self.ranks_per_node,
+                traffic=self.traffic,
+                memory=self._memory_of("full"),
+            )
+            return found if recorded else (found, None)
+
+        outputs: ForwardMemory[KeptOutput] | None = self._memory_of("selective")
+        out, self.routing = with_kept_output(outputs, attend, q, k, v, self.summary_query)
         return out
+
+    def _memory_of(self, recompute: Recompute) -> ForwardMemory[Any] | None:
+        return self.memory if self.training and self.recompute == recompute else None
 
     def extra_repr(self) -> str:
         heads, dim = self.summary_query.shape

@@ -1,4 +1,4 @@
-"""Reuse of routing and plan by the recomputation of a layer.
+"""Results that the first forward pass of a recomputed layer leaves to the second one.
 
 Knows the order of passes; does not know layers, nor why they are recomputed.
 """
@@ -6,12 +6,14 @@ Knows the order of passes; does not know layers, nor why they are recomputed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from dash_dist.context_parallel.exchange import Exchange
 from dash_kernels.spec import Routing
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class RoutedPass:
     exchange: Exchange
 
 
-class ForwardMemory:
-    """Routed passes of one layer under reentrant activation checkpointing.
+class ForwardMemory(Generic[Kept]):
+    """Forward passes of one layer under reentrant activation checkpointing, and what each of them keeps.
 
     A forward pass without gradients comes first. A second one, with gradients and over the same inputs, runs in the
     backward pass of the checkpoint's autograd node. Nodes are numbered when they are made, the checkpoint's before its
@@ -38,13 +40,13 @@ class ForwardMemory:
 
     def __init__(self) -> None:
         # Keyed by the number of the next node when the pass ended: unique, since the attention itself takes one.
-        self._passes: dict[int, RoutedPass] = {}
+        self._passes: dict[int, Kept] = {}
 
-    def remember(self, routed: RoutedPass) -> None:
+    def remember(self, kept: Kept) -> None:
         """Keeps a pass without gradients for its recomputation."""
-        self._passes[torch._C._autograd._get_sequence_nr()] = routed
+        self._passes[torch._C._autograd._get_sequence_nr()] = kept
 
-    def recall(self) -> RoutedPass | None:
+    def recall(self) -> Kept | None:
         """Takes the pass that is being recomputed; None if it left nothing, or none is being recomputed."""
         node = torch._C._current_autograd_node()
         if node is None:

@@ -57,7 +57,7 @@ def dash_attention(
     exchange: str = "auto",
     ranks_per_node: int | None = None,
     traffic: Traffic | None = None,
-    memory: ForwardMemory | None = None,
+    memory: ForwardMemory[Any] | None = None,
     **settings: Unpack[AttentionSettings],
 ) -> Any:
     """`dash_kernels.dash_attention` of a sequence that is split over the ranks of cp_group.
@@ -77,8 +77,8 @@ def dash_attention(
         ranks_per_node: consecutive ranks of cp_group that share a fast link; None finds them by host name. The
             selective exchange sends a chunk once to every node that needs it, and forwards it inside the node.
         traffic: counts the bytes and waits of this call and of its backward pass.
-        memory: for a layer that is recomputed in the backward pass. The pass without gradients leaves its plan there.
-            The recomputation takes it, and keeps the received K and V for the backward pass.
+        memory: as there. With a cp_group it holds the plan as well, and the recomputation keeps the received K and V
+            for the backward pass.
 
     With return_routing, the statistics are those of this rank's tokens.
 
@@ -101,6 +101,7 @@ def dash_attention(
             chunks=chunks,
             backend=backend,
             return_routing=return_routing,
+            memory=memory,
             **settings,
         )
 

@@ -16,7 +16,9 @@ from dash_dist.context_parallel.agreement import Named, check_together
 from dash_dist.context_parallel.dense import with_zero_gradient
 from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.halo import with_halo
+from dash_dist.context_parallel.kept_output import KeptOutput, with_kept_output
 from dash_dist.context_parallel.layout import check_layout
+from dash_dist.context_parallel.recompute import ForwardMemory
 from dash_dist.context_parallel.shard import Shard, fingerprint, whole_chunks
 from dash_dist.context_parallel.topology import find_topology
 from dash_dist.cost_model.topology import Topology
@@ -30,7 +32,9 @@ class WindowAttention(nn.Module):
 
     A token attends within its own document, and counts itself. With a group, documents are whole chunks.
     `summary_query` [num_kv_heads, head_dim] is not read and has a gradient of zeros: a layer keeps it when its kind
-    changes, and the layers of a checkpoint are alike. `traffic` is that of `DashAttention`.
+    changes, and the layers of a checkpoint are alike. `traffic` is that of `DashAttention`. With `keep_output`, the
+    recomputation of a layer under reentrant activation checkpointing takes the first pass's output, and fetches the
+    halo again.
 
     Raises:
         ValueError: the window or the layout is not allowed; a call's shapes or documents are not, at any rank.
@@ -48,6 +52,7 @@ class WindowAttention(nn.Module):
         layout: str = "zigzag",
         cp_group: dist.ProcessGroup | None = None,
         ranks_per_node: int | None = None,
+        keep_output: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -60,6 +65,7 @@ class WindowAttention(nn.Module):
         self.cp_group = cp_group
         self.ranks_per_node = ranks_per_node
         self.traffic = Traffic()
+        self.memory: ForwardMemory[KeptOutput] | None = ForwardMemory() if keep_output else None
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, chunks: ChunkGrid | None = None
@@ -71,7 +77,12 @@ class WindowAttention(nn.Module):
             shard, topology = self._shard(q, k, v, chunks, self.cp_group)
             k, v, segments = with_halo(k, v, shard, self.window, topology, self.traffic)
             self.traffic.halo()
-        out = window_attention(q, k, v, segments, window=self.window, softmax_scale=self.spec.softmax_scale)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, None]:
+            scale = self.spec.softmax_scale
+            return window_attention(q, k, v, segments, window=self.window, softmax_scale=scale), None
+
+        out, _ = with_kept_output(self.memory if self.training else None, attend, q, k, v)
         return with_zero_gradient(out, self.summary_query)
 
     def _shard(

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from dash_dist.config.attention import AttentionConfig
-from dash_dist.context_parallel import DashAttention
 from dash_dist.engine.exchange_statistics import ExchangeStatistics, gather_traffic
 from dash_dist.engine.ranks import Dims, RoutedModel, routed_attentions
 from dash_dist.engine.routing import LayerRouting, gather_routing, set_recording
@@ -48,7 +47,7 @@ class StepTelemetry:
         """Start the timer, and drop unread counters and the state that a failed step kept for recomputation."""
         for _, attention in self._model.attentions():
             attention.traffic.clear()
-            if isinstance(attention, DashAttention) and attention.memory is not None:
+            if attention.memory is not None:
                 attention.memory.clear()
         self.timer.begin(record=self._record_seconds)
 

@@ -12,13 +12,13 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.context_parallel import DashAttention, WindowAttention
 from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.documents import PackedDocuments
+from dash_dist.megatron.recompute import LayerConfig
 from dash_kernels import AttentionSpec
 
 
@@ -50,7 +50,7 @@ class DashCoreAttention(MegatronModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: LayerConfig,
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
@@ -70,6 +70,8 @@ class DashCoreAttention(MegatronModule):
             "ranks_per_node": attention.ranks_per_node,
             "cp_group": pg_collection.cp if pg_collection.cp.size() > 1 else None,
         }
+        # A conversion phase computes no gradients of a layer, so what its first pass kept would never be taken.
+        recompute = "none" if attention.conversion is not None else config.attention_recompute
         self.attention: DashAttention | WindowAttention
         if kind == "window":
             assert attention.window is not None  # the configuration has checked it
@@ -79,6 +81,7 @@ class DashCoreAttention(MegatronModule):
                 attention.window,
                 chunk_size=attention.chunk_size,
                 softmax_scale=softmax_scale,
+                keep_output=recompute == "selective",
                 **travel,
             )
         else:
@@ -88,7 +91,7 @@ class DashCoreAttention(MegatronModule):
                 attention_spec(attention, softmax_scale),
                 backend=attention.backend,
                 exchange=attention.exchange,
-                recompute=config.recompute_granularity == "full",
+                recompute=recompute,
                 dense=kind == "dense",
                 **travel,
             )

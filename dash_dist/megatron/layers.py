@@ -21,13 +21,13 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.megatron.core_attention import DashCoreAttention
 from dash_dist.megatron.fused import SwiGLU, norm_module
+from dash_dist.megatron.recompute import RecomputableLayer
 from dash_dist.megatron.self_attention import RotarySelfAttention
 
 
@@ -38,6 +38,7 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig, *, fused: bool) -
         fused: take the kernels of `dash_dist.megatron.fused`.
     """
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
+    layer.module = RecomputableLayer
     norm = norm_module(fused)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.mlp.submodules.activation_func = ModuleSpec(SwiGLU, params={"fused": fused})
@@ -61,7 +62,7 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig, *, fused: bool) -
     return layer
 
 
-class PostNormLayer(TransformerLayer):
+class PostNormLayer(RecomputableLayer):
     """A layer whose norms follow attention and MLP, before the residual is added, as in OLMo 2.
 
     Args:

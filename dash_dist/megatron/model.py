@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
 from dash_dist.config.attention import AttentionConfig
@@ -28,6 +27,7 @@ from dash_dist.megatron.likeliest import likeliest_tokens
 from dash_dist.megatron.loss import summed_loss
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.megatron.recompute import LayerConfig, recompute_settings
 from dash_dist.megatron.rotary import ShardRotaryEmbedding
 from dash_dist.megatron.weights import FullParameters, initialise_weights, read_weights
 from dash_kernels.ranges import ranged
@@ -134,20 +134,13 @@ class DashGPTModel(GPTModel):
 
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, device: torch.device
-) -> TransformerConfig:
+) -> LayerConfig:
     """Megatron-core's configuration of the same model.
 
     Args:
         dtype: of the weights and activations, float32 or bfloat16.
         device: of the run.
     """
-    recompute: dict[str, Any] = {}
-    if parallel.recompute == "full":
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
 
     def leave(_weight: torch.Tensor) -> None:
         """Weights are drawn by `initialise_weights` once the model stands."""
@@ -155,7 +148,7 @@ def transformer_config(
     without_positions: list[int] | None = None
     if model.layers_without_positions:
         without_positions = [int(layer in model.layers_without_positions) for layer in range(model.num_layers)]
-    return TransformerConfig(
+    return LayerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -186,12 +179,12 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         deallocate_pipeline_outputs=True,
         cuda_graph_scope=[],
-        **recompute,
+        **recompute_settings(parallel),
     )
 
 
 def build_model(
-    config: TransformerConfig,
+    config: LayerConfig,
     model: ModelConfig,
     attention: AttentionConfig,
     dims: ParallelDims,

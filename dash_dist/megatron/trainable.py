@@ -53,13 +53,12 @@ def select_parameters(model: DashGPTModel, trainable: TrainableSection, names: I
 
 
 def let_recomputed_layers_train(model: DashGPTModel) -> None:
-    """Give a recomputed decoder an input that requires a gradient.
+    """Give a decoder with recomputed parts an input that requires a gradient.
 
-    Megatron-core's recomputation has a backward pass only if the layer's input requires a gradient, which the output of
+    Megatron-core's recomputation has a backward pass only if the part's input requires a gradient, which the output of
     a frozen embedding does not: the parameters inside would get none.
     """
-    recomputed = model.config.recompute_granularity == "full"
-    if recomputed and model.pre_process and not model.embedding.word_embeddings.weight.requires_grad:
+    if model.config.recomputes and model.pre_process and not model.embedding.word_embeddings.weight.requires_grad:
         model.embedding.register_forward_hook(_require_gradient)
 
 

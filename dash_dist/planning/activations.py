@@ -11,32 +11,69 @@ from dataclasses import dataclass
 from dash_dist.config.attention import Kind
 from dash_dist.config.model import LOGITS_PER_PIECE
 from dash_dist.planning.layouts import Sizes
+from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
 from dash_kernels.limits import MAX_SLAB_BYTES
 
 INT64 = 8
 
 
-def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> int:
-    """Kept from a layer's forward pass to its backward pass, without recomputation."""
-    hidden, q, kv, ffn = sizes.hidden, sizes.q, sizes.kv, sizes.ffn
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes that autograd saves of a layer, by the part that makes them.
+
+    Attributes:
+        input: the residual stream before it.
+        projections: its norm, queries, keys and values, and the attention's output as the next projection takes it.
+        attention: its output, log-sum-exp, routing and summaries, and the addresses of its exchange.
+        middle: the residual stream between attention and MLP.
+        mlp: its norm and itself.
+    """
+
+    input: int
+    projections: int
+    attention: int
+    middle: int
+    mlp: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def kept_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, recompute: Recompute) -> int:
+    """Bytes from a layer's forward pass to its backward pass, or to its recomputation."""
+    saved = saved_by_layer(sizes, kind, exchange)
+    if recompute.attention:  # the first pass leaves its routing and its plan to the second
+        return saved.input + saved_by_routing(sizes, kind) + saved_by_exchange(sizes, exchange)
+    if recompute.whole:
+        return saved.input + saved.attention
+    return saved.total - saved.projections * recompute.projections - saved.mlp * recompute.mlp
+
+
+def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> LayerBytes:
+    """Count what autograd saves of a layer's forward pass with gradients."""
+    hidden, q, kv = sizes.hidden, sizes.q, sizes.kv
     copy = q if sizes.batch > 1 else 0  # [b, s] to [s, b] for the projection after the attention
-    numbers = (
-        2 * hidden  # the layer's input, and after its norm
+    projected = (
+        hidden  # the layer's input after its norm
         + (q + 2 * kv)  # queries, keys and values in one tensor: the values are a view of it
         + (q + kv)  # queries and keys after the rotary embedding
-        + q  # output of the attention
         + copy
-        + 2 * hidden  # input of the MLP's norm, and after it
-        + 5 * ffn  # both halves of SwiGLU's input, silu of one, the other once more, their product
     )
-    norms = 2 * FP32  # reciprocal root mean squares
     angles = 4 * sizes.shard * sizes.head_dim * BF16  # cosines and sines, for queries and for keys
-    of_layer = sizes.tokens * (numbers * BF16 + norms) + angles
+    norm = sizes.tokens * FP32  # reciprocal root mean squares
+    projections = sizes.tokens * projected * BF16 + norm + angles
+    attention = sizes.tokens * q * BF16 + sizes.tokens * sizes.query_heads * FP32  # output and log-sum-exp
     if kind == "window":
-        return of_layer + sizes.tokens * sizes.query_heads * FP32 + _saved_with_halo(sizes, exchange)
-    of_layer += saved_by_exchange(sizes, exchange)
-    return of_layer + saved_by_routing(sizes, kind) + _saved_by_attention(sizes)
+        projections += _saved_with_halo(sizes, exchange)
+    else:
+        summaries = sizes.batch * sizes.chunks * sizes.kv * FP32  # of the whole sequence
+        attention += summaries + saved_by_exchange(sizes, exchange) + saved_by_routing(sizes, kind)
+    # After its norm, and of SwiGLU both halves of the input, silu of one, the other once more, their product.
+    mlp = sizes.tokens * (hidden + 5 * sizes.ffn) * BF16 + norm
+    residual = input_of_layer(sizes)
+    return LayerBytes(residual, projections, attention, residual, mlp)
 
 
 def _saved_with_halo(sizes: Sizes, exchange: ExchangePlan) -> int:
@@ -60,18 +97,20 @@ def tile_bits(sizes: Sizes) -> int:
     return tiles * sizes.kv_heads * -(-sizes.chunks // 32) * 4
 
 
-def _saved_by_attention(sizes: Sizes) -> int:
-    log_sums = sizes.tokens * sizes.query_heads * FP32
-    return log_sums + sizes.batch * sizes.chunks * sizes.kv * FP32  # summaries of the whole sequence
-
-
 def saved_by_exchange(sizes: Sizes, exchange: ExchangePlan) -> int:
     """Addresses of the blocks of a plan: one number of each block received, three of each sent."""
     return round(exchange.received * 4 * INT64) if exchange.name == "selective" else 0
 
 
+def received_by_exchange(sizes: Sizes, exchange: ExchangePlan) -> int:
+    """K and V of other ranks that a pass holds until its end; the ring passes them on."""
+    if exchange.name not in ("selective", "allgather"):
+        return 0
+    return round(exchange.received * 2 * sizes.chunk_size * sizes.head_dim * BF16)
+
+
 def input_of_layer(sizes: Sizes) -> int:
-    """One number per token and channel of the residual stream: what full recomputation keeps of a layer."""
+    """One number per token and channel of the residual stream."""
     return sizes.tokens * sizes.hidden * BF16
 
 

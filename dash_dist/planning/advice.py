@@ -12,7 +12,8 @@ from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout
 from dash_dist.planning.prediction import Prediction, predict
-from dash_dist.planning.search import best_layouts
+from dash_dist.planning.recompute import more_than
+from dash_dist.planning.search import best_layouts, layouts
 
 GIB = 2**30
 MORE_GPUS = 2**14
@@ -63,20 +64,17 @@ def what_would_help(
 def smallest_change(
     config: RunConfig, machine: Machine, assumptions: Assumptions, layout: Layout, *, vocab_size: int
 ) -> str | None:
-    """Recompute first, then context, tensor and pipeline parallelism in place of data parallelism, each doubled until
-    it fits."""
-    changed = replace(layout, recompute="full")
-    tried = [("parallel.recompute=full", changed)] if layout.recompute != "full" else []
-    for recompute in dict.fromkeys((layout.recompute, "full")):
+    """Recompute more first, then context, tensor and pipeline parallelism in place of data parallelism, each doubled
+    until it fits; then both."""
+    more_recomputed = {way: way.overrides(layout.recompute) for way in more_than(layout.recompute)}
+    tried = [(words, replace(layout, recompute=way)) for way, words in more_recomputed.items()]
+    for recompute, also in {layout.recompute: "", **more_recomputed}.items():
         for name in ("context", "tensor", "pipeline"):
             factor = 2
             while layout.data % factor == 0:
                 size = getattr(layout, name) * factor
                 more = replace(layout, recompute=recompute, data=layout.data // factor, **{name: size})
-                words = f"parallel.{name}={size}" + (
-                    " parallel.recompute=full" if recompute != layout.recompute else ""
-                )
-                tried.append((words, more))
+                tried.append((f"parallel.{name}={size} {also}".rstrip(), more))
                 factor *= 2
     for words, candidate in tried:
         parallel = config.parallel.model_copy(
@@ -84,7 +82,7 @@ def smallest_change(
                 "tensor": candidate.tensor,
                 "context": candidate.context,
                 "pipeline": candidate.pipeline,
-                "recompute": candidate.recompute,
+                **candidate.recompute.parallel,
             }
         )
         try:
@@ -102,8 +100,9 @@ def _enough_gpus(
     gpus = machine.gpus * 2
     while gpus <= MORE_GPUS:
         more = replace(machine, gpus=gpus, gpus_per_node=max(machine.gpus_per_node, min(gpus, 8)))
-        best, _ = best_layouts(config, more, assumptions, vocab_size=vocab_size, count=1)
-        if best:
+        most_recomputed = (layout for layout in layouts(config, more) if layout.recompute.attention)
+        if any(predict(config, layout, more, assumptions, vocab_size=vocab_size).fits for layout in most_recomputed):
+            best, _ = best_layouts(config, more, assumptions, vocab_size=vocab_size, count=1)
             return gpus, best[0]
         gpus *= 2
     return None

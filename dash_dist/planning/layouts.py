@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dash_dist.config.model import padded_vocab_size
 from dash_dist.config.run import RunConfig
+from dash_dist.planning.recompute import Recompute
 from dash_kernels.limits import tile_tokens
 
 
@@ -22,7 +23,7 @@ class Layout:
     pipeline: int
     data: int
     exchange: str
-    recompute: str
+    recompute: Recompute
 
     @property
     def gpus(self) -> int:
@@ -51,7 +52,7 @@ class Layout:
             pipeline=parallel.pipeline,
             data=parallel.data_parallel_size(gpus),
             exchange=config.attention.exchange,
-            recompute=parallel.recompute,
+            recompute=Recompute.of(parallel),
         )
 
 

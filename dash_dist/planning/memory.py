@@ -97,11 +97,9 @@ def _activations(
 ) -> tuple[int, int, list[activations.Moment]]:
     """(bytes held all step, bytes saved when the fullest moments come, those moments)"""
     last = stage == layout.pipeline - 1
-    kept, of_layer = 0, []
-    for layer in layers:
-        by_layer, moments = _kept_and_moments(sizes, layout, layer)
-        kept += by_layer
-        of_layer += moments
+    by_layer = {layer: _kept_and_moments(sizes, layout, layer) for layer in dict.fromkeys(layers)}
+    kept = sum(by_layer[layer][0] for layer in layers)
+    of_layer = [moment for _, moments in by_layer.values() for moment in moments]
     in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)
     saved = in_flight * (kept + sizes.shard * sizes.head_dim * FP32)  # and the rotary angles
     moments = of_layer
@@ -117,13 +115,21 @@ def _activations(
 
 def _kept_and_moments(sizes: Sizes, layout: Layout, layer: LayerPlan) -> tuple[int, list[activations.Moment]]:
     """Bytes that a layer keeps for its backward pass, and the fullest moments of that pass."""
-    kind, exchange = layer.kind, layer.exchange
+    kind, exchange, recompute = layer.kind, layer.exchange, layout.recompute
+    kept = activations.kept_by_layer(sizes, kind, exchange, recompute)
+    mlp, attention = activations.mlp_moment(sizes), activations.attention_moment(sizes, kind, exchange)
     saved = activations.saved_by_layer(sizes, kind, exchange)
-    moments = [activations.mlp_moment(sizes), activations.attention_moment(sizes, kind, exchange)]
-    if layout.recompute != "full":
-        return saved, moments
-    kept = activations.input_of_layer(sizes)
-    if layout.context > 1:  # the first pass leaves its routing and its plan to the second
-        kept += activations.saved_by_routing(sizes, kind) + activations.saved_by_exchange(sizes, exchange)
-    # The layer that is recomputed holds its output as well, and its input is the one that was kept.
-    return kept, [replace(moment, activations=moment.activations + saved) for moment in moments]
+    # The part that is recomputed holds its output as well; of a whole layer, its input is the one that was kept.
+    output = activations.input_of_layer(sizes)
+    if recompute.whole:
+        again = saved.total - kept + output
+        mlp = replace(mlp, activations=mlp.activations + again)
+        attention = replace(attention, activations=attention.activations + again)
+        if recompute.attention:  # the second pass has K and V of other ranks, for the backward pass
+            mlp = replace(mlp, exchange=activations.received_by_exchange(sizes, exchange))
+    elif recompute.mlp:
+        mlp = replace(mlp, activations=mlp.activations + saved.mlp + output)
+        attention = replace(attention, freed=attention.freed - saved.mlp)
+    elif recompute.projections:
+        attention = replace(attention, activations=attention.activations + saved.projections + output)
+    return kept, [mlp, attention]

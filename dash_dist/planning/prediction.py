@@ -18,14 +18,17 @@ from dash_dist.planning.layers import LayerPlan, foremost, of_stage, plan_layers
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.memory import Memory, stage_memory
 from dash_dist.planning.parameters import stage_numbers
+from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.step import (
     Pace,
     StepTime,
     embedding_time,
+    exchange_passes,
     layer_matmul,
     layer_time,
     loss_time,
     optimizer_time,
+    recomputed_matmul,
 )
 from dash_dist.planning.traffic import BF16, FP32, Bytes, ExchangePlan, all_reduce
 
@@ -140,7 +143,7 @@ def _bytes(
     sizes: Sizes, layout: Layout, machine: Machine, layers: Sequence[LayerPlan], numbers: int, *, distributed: bool
 ) -> dict[str, Bytes]:
     """Return the bytes of a step by purpose, of the busiest stage."""
-    passes = 2 if layout.recompute == "full" else 1
+    recompute = layout.recompute
     times = sizes.layers * sizes.micro_batches
     residual = sizes.tokens * sizes.hidden * BF16
     one = all_reduce(residual, layout.tensor, 1, machine)
@@ -155,20 +158,23 @@ def _bytes(
         pipeline = Bytes(sends) if within_node else Bytes(0.0, sends)
     stages = [of_stage(tuple(layers), layout, stage) for stage in range(layout.pipeline)]
     exchanges = [[layer.exchange for layer in stage] for stage in stages]
-    exchanged = [sum((_exchanged(one, passes) for one in stage), Bytes()) for stage in exchanges]
-    summaries = [sum((one.summaries for one in stage), Bytes()) for stage in exchanges]
+    exchanged = [sum((_exchanged(one, recompute) for one in stage), Bytes()) for stage in exchanges]
+    summaries = [
+        sum((one.summaries * exchange_passes(one, recompute) for one in stage), Bytes()) for stage in exchanges
+    ]
     return {
         "exchange": max(exchanged, key=_total) * sizes.micro_batches,
-        "summaries": max(summaries, key=_total) * (sizes.micro_batches * passes),
-        "tensor": one * (times * 2 * (passes + 1)),
+        "summaries": max(summaries, key=_total) * sizes.micro_batches,
+        "tensor": one * (times * (4 + recompute.projections + recompute.mlp)),
         "pipeline": pipeline,
         "gradients": reduced,
     }
 
 
-def _exchanged(exchange: ExchangePlan, passes: int) -> Bytes:
-    """Return the bytes of K, V and gradients: a recomputation finds all but a halo where the backward pass wants it."""
-    forward = exchange.forward * (passes if exchange.name == "halo" else 1)
+def _exchanged(exchange: ExchangePlan, recompute: Recompute) -> Bytes:
+    """Return the bytes of K, V and gradients: the backward pass takes those of the recomputation, but from a ring."""
+    again = exchange.name in ("halo", "ring")
+    forward = exchange.forward * (exchange_passes(exchange, recompute) if again else 1)
     return forward + exchange.backward
 
 
@@ -211,14 +217,14 @@ def _time(
 
 def _executed(sizes: Sizes, layout: Layout, layers: tuple[LayerPlan, ...]) -> float:
     """Operations of a rank of the last pipeline stage; the tiles' waste is not counted."""
-    passes = 4 if layout.recompute == "full" else 3
+    passes = 2 if layout.recompute.attention else 1
     attention = 0.0
     for layer in of_stage(layers, layout, layout.pipeline - 1):
         selected = sizes.tokens * sizes.query_heads * layer.attended * 4 * sizes.head_dim
         routed = sizes.tokens * sizes.query_heads * layer.routed * 2 * sizes.head_dim
         # Stage 3 is two products forward, and seven backward: three for the queries, four for the keys; flash kernels,
         # which windows take, have five.
-        attention += (selected + routed) * (passes - 2) + selected * (3.5 if layer.routed else 2.5) + routed * 2
-    products = layer_matmul(sizes) * passes * sizes.layers
+        attention += selected * (passes + (3.5 if layer.routed else 2.5)) + routed * 3
+    products = (3 * layer_matmul(sizes) + recomputed_matmul(sizes, layout.recompute)) * sizes.layers
     output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * (4 if loss_in_pieces(sizes) else 3)
     return (products + attention + output) * sizes.micro_batches

@@ -156,7 +156,7 @@ def _best_table(best: list[Prediction]) -> Table:
             f"{place}.",
             *map(str, (layout.tensor, layout.context, layout.pipeline, layout.data)),
             layout.exchange if layout.context > 1 else "-",
-            layout.recompute,
+            str(layout.recompute),
             f"{one.seconds:.4g}",
             f"{100 * one.mfu:.1f}",
             f"{one.peak.total / GIB:.1f}",
@@ -220,7 +220,7 @@ def prediction_as_json(prediction: Prediction) -> dict[str, Any]:
     """One prediction."""
     peak = prediction.peak
     return {
-        "layout": asdict(prediction.layout),
+        "layout": asdict(prediction.layout) | {"recompute": str(prediction.layout.recompute)},
         "fits": prediction.fits,
         "memory_bytes": {**asdict(peak), "allocated": peak.allocated, "total": peak.total},
         "fullest_stage": prediction.fullest_stage,

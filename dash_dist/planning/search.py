@@ -12,9 +12,9 @@ from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout
 from dash_dist.planning.prediction import Prediction, predict
+from dash_dist.planning.recompute import WAYS
 
 EXCHANGES = ("selective", "allgather", "ring")
-RECOMPUTE = ("none", "full")
 
 
 def layouts(config: RunConfig, machine: Machine) -> Iterator[Layout]:
@@ -32,31 +32,32 @@ def layouts(config: RunConfig, machine: Machine) -> Iterator[Layout]:
                     continue
                 data = machine.gpus // (tensor * pipeline * context)
                 for exchange in EXCHANGES if context > 1 else (config.attention.exchange,):
-                    for recompute in RECOMPUTE:
+                    for recompute in WAYS:
                         yield Layout(tensor, context, pipeline, data, exchange, recompute)
 
 
 def best_layouts(
     config: RunConfig, machine: Machine, assumptions: Assumptions, *, vocab_size: int, count: int = 3
 ) -> tuple[list[Prediction], list[Prediction]]:
-    """The fastest layouts that fit, each with the exchange that is fastest for it, and all that were looked at.
+    """The fastest layouts that fit, each with the exchange and recomputation that are fastest for it, and all that were
+    looked at.
 
-    Of two that differ in nothing but the exchange only the faster one is among the best.
+    Of two that differ in nothing but these only the faster one is among the best.
     """
     looked_at = [
         predict(config, layout, machine, assumptions, vocab_size=vocab_size) for layout in layouts(config, machine)
     ]
     best: list[Prediction] = []
     for prediction in sorted((one for one in looked_at if one.fits), key=lambda one: one.seconds):
-        if all(_but_for_exchange(prediction.layout) != _but_for_exchange(other.layout) for other in best):
+        if all(_sizes(prediction.layout) != _sizes(other.layout) for other in best):
             best.append(prediction)
         if len(best) == count:
             break
     return best, looked_at
 
 
-def _but_for_exchange(layout: Layout) -> tuple[int, int, int, int, str]:
-    return layout.tensor, layout.context, layout.pipeline, layout.data, layout.recompute
+def _sizes(layout: Layout) -> tuple[int, int, int, int]:
+    return layout.tensor, layout.context, layout.pipeline, layout.data
 
 
 def _is_possible(config: RunConfig, tensor: int, pipeline: int, context: int, gpus: int) -> bool:

@@ -21,6 +21,7 @@ from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.attention_time import AttentionTime
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.traffic import BF16, Bytes, ExchangePlan
 
 # Selected chunks of the busiest rank / of the mean one, by layout: docs/results/cp_2xh200.json, two ranks.
@@ -30,7 +31,8 @@ _BACKWARD_OF_FORWARD = 2  # products of a backward pass / of a forward pass
 # Bytes that element-wise kernels read and write per token, in numbers of bfloat16 of a width.
 _ELEMENTWISE = {
     # width: (forward, backward)
-    # norms (2 + 2, backward 3 + 3) and residual additions (3 + 3; gradients of the branches are added)
+    # norms (2 + 2, backward 3 + 3) and residual additions (3 + 3; gradients of the branches are added), half of them
+    # in each part of a layer
     "hidden": (10, 12),
     # queries made contiguous (2), rotary embedding: two products, half turned, a sum, a copy (12)
     "q": (14, 15),
@@ -112,6 +114,18 @@ def layer_matmul(sizes: Sizes) -> float:
     return 2.0 * sizes.tokens * weights
 
 
+def recomputed_matmul(sizes: Sizes, recompute: Recompute) -> float:
+    """Operations of the matrix products that are computed again, likewise."""
+    of_mlp = 2.0 * sizes.tokens * 3 * sizes.hidden * sizes.ffn
+    return of_mlp * recompute.mlp + (layer_matmul(sizes) - of_mlp) * recompute.projections
+
+
+def _recomputed_numbers(sizes: Sizes, recompute: Recompute) -> float:
+    """Numbers per token that element-wise kernels read and write again."""
+    hidden, q, kv, ffn = (_ELEMENTWISE[name][0] * getattr(sizes, name) for name in ("hidden", "q", "kv", "ffn"))
+    return (hidden / 2 + q + kv) * recompute.projections + (hidden / 2 + ffn) * recompute.mlp
+
+
 def layer_time(
     sizes: Sizes,
     layout: Layout,
@@ -131,9 +145,9 @@ def layer_time(
     """
     stage3 = pace.attention(attention.attend) * uneven, pace.attention(attention.backward) * uneven
     route = pace.attention(attention.route)
-    passes = 2 if layout.recompute == "full" else 1
-    # With context parallelism the second pass finds the routing of the first one.
-    routes = 1 if layout.context > 1 else passes
+    recompute = layout.recompute
+    passes = 2 if recompute.attention else 1
+    parts = recompute.projections + recompute.mlp
     matmul = pace.products(layer_matmul(sizes))
     widths = {name: getattr(sizes, name) for name in _ELEMENTWISE}
     forward, backward = (
@@ -143,9 +157,9 @@ def layer_time(
     weights = layer_matmul(sizes) / (2 * sizes.tokens)
     backward += pace.elementwise(_WEIGHT_GRADIENT * weights)
     computed = StepTime(
-        matmul=matmul * (passes + _BACKWARD_OF_FORWARD),
-        attention=stage3[0] * passes + stage3[1] + route * routes,
-        elementwise=forward * passes + backward,
+        matmul=matmul * (1 + _BACKWARD_OF_FORWARD) + pace.products(recomputed_matmul(sizes, recompute)),
+        attention=route + stage3[0] * passes + stage3[1],
+        elementwise=forward + backward + pace.elementwise(BF16 * sizes.tokens * _recomputed_numbers(sizes, recompute)),
     )
     tensor = 0.0
     if layout.tensor > 1:
@@ -155,19 +169,18 @@ def layer_time(
             pace.products(2.0 * sizes.tokens * sizes.hidden * width)
             for width in (sizes.q + 2 * sizes.kv, 2 * sizes.ffn)
         ]
-        tensor = 2 * one * passes + exposed([one, one], beside)
-    launched = pace.assumptions.host_seconds * (passes + 2)
-    waited = StepTime(tensor=tensor, exchange=_exchange_time(layout, pace, exchange, stage3, passes))
+        tensor = one * (2 + parts) + exposed([one, one], beside)
+    launched = pace.assumptions.host_seconds * (3 + parts / 2)
+    waited = StepTime(tensor=tensor, exchange=_exchange_time(layout, pace, exchange, stage3))
     return computed + waited + StepTime(launch=max(0.0, launched - computed.total - waited.total))
 
 
-def _exchange_time(
-    layout: Layout, pace: Pace, exchange: ExchangePlan, stage3: tuple[float, float], passes: int
-) -> float:
+def _exchange_time(layout: Layout, pace: Pace, exchange: ExchangePlan, stage3: tuple[float, float]) -> float:
     """Return the seconds of an exchange that no computation hides."""
     if exchange.name == "none":
         return 0.0
     share = {"ring": 1.0, "halo": 0.0}.get(exchange.name, 1 / layout.context)  # of the attention that overlaps it
+    passes = exchange_passes(exchange, layout.recompute)
     half = exchange.messages // 2
     forward, backward = pace.send(exchange.forward, half), pace.send(exchange.backward, half)
     if passes == 2 and exchange.name not in ("ring", "halo"):
@@ -177,6 +190,12 @@ def _exchange_time(
     beside = [stage3[0] * share] * passes + [stage3[1] * share]
     merging = exchange.merged / (pace.machine.gpu.bandwidth * pace.assumptions.memory_efficiency)
     return exposed(transfers, beside) + passes * pace.send(exchange.summaries) + merging
+
+
+def exchange_passes(exchange: ExchangePlan, recompute: Recompute) -> int:
+    """Forward passes of a layer that fetch K and V: a halo is fetched for queries, keys and values as they are made."""
+    again = recompute.projections if exchange.name == "halo" else recompute.attention
+    return 2 if again else 1
 
 
 def imbalance(sequence_layout: str, ranks: int) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -26,6 +26,18 @@ from dash_kernels.spec import (
 )
 
 
+class RoutingMemory(Protocol):
+    """Routing of calls that are made twice: without gradients, and again with them in a backward pass."""
+
+    def remember(self, kept: Routing) -> None:
+        """Keep the routing of a call without gradients."""
+        ...
+
+    def recall(self) -> Routing | None:
+        """Take the routing of the call that is being repeated; None if there is none."""
+        ...
+
+
 def dash_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -37,6 +49,7 @@ def dash_attention(
     chunks: ChunkGrid | None = None,
     backend: str = "auto",
     return_routing: bool = False,
+    memory: RoutingMemory | None = None,
     **settings: Unpack[AttentionSettings],
 ) -> Any:
     """Causal DashAttention (arXiv 2605.18753), differentiable in q, k, v and summary_query.
@@ -58,6 +71,8 @@ def dash_attention(
             Build it once per batch and pass it to all layers.
         backend: "triton", "eager", or "auto" (Triton on a GPU, eager elsewhere).
         return_routing: also return the `RoutingStatistics` of the call.
+        memory: of a layer whose activations are recomputed. A call without gradients leaves its routing there, and the
+            call that repeats it with gradients takes it.
         settings: fields of `spec` by keyword: chunk_size, alpha, routing_scale, prior_sigma, softmax_scale.
 
     Returns:
@@ -69,9 +84,12 @@ def dash_attention(
     check_tensors(q, k, v, summary_query)
     spec = (spec or AttentionSpec()).replaced(**settings).for_head_dim(q.shape[-1])
     grid = sequence_chunks(chunks, cu_seqlens, q, q.shape[1], spec)
-    out, selected = _DashAttention.apply(
-        q, k, v, summary_query, grid, spec, select_backend(backend, q, k.shape[2], spec)
-    )
+    stages = select_backend(backend, q, k.shape[2], spec)
+    recalled = memory.recall() if memory is not None and torch.is_grad_enabled() else None
+    routings: list[Routing] = []  # autograd functions return only tensors
+    out, selected = _DashAttention.apply(q, k, v, summary_query, grid, spec, stages, recalled, routings)
+    if memory is not None and not torch.is_grad_enabled():
+        memory.remember(routings[0])
     return (out, routing_statistics(selected, grid)) if return_routing else out
 
 
@@ -98,9 +116,12 @@ class _DashAttention(torch.autograd.Function):
         chunks: ChunkGrid,
         spec: AttentionSpec,
         backend: Backend,
+        recalled: Routing | None,
+        routings: list[Routing],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         summaries = backend.summarize(k, chunks, summary_query, spec)
-        routing = backend.route(q, chunks, summaries, spec)
+        routing = recalled or backend.route(q, chunks, summaries, spec)
+        routings.append(routing)
         queries = Queries(q, chunks, summaries, routing)
         out, lse = backend.attend(queries, Part(k, v, chunks), spec, before=None, last=True)
         ctx.save_for_backward(
@@ -121,4 +142,4 @@ class _DashAttention(torch.autograd.Function):
         dq, ratio = backend.finish_query_gradient(queries, upstream, part, spec, None)
         (dk, dv), dsummary_query = backend.key_gradient(queries, upstream, ratio, part, summary_query, spec)
         grads = dq, dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
-        return *grads, None, None, None
+        return *grads, None, None, None, None, None

@@ -268,7 +268,7 @@ def random_config(seed: int, folder: Path) -> dict:
         },
         "parallel": {
             "distributed_optimizer": pick.random() < 0.5,
-            "recompute": pick.choice(["none", "full"]),
+            "recompute": pick.choice(["none", "selective", "full"]),
         },
         "data": {
             "source": "files",

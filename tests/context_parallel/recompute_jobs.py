@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_dist import DashAttention, split_sequence
 from dash_dist.context_parallel.exchange_counters import TrafficSummary
+from dash_dist.context_parallel.module import Recompute
 from dash_dist.cost_model.topology import Topology
 from tests.context_parallel.attention_cases import (
     HEAD_DIM,
@@ -41,7 +42,7 @@ def train(
     micro_batches: list[Inputs],
     way: Way,
     *,
-    recompute: bool,
+    recompute: Recompute,
     use_reentrant: bool | None,
     last_first: bool = False,
     abandoned: bool = False,
@@ -76,7 +77,7 @@ def train(
     leaves = [leaf for leaves, _ in under_way for leaf in leaves]
     gradients = [x.grad for x in (*leaves, layer.summary_query) if x.grad is not None]
     assert len(gradients) == len(leaves) + 1
-    assert (layer.memory is not None) == recompute
+    assert (layer.memory is not None) == (recompute != "none")
     return Trained(gradients, given, layer.traffic.take(), not layer.memory)
 
 
@@ -86,24 +87,26 @@ def recomputed_layers() -> dict[str, dict[str, Any]]:
     micro_batches = [same_inputs(chunks, batch=1), same_inputs(chunks, batch=1, bounds=crossing_documents(chunks))]
     found = {}
     for way in ways()[1:]:  # "auto" is one of the others
-        plain = train(micro_batches, way, recompute=False, use_reentrant=None)
-        reentrant = train(micro_batches, way, recompute=True, use_reentrant=True)
-        without = train(micro_batches, way, recompute=False, use_reentrant=False)
+        plain = train(micro_batches, way, recompute="none", use_reentrant=None)
+        reentrant = train(micro_batches, way, recompute="full", use_reentrant=True)
+        kept = train(micro_batches, way, recompute="selective", use_reentrant=True)
+        without = train(micro_batches, way, recompute="none", use_reentrant=False)
         found[name_of("zigzag", way)] = {
             "reentrant is right": all(map(torch.equal, reentrant.gradients, plain.gradients)),
+            "kept output is right": all(map(torch.equal, kept.gradients, plain.gradients)),
             "non-reentrant is right": all(map(torch.equal, without.gradients, plain.gradients)),
-            "memory is empty": reentrant.memory_is_empty,
-            "bytes": tuple(run.traffic.sent_bytes for run in (plain, reentrant, without)),
-            "calls": [run.given.calls for run in (plain, reentrant, without)],
+            "memory is empty": reentrant.memory_is_empty and kept.memory_is_empty,
+            "bytes": tuple(run.traffic.sent_bytes for run in (plain, reentrant, kept, without)),
+            "calls": [run.given.calls for run in (plain, reentrant, kept, without)],
         }
     return found
 
 
-def recomputed_in_other_orders() -> dict[str, bool]:
+def recomputed_in_other_orders(recompute: Recompute) -> dict[str, bool]:
     """Which of them are right, to rounding: gradients of the parameter are summed in another order."""
     chunks, way = 4 * dist.get_world_size(), {"exchange": "selective"}
     micro_batches = [same_inputs(chunks, batch=1), same_inputs(chunks, batch=1)]
-    plain = train(micro_batches, way, recompute=False, use_reentrant=None)
+    plain = train(micro_batches, way, recompute="none", use_reentrant=None)
     runs = {
         "the last micro-batch first": {"use_reentrant": True, "last_first": True},
         "a pass that nobody recomputes": {"use_reentrant": True, "abandoned": True},
@@ -112,17 +115,19 @@ def recomputed_in_other_orders() -> dict[str, bool]:
     }
     found = {}
     for name, arguments in runs.items():
-        run = train(micro_batches, way, recompute=True, **arguments)
+        run = train(micro_batches, way, recompute=recompute, **arguments)
         pairs = zip(run.gradients, plain.gradients, strict=True)
         found[name] = all((a - b).abs().max() < 1e-10 * b.abs().max() for a, b in pairs)
         assert run.memory_is_empty or arguments.get("abandoned"), name
     return found
 
 
-def evaluation_leaves_nothing_behind() -> bool:
+def evaluation_leaves_nothing_behind(recompute: Recompute) -> bool:
     world = dist.group.WORLD
     inputs = same_inputs(4 * dist.get_world_size(), batch=1)
-    layer = DashAttention(2, HEAD_DIM, cp_group=world, recompute=True, device=device(), dtype=torch.float64, **SETTINGS)
+    layer = DashAttention(
+        2, HEAD_DIM, cp_group=world, recompute=recompute, device=device(), dtype=torch.float64, **SETTINGS
+    )
     layer.eval()
     with torch.no_grad():
         layer(*(split_sequence(x, world) for x in (inputs.q, inputs.k, inputs.v)))
@@ -130,10 +135,12 @@ def evaluation_leaves_nothing_behind() -> bool:
     return len(layer.memory) == 0
 
 
-def recomputed_again() -> dict[str, bool]:
+def recomputed_again(recompute: Recompute) -> dict[str, bool]:
     """True if a second backward pass over a retained graph, with another micro-batch in flight, gives the same."""
     world, size = dist.group.WORLD, dist.get_world_size()
-    layer = DashAttention(2, HEAD_DIM, cp_group=world, recompute=True, device=device(), dtype=torch.float64, **SETTINGS)
+    layer = DashAttention(
+        2, HEAD_DIM, cp_group=world, recompute=recompute, device=device(), dtype=torch.float64, **SETTINGS
+    )
     under_way = []
     for inputs in (same_inputs(4 * size, batch=1) for _ in range(2)):
         leaves = [split_sequence(x, world).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]

@@ -29,6 +29,11 @@ ALONE = {"plain, zero 1": Run(1)}
 ON_TWO = {
     "plain, zero 1, cp 2": Run(1, Case(context=2, micro_batch_size=2)),
     "plain, zero 3, cp 2, recompute": Run(3, RECOMPUTE),
+    "plain, zero 3, cp 2, selective": Run(3, Case(context=2, recompute="selective")),
+    "plain, zero 3, dp 2, mlp": Run(3, Case(recompute="selective", recompute_modules=("mlp",))),
+    "windows, zero 3, cp 2, selective": Run(
+        3, Case(kind=("dash", "window"), window=37, context=2, recompute="selective"), steps=4
+    ),
     "packed, zero 1, dp 2": Run(1, Case(packed=True), bad_step=BAD_STEP),
     "packed, zero 3, cp 2": Run(3, Case(packed=True, context=2), bad_step=BAD_STEP),
     "tied, zero 3, dp 2": Run(3, Case(tie_embeddings=True), steps=4),

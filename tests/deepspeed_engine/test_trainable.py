@@ -1,5 +1,6 @@
 """ZeRO freezes and trains the parameters that Megatron-core's optimizer does, and resumes with others."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ RUNS = {
     "all": Run(None, Case(context=2), steps=1),
     **{f"zero {stage}": Run(stage, Case(context=2), steps=4, trainable=MIXED) for stage in (1, 2, 3)},
     "zero 3, recompute": Run(3, RECOMPUTE, steps=4, trainable=MIXED),
+    "zero 3, selective": Run(3, dataclasses.replace(RECOMPUTE, recompute="selective"), steps=4, trainable=MIXED),
     "megatron, lora": Run(None, Case(context=2), steps=3, lora=LORA),
     **{f"zero {stage}, lora": Run(stage, Case(context=2), steps=3, lora=LORA) for stage in (1, 3)},
     "zero 1, bfloat16": Run(1, Case(context=2), steps=2, bfloat16=True, trainable=MIXED),
@@ -45,7 +47,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero 1", "zero 2", "zero 3", "zero 3, recompute", "zero 1, lora", "zero 3, lora"])
+@pytest.mark.parametrize(
+    "name", ["zero 1", "zero 2", "zero 3", "zero 3, recompute", "zero 3, selective", "zero 1, lora", "zero 3, lora"]
+)
 def test_zero_trains_to_the_weights_of_megatron(results: list[list[Any]], name: str) -> None:
     for rank in results:
         expected, found = rank[0]["megatron, lora" if "lora" in name else "megatron"], rank[0][name]

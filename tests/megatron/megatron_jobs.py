@@ -73,6 +73,7 @@ def engine_of(
         pipeline=case.pipeline,
         distributed_optimizer=case.distributed_optimizer,
         recompute=case.recompute,
+        recompute_modules=case.recompute_modules,
         overlap_gradients=case.overlap_gradients,
     )
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))

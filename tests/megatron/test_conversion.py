@@ -20,6 +20,7 @@ ALONE = Case(micro_batch_size=2)
 STEPS = 6
 LAYOUTS = {
     "recompute": dataclasses.replace(ALONE, recompute="full"),
+    "selective": dataclasses.replace(ALONE, recompute="selective"),
     "packed": dataclasses.replace(ALONE, packed=True),
 }
 ON_TWO = {
@@ -29,6 +30,7 @@ ON_TWO = {
     "dp": Case(),
     "pp": Case(pipeline=2),
     "pp, recompute": Case(pipeline=2, recompute="full"),
+    "pp, selective": Case(pipeline=2, recompute="selective"),
 }
 
 
@@ -62,7 +64,7 @@ def test_local_losses_fall_while_the_dense_model_stays(alone: dict[str, Any]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*ON_TWO, "recompute"])
+@pytest.mark.parametrize("name", [*ON_TWO, "recompute", "selective"])
 def test_every_layout_trains_the_same(alone: dict[str, Any], on_two: dict[str, list[Any]], name: str) -> None:
     reference, expected, _ = alone["alone"]
     ranks = on_two[name] if name in on_two else [alone[name]]

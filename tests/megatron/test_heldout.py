@@ -25,7 +25,11 @@ ON_TWO = {
     "packed, dp 2": Case(packed=True),
 }
 ON_FOUR = {"tp 2, cp 2": Case(tensor=2, context=2), "cp 2, pp 2": Case(context=2, pipeline=2)}
-TRAINED_ALONE = {"alone": Case(distributed_optimizer=True), "recompute": Case(recompute="full")}
+TRAINED_ALONE = {
+    "alone": Case(distributed_optimizer=True),
+    "recompute": Case(recompute="full"),
+    "selective": Case(recompute="selective"),
+}
 TRAINED_ON_TWO = {
     "cp 2, recompute": Case(context=2, recompute="full", distributed_optimizer=True),
     "pp 2": Case(pipeline=2, grad_clip=0.5),

@@ -25,6 +25,7 @@ ON_TWO = {
     "tp": dataclasses.replace(ONE_EACH, tensor=2),
     "tp, recompute": dataclasses.replace(ONE_EACH, tensor=2, recompute="full"),
     "cp": dataclasses.replace(ONE_EACH, context=2),
+    "cp, selective": dataclasses.replace(ONE_EACH, context=2, recompute="selective"),
     "pp, distributed": dataclasses.replace(ONE_EACH, pipeline=2, distributed_optimizer=True),
 }
 STEPS = 3

@@ -22,6 +22,12 @@ SETS = {"query": QUERY, "mixed": MIXED, "first layer": FIRST_LAYER, "last layer"
 STEPS = 3
 NAMES = list(parameter_table(MODEL, VOCAB_SIZE))
 ONE_EACH = dataclasses.replace(ALONE, micro_batch_size=1)
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "full": {"recompute": "full"},
+    "selective": {"recompute": "selective"},
+    "mlp": {"recompute": "selective", "recompute_modules": ("mlp",)},
+    "projections": {"recompute": "selective", "recompute_modules": ("projections",)},
+}
 LAYOUTS = {
     "cp, distributed": dataclasses.replace(ONE_EACH, context=2, distributed_optimizer=True),
     "tp": dataclasses.replace(ONE_EACH, tensor=2),
@@ -49,7 +55,11 @@ def assert_same_weights(actual: list[Any], expected: list[Any], *, relative: flo
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     cases = {name: (ALONE, patterns) for name, patterns in SETS.items()}
-    cases |= {f"{name}, recompute": (dataclasses.replace(ALONE, recompute="full"), SETS[name]) for name in SETS}
+    cases |= {
+        f"{name}, recompute {way}": (dataclasses.replace(ALONE, **how), SETS[name])
+        for name in SETS
+        for way, how in RECOMPUTE.items()
+    }
     cases |= {f"{name}, tied": (dataclasses.replace(ALONE, tie_embeddings=True), SETS[name]) for name in SETS}
     cases |= {"all": (ALONE, None)}
     (seen,) = run_ranks(f"{JOBS}:run_all", 1, cases, STEPS, cpu_only=True)
@@ -129,9 +139,10 @@ def test_every_layout_trains_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", RECOMPUTE)
 @pytest.mark.parametrize("sets", SETS)
-def test_recomputation_trains_what_a_frozen_embedding_precedes(alone: dict[str, Any], sets: str) -> None:
-    assert_same_weights([alone[f"{sets}, recompute"]], [alone[sets]], relative=1e-6)
+def test_recomputation_trains_what_a_frozen_embedding_precedes(alone: dict[str, Any], sets: str, way: str) -> None:
+    assert_same_weights([alone[f"{sets}, recompute {way}"]], [alone[sets]], relative=1e-6)
 
 
 @pytest.mark.slow

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 
 from dash_dist.config.model import ModelConfig
+from dash_dist.config.parallel import RecomputeModule
 from dash_dist.config.run import RunConfig
 from dash_dist.config.trainable import LoraConfig, TrainablePattern, TrainableSection
 from dash_dist.planning import GPUS, Assumptions, Layout, Machine
+from dash_dist.planning.recompute import Recompute
 
 VOCAB_SIZE = 100  # padded to 128
 SEQUENCE_LENGTH = 256
@@ -109,9 +111,9 @@ def machine(gpus: int, memory_gib: float = 79.2, gpu: str = "H100") -> Machine:
     return Machine(GPUS[gpu], gpus, min(gpus, 8), memory_gib * 2**30)
 
 
-def layout(**sizes: Any) -> Layout:
-    plain = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "exchange": "selective", "recompute": "none"}
-    return Layout(**{**plain, **sizes})
+def layout(*, recompute: str = "none", modules: tuple[RecomputeModule, ...] | None = None, **sizes: Any) -> Layout:
+    plain = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "exchange": "selective"}
+    return Layout(**{**plain, **sizes}, recompute=Recompute(recompute, modules))
 
 
 DENSE = Assumptions(density=1.0)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
+from unittest import mock
 
 import torch
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
+from dash_dist.context_parallel.kept_output import _Inputs
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.model import build_model, transformer_config
 from dash_dist.megatron.parallel import ParallelDims
@@ -89,9 +92,10 @@ def _states(engine: MegatronEngine) -> dict[str, int]:
     return numbers
 
 
-def saved_bytes(batch: int, sequence_length: int, layers: int) -> dict[str, int]:
-    """dtype -> bytes of the distinct tensors, but for weights, that autograd keeps of a bfloat16 forward pass."""
-    parallel = ParallelConfig()
+def saved_bytes(batch: int, sequence_length: int, layers: int, recompute: dict[str, Any]) -> dict[str, int]:
+    """dtype -> bytes of the distinct tensors, but for weights, that autograd keeps of a bfloat16 forward pass, and
+    that the attention keeps for a recomputation."""
+    parallel = ParallelConfig.model_validate(recompute)
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     try:
         shape = MODEL.model_copy(update={"num_layers": layers})
@@ -115,8 +119,22 @@ def saved_bytes(batch: int, sequence_length: int, layers: int) -> dict[str, int]
             return tensor
 
         tokens = torch.zeros(batch, sequence_length, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pack = _Inputs.pack
+
+        def pack_and_keep(inputs: _Inputs, tensor: torch.Tensor) -> Any:
+            packed = pack(inputs, tensor)
+            return keep(packed) if isinstance(packed, torch.Tensor) else packed
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            mock.patch.object(_Inputs, "pack", pack_and_keep),
+        ):
             model(tokens, None, None, labels=tokens)
+        for _, attention in model.attentions():
+            for one in attention.memory._passes.values() if attention.memory is not None else ():
+                for tensor in vars(one).values():
+                    if isinstance(tensor, torch.Tensor):  # a routing, or the output of a kept call
+                        keep(tensor)
         sizes: dict[str, int] = {}
         for tensor in kept.values():
             kind = str(tensor.dtype).removeprefix("torch.")

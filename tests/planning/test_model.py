@@ -9,9 +9,10 @@ import torch
 
 from dash_dist.engine.flops import flops_per_token
 from dash_dist.planning import Layout, predict
-from dash_dist.planning.activations import saved_by_layer, tile_bits
+from dash_dist.planning.activations import kept_by_layer, tile_bits
 from dash_dist.planning.layouts import Sizes
 from dash_dist.planning.parameters import stage_numbers, stage_weights
+from dash_dist.planning.recompute import WAYS, Recompute
 from dash_dist.planning.traffic import BF16, FP32, NO_EXCHANGE
 from dash_kernels.spec import AttentionSpec
 from dash_kernels.triton.tiles import TileShape
@@ -135,17 +136,19 @@ def test_the_exchange_sends_what_is_predicted_where_every_chunk_is_selected(
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_activations_of_a_layer_are_what_autograd_keeps(batch: int) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_activations_of_a_layer_are_what_autograd_keeps(batch: int, way: Recompute) -> None:
+    job = "tests.planning.planning_jobs:saved_bytes"
     two, three = (
-        run_ranks("tests.planning.planning_jobs:saved_bytes", 1, batch, SEQUENCE_LENGTH, layers, cpu_only=True)[0]
-        for layers in (2, 3)
+        run_ranks(job, 1, batch, SEQUENCE_LENGTH, layers, way.parallel, cpu_only=True)[0] for layers in (2, 3)
     )
     kept = sum(three[kind] - two[kind] for kind in three if kind != "bool")  # bool: the eager backend's selection
     config = small_config(training={"micro_batch_size": batch})
     sizes = Sizes.of(config, Layout.of(config, 1), vocab_size=VOCAB_SIZE)
-    # Not fused, as on a CPU, each of two norms keeps its input twice in float32 instead of once in bfloat16.
-    norms = 2 * batch * SEQUENCE_LENGTH * MODEL.hidden_size * (2 * FP32 - BF16)
-    assert saved_by_layer(sizes, "dash", NO_EXCHANGE) - tile_bits(sizes) == kept - norms
+    # Not fused, as on a CPU, a norm keeps its input twice in float32 instead of once in bfloat16.
+    norms = 2 - way.projections - way.mlp
+    unfused = norms * batch * SEQUENCE_LENGTH * MODEL.hidden_size * (2 * FP32 - BF16)
+    assert kept_by_layer(sizes, "dash", NO_EXCHANGE, way) - tile_bits(sizes) == kept - unfused
 
 
 def test_model_flops_are_those_of_the_runs_mfu() -> None:

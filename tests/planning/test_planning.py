@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 from dash_dist.cli import app
 from dash_dist.config.file import to_yaml
+from dash_dist.config.parallel import RecomputeModule
 from dash_dist.errors import ConfigError
 from dash_dist.planning import GPUS, Assumptions, Prediction, best_layouts, predict
 from dash_dist.planning.advice import what_would_help
 from dash_dist.planning.calibration import calibrate, fit, predict_measured
 from dash_dist.planning.command import Options, run_plan
 from dash_dist.planning.measurements import Measurement, read_measurements
+from dash_dist.planning.recompute import WAYS, Recompute
 from dash_dist.planning.search import layouts
 from dash_dist.planning.selection import tile_efficiency, union
 from tests.planning.planning_cases import DENSE, large_config, layout, machine, small_config
@@ -51,7 +53,7 @@ sizes = st.fixed_dictionaries(
         "pipeline": st.sampled_from((1, 2, 4)),
         "data": st.sampled_from((1, 2, 8)),
         "exchange": st.sampled_from(("auto", "selective", "allgather", "ring")),
-        "recompute": st.sampled_from(("none", "full")),
+        "recompute": st.sampled_from(("none", "selective", "full")),
     }
 )
 densities = st.floats(0.005, 1.0)
@@ -72,11 +74,14 @@ def test_more_of_a_kind_of_parallelism_never_takes_more_memory(
     if chosen["exchange"] == "ring" and chosen["context"] > 1:  # which holds no more than two shards
         longer = predicted(assumptions=assumptions, **{**chosen, "context": chosen["context"] * 2}).peak
         assert longer.total <= before.total
-    full = predicted(assumptions=assumptions, **{**chosen, "recompute": "full"})
-    none = predicted(assumptions=assumptions, **{**chosen, "recompute": "none"})
-    assert full.peak.optimizer == none.peak.optimizer
-    assert full.seconds >= none.seconds
-    assert full.flops > none.flops
+    ways = [
+        predicted(assumptions=assumptions, **{**chosen, "recompute": way.mode, "modules": way.modules}) for way in WAYS
+    ]
+    none, projections, mlp, selective, full = ways
+    for more, less in ((projections, none), (mlp, none), (selective, projections), (selective, mlp), (full, selective)):
+        assert more.peak.optimizer == less.peak.optimizer
+        assert more.seconds >= less.seconds * (1 - 1e-9)
+        assert more.flops > less.flops
 
 
 @settings(deadline=None)
@@ -134,8 +139,8 @@ def test_the_best_are_the_best_of_all(gpus: int, memory: float) -> None:
     fastest: dict[Any, float] = {}
     for one in every:
         if one.peak.total <= memory * GIB:
-            but_for_exchange = dataclasses.replace(one.layout, exchange="")
-            fastest[but_for_exchange] = min(one.seconds, fastest.get(but_for_exchange, one.seconds))
+            sizes = dataclasses.replace(one.layout, exchange="", recompute=Recompute())
+            fastest[sizes] = min(one.seconds, fastest.get(sizes, one.seconds))
     assert best
     assert [one.seconds for one in best] == sorted(fastest.values())[:3]
     assert all(one.layout.gpus == gpus for one in looked_at)
@@ -152,13 +157,26 @@ def test_where_nothing_fits_it_says_what_is_missing_and_what_would_do() -> None:
     assert not best_layouts(config, machine(gpus // 2, 16.0), Assumptions(), vocab_size=VOCAB_SIZE)[0]
 
 
-def test_a_layout_that_does_not_fit_is_told_the_smallest_change() -> None:
-    config, on = large_config(training=SHORT, parallel={"tensor": 4, "context": 2}), machine(8)
-    asked = predict(config, layout(tensor=4, context=2), on, Assumptions(), vocab_size=VOCAB_SIZE)
+@pytest.mark.parametrize(
+    ("recompute", "modules", "memory", "change"),
+    [
+        ("none", None, 79.2, "parallel.recompute=selective"),
+        ("none", None, 100.0, "parallel.recompute=selective parallel.recompute_modules=[mlp]"),
+        ("selective", ("mlp",), 79.2, "parallel.recompute=selective parallel.recompute_modules=null"),
+        ("selective", ("projections",), 50.0, "parallel.recompute=full parallel.recompute_modules=null"),
+        ("none", None, 50.0, "parallel.recompute=full"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_told_the_smallest_change(
+    recompute: str, modules: tuple[RecomputeModule, ...] | None, memory: float, change: str
+) -> None:
+    config, on = large_config(training=SHORT, parallel={"tensor": 4, "context": 2}), machine(8, memory)
+    own = layout(tensor=4, context=2, recompute=recompute, modules=modules)
+    asked = predict(config, own, on, Assumptions(), vocab_size=VOCAB_SIZE)
     best, looked_at = best_layouts(config, on, Assumptions(), vocab_size=VOCAB_SIZE)
     assert not asked.fits
     (line,) = what_would_help(config, on, Assumptions(), asked, best, looked_at, vocab_size=VOCAB_SIZE)
-    assert line.endswith("parallel.recompute=full")
+    assert line.endswith(f": {change}")
 
 
 def measured(name: str, *, dense: float, independence: float, more_gib: float = 0.5, **sections: Any) -> Measurement:

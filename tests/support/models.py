@@ -11,6 +11,7 @@ import torch
 
 from dash_dist.config.attention import Kind
 from dash_dist.config.model import ModelConfig
+from dash_dist.config.parallel import RecomputeModule
 
 VOCAB_SIZE = 50
 SEQUENCE_LENGTH = 128
@@ -42,7 +43,8 @@ class Case:
     tie_embeddings: bool = False
     distributed_optimizer: bool = False
     grad_clip: float | None = None
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: tuple[RecomputeModule, ...] | None = None
     overlap_gradients: bool = False  # in buckets of a few weights
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     exchange: Literal["auto", "selective", "allgather", "ring"] = "auto"

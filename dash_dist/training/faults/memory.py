@@ -19,7 +19,7 @@ from dash_dist.planning.prediction import predict
 _GIB = 2**30
 _TIGHT = 0.95
 """Part of a device's memory above which a prediction is worth a warning."""
-_OTHER_REMEDIES = "use more ranks, parallel.recompute=full or a shorter training.sequence_length"
+_OTHER_REMEDIES = "use more ranks, parallel.recompute=selective or full, or a shorter training.sequence_length"
 
 
 class MemoryPlan:

@@ -43,6 +43,7 @@ CASES = (
     Case("none_32k", "", calibrates=True),
     Case("small_full_64k", f"{_SMALL} training.sequence_length=65536 parallel.recompute=full", calibrates=True),
     Case("full_64k", "training.sequence_length=65536 parallel.recompute=full"),
+    Case("selective_64k", "training.sequence_length=65536 parallel.recompute=selective"),
     Case("none_64k", f"{_SMALL} training.sequence_length=65536"),
     Case("dense_32k", "attention.routing_scale=1.0"),
     Case(
@@ -53,6 +54,9 @@ CASES = (
     Case("group_16", f"{_SMALL} model.num_attention_heads=16 model.num_kv_heads=1 model.head_dim=128"),
     Case("cp2_64k", "parallel.context=2 training.sequence_length=65536", gpus=2),
     Case("cp2_full_128k", "parallel.context=2 training.sequence_length=131072 parallel.recompute=full", gpus=2),
+    Case(
+        "cp2_selective_128k", "parallel.context=2 training.sequence_length=131072 parallel.recompute=selective", gpus=2
+    ),
     Case("tp2_32k", "parallel.tensor=2", gpus=2),
     Case("pp2_32k", "parallel.pipeline=2 training.global_batch_size=4", gpus=2),
     Case("dp2_32k", "training.global_batch_size=2", gpus=2),
