@@ -1,7 +1,7 @@
 """Bytes of one layer, counted tensor by tensor: tensors that autograd saves, and temporary ones of a pass.
 
-Knows the modules of `dash_dist.megatron.model` on a GPU (bfloat16, PyTorch's fused RMSNorm, Megatron-core's unfused
-rotary embedding and SwiGLU, the Triton attention). Does not know layers' number, pipelines nor weights.
+Knows the modules of `dash_dist.megatron.model` on a GPU (bfloat16, fused norms, rotary embedding and SwiGLU, the Triton
+attention). Does not know layers' number, pipelines nor weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dash_dist.config.attention import Kind
-from dash_dist.config.model import LOGITS_PER_PIECE
 from dash_dist.planning.layouts import Sizes
 from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
@@ -57,21 +56,19 @@ def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> LayerByt
     copy = q if sizes.batch > 1 else 0  # [b, s] to [s, b] for the projection after the attention
     projected = (
         hidden  # the layer's input after its norm
-        + (q + 2 * kv)  # queries, keys and values in one tensor: the values are a view of it
-        + (q + kv)  # queries and keys after the rotary embedding
+        + (q + 2 * kv)  # queries and keys after the rotary embedding, and values
         + copy
     )
-    angles = 4 * sizes.shard * sizes.head_dim * BF16  # cosines and sines, for queries and for keys
     norm = sizes.tokens * FP32  # reciprocal root mean squares
-    projections = sizes.tokens * projected * BF16 + norm + angles
+    projections = sizes.tokens * projected * BF16 + norm
     attention = sizes.tokens * q * BF16 + sizes.tokens * sizes.query_heads * FP32  # output and log-sum-exp
     if kind == "window":
         projections += _saved_with_halo(sizes, exchange)
     else:
         summaries = sizes.batch * sizes.chunks * sizes.kv * FP32  # of the whole sequence
         attention += summaries + saved_by_exchange(sizes, exchange) + saved_by_routing(sizes, kind)
-    # After its norm, and of SwiGLU both halves of the input, silu of one, the other once more, their product.
-    mlp = sizes.tokens * (hidden + 5 * sizes.ffn) * BF16 + norm
+    # After its norm, and of SwiGLU both halves of the input, and their product.
+    mlp = sizes.tokens * (hidden + 3 * sizes.ffn) * BF16 + norm
     residual = input_of_layer(sizes)
     return LayerBytes(residual, projections, attention, residual, mlp)
 
@@ -148,18 +145,18 @@ def attention_moment(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> Moment
     gradients = tokens * BF16 * (2 * q + sizes.hidden)  # of the output, the queries, and the residual stream
     own = 2 * tokens * kv * FP32
     scratch = min(sizes.batch * sizes.kv_heads * sizes.chunks * sizes.shard // 8, MAX_SLAB_BYTES)
-    values = tokens * kv * BF16 if sizes.batch == 1 else tokens * BF16 * (2 * q + 2 * kv)  # made contiguous
+    copies = tokens * q * BF16 if sizes.batch > 1 else 0  # the output's gradient, made contiguous
     # At the end the scratch is gone and the gradients are rounded to bfloat16.
-    work = own + max(scratch + values, 2 * tokens * kv * BF16)
+    work = own + max(scratch + copies, 2 * tokens * kv * BF16)
     travelling = 0
     if exchange.name != "none":
         work += tokens * q * FP32  # the first parts' gradient of the queries
         block = 2 * sizes.chunk_size * sizes.head_dim
         # As received, their gradients, and those that others send home; the ring has the next part on its way, too.
-        copies = {"selective": BF16 + 2 * FP32, "allgather": BF16 + FP32 + FP32 / exchange_ranks(sizes)}
+        held = {"selective": BF16 + 2 * FP32, "allgather": BF16 + FP32 + FP32 / exchange_ranks(sizes)}
         ring = 2 * BF16 + 2 * FP32
-        travelling = round(exchange.received * block * copies.get(exchange.name, ring))
-    freed = tokens * BF16 * (5 * sizes.ffn + 2 * sizes.hidden)
+        travelling = round(exchange.received * block * held.get(exchange.name, ring))
+    freed = tokens * BF16 * (3 * sizes.ffn + 2 * sizes.hidden)
     return Moment("backward of an attention", gradients, work, travelling, freed)
 
 
@@ -170,31 +167,10 @@ def _window_moment(sizes: Sizes, exchange: ExchangePlan) -> Moment:
     of_heads = band * (sizes.group if sizes.group > 1 else 0)
     travelling = 0.0 if exchange.name == "none" else 2 * band * (BF16 + FP32)
     work = round(sizes.tokens * sizes.q * FP32 + 2 * (of_heads + band) * BF16)
-    freed = sizes.tokens * BF16 * (5 * sizes.ffn + 2 * sizes.hidden)
+    freed = sizes.tokens * BF16 * (3 * sizes.ffn + 2 * sizes.hidden)
     return Moment("backward of an attention with a window", gradients, work, round(travelling), freed)
 
 
 def exchange_ranks(sizes: Sizes) -> float:
     """Context-parallel ranks."""
     return sizes.chunks * sizes.chunk_size / sizes.shard
-
-
-def saved_by_loss(sizes: Sizes) -> int:
-    """The last norm's input and output, and the probabilities, unless the loss is computed in pieces."""
-    kept = 2 * sizes.tokens * sizes.hidden * BF16 + sizes.tokens * (FP32 + INT64 + 1)
-    if loss_in_pieces(sizes):
-        return kept
-    return kept + sizes.tokens * sizes.vocab * FP32
-
-
-def loss_in_pieces(sizes: Sizes) -> bool:
-    """The logits of a shard are more than `LOGITS_PER_PIECE`."""
-    return sizes.tokens * sizes.vocab > LOGITS_PER_PIECE
-
-
-def loss_moment(sizes: Sizes) -> Moment:
-    """Logits in bfloat16 and float32, or the latter and their gradient; gradients of the output layer's weight, one
-    of them the sum of the pieces', and of its input."""
-    logits = min(sizes.tokens * sizes.vocab, LOGITS_PER_PIECE) * (BF16 + (FP32 if loss_in_pieces(sizes) else 0))
-    weight = (2 if loss_in_pieces(sizes) else 1) * sizes.vocab * sizes.hidden * BF16
-    return Moment("loss", activations=logits + weight + sizes.tokens * sizes.hidden * BF16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dash_dist.planning import activations
+from dash_dist.planning import activations, loss
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.layers import LayerPlan
 from dash_dist.planning.layouts import Layout, Sizes
@@ -105,10 +105,11 @@ def _activations(
     moments = of_layer
     if last:
         # The fullest moments of layers are those of the last one, when the loss is done with.
-        of_loss = activations.saved_by_loss(sizes)
+        fused = loss.is_fused(layout)
+        of_loss = loss.saved_by_loss(sizes, fused=fused)
         saved += of_loss
         moments = [replace(moment, freed=moment.freed + of_loss) for moment in of_layer]
-        moments.append(activations.loss_moment(sizes))
+        moments.append(loss.loss_moment(sizes, fused=fused))
     base = sizes.micro_batches * sizes.tokens * _BATCH + _CUBLAS
     return base, saved, moments
 

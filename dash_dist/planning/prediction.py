@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from dash_dist.config.run import RunConfig
 from dash_dist.engine.flops import flops_per_token
-from dash_dist.planning.activations import loss_in_pieces
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layers import LayerPlan, foremost, of_stage, plan_layers
 from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.loss import is_fused, loss_time, output_passes
 from dash_dist.planning.memory import Memory, stage_memory
 from dash_dist.planning.parameters import stage_numbers
 from dash_dist.planning.recompute import Recompute
@@ -26,7 +26,6 @@ from dash_dist.planning.step import (
     exchange_passes,
     layer_matmul,
     layer_time,
-    loss_time,
     optimizer_time,
     recomputed_matmul,
 )
@@ -202,7 +201,7 @@ def _time(
         counts = Counter(layer.kind for layer in of_stage(layers, layout, stage))
         stages.append(sum((by_kind[kind] * count for kind, count in counts.items()), StepTime()))
     stages[0] += embedding_time(sizes, pace)
-    stages[-1] += loss_time(sizes, pace, in_pieces=loss_in_pieces(sizes))
+    stages[-1] += loss_time(sizes, pace, fused=is_fused(layout))
     slowest = max(stages, key=lambda time: time.total)
     time = slowest * sizes.micro_batches
     if layout.pipeline > 1:
@@ -226,5 +225,5 @@ def _executed(sizes: Sizes, layout: Layout, layers: tuple[LayerPlan, ...]) -> fl
         # which windows take, have five.
         attention += selected * (passes + (3.5 if layer.routed else 2.5)) + routed * 3
     products = (3 * layer_matmul(sizes) + recomputed_matmul(sizes, layout.recompute)) * sizes.layers
-    output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * (4 if loss_in_pieces(sizes) else 3)
+    output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * output_passes(sizes, fused=is_fused(layout))
     return (products + attention + output) * sizes.micro_batches

@@ -34,15 +34,14 @@ _ELEMENTWISE = {
     # norms (2 + 2, backward 3 + 3) and residual additions (3 + 3; gradients of the branches are added), half of them
     # in each part of a layer
     "hidden": (10, 12),
-    # queries made contiguous (2), rotary embedding: two products, half turned, a sum, a copy (12)
-    "q": (14, 15),
-    # rotary embedding of the keys; backward also the gradients put together
-    "kv": (12, 16),
-    # silu, the other half once more, the product
-    "ffn": (7, 13),
+    # out of the projection and rotated in one pass, and back
+    "q": (2, 2),
+    # likewise, keys and values
+    "kv": (4, 4),
+    # both halves read, the product written; backward both halves and a gradient read, two written
+    "ffn": (3, 5),
 }
 _WEIGHT_GRADIENT = 12  # bytes per weight and micro-batch: written in bfloat16, added to float32
-_LOGITS = (40, 14)  # bytes per logit of the loss, forward and backward
 _STEP_PER_GRADIENT = 12  # bytes per number of the gradients' buffer: cleared, and divided by the number of tokens
 _STEP_PER_STATE = 98  # bytes per number of this rank's optimizer state: norm, clipping, AdamW's passes, rounding
 
@@ -201,16 +200,6 @@ def exchange_passes(exchange: ExchangePlan, recompute: Recompute) -> int:
 def imbalance(sequence_layout: str, ranks: int) -> float:
     """Attention of the busiest context-parallel rank / of the mean one; of more than two ranks as of two."""
     return _IMBALANCE[sequence_layout] if ranks > 1 else 1.0
-
-
-def loss_time(sizes: Sizes, pace: Pace, *, in_pieces: bool) -> StepTime:
-    """Output layer and loss, forward and backward, of one micro-batch."""
-    logits = sizes.tokens * sizes.vocab
-    passes = 2 if in_pieces else 1
-    return StepTime(
-        matmul=pace.products(2.0 * logits * sizes.hidden) * (passes + _BACKWARD_OF_FORWARD),
-        elementwise=pace.elementwise(logits * (_LOGITS[0] * passes + _LOGITS[1])),
-    )
 
 
 def embedding_time(sizes: Sizes, pace: Pace) -> StepTime:
