@@ -25,6 +25,11 @@ class ParallelConfig(Section):
         default="none",
         description="full: keep only the input of each layer and recompute the rest in the backward pass",
     )
+    mlp_tile_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="tokens of a rank that each MLP works on at a time, in the backward pass again; None: all",
+    )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of ranks that read different sequences.

@@ -24,17 +24,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.megatron.core_attention import DashCoreAttention
+from dash_dist.megatron.tiled_mlp import TiledLayer
 
 
 def layer_spec(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
     """Return the specification of every layer of the model; the kind of attention follows from its number."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
+    layer.module = TiledLayer
     of_attention = layer.submodules.self_attention
     of_attention.submodules.core_attention = functools.partial(DashCoreAttention, attention=attention)
     if model.norms_after:
@@ -52,7 +53,7 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
     return layer
 
 
-class PostNormLayer(TransformerLayer):
+class PostNormLayer(TiledLayer):
     """A layer whose norms follow attention and MLP, before the residual is added, as in OLMo 2."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:

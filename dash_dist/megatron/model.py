@@ -27,6 +27,7 @@ from dash_dist.megatron.likeliest import likeliest_tokens
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.rotary import ShardRotaryEmbedding, scale_rotated
+from dash_dist.megatron.tiled_mlp import tile_mlps
 from dash_dist.megatron.weights import FullParameters, initialise_weights, read_weights
 
 
@@ -164,6 +165,7 @@ def transformer_config(
         **recompute,
     )
     scale_rotated(config, model.positions.resolved_attention_factor)
+    tile_mlps(config, parallel.mlp_tile_tokens)
     return config
 
 

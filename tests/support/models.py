@@ -43,6 +43,7 @@ class Case:
     distributed_optimizer: bool = False
     grad_clip: float | None = None
     recompute: Literal["none", "full"] = "none"
+    mlp_tile_tokens: int | None = None
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     exchange: Literal["auto", "selective", "allgather", "ring"] = "auto"
     ranks_per_node: int | None = None
