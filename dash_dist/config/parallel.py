@@ -5,9 +5,9 @@ Knows sizes of groups; does not know process groups.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dash_dist.config.section import Section, next_multiple
 
@@ -25,11 +25,38 @@ class ParallelConfig(Section):
         default="none",
         description="full: keep only the input of each layer and recompute the rest in the backward pass",
     )
+    offload_activations: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of the layers whose inputs, which recompute: full keeps, wait in host memory",
+    )
     mlp_tile_tokens: int | None = Field(
         default=None,
         gt=0,
         description="tokens of a rank that each MLP works on at a time, in the backward pass again; None: all",
     )
+
+    def offloaded_layers(self, layers: int, *, first_stage: bool) -> range:
+        """Return the layers of a pipeline stage, from 0, whose inputs wait on the host.
+
+        The last layer's backward pass comes first, and the input of a later stage is kept by the pipeline: both stay.
+
+        Args:
+            layers: of the stage.
+            first_stage: the stage begins with the embedding.
+        """
+        first = 0 if first_stage else 1
+        return range(first, max(first, min(first + round(self.offload_activations * layers), layers - 1)))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.offload_activations and self.recompute != "full":
+            raise ValueError(
+                f"offload_activations {self.offload_activations} moves what recompute=full keeps, and recompute is "
+                f"{self.recompute}: set recompute to full, or offload_activations to 0"
+            )
+        return self
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of ranks that read different sequences.

@@ -71,6 +71,7 @@ def engine_of(
         distributed_optimizer=case.distributed_optimizer,
         recompute=case.recompute,
         mlp_tile_tokens=case.mlp_tile_tokens,
+        offload_activations=case.offload_activations,
     )
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     logits_per_piece = model_module.LOGITS_PER_PIECE

@@ -44,6 +44,7 @@ class Case:
     grad_clip: float | None = None
     recompute: Literal["none", "full"] = "none"
     mlp_tile_tokens: int | None = None
+    offload_activations: float = 0.0
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     exchange: Literal["auto", "selective", "allgather", "ring"] = "auto"
     ranks_per_node: int | None = None
