@@ -37,18 +37,6 @@ class ParallelConfig(Section):
         description="tokens of a rank that each MLP works on at a time, in the backward pass again; None: all",
     )
 
-    def offloaded_layers(self, layers: int, *, first_stage: bool) -> range:
-        """Return the layers of a pipeline stage, from 0, whose inputs wait on the host.
-
-        The last layer's backward pass comes first, and the input of a later stage is kept by the pipeline: both stay.
-
-        Args:
-            layers: of the stage.
-            first_stage: the stage begins with the embedding.
-        """
-        first = 0 if first_stage else 1
-        return range(first, max(first, min(first + round(self.offload_activations * layers), layers - 1)))
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.offload_activations and self.recompute != "full":
@@ -72,3 +60,17 @@ class ParallelConfig(Section):
                 f"{next_multiple(world_size, model_ranks)} processes or lower one of the three"
             )
         return world_size // model_ranks
+
+
+def offloaded_layers(fraction: float, layers: int, *, first_stage: bool) -> range:
+    """Return the layers of a pipeline stage, from 0, whose inputs wait on the host.
+
+    The last layer's backward pass comes first, and the input of a later stage is kept by the pipeline: both stay.
+
+    Args:
+        fraction: `ParallelConfig.offload_activations`.
+        layers: of the stage.
+        first_stage: the stage begins with the embedding.
+    """
+    first = 0 if first_stage else 1
+    return range(first, max(first, min(first + round(fraction * layers), layers - 1)))

@@ -24,13 +24,14 @@ class ActivationOffload:
     Args:
         decoder: runs its layers in order, each under reentrant activation checkpointing.
         layers: of the stage, from 0, whose inputs go to the host.
+        hidden_size: channels of the inputs.
         device: of the layers. On a CPU the copies are plain ones.
     """
 
-    def __init__(self, decoder: nn.Module, layers: Collection[int], device: torch.device) -> None:
+    def __init__(self, decoder: nn.Module, layers: Collection[int], *, hidden_size: int, device: torch.device) -> None:
         self.pool = HostPool(pinned=device.type == "cuda")
         self._layers = layers
-        self._hidden_size: int = decoder.config.hidden_size
+        self._hidden_size = hidden_size
         self._copies = _Copies(device)
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         decoder.register_forward_pre_hook(self._begin)

@@ -17,7 +17,7 @@ from dash_dist.checkpoints.engine_state import LORA, EngineState
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.combination import check_combination
 from dash_dist.config.model import ModelConfig
-from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.parallel import ParallelConfig, offloaded_layers
 from dash_dist.config.trainable import TrainableSection
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.distributed.agreement import Agreement
@@ -123,8 +123,11 @@ class TrainedModel:
             let_recomputed_layers_train(self.module)
         else:
             check_trained([*trainable.learning_rates(names), *([LORA] if trainable.lora else ())])
-        offloaded = parallel.offloaded_layers(len(self.module.decoder.layers), first_stage=dims.is_first_stage)
-        self.offload = ActivationOffload(self.module.decoder, offloaded, dims.device) if offloaded else None
+        decoder = self.module.decoder
+        offloaded = offloaded_layers(parallel.offload_activations, len(decoder.layers), first_stage=dims.is_first_stage)
+        self.offload: ActivationOffload | None = None
+        if offloaded:
+            self.offload = ActivationOffload(decoder, offloaded, hidden_size=model.hidden_size, device=dims.device)
         self.telemetry = self._telemetry()
 
     def loss_of_step(

@@ -6,6 +6,7 @@ Knows which single changes to try; does not know how a prediction is made.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from dash_dist.config.run import RunConfig
 from dash_dist.planning.assumptions import Assumptions
@@ -15,6 +16,8 @@ from dash_dist.planning.prediction import Prediction, predict
 from dash_dist.planning.search import best_layouts
 
 GIB = 2**30
+MLP_TILE = 16384
+"""Tokens of a tile whose MLP is tried: long enough for matrix products at full speed."""
 MORE_GPUS = 2**14
 """The search for a number of GPUs that is enough ends here."""
 
@@ -50,6 +53,14 @@ def what_would_help(
         f"The nearest, {nearest.layout}, takes {peak.total / GIB:.1f} GiB: "
         f"{(peak.total - machine.memory) / GIB:.1f} GiB too much; {_largest_part(nearest)}",
     ]
+    frugal = _with_all_memory_settings(config, machine, assumptions, vocab_size=vocab_size)
+    if frugal is not None:
+        host = frugal.peak.host * min(machine.gpus, machine.gpus_per_node)
+        return [
+            *lines,
+            f"These GPUs are enough with {frugal.layout}: {frugal.peak.total / GIB:.1f} GiB a GPU, and "
+            f"{host / GIB:.1f} GiB of host memory a node (docs/memory.md)",
+        ]
     enough = _enough_gpus(config, machine, assumptions, vocab_size=vocab_size)
     if enough is not None:
         gpus, prediction = enough
@@ -63,10 +74,9 @@ def what_would_help(
 def smallest_change(
     config: RunConfig, machine: Machine, assumptions: Assumptions, layout: Layout, *, vocab_size: int
 ) -> str | None:
-    """Recompute first, then context, tensor and pipeline parallelism in place of data parallelism, each doubled until
-    it fits."""
-    changed = replace(layout, recompute="full")
-    tried = [("parallel.recompute=full", changed)] if layout.recompute != "full" else []
+    """Trades of time for memory first, then context, tensor and pipeline parallelism in place of data parallelism, each
+    doubled until it fits."""
+    tried = memory_settings(layout, config.training.sequence_length // layout.context)
     for recompute in dict.fromkeys((layout.recompute, "full")):
         for name in ("context", "tensor", "pipeline"):
             factor = 2
@@ -85,6 +95,8 @@ def smallest_change(
                 "context": candidate.context,
                 "pipeline": candidate.pipeline,
                 "recompute": candidate.recompute,
+                "mlp_tile_tokens": candidate.mlp_tile_tokens,
+                "offload_activations": candidate.offload_activations,
             }
         )
         try:
@@ -94,6 +106,36 @@ def smallest_change(
         if predict(config, candidate, machine, assumptions, vocab_size=vocab_size).fits:
             return words
     return None
+
+
+def memory_settings(layout: Layout, shard: int) -> list[tuple[str, Layout]]:
+    """Return settings that trade time for memory at the same parallel sizes, with the layout that each makes.
+
+    Each adds to the one before, in the order of the time that they cost.
+
+    Args:
+        shard: tokens of a sequence at a rank; tiles that are not shorter change nothing.
+    """
+    settings: dict[str, Any] = {}
+    words: list[str] = []
+    tried = []
+    for name, value in (("mlp_tile_tokens", MLP_TILE), ("recompute", "full"), ("offload_activations", 1.0)):
+        if getattr(layout, name) in (None, "none", 0.0) and not (name == "mlp_tile_tokens" and shard <= MLP_TILE):
+            settings[name] = value
+            words.append(f"parallel.{name}={value}")
+            tried.append((" ".join(words), replace(layout, **settings)))
+    return tried
+
+
+def _with_all_memory_settings(
+    config: RunConfig, machine: Machine, assumptions: Assumptions, *, vocab_size: int
+) -> Prediction | None:
+    """Return the fastest layout that fits with every setting that trades time for memory."""
+    tile = config.parallel.mlp_tile_tokens or MLP_TILE
+    update = {"mlp_tile_tokens": tile, "recompute": "full", "offload_activations": 1.0}
+    frugal = config.model_copy(update={"parallel": config.parallel.model_copy(update=update)})
+    best, _ = best_layouts(frugal, machine, assumptions, vocab_size=vocab_size, count=1)
+    return best[0] if best else None
 
 
 def _enough_gpus(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dash_dist.planning import activations
+from dash_dist.planning import activations, offload
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.layers import LayerPlan
 from dash_dist.planning.layouts import Layout, Sizes
@@ -31,6 +31,7 @@ class Memory:
         activations: what is saved for the backward pass of every micro-batch in flight, and what comes and goes.
         attention: work space of the attention, where the fullest moment is one of the attention.
         communication: K, V and gradients of other ranks, likewise.
+        host: pinned memory of the host, which no device's total counts.
         reserve: CUDA's context, NCCL's buffers, and what the allocator reserves in vain.
         moment: the fullest one.
     """
@@ -43,6 +44,7 @@ class Memory:
     communication: float
     reserve: float
     moment: str
+    host: float = 0.0
 
     @property
     def allocated(self) -> float:
@@ -84,6 +86,7 @@ def stage_memory(
         communication=fullest.exchange,
         reserve=reserve,
         moment=fullest.name,
+        host=offload.host_bytes(sizes, layout, stage, micro_batches_in_flight(layout, stage, sizes.micro_batches)),
     )
 
 
@@ -102,6 +105,7 @@ def _activations(
         by_layer, moments = _kept_and_moments(sizes, layout, layer)
         kept += by_layer
         of_layer += moments
+    kept, of_layer = offload.without_offloaded(sizes, layout, stage, kept, of_layer)
     in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)
     saved = in_flight * (kept + sizes.shard * sizes.head_dim * FP32)  # and the rotary angles
     moments = of_layer
@@ -119,7 +123,9 @@ def _kept_and_moments(sizes: Sizes, layout: Layout, layer: LayerPlan) -> tuple[i
     """Bytes that a layer keeps for its backward pass, and the fullest moments of that pass."""
     kind, exchange = layer.kind, layer.exchange
     saved = activations.saved_by_layer(sizes, kind, exchange)
-    moments = [activations.mlp_moment(sizes), activations.attention_moment(sizes, kind, exchange)]
+    saved, *moments = offload.with_tiles(
+        sizes, layout, saved, activations.mlp_moment(sizes), activations.attention_moment(sizes, kind, exchange)
+    )
     if layout.recompute != "full":
         return saved, moments
     kept = activations.input_of_layer(sizes)

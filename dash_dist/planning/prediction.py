@@ -17,6 +17,7 @@ from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layers import LayerPlan, foremost, of_stage, plan_layers
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.memory import Memory, stage_memory
+from dash_dist.planning.offload import exposed_copies, mlp_weights, runs_mlp_once_more
 from dash_dist.planning.parameters import stage_numbers
 from dash_dist.planning.step import (
     Pace,
@@ -194,7 +195,9 @@ def _time(
     stages = []
     for stage in range(layout.pipeline):
         counts = Counter(layer.kind for layer in of_stage(layers, layout, stage))
-        stages.append(sum((by_kind[kind] * count for kind, count in counts.items()), StepTime()))
+        computed = sum((by_kind[kind] * count for kind, count in counts.items()), StepTime())
+        late = exposed_copies(sizes, layout, stage, computed.total / sizes.layers, pace.machine.gpu.host_rate)
+        stages.append(computed + StepTime(offload=late))
     stages[0] += embedding_time(sizes, pace)
     stages[-1] += loss_time(sizes, pace, in_pieces=loss_in_pieces(sizes))
     slowest = max(stages, key=lambda time: time.total)
@@ -220,5 +223,7 @@ def _executed(sizes: Sizes, layout: Layout, layers: tuple[LayerPlan, ...]) -> fl
         # which windows take, have five.
         attention += (selected + routed) * (passes - 2) + selected * (3.5 if layer.routed else 2.5) + routed * 2
     products = layer_matmul(sizes) * passes * sizes.layers
+    if runs_mlp_once_more(sizes, layout):
+        products += 2.0 * sizes.tokens * mlp_weights(sizes) * sizes.layers
     output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * (4 if loss_in_pieces(sizes) else 3)
     return (products + attention + output) * sizes.micro_batches

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.parallel import ParallelConfig, offloaded_layers
 from dash_dist.megatron import host_memory
 from tests.support.models import Case
 from tests.support.ranks import run_ranks
@@ -90,9 +90,11 @@ def test_memory_of_a_container_counts(tmp_path, monkeypatch) -> None:
 def test_settings_that_do_nothing_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"offload_activations 0\.5 moves what recompute=full keeps"):
         ParallelConfig(offload_activations=0.5)
-    full = ParallelConfig(recompute="full", offload_activations=1.0)
-    assert list(full.offloaded_layers(4, first_stage=True)) == [0, 1, 2]
-    assert list(full.offloaded_layers(4, first_stage=False)) == [1, 2]
-    assert not full.offloaded_layers(1, first_stage=False)
-    half = full.model_copy(update={"offload_activations": 0.5})
-    assert list(half.offloaded_layers(6, first_stage=False)) == [1, 2, 3]
+
+
+def test_last_layers_and_inputs_of_later_stages_stay() -> None:
+    assert list(offloaded_layers(1.0, 4, first_stage=True)) == [0, 1, 2]
+    assert list(offloaded_layers(1.0, 4, first_stage=False)) == [1, 2]
+    assert list(offloaded_layers(0.5, 6, first_stage=False)) == [1, 2, 3]
+    assert not offloaded_layers(1.0, 1, first_stage=False)
+    assert not offloaded_layers(0.0, 4, first_stage=True)

@@ -89,9 +89,9 @@ def _states(engine: MegatronEngine) -> dict[str, int]:
     return numbers
 
 
-def saved_bytes(batch: int, sequence_length: int, layers: int) -> dict[str, int]:
+def saved_bytes(batch: int, sequence_length: int, layers: int, mlp_tile_tokens: int | None = None) -> dict[str, int]:
     """dtype -> bytes of the distinct tensors, but for weights, that autograd keeps of a bfloat16 forward pass."""
-    parallel = ParallelConfig()
+    parallel = ParallelConfig(mlp_tile_tokens=mlp_tile_tokens)
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     try:
         shape = MODEL.model_copy(update={"num_layers": layers})
