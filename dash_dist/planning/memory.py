@@ -66,27 +66,35 @@ def stage_memory(
     *,
     numbers: StageNumbers,
     distributed_optimizer: bool,
+    offload_moments: float = 0.0,
 ) -> Memory:
-    """Predict the memory of a rank of pipeline stage `stage` with these layers, which hold `numbers`."""
+    """Predict the memory of a rank of pipeline stage `stage` with these layers, which hold `numbers`.
+
+    Args:
+        offload_moments: `OptimizerConfig.offload_moments`.
+    """
     of_optimizer = numbers.trained // layout.weight_replicas if distributed_optimizer else numbers.trained
     base, saved, moments = _activations(sizes, layout, stage, layers)
     # AdamW's for-each form takes the square roots of all second moments at once, when no activation is left.
-    step = activations.Moment("optimizer step", activations=of_optimizer * FP32, freed=saved)
+    away = round(offload_moments * of_optimizer)
+    temporary = (of_optimizer - away) * FP32 + offload.update_bytes(away)
+    step = activations.Moment("optimizer step", activations=temporary, freed=saved)
     fullest = max([*moments, step], key=lambda moment: moment.total)
     held = base + saved + fullest.activations - fullest.freed + assumptions.memory_offset
+    in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)
     several = layout.gpus > 1
     working = held + fullest.attention + fullest.exchange
     reserve = (assumptions.context_gib + assumptions.nccl_gib * several) * GIB + assumptions.fragmentation * working
     return Memory(
         weights=numbers.weights * BF16,
         gradients=numbers.trained * FP32,
-        optimizer=of_optimizer * 3 * FP32,
+        optimizer=(3 * of_optimizer - 2 * away) * FP32,
         activations=held,
         attention=fullest.attention,
         communication=fullest.exchange,
         reserve=reserve,
         moment=fullest.name,
-        host=offload.host_bytes(sizes, layout, stage, micro_batches_in_flight(layout, stage, sizes.micro_batches)),
+        host=offload.host_bytes(sizes, layout, stage, in_flight) + 2 * away * FP32,
     )
 
 

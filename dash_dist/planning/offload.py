@@ -1,6 +1,6 @@
-"""Bytes and seconds of the tiled MLP and of inputs that wait on the host.
+"""Bytes and seconds of the tiled MLP, and of inputs and moments that wait on the host.
 
-Knows `dash_dist.megatron.tiled_mlp` and `.offload`; does not know the rest of a layer.
+Knows `dash_dist.megatron.tiled_mlp`, `.offload` and `.host_moments`; does not know the rest of a layer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from dash_dist.planning.traffic import BF16, FP32
 
 BLOCK_BYTES = 2**26
 """Host memory is taken in blocks, those of `dash_dist.megatron.host_memory`."""
+
+PIECE = 2**26
+"""Numbers whose moments are on the device at a time, as in `dash_dist.megatron.host_moments`."""
 
 
 def tile_tokens(sizes: Sizes, layout: Layout) -> int | None:
@@ -96,3 +99,13 @@ def exposed_copies(sizes: Sizes, layout: Layout, stage: int, layer_seconds: floa
     forward = layer_seconds / 4  # of four equal parts: forward, recomputation and a backward pass of two
     late = max(0.0, copy - forward) + max(0.0, copy - 3 * forward)
     return inputs_on_host(sizes, layout, stage) * late
+
+
+def update_bytes(numbers: int) -> int:
+    """Return the temporary bytes of an update from the host: moments of two pieces, one on its way, and a root."""
+    return min(numbers, PIECE) * (2 * 2 + 1) * FP32
+
+
+def moments_seconds(numbers: int, rate: float) -> float:
+    """Return the seconds of bringing both moments of so many numbers to the device and back; nothing hides them."""
+    return 2 * 2 * numbers * FP32 / rate

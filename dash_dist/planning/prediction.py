@@ -17,7 +17,7 @@ from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layers import LayerPlan, foremost, of_stage, plan_layers
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.memory import Memory, stage_memory
-from dash_dist.planning.offload import exposed_copies, mlp_weights, runs_mlp_once_more
+from dash_dist.planning.offload import exposed_copies, mlp_weights, moments_seconds, runs_mlp_once_more
 from dash_dist.planning.parameters import stage_numbers
 from dash_dist.planning.step import (
     Pace,
@@ -108,6 +108,7 @@ def predict(
             assumptions,
             numbers=count,
             distributed_optimizer=distributed,
+            offload_moments=config.optimizer.offload_moments,
         )
         for stage, count in numbers.items()
     )
@@ -115,6 +116,9 @@ def predict(
     sent = _bytes(sizes, layout, machine, layers, most, distributed=distributed)
     pace = Pace(machine, assumptions)
     time = _time(sizes, layout, pace, layers, sent, most, distributed=distributed)
+    of_optimizer = most // layout.weight_replicas if distributed else most
+    away = round(config.optimizer.offload_moments * of_optimizer)
+    time += StepTime(offload=moments_seconds(away, machine.gpu.host_rate))
     tokens = config.training.tokens_per_step
     model_flops = tokens * flops_per_token(
         config.model,

@@ -95,7 +95,7 @@ def engine_of(
                 ranks_per_node=case.ranks_per_node,
             ),
             parallel,
-            OptimizerConfig(lr=1e-2, warmup_steps=2, grad_clip=case.grad_clip),
+            OptimizerConfig(lr=1e-2, warmup_steps=2, grad_clip=case.grad_clip, offload_moments=case.offload_moments),
             dims=dims,
             vocab_size=vocab_size,
             sequence_length=SEQUENCE_LENGTH,

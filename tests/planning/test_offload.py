@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dash_dist.megatron.host_memory import BLOCK_BYTES
+from dash_dist.megatron.host_moments import PIECE
 from dash_dist.planning import Assumptions, Layout, Prediction, predict
 from dash_dist.planning import offload as planned
 from dash_dist.planning.activations import attention_moment, mlp_moment, saved_by_layer, tile_bits
@@ -134,3 +135,19 @@ def test_where_no_layout_fits_the_settings_with_which_one_does_are_named() -> No
     assert "These GPUs are enough with" in line
     assert "MLP tiles of 16384 tokens, offload 1" in line
     assert "of host memory a node" in line
+
+
+def test_moments_on_the_host_leave_the_device_and_are_copied_both_ways() -> None:
+    assert planned.PIECE == PIECE
+
+    def of(share: float) -> Prediction:
+        config = large_config(optimizer={"lr": 1e-3, "offload_moments": share})
+        return predict(config, layout(recompute="full"), machine(1), Assumptions(), vocab_size=VOCAB_SIZE)
+
+    kept, half, whole = of(0.0), of(0.5), of(1.0)
+    numbers = kept.peak.optimizer / 12
+    assert half.peak.optimizer == pytest.approx(8 * numbers)
+    assert whole.peak.optimizer == 4 * numbers
+    assert whole.peak.host == 8 * numbers
+    assert whole.time.offload == pytest.approx(16 * numbers / 50e9)
+    assert half.time.offload == pytest.approx(whole.time.offload / 2)

@@ -45,6 +45,7 @@ class Case:
     recompute: Literal["none", "full"] = "none"
     mlp_tile_tokens: int | None = None
     offload_activations: float = 0.0
+    offload_moments: float = 0.0
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     exchange: Literal["auto", "selective", "allgather", "ring"] = "auto"
     ranks_per_node: int | None = None
