@@ -18,6 +18,7 @@ from dash_dist.planning.search import best_layouts
 GIB = 2**30
 MLP_TILE = 16384
 """Tokens of a tile whose MLP is tried: long enough for matrix products at full speed."""
+MOMENTS = "optimizer.offload_moments=1.0"
 MORE_GPUS = 2**14
 """The search for a number of GPUs that is enough ends here."""
 
@@ -55,10 +56,11 @@ def what_would_help(
     ]
     frugal = _with_all_memory_settings(config, machine, assumptions, vocab_size=vocab_size)
     if frugal is not None:
-        host = frugal.peak.host * min(machine.gpus, machine.gpus_per_node)
+        words, prediction = frugal
+        host = prediction.peak.host * min(machine.gpus, machine.gpus_per_node)
         return [
             *lines,
-            f"These GPUs are enough with {frugal.layout}: {frugal.peak.total / GIB:.1f} GiB a GPU, and "
+            f"These GPUs are enough with {words}: {prediction.peak.total / GIB:.1f} GiB a GPU, and "
             f"{host / GIB:.1f} GiB of host memory a node (docs/memory.md)",
         ]
     enough = _enough_gpus(config, machine, assumptions, vocab_size=vocab_size)
@@ -77,6 +79,10 @@ def smallest_change(
     """Trades of time for memory first, then context, tensor and pipeline parallelism in place of data parallelism, each
     doubled until it fits."""
     tried = memory_settings(layout, config.training.sequence_length // layout.context)
+    if _can_offload_moments(config):
+        words, frugal = tried[-1] if tried else ("", layout)
+        with_moments = f"{words} {MOMENTS}".strip()
+        tried.append((with_moments, frugal))
     for recompute in dict.fromkeys((layout.recompute, "full")):
         for name in ("context", "tensor", "pipeline"):
             factor = 2
@@ -103,9 +109,19 @@ def smallest_change(
             config.model_copy(update={"parallel": parallel}).check_world_size(machine.gpus)
         except ValueError:
             continue
-        if predict(config, candidate, machine, assumptions, vocab_size=vocab_size).fits:
+        of_candidate = _with_moments_on_host(config) if MOMENTS in words else config
+        if predict(of_candidate, candidate, machine, assumptions, vocab_size=vocab_size).fits:
             return words
     return None
+
+
+def _can_offload_moments(config: RunConfig) -> bool:
+    return config.parallel.distributed_optimizer and not config.optimizer.offload_moments
+
+
+def _with_moments_on_host(config: RunConfig) -> RunConfig:
+    optimizer = config.optimizer.model_copy(update={"offload_moments": 1.0})
+    return config.model_copy(update={"optimizer": optimizer})
 
 
 def memory_settings(layout: Layout, shard: int) -> list[tuple[str, Layout]]:
@@ -119,8 +135,13 @@ def memory_settings(layout: Layout, shard: int) -> list[tuple[str, Layout]]:
     settings: dict[str, Any] = {}
     words: list[str] = []
     tried = []
-    for name, value in (("mlp_tile_tokens", MLP_TILE), ("recompute", "full"), ("offload_activations", 1.0)):
-        if getattr(layout, name) in (None, "none", 0.0) and not (name == "mlp_tile_tokens" and shard <= MLP_TILE):
+    changes: tuple[tuple[str, Any, bool], ...] = (
+        ("mlp_tile_tokens", MLP_TILE, layout.mlp_tile_tokens is None and shard > MLP_TILE),
+        ("recompute", "full", layout.recompute != "full"),
+        ("offload_activations", 1.0, layout.offload_activations == 0.0),
+    )
+    for name, value, helps in changes:
+        if helps:
             settings[name] = value
             words.append(f"parallel.{name}={value}")
             tried.append((" ".join(words), replace(layout, **settings)))
@@ -129,13 +150,20 @@ def memory_settings(layout: Layout, shard: int) -> list[tuple[str, Layout]]:
 
 def _with_all_memory_settings(
     config: RunConfig, machine: Machine, assumptions: Assumptions, *, vocab_size: int
-) -> Prediction | None:
-    """Return the fastest layout that fits with every setting that trades time for memory."""
+) -> tuple[str, Prediction] | None:
+    """Return the fastest layout that fits with every setting that trades time for memory, and its words; moments go to
+    the host last."""
     tile = config.parallel.mlp_tile_tokens or MLP_TILE
     update = {"mlp_tile_tokens": tile, "recompute": "full", "offload_activations": 1.0}
     frugal = config.model_copy(update={"parallel": config.parallel.model_copy(update=update)})
-    best, _ = best_layouts(frugal, machine, assumptions, vocab_size=vocab_size, count=1)
-    return best[0] if best else None
+    candidates = [("", frugal)]
+    if _can_offload_moments(config):
+        candidates.append((f" and {MOMENTS}", _with_moments_on_host(frugal)))
+    for words, candidate in candidates:
+        best, _ = best_layouts(candidate, machine, assumptions, vocab_size=vocab_size, count=1)
+        if best:
+            return f"{best[0].layout}{words}", best[0]
+    return None
 
 
 def _enough_gpus(

@@ -151,3 +151,14 @@ def test_moments_on_the_host_leave_the_device_and_are_copied_both_ways() -> None
     assert whole.peak.host == 8 * numbers
     assert whole.time.offload == pytest.approx(16 * numbers / 50e9)
     assert half.time.offload == pytest.approx(whole.time.offload / 2)
+
+
+def test_moments_are_advised_last() -> None:
+    config = large_config(training={"steps": 2, "sequence_length": 2**17, "global_batch_size": 1})
+    on = machine(1, 90.0, gpu="H200")
+    asked = layout(recompute="full", mlp_tile_tokens=16384)
+    change = smallest_change(config, on, Assumptions(), asked, vocab_size=VOCAB_SIZE)
+    assert change == "parallel.offload_activations=1.0 optimizer.offload_moments=1.0"
+    best, looked_at = best_layouts(config, on, Assumptions(), vocab_size=VOCAB_SIZE)
+    *_, line = what_would_help(config, on, Assumptions(), None, best, looked_at, vocab_size=VOCAB_SIZE)
+    assert "offload 1 and optimizer.offload_moments=1.0: " in line
