@@ -31,6 +31,7 @@ ALONE = {"plain, zero 1": Run(1)}
 ON_TWO = {
     "plain, zero 1, cp 2": Run(1, Case(context=2, micro_batch_size=2)),
     "plain, zero 3, cp 2, recompute": Run(3, RECOMPUTE),
+    "plain, zero 3, cp 2, offloaded": Run(3, dataclasses.replace(RECOMPUTE, offload_activations=1.0)),
     "plain, zero 2, cp 2, tiled, recompute": Run(2, dataclasses.replace(RECOMPUTE, mlp_tile_tokens=TILE)),
     "packed, zero 1, dp 2": Run(1, Case(packed=True), bad_step=BAD_STEP),
     "packed, zero 3, cp 2": Run(3, Case(packed=True, context=2), bad_step=BAD_STEP),
