@@ -76,18 +76,7 @@ class _TiledHalf(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden)
         sums: list[torch.Tensor | None] = [None] * len(ctx.trained)
         for piece in _pieces(hidden, ctx.rows):
-            own = hidden[piece].detach().requires_grad_()
-            with torch.enable_grad():
-                output = ctx.half(own)
-            found = torch.autograd.grad(output, (own, *ctx.trained), gradient[piece], allow_unused=True)
-            del output
-            of_hidden[piece] = found[0]
-            for index, one in enumerate(found[1:]):
-                before = sums[index]
-                if before is not None:
-                    before += one
-                elif one is not None:
-                    sums[index] = one.to(torch.float32, copy=True)
+            of_hidden[piece] = _backward(ctx.half, hidden[piece], gradient[piece], ctx.trained, sums)
         of_trained = [
             None if total is None else total.to(parameter.dtype)
             for total, parameter in zip(sums, ctx.trained, strict=True)
@@ -102,6 +91,27 @@ def _forward(half: Half, rows: int, hidden: torch.Tensor) -> torch.Tensor:
         for piece in _pieces(hidden, rows):
             output[piece] = half(hidden[piece].detach())
     return output
+
+
+def _backward(
+    half: Half,
+    hidden: torch.Tensor,
+    gradient: torch.Tensor,
+    trained: tuple[torch.Tensor, ...],
+    sums: list[torch.Tensor | None],
+) -> torch.Tensor:
+    """Return the gradient of a piece's input, and add those of `trained` to `sums`."""
+    own = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        output = half(own)
+    of_hidden, *found = torch.autograd.grad(output, (own, *trained), gradient, allow_unused=True)
+    for index, one in enumerate(found):
+        before = sums[index]
+        if before is not None:
+            before += one
+        elif one is not None:
+            sums[index] = one.to(torch.float32, copy=True)
+    return of_hidden
 
 
 def _pieces(hidden: torch.Tensor, rows: int) -> Iterator[slice]:
