@@ -151,7 +151,13 @@ def check_engine(parallel: ParallelConfig, section: DeepSpeedSection) -> None:
                 f"parallel.{name} is {size}, and engine: deepspeed shards over data and context parallelism only: "
                 f"set parallel.{name} to 1, or engine to megatron"
             )
-    section.settings()
+    stage = section.settings().zero_optimization.stage
+    if stage == 3 and parallel.mlp_tile_tokens is not None:
+        raise ValueError(
+            f"parallel.mlp_tile_tokens is {parallel.mlp_tile_tokens}, and ZeRO stage 3 has taken the weights apart "
+            "when the backward pass of a tiled MLP begins: set deepspeed.zero_stage to 1 or 2, or "
+            "parallel.mlp_tile_tokens to null"
+        )
 
 
 def _explain(error: Any) -> str:

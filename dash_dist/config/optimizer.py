@@ -9,6 +9,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.section import Section
 
 
@@ -27,6 +28,9 @@ class OptimizerConfig(Section):
         default=None,
         gt=0,
         description="steps after schedule_start at which the cosine reaches min_lr; None: the last step",
+    )
+    offload_moments: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="share of AdamW's moments in host memory between the updates"
     )
     schedule_start: int = Field(default=0, ge=0, description="steps of the run before the schedule begins")
 
@@ -49,3 +53,21 @@ class OptimizerConfig(Section):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}: lower min_lr")
         return self
+
+
+def check_offload(optimizer: OptimizerConfig, parallel: ParallelConfig, engine: str) -> None:
+    """Refuse moments on the host where the engine cannot have them there.
+
+    Raises:
+        ValueError: the message gives the value and the change to make.
+    """
+    if not optimizer.offload_moments:
+        return
+    given = f"optimizer.offload_moments is {optimizer.offload_moments}"
+    if engine != "megatron":
+        raise ValueError(f"{given}, and engine: {engine} keeps its state on the device: set engine to megatron")
+    if not parallel.distributed_optimizer:
+        raise ValueError(
+            f"{given}, and parallel.distributed_optimizer is false, whose checkpoints are written while the host's "
+            "memory changes: set parallel.distributed_optimizer to true"
+        )

@@ -42,6 +42,17 @@ class ParallelConfig(Section):
     fused_kernels: bool = Field(
         default=True, description="Liger's kernels for norms, SwiGLU and the loss on GPUs; false: PyTorch's operations"
     )
+    offload_activations: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of the layers whose inputs, which recompute: full keeps, wait in host memory",
+    )
+    mlp_tile_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="tokens of a rank that each MLP works on at a time, in the backward pass again; None: all",
+    )
 
     @model_validator(mode="after")
     def _modules_are_read(self) -> Self:
@@ -57,6 +68,15 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"recompute_modules is {list(modules)}: name some of {', '.join(RECOMPUTE_MODULES)}, each once; to "
                 "recompute nothing set recompute to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_finds_inputs(self) -> Self:
+        if self.offload_activations and self.recompute != "full":
+            raise ValueError(
+                f"offload_activations {self.offload_activations} moves what recompute=full keeps, and recompute is "
+                f"{self.recompute}: set recompute to full, or offload_activations to 0"
             )
         return self
 
@@ -79,3 +99,17 @@ class ParallelConfig(Section):
                 f"{next_multiple(world_size, model_ranks)} processes or lower one of the three"
             )
         return world_size // model_ranks
+
+
+def offloaded_layers(fraction: float, layers: int, *, first_stage: bool) -> range:
+    """Return the layers of a pipeline stage, from 0, whose inputs wait on the host.
+
+    The last layer's backward pass comes first, and the input of a later stage is kept by the pipeline: both stay.
+
+    Args:
+        fraction: `ParallelConfig.offload_activations`.
+        layers: of the stage.
+        first_stage: the stage begins with the embedding.
+    """
+    first = 0 if first_stage else 1
+    return range(first, max(first, min(first + round(fraction * layers), layers - 1)))

@@ -21,7 +21,7 @@ from dash_dist.config.data import DataConfig, SourceConfig, check_separate
 from dash_dist.config.deepspeed import DeepSpeedSection, check_engine
 from dash_dist.config.evaluation import SAME_TOKENS, TAKEN_OVER, EvaluationSection
 from dash_dist.config.model import ModelConfig
-from dash_dist.config.optimizer import OptimizerConfig
+from dash_dist.config.optimizer import OptimizerConfig, check_offload
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.section import Section
 from dash_dist.config.stages import GateSection, StageSection, complete_training, stage_settings
@@ -205,6 +205,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _engine_can(self) -> "RunConfig":
+        check_offload(self.optimizer, self.parallel, self.engine)
         if self.engine == "deepspeed":
             check_engine(self.parallel, self.deepspeed)
             if self.attention.conversion is not None:

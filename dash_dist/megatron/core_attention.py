@@ -18,7 +18,7 @@ from dash_dist.config.attention import AttentionConfig
 from dash_dist.context_parallel import DashAttention, WindowAttention
 from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.documents import PackedDocuments
-from dash_dist.megatron.recompute import LayerConfig
+from dash_dist.megatron.layer_config import LayerConfig
 from dash_kernels import AttentionSpec
 
 

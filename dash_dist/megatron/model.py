@@ -22,12 +22,13 @@ from dash_dist.context_parallel import DashAttention, WindowAttention
 from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.core_attention import DashCoreAttention
 from dash_dist.megatron.fused import fused_summed_loss, fused_token_losses, norm_module
+from dash_dist.megatron.layer_config import LayerConfig
 from dash_dist.megatron.layers import layer_spec
 from dash_dist.megatron.likeliest import likeliest_tokens
 from dash_dist.megatron.loss import summed_loss
 from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
-from dash_dist.megatron.recompute import LayerConfig, recompute_settings
+from dash_dist.megatron.recompute import recompute_settings
 from dash_dist.megatron.rotary import ShardRotaryEmbedding
 from dash_dist.megatron.weights import FullParameters, initialise_weights, read_weights
 from dash_kernels.ranges import ranged
@@ -179,6 +180,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         deallocate_pipeline_outputs=True,
         cuda_graph_scope=[],
+        mlp_tile_tokens=parallel.mlp_tile_tokens,
         **recompute_settings(parallel),
     )
 

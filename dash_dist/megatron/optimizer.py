@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
+from dash_dist.megatron.host_moments import offload_moments
 from dash_dist.megatron.optimizer_state import save_with_padding, set_updates, start_torch_adam
 from dash_dist.megatron.trainable import LearningRates
 
@@ -141,6 +142,7 @@ class Optimizer:
 
     Raises:
         ValueError: the warmup is not shorter than warmup and cosine together.
+        RankError: the host has too little memory for `config.offload_moments`.
     """
 
     def __init__(
@@ -178,6 +180,8 @@ class Optimizer:
             if isinstance(part, DistributedOptimizer):
                 save_with_padding(part)
             if isinstance(part.optimizer, torch.optim.AdamW):
+                if config.offload_moments:
+                    offload_moments(part.optimizer, config.offload_moments)
                 start_torch_adam(part.optimizer)
         self.updates = 0
         self._schedule = Schedule(self.megatron, config, total_steps=total_steps)

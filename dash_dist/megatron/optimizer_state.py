@@ -101,9 +101,11 @@ def load_state(
 
 
 def start_torch_adam(adam: torch.optim.AdamW) -> None:
-    """Create the state that torch would create in the first step: it is saved and loaded without one."""
+    """Create the state that torch would create in the first step, where there is none: it is saved and loaded."""
     for group in adam.param_groups:
         for parameter in group["params"]:
+            if parameter in adam.state:
+                continue
             adam.state[parameter] = {
                 "step": torch.tensor(0.0),
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),

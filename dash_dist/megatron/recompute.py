@@ -6,34 +6,14 @@ Knows the parts of a layer. Does not know which results the attention keeps.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import checkpoint
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from dash_dist.config.parallel import RECOMPUTE_MODULES, ParallelConfig, RecomputeModule
-from dash_dist.context_parallel.module import Recompute
-
-
-@dataclass
-class LayerConfig(TransformerConfig):
-    """Megatron-core's configuration, and the recomputation that it does not know.
-
-    Attributes:
-        attention_recompute: as for `DashAttention`.
-        recomputed_part: of each layer, where the rest of it is not recomputed.
-    """
-
-    attention_recompute: Recompute = "none"
-    recomputed_part: RecomputeModule | None = None
-
-    @property
-    def recomputes(self) -> bool:
-        """Layers are recomputed, in all or in part."""
-        return self.recompute_granularity is not None or self.recomputed_part is not None
+from dash_dist.megatron.layer_config import LayerConfig
+from dash_dist.megatron.tiled_mlp import TiledLayer
 
 
 def recompute_settings(parallel: ParallelConfig) -> dict[str, Any]:
@@ -58,7 +38,7 @@ def recompute_settings(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-class RecomputableLayer(TransformerLayer):
+class RecomputableLayer(TiledLayer):
     """A layer of which one part may be recomputed from the residual stream before it."""
 
     config: LayerConfig
@@ -69,6 +49,8 @@ class RecomputableLayer(TransformerLayer):
 
     def _forward_mlp(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         forward = super()._forward_mlp
+        if self.rows_of_tile(hidden_states) is not None:
+            return forward(hidden_states, *args, **kwargs)  # in tiles, it is computed again anyway
         return self._run("mlp", lambda hidden: forward(hidden, *args, **kwargs), hidden_states)
 
     def _run(self, part: RecomputeModule, forward: Any, hidden_states: torch.Tensor) -> Any:

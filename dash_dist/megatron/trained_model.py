@@ -17,7 +17,7 @@ from dash_dist.checkpoints.engine_state import LORA, EngineState
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.combination import check_combination
 from dash_dist.config.model import ModelConfig
-from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.parallel import ParallelConfig, offloaded_layers
 from dash_dist.config.trainable import TrainableSection
 from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.distributed.agreement import Agreement
@@ -31,6 +31,7 @@ from dash_dist.megatron.asked import AskedRows
 from dash_dist.megatron.conversion import check_trained, mean_loss
 from dash_dist.megatron.lora import add_adapters
 from dash_dist.megatron.model import DashGPTModel, build_model, rotary_embedding, transformer_config
+from dash_dist.megatron.offload import ActivationOffload
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch, split_micro_batches
 from dash_dist.megatron.trainable import let_recomputed_layers_train, select_parameters
@@ -61,6 +62,7 @@ class TrainedModel:
 
     Attributes:
         learning_rates: of this rank's parameters that have their own.
+        offload: of the inputs of this stage's layers; None where all stay on the device.
 
     Raises:
         ValueError: the configuration is impossible (see `check_combination`), or not on this rank's device; or
@@ -121,6 +123,11 @@ class TrainedModel:
             let_recomputed_layers_train(self.module)
         else:
             check_trained([*trainable.learning_rates(names), *([LORA] if trainable.lora else ())])
+        decoder = self.module.decoder
+        offloaded = offloaded_layers(parallel.offload_activations, len(decoder.layers), first_stage=dims.is_first_stage)
+        self.offload: ActivationOffload | None = None
+        if offloaded:
+            self.offload = ActivationOffload(decoder, offloaded, hidden_size=model.hidden_size, device=dims.device)
         self.telemetry = self._telemetry()
 
     def loss_of_step(

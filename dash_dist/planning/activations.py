@@ -40,9 +40,11 @@ class LayerBytes:
         return sum(vars(self).values())
 
 
-def kept_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, recompute: Recompute) -> int:
+def kept_by_layer(
+    sizes: Sizes, kind: Kind, exchange: ExchangePlan, recompute: Recompute, *, tiled: bool = False
+) -> int:
     """Bytes from a layer's forward pass to its backward pass, or to its recomputation."""
-    saved = saved_by_layer(sizes, kind, exchange)
+    saved = saved_by_layer(sizes, kind, exchange, tiled=tiled)
     if recompute.attention:  # the first pass leaves its routing and its plan to the second
         return saved.input + saved_by_routing(sizes, kind) + saved_by_exchange(sizes, exchange)
     if recompute.whole:
@@ -50,8 +52,8 @@ def kept_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, recompute: R
     return saved.total - saved.projections * recompute.projections - saved.mlp * recompute.mlp
 
 
-def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> LayerBytes:
-    """Count what autograd saves of a layer's forward pass with gradients."""
+def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, *, tiled: bool = False) -> LayerBytes:
+    """Count what autograd saves of a layer's forward pass with gradients; of a tiled MLP nothing but its input."""
     hidden, q, kv = sizes.hidden, sizes.q, sizes.kv
     copy = q if sizes.batch > 1 else 0  # [b, s] to [s, b] for the projection after the attention
     projected = (
@@ -68,7 +70,7 @@ def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> LayerByt
         summaries = sizes.batch * sizes.chunks * sizes.kv * FP32  # of the whole sequence
         attention += summaries + saved_by_exchange(sizes, exchange) + saved_by_routing(sizes, kind)
     # After its norm, and of SwiGLU both halves of the input, and their product.
-    mlp = sizes.tokens * (hidden + 3 * sizes.ffn) * BF16 + norm
+    mlp = 0 if tiled else sizes.tokens * (hidden + 3 * sizes.ffn) * BF16 + norm
     residual = input_of_layer(sizes)
     return LayerBytes(residual, projections, attention, residual, mlp)
 

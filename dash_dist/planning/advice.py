@@ -12,10 +12,13 @@ from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout
 from dash_dist.planning.prediction import Prediction, predict
-from dash_dist.planning.recompute import more_than
+from dash_dist.planning.recompute import Recompute, more_than
 from dash_dist.planning.search import best_layouts, layouts
 
 GIB = 2**30
+MLP_TILE = 16384
+"""Tokens of a tile whose MLP is tried: long enough for matrix products at full speed."""
+MOMENTS = "optimizer.offload_moments=1.0"
 MORE_GPUS = 2**14
 """The search for a number of GPUs that is enough ends here."""
 
@@ -51,6 +54,15 @@ def what_would_help(
         f"The nearest, {nearest.layout}, takes {peak.total / GIB:.1f} GiB: "
         f"{(peak.total - machine.memory) / GIB:.1f} GiB too much; {_largest_part(nearest)}",
     ]
+    frugal = _with_all_memory_settings(config, machine, assumptions, vocab_size=vocab_size)
+    if frugal is not None:
+        words, prediction = frugal
+        host = prediction.peak.host * min(machine.gpus, machine.gpus_per_node)
+        return [
+            *lines,
+            f"These GPUs are enough with {words}: {prediction.peak.total / GIB:.1f} GiB a GPU, and "
+            f"{host / GIB:.1f} GiB of host memory a node (docs/memory.md)",
+        ]
     enough = _enough_gpus(config, machine, assumptions, vocab_size=vocab_size)
     if enough is not None:
         gpus, prediction = enough
@@ -64,10 +76,14 @@ def what_would_help(
 def smallest_change(
     config: RunConfig, machine: Machine, assumptions: Assumptions, layout: Layout, *, vocab_size: int
 ) -> str | None:
-    """Recompute more first, then context, tensor and pipeline parallelism in place of data parallelism, each doubled
-    until it fits; then both."""
+    """Trades of time for memory first, then context, tensor and pipeline parallelism in place of data parallelism, each
+    doubled until it fits; then both."""
+    tried = memory_settings(layout, config.training.sequence_length // layout.context)
+    if _can_offload_moments(config):
+        words, frugal = tried[-1] if tried else ("", layout)
+        with_moments = f"{words} {MOMENTS}".strip()
+        tried.append((with_moments, frugal))
     more_recomputed = {way: way.overrides(layout.recompute) for way in more_than(layout.recompute)}
-    tried = [(words, replace(layout, recompute=way)) for way, words in more_recomputed.items()]
     for recompute, also in {layout.recompute: "", **more_recomputed}.items():
         for name in ("context", "tensor", "pipeline"):
             factor = 2
@@ -83,14 +99,64 @@ def smallest_change(
                 "context": candidate.context,
                 "pipeline": candidate.pipeline,
                 **candidate.recompute.parallel,
+                "mlp_tile_tokens": candidate.mlp_tile_tokens,
+                "offload_activations": candidate.offload_activations,
             }
         )
         try:
             config.model_copy(update={"parallel": parallel}).check_world_size(machine.gpus)
         except ValueError:
             continue
-        if predict(config, candidate, machine, assumptions, vocab_size=vocab_size).fits:
+        of_candidate = _with_moments_on_host(config) if MOMENTS in words else config
+        if predict(of_candidate, candidate, machine, assumptions, vocab_size=vocab_size).fits:
             return words
+    return None
+
+
+def _can_offload_moments(config: RunConfig) -> bool:
+    return config.parallel.distributed_optimizer and not config.optimizer.offload_moments
+
+
+def _with_moments_on_host(config: RunConfig) -> RunConfig:
+    optimizer = config.optimizer.model_copy(update={"offload_moments": 1.0})
+    return config.model_copy(update={"optimizer": optimizer})
+
+
+def memory_settings(layout: Layout, shard: int) -> list[tuple[str, Layout]]:
+    """Return settings that trade time for memory at the same parallel sizes, with the layout that each makes.
+
+    Ways to recompute come first, and the others add to the last of them.
+
+    Args:
+        shard: tokens of a sequence at a rank; tiles that are not shorter change nothing.
+    """
+    tried = [(way.overrides(layout.recompute), replace(layout, recompute=way)) for way in more_than(layout.recompute)]
+    words = tried[-1][0] if tried else ""
+    frugal = replace(layout, recompute=Recompute("full"))
+    if layout.mlp_tile_tokens is None and shard > MLP_TILE:
+        words, frugal = f"{words} parallel.mlp_tile_tokens={MLP_TILE}", replace(frugal, mlp_tile_tokens=MLP_TILE)
+        tried.append((words.strip(), frugal))
+    if layout.offload_activations == 0.0:
+        words, frugal = f"{words} parallel.offload_activations=1.0", replace(frugal, offload_activations=1.0)
+        tried.append((words.strip(), frugal))
+    return tried
+
+
+def _with_all_memory_settings(
+    config: RunConfig, machine: Machine, assumptions: Assumptions, *, vocab_size: int
+) -> tuple[str, Prediction] | None:
+    """Return the fastest layout that fits with every setting that trades time for memory, and its words; moments go to
+    the host last."""
+    tile = config.parallel.mlp_tile_tokens or MLP_TILE
+    update = {"mlp_tile_tokens": tile, "recompute": "full", "offload_activations": 1.0}
+    frugal = config.model_copy(update={"parallel": config.parallel.model_copy(update=update)})
+    candidates = [("", frugal)]
+    if _can_offload_moments(config):
+        candidates.append((f" and {MOMENTS}", _with_moments_on_host(frugal)))
+    for words, candidate in candidates:
+        best, _ = best_layouts(candidate, machine, assumptions, vocab_size=vocab_size, count=1)
+        if best:
+            return f"{best[0].layout}{words}", best[0]
     return None
 
 

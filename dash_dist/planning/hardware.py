@@ -22,6 +22,7 @@ class Gpu:
         nvlink: bytes/s that one GPU sends to the others of its node, `NVLINK_SHARE` of the published rate.
         attention_time: of the DashAttention kernels, relative to an H200, where they were tuned and measured; of GPUs
             on which they were not measured, the ratio of the peaks.
+        host_rate: bytes/s between the GPU and pinned host memory, in one direction; assumed, 80 % of PCIe's 16 lanes.
         measured: the kernels were measured on it (docs/results).
     """
 
@@ -32,6 +33,7 @@ class Gpu:
     nvlink: float
     attention_time: float
     measured: bool
+    host_rate: float = 50e9
 
 
 # Peaks: NVIDIA's data sheets of the SXM form (H100, H200, A100 80GB, B200: HGX B200), dense, without sparsity.
@@ -41,7 +43,16 @@ GPUS = {
         # attention_time: rows of h100_64k.json over those of h200_64k.json, stage 3 forward.
         Gpu("H100", 989e12, 3.35e12, 79.2, NVLINK_SHARE * NVLINK_PUBLISHED["H100"], 1.02, measured=True),
         Gpu("H200", 989e12, 4.8e12, 139.8, NVLINK_SHARE * NVLINK_PUBLISHED["H200"], 1.0, measured=True),
-        Gpu("A100", 312e12, 2.039e12, 79.2, NVLINK_SHARE * NVLINK_PUBLISHED["A100"], 989 / 312, measured=False),
+        Gpu(
+            "A100",
+            312e12,
+            2.039e12,
+            79.2,
+            NVLINK_SHARE * NVLINK_PUBLISHED["A100"],
+            989 / 312,
+            measured=False,
+            host_rate=25e9,
+        ),
         Gpu("B200", 2250e12, 8.0e12, 178.0, NVLINK_SHARE * NVLINK_PUBLISHED["B200"], 989 / 2250, measured=False),
     )
 }

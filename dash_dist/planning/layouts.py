@@ -24,6 +24,8 @@ class Layout:
     data: int
     exchange: str
     recompute: Recompute
+    mlp_tile_tokens: int | None = None
+    offload_activations: float = 0.0
 
     @property
     def gpus(self) -> int:
@@ -36,9 +38,11 @@ class Layout:
 
     def __str__(self) -> str:
         exchange = f", {self.exchange}" if self.context > 1 else ""
+        tiled = "" if self.mlp_tile_tokens is None else f", MLP tiles of {self.mlp_tile_tokens} tokens"
+        offloaded = f", offload {self.offload_activations:g}" if self.offload_activations else ""
         return (
             f"TP {self.tensor} x CP {self.context} x PP {self.pipeline} x DP {self.data}{exchange}, "
-            f"recompute {self.recompute}"
+            f"recompute {self.recompute}{tiled}{offloaded}"
         )
 
     @staticmethod
@@ -53,6 +57,8 @@ class Layout:
             data=parallel.data_parallel_size(gpus),
             exchange=config.attention.exchange,
             recompute=Recompute.of(parallel),
+            mlp_tile_tokens=parallel.mlp_tile_tokens,
+            offload_activations=parallel.offload_activations,
         )
 
 

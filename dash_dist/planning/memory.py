@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dash_dist.planning import activations, loss
+from dash_dist.planning import activations, loss, offload
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.layers import LayerPlan
 from dash_dist.planning.layouts import Layout, Sizes
@@ -31,6 +31,7 @@ class Memory:
         activations: what is saved for the backward pass of every micro-batch in flight, and what comes and goes.
         attention: work space of the attention, where the fullest moment is one of the attention.
         communication: K, V and gradients of other ranks, likewise.
+        host: pinned memory of the host, which no device's total counts.
         reserve: CUDA's context, NCCL's buffers, and what the allocator reserves in vain.
         moment: the fullest one.
     """
@@ -43,6 +44,7 @@ class Memory:
     communication: float
     reserve: float
     moment: str
+    host: float = 0.0
 
     @property
     def allocated(self) -> float:
@@ -64,26 +66,35 @@ def stage_memory(
     *,
     numbers: StageNumbers,
     distributed_optimizer: bool,
+    offload_moments: float = 0.0,
 ) -> Memory:
-    """Predict the memory of a rank of pipeline stage `stage` with these layers, which hold `numbers`."""
+    """Predict the memory of a rank of pipeline stage `stage` with these layers, which hold `numbers`.
+
+    Args:
+        offload_moments: `OptimizerConfig.offload_moments`.
+    """
     of_optimizer = numbers.trained // layout.weight_replicas if distributed_optimizer else numbers.trained
     base, saved, moments = _activations(sizes, layout, stage, layers)
     # AdamW's for-each form takes the square roots of all second moments at once, when no activation is left.
-    step = activations.Moment("optimizer step", activations=of_optimizer * FP32, freed=saved)
+    away = round(offload_moments * of_optimizer)
+    temporary = (of_optimizer - away) * FP32 + offload.update_bytes(away)
+    step = activations.Moment("optimizer step", activations=temporary, freed=saved)
     fullest = max([*moments, step], key=lambda moment: moment.total)
     held = base + saved + fullest.activations - fullest.freed + assumptions.memory_offset
+    in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)
     several = layout.gpus > 1
     working = held + fullest.attention + fullest.exchange
     reserve = (assumptions.context_gib + assumptions.nccl_gib * several) * GIB + assumptions.fragmentation * working
     return Memory(
         weights=numbers.weights * BF16,
         gradients=numbers.trained * FP32,
-        optimizer=of_optimizer * 3 * FP32,
+        optimizer=(3 * of_optimizer - 2 * away) * FP32,
         activations=held,
         attention=fullest.attention,
         communication=fullest.exchange,
         reserve=reserve,
         moment=fullest.name,
+        host=offload.host_bytes(sizes, layout, stage, in_flight) + 2 * away * FP32,
     )
 
 
@@ -100,6 +111,7 @@ def _activations(
     by_layer = {layer: _kept_and_moments(sizes, layout, layer) for layer in dict.fromkeys(layers)}
     kept = sum(by_layer[layer][0] for layer in layers)
     of_layer = [moment for _, moments in by_layer.values() for moment in moments]
+    kept, of_layer = offload.without_offloaded(sizes, layout, stage, kept, of_layer)
     in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)
     saved = in_flight * (kept + sizes.shard * sizes.head_dim * FP32)  # and the rotary angles
     moments = of_layer
@@ -117,20 +129,29 @@ def _activations(
 def _kept_and_moments(sizes: Sizes, layout: Layout, layer: LayerPlan) -> tuple[int, list[activations.Moment]]:
     """Bytes that a layer keeps for its backward pass, and the fullest moments of that pass."""
     kind, exchange, recompute = layer.kind, layer.exchange, layout.recompute
-    kept = activations.kept_by_layer(sizes, kind, exchange, recompute)
+    tile = offload.tile_tokens(sizes, layout)
+    tiled = tile is not None
+    kept = activations.kept_by_layer(sizes, kind, exchange, recompute, tiled=tiled)
+    saved = activations.saved_by_layer(sizes, kind, exchange, tiled=tiled)
     mlp, attention = activations.mlp_moment(sizes), activations.attention_moment(sizes, kind, exchange)
-    saved = activations.saved_by_layer(sizes, kind, exchange)
-    # The part that is recomputed holds its output as well; of a whole layer, its input is the one that was kept.
-    output = activations.input_of_layer(sizes)
+    if tile is not None:
+        mlp = offload.tiled_moment(sizes, tile)
+        of_mlp = activations.saved_by_layer(sizes, kind, exchange).mlp
+        attention = replace(attention, freed=attention.freed - of_mlp)
+    # The part that is recomputed holds its output as well, which a tiled MLP has none of; of a whole layer, its input
+    # is the one that was kept.
+    output = 0 if tiled else activations.input_of_layer(sizes)
     if recompute.whole:
         again = saved.total - kept + output
         mlp = replace(mlp, activations=mlp.activations + again)
         attention = replace(attention, activations=attention.activations + again)
         if recompute.attention:  # the second pass has K and V of other ranks, for the backward pass
             mlp = replace(mlp, exchange=activations.received_by_exchange(sizes, exchange))
-    elif recompute.mlp:
+    elif recompute.mlp and not tiled:
         mlp = replace(mlp, activations=mlp.activations + saved.mlp + output)
         attention = replace(attention, freed=attention.freed - saved.mlp)
     elif recompute.projections:
-        attention = replace(attention, activations=attention.activations + saved.projections + output)
+        attention = replace(
+            attention, activations=attention.activations + saved.projections + activations.input_of_layer(sizes)
+        )
     return kept, [mlp, attention]

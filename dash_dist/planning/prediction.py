@@ -17,6 +17,7 @@ from dash_dist.planning.layers import LayerPlan, foremost, of_stage, plan_layers
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.loss import is_fused, loss_time, output_passes
 from dash_dist.planning.memory import Memory, stage_memory
+from dash_dist.planning.offload import exposed_copies, mlp_weights, moments_seconds, runs_mlp_once_more
 from dash_dist.planning.parameters import stage_numbers
 from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.step import (
@@ -109,6 +110,7 @@ def predict(
             assumptions,
             numbers=count,
             distributed_optimizer=distributed,
+            offload_moments=config.optimizer.offload_moments,
         )
         for stage, count in numbers.items()
     )
@@ -116,6 +118,9 @@ def predict(
     sent = _bytes(sizes, layout, machine, layers, most, distributed=distributed)
     pace = Pace(machine, assumptions)
     time = _time(sizes, layout, pace, layers, sent, most, distributed=distributed)
+    of_optimizer = most // layout.weight_replicas if distributed else most
+    away = round(config.optimizer.offload_moments * of_optimizer)
+    time += StepTime(offload=moments_seconds(away, machine.gpu.host_rate))
     tokens = config.training.tokens_per_step
     model_flops = tokens * flops_per_token(
         config.model,
@@ -199,7 +204,9 @@ def _time(
     stages = []
     for stage in range(layout.pipeline):
         counts = Counter(layer.kind for layer in of_stage(layers, layout, stage))
-        stages.append(sum((by_kind[kind] * count for kind, count in counts.items()), StepTime()))
+        computed = sum((by_kind[kind] * count for kind, count in counts.items()), StepTime())
+        late = exposed_copies(sizes, layout, stage, computed.total / sizes.layers, pace.machine.gpu.host_rate)
+        stages.append(computed + StepTime(offload=late))
     stages[0] += embedding_time(sizes, pace)
     stages[-1] += loss_time(sizes, pace, fused=is_fused(layout))
     slowest = max(stages, key=lambda time: time.total)
@@ -225,5 +232,7 @@ def _executed(sizes: Sizes, layout: Layout, layers: tuple[LayerPlan, ...]) -> fl
         # which windows take, have five.
         attention += selected * (passes + (3.5 if layer.routed else 2.5)) + routed * 3
     products = (3 * layer_matmul(sizes) + recomputed_matmul(sizes, layout.recompute)) * sizes.layers
+    if runs_mlp_once_more(sizes, layout):
+        products += 2.0 * sizes.tokens * mlp_weights(sizes) * sizes.layers
     output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * output_passes(sizes, fused=is_fused(layout))
     return (products + attention + output) * sizes.micro_batches

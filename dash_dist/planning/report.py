@@ -42,6 +42,7 @@ _TIME = {
     "bubble": "pipeline bubble",
     "reduction": "DP reduce-scatter, all-gather",
     "optimizer": "optimizer",
+    "offload": "copies to and from the host, not hidden",
 }
 _SENT = {
     "exchange": "CP exchange of K, V, gradients",
@@ -101,6 +102,8 @@ def _print_prediction(console: Console, prediction: Prediction) -> None:
         memory.add_row(label, f"{getattr(peak, name) / GIB:.2f}")
     memory.add_row("total", f"{peak.total / GIB:.2f}")
     memory.add_row("  of it torch's allocator, peak", f"{peak.allocated / GIB:.2f}")
+    if peak.host:
+        memory.add_row("on the host, pinned", f"{peak.host / GIB:.2f}")
     console.print(memory)
     stages = len(prediction.memory)
     where = "" if stages == 1 else f", {'first' if prediction.fullest_stage == 0 else 'last'} pipeline stage"

@@ -33,7 +33,16 @@ def layouts(config: RunConfig, machine: Machine) -> Iterator[Layout]:
                 data = machine.gpus // (tensor * pipeline * context)
                 for exchange in EXCHANGES if context > 1 else (config.attention.exchange,):
                     for recompute in WAYS:
-                        yield Layout(tensor, context, pipeline, data, exchange, recompute)
+                        yield Layout(
+                            tensor,
+                            context,
+                            pipeline,
+                            data,
+                            exchange,
+                            recompute,
+                            config.parallel.mlp_tile_tokens,
+                            config.parallel.offload_activations if recompute.mode == "full" else 0.0,
+                        )
 
 
 def best_layouts(

@@ -21,6 +21,7 @@ from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.attention_time import AttentionTime
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.offload import mlp_weights, runs_mlp_once_more, sum_of_tiles_bytes
 from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.traffic import BF16, Bytes, ExchangePlan
 
@@ -55,6 +56,7 @@ class StepTime:
         launch: what the host's launches take beyond that.
         exchange, tensor, pipeline: communication that nothing hides, by kind of parallelism.
         bubble: a stage waits for the others.
+        offload: copies between devices and hosts that nothing hides.
         reduction: gradients summed and weights gathered over the ranks that hold the same ones.
         optimizer: gradients cleared, clipped, and the update.
     """
@@ -69,6 +71,7 @@ class StepTime:
     bubble: float = 0.0
     reduction: float = 0.0
     optimizer: float = 0.0
+    offload: float = 0.0
 
     @property
     def total(self) -> float:
@@ -154,9 +157,10 @@ def layer_time(
         for i in (0, 1)
     )
     weights = layer_matmul(sizes) / (2 * sizes.tokens)
-    backward += pace.elementwise(_WEIGHT_GRADIENT * weights)
+    backward += pace.elementwise(_WEIGHT_GRADIENT * weights + sum_of_tiles_bytes(sizes, layout))
+    mlp_again = pace.products(2.0 * sizes.tokens * mlp_weights(sizes)) if runs_mlp_once_more(sizes, layout) else 0.0
     computed = StepTime(
-        matmul=matmul * (1 + _BACKWARD_OF_FORWARD) + pace.products(recomputed_matmul(sizes, recompute)),
+        matmul=matmul * (1 + _BACKWARD_OF_FORWARD) + pace.products(recomputed_matmul(sizes, recompute)) + mlp_again,
         attention=route + stage3[0] * passes + stage3[1],
         elementwise=forward + backward + pace.elementwise(BF16 * sizes.tokens * _recomputed_numbers(sizes, recompute)),
     )

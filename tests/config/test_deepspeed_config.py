@@ -73,6 +73,10 @@ def test_large_sizes_may_be_written_as_in_the_documentation(tmp_path):
         (["engine=deepsped"], r"engine = \"deepsped\": input should be 'megatron' or 'deepspeed'"),
         (["parallel.tensor=2"], r"parallel\.tensor is 2, and engine: deepspeed shards .* to 1, or engine to megatron"),
         (["parallel.pipeline=2"], r"parallel\.pipeline is 2, and engine: deepspeed"),
+        (
+            ["deepspeed.zero_stage=3", "parallel.mlp_tile_tokens=4096"],
+            r"mlp_tile_tokens is 4096, and ZeRO stage 3 .* set deepspeed\.zero_stage to 1 or 2",
+        ),
         (["deepspeed.zero_stage=4"], r"deepspeed\.zero_stage = 4"),
         (["deepspeed.file=nowhere.json"], r"deepspeed\.file: cannot read nowhere\.json: No such file"),
         (

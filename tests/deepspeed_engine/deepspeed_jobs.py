@@ -43,7 +43,13 @@ NEXT_TOKENS_AT = torch.tensor([[0, 1, 63, 127], [5, 5, 100, 31], [126, 16, 15, 0
 @contextmanager
 def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
     case = run.case
-    parallel = ParallelConfig(context=case.context, recompute=case.recompute, recompute_modules=case.recompute_modules)
+    parallel = ParallelConfig(
+        context=case.context,
+        recompute=case.recompute,
+        recompute_modules=case.recompute_modules,
+        mlp_tile_tokens=case.mlp_tile_tokens,
+        offload_activations=case.offload_activations,
+    )
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     arguments: dict[str, Any] = {
         "model": MODEL.model_copy(update={"tie_embeddings": case.tie_embeddings}),

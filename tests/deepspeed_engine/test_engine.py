@@ -1,5 +1,6 @@
 """`engine: deepspeed` trains to what `engine: megatron` trains to, at every ZeRO stage, and resumes exactly."""
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ TIME_LIMIT = 600.0
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * TIME_LIMIT)]
 
 RECOMPUTE = Case(context=2, recompute="full")
+TILE = 24
 BAD_STEP = 5
 REFERENCES = {
     "plain": Run(None, Case(micro_batch_size=4)),
@@ -34,6 +36,8 @@ ON_TWO = {
     "windows, zero 3, cp 2, selective": Run(
         3, Case(kind=("dash", "window"), window=37, context=2, recompute="selective"), steps=4
     ),
+    "plain, zero 3, cp 2, offloaded": Run(3, dataclasses.replace(RECOMPUTE, offload_activations=1.0)),
+    "plain, zero 2, cp 2, tiled, recompute": Run(2, dataclasses.replace(RECOMPUTE, mlp_tile_tokens=TILE)),
     "packed, zero 1, dp 2": Run(1, Case(packed=True), bad_step=BAD_STEP),
     "packed, zero 3, cp 2": Run(3, Case(packed=True, context=2), bad_step=BAD_STEP),
     "tied, zero 3, dp 2": Run(3, Case(tie_embeddings=True), steps=4),

@@ -75,6 +75,8 @@ def engine_of(
         recompute=case.recompute,
         recompute_modules=case.recompute_modules,
         overlap_gradients=case.overlap_gradients,
+        mlp_tile_tokens=case.mlp_tile_tokens,
+        offload_activations=case.offload_activations,
     )
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     logits_per_piece = model_module.LOGITS_PER_PIECE
@@ -101,7 +103,7 @@ def engine_of(
                 ranks_per_node=case.ranks_per_node,
             ),
             parallel,
-            OptimizerConfig(lr=1e-2, warmup_steps=2, grad_clip=case.grad_clip),
+            OptimizerConfig(lr=1e-2, warmup_steps=2, grad_clip=case.grad_clip, offload_moments=case.offload_moments),
             dims=dims,
             vocab_size=vocab_size,
             sequence_length=SEQUENCE_LENGTH,

@@ -92,10 +92,10 @@ def _states(engine: MegatronEngine) -> dict[str, int]:
     return numbers
 
 
-def saved_bytes(batch: int, sequence_length: int, layers: int, recompute: dict[str, Any]) -> dict[str, int]:
+def saved_bytes(batch: int, sequence_length: int, layers: int, settings: dict[str, Any]) -> dict[str, int]:
     """dtype -> bytes of the distinct tensors, but for weights, that autograd keeps of a bfloat16 forward pass, and
     that the attention keeps for a recomputation."""
-    parallel = ParallelConfig.model_validate(recompute)
+    parallel = ParallelConfig.model_validate(settings)
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     try:
         shape = MODEL.model_copy(update={"num_layers": layers})

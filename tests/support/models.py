@@ -45,6 +45,9 @@ class Case:
     grad_clip: float | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: tuple[RecomputeModule, ...] | None = None
+    mlp_tile_tokens: int | None = None
+    offload_activations: float = 0.0
+    offload_moments: float = 0.0
     overlap_gradients: bool = False  # in buckets of a few weights
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     exchange: Literal["auto", "selective", "allgather", "ring"] = "auto"

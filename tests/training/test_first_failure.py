@@ -1,5 +1,6 @@
 """A rank that fails alone says so at once, and the others end within seconds with its reason."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,3 +88,17 @@ def test_a_plan_near_the_memory_of_a_device_is_a_warning():
     told = plan(8).beside(kept=2 * GIB, peak=5 * GIB)
     assert "GiB planned, 2.0 GiB measured; activations and work space:" in told
     assert "GiB planned, 3.0 GiB measured; the plan's total is" in told
+
+
+def test_a_plan_that_needs_more_host_memory_than_there_is_warns() -> None:
+    config = large_config(
+        training={"steps": 2, "sequence_length": 2**20, "global_batch_size": 1},
+        parallel={"recompute": "full", "offload_activations": 1.0, "context": 8},
+    )
+    warning = MemoryPlan(config, Machine(GPUS["H100"], 8, 8, 2000 * GIB), vocab_size=128_000).warning()
+    assert warning is not None
+    assert re.match(
+        r"host memory is short: the plan predicts 2\d\d\.\d GiB for the 8 ranks of a node, and .* available; lower "
+        r"parallel\.offload_activations",
+        warning,
+    )

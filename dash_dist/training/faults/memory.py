@@ -10,6 +10,7 @@ import torch
 
 from dash_dist.config.run import RunConfig
 from dash_dist.engine.ranks import Dims
+from dash_dist.megatron.host_memory import available_host_bytes
 from dash_dist.planning.advice import smallest_change
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import GPUS, Machine
@@ -19,7 +20,10 @@ from dash_dist.planning.prediction import predict
 _GIB = 2**30
 _TIGHT = 0.95
 """Part of a device's memory above which a prediction is worth a warning."""
-_OTHER_REMEDIES = "use more ranks, parallel.recompute=selective or full, or a shorter training.sequence_length"
+_OTHER_REMEDIES = (
+    "set parallel.recompute, parallel.mlp_tile_tokens and parallel.offload_activations, or use more ranks or a "
+    "shorter training.sequence_length"
+)
 
 
 class MemoryPlan:
@@ -39,7 +43,14 @@ class MemoryPlan:
         self._peak = predict(config, self._layout, machine, Assumptions(), vocab_size=vocab_size).peak
 
     def warning(self) -> str | None:
-        """Return a warning if the prediction is near what a device has, or above it."""
+        """Return a warning if the prediction is near what a device has, or above what it or the host has."""
+        ranks = self._machine.gpus_per_node
+        on_host, available = self._peak.host * ranks, available_host_bytes()
+        if on_host > available:
+            return (
+                f"host memory is short: the plan predicts {on_host / _GIB:.1f} GiB for the {ranks} "
+                f"ranks of a node, and {available / _GIB:.1f} GiB are available; lower parallel.offload_activations"
+            )
         total, has = self._peak.total, self._machine.memory
         if total <= _TIGHT * has:
             return None

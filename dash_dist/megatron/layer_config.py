@@ -1,0 +1,30 @@
+"""Megatron-core's configuration of a model, with what it does not know of this project's layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dash_dist.config.parallel import RecomputeModule
+from dash_dist.context_parallel.module import Recompute
+
+
+@dataclass
+class LayerConfig(TransformerConfig):
+    """Settings of a layer.
+
+    Attributes:
+        attention_recompute: as for `DashAttention`.
+        recomputed_part: of each layer, where the rest of it is not recomputed.
+        mlp_tile_tokens: tokens that each MLP works on at a time; None: all.
+    """
+
+    attention_recompute: Recompute = "none"
+    recomputed_part: RecomputeModule | None = None
+    mlp_tile_tokens: int | None = None
+
+    @property
+    def recomputes(self) -> bool:
+        """Layers are recomputed, in all or in part."""
+        return self.recompute_granularity is not None or self.recomputed_part is not None
