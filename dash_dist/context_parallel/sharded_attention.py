@@ -183,9 +183,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         passes.append(RoutedPass(routing, exchange))
         # The backward pass follows a recomputation at once, so the received K and V are kept for it.
         ctx.delivery = delivery if call.recomputed else None
-        ctx.save_for_backward(
-            q, k, v, summary_query, out, lse, summaries, routing.tau, routing.log_mean, routing.selected, routing.masks
-        )
+        ctx.save_for_backward(q, k, v, summary_query, out, lse, summaries, *routing.tensors)
         ctx.call = call
         ctx.exchange = exchange
         ctx.mark_non_differentiable(routing.selected)

@@ -37,6 +37,16 @@ OF_EVERY_CALL = OF_A_WHOLE_PART | {
     "query_bits_kernel": 2,
     "key_gradient_kernel": 2,
 }
+# The first, a middle and the last of several parts, of which the last is blocks.
+OF_LISTS = {
+    "summary_kernel": 1,
+    "reached_kernel": 1,
+    "attend_kernel": 4,
+    "row_dots_kernel": 2,
+    "query_gradient_kernel": 4,
+    "query_bits_kernel": 2,
+    "key_gradient_kernel": 2,
+}
 
 
 def compile_kernels(shape: str, cache: Path) -> list[dict[str, Any]]:
@@ -64,6 +74,7 @@ def compile_kernels(shape: str, cache: Path) -> list[dict[str, Any]]:
         ("padded", OF_EVERY_CALL),
         ("largest", OF_A_WHOLE_PART),
         ("largest float32", OF_A_WHOLE_PART),
+        ("listed", OF_LISTS),
     ],
 )
 def test_every_kernel_compiles_and_fits(shape: str, variants: dict[str, int], tmp_path: Path) -> None:

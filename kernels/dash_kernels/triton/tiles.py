@@ -18,7 +18,7 @@ import triton.language as tl
 
 from dash_kernels.device import Device
 from dash_kernels.limits import tile_tokens
-from dash_kernels.spec import AttentionSpec
+from dash_kernels.spec import AttentionSpec, Routing
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -77,6 +77,13 @@ def split_summaries(summaries: torch.Tensor, dtype: torch.dtype) -> tuple[torch.
         return summaries, summaries
     high = summaries.to(dtype)
     return high, (summaries - high.float()).to(dtype)
+
+
+def list_arguments(routing: Routing) -> tuple[torch.Tensor, int]:
+    """(lists of chunks, entries of a token's list) for the kernels, which read them where LISTED is set."""
+    if routing.lists is None:
+        return routing.selected, 0
+    return routing.lists, routing.lists.shape[-1]
 
 
 def routing_factor(spec: AttentionSpec) -> float:
@@ -181,6 +188,22 @@ def routing_scores(
         low = tl.load(low_ptr + offsets, mask=inside, other=0.0)
         scores = tl.dot(q, tl.trans(low), scores)
     return scores, high
+
+
+@triton.jit
+def listed_hits(
+    lists_ptr, width, ids, mask, start, step, length, batch_head, T,
+    HK: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """1 where a token of a chunk's step-th tile has the chunk, of ids [BN], in its list.  [BT, BN]"""
+    place = step * BT + tl.arange(0, BT)
+    row = lists_ptr + token_offsets(start + place, batch_head, T, HK) * width
+    ids = tl.where(mask, ids, -1)
+    hits = tl.zeros([BT, BN], tl.int32)
+    for at in range(0, width):
+        entry = tl.load(row + at, mask=place < length, other=-2)
+        hits |= (entry[:, None] == ids[None, :]).to(tl.int32)
+    return hits
 
 
 @triton.jit
