@@ -31,7 +31,10 @@ from dash_kernels.eager_selection import (
     unchunked,
 )
 from dash_kernels.entmax import entmax_threshold
-from dash_kernels.listed_routing import QueryBlock, listed_routing
+from dash_kernels.listed_routing import listed_routing
+from dash_kernels.query_blocks import QueryBlock
+from dash_kernels.selection import InfLLMv2
+from dash_kernels.selection_scores import stride_means
 from dash_kernels.spec import (
     AttentionSpec,
     Blocks,
@@ -47,8 +50,10 @@ from dash_kernels.spec import (
 def summarize(k: torch.Tensor, chunks: ChunkGrid, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     """Stage 1: k [B, S, Hkv, D] -> a summary per chunk [B, slots, Hkv, D] in the accumulation dtype.
 
-    Incomplete chunks have zeros: no query is ever routed to them.
+    Incomplete chunks have zeros: no query is ever routed to them. InfLLMv2 has its own, `stride_means`.
     """
+    if isinstance(spec.selection, InfLLMv2):
+        return stride_means(k, chunks, spec)
     complete, keys, weights = _summary_weights(k, chunks, summary_query, spec)
     summaries = keys.new_zeros(k.shape[0], len(chunks), *k.shape[2:])
     summaries[:, complete] = torch.einsum("bnch,bnchd->bnhd", weights, keys)

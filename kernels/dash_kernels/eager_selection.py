@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.listed_routing import listed_chunks
 from dash_kernels.spec import (
     PRIOR_FLOOR,
     AttentionSpec,
@@ -37,11 +36,11 @@ class DensePart:
     def of(cls, part: Part | Blocks, summaries_shape: torch.Size, spec: AttentionSpec) -> DensePart:
         if isinstance(part, Part):
             return cls(part, None)
-        batch, n, heads, head_dim = summaries_shape
+        batch, n, heads, _ = summaries_shape
         ids, slot = (part.addresses % n).unique(return_inverse=True)
         row = part.addresses // n
         places = row // heads, slot, row % heads
-        k, v = (part.kv.new_zeros(batch, len(ids), spec.chunk_size, heads, head_dim) for _ in range(2))
+        k, v = (part.kv.new_zeros(batch, len(ids), spec.chunk_size, heads, part.kv.shape[-1]) for _ in range(2))
         k[places[0], places[1], :, places[2]] = part.kv[:, 0]
         v[places[0], places[1], :, places[2]] = part.kv[:, 1]
         chunks = ChunkGrid.complete(ids.tolist(), spec.chunk_size)
@@ -121,8 +120,7 @@ def select(
         p = probabilities(routing_scores(chunk.q, summaries[:, ids], spec), chunk.rows(routing.tau), spec)
         prior = p.mean(2)
     else:
-        marks = listed_chunks(routing.lists[:, chunk.tokens], summaries.shape[1])
-        prior = marks.transpose(1, 2)[..., ids].to(summaries.dtype)
+        prior = routing.listed(chunk.tokens, summaries.shape[1])[..., ids].to(summaries.dtype)
     union = (prior > 0).flatten(0, 2).any(0).nonzero().flatten()
     if own < 0 and union.numel() == 0:
         return None

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from dash_kernels.selection import Selection
+from dash_kernels.selection import InfLLMv2, Selection
 from dash_kernels.spec import RoutingStatistics
 
 
@@ -77,8 +77,14 @@ def _chosen(
     for b, t, h in itertools.product(range(batch), range(tokens), range(kv_heads)):
         heads = q[b, t, h * group : (h + 1) * group]  # [G, D]
         own = t // chunk_size
-        scores = _summary_scores(heads, k[b, : own * chunk_size, h], summary_query[h], chunk_size, routing_scale, scale)
+        if isinstance(selection, InfLLMv2):
+            scores = _kernel_scores(heads, k[b, :, h], t, tokens, chunk_size, scale, selection)
+        else:
+            earlier = k[b, : own * chunk_size, h]
+            scores = _summary_scores(heads, earlier, summary_query[h], chunk_size, routing_scale, scale)
         best = sorted(range(own), key=lambda j: (-scores[j], j))[: selection.count - 1]
+        if isinstance(selection, InfLLMv2) and tokens <= selection.dense_length:
+            best = list(range(own))
         chosen[b, t, h, [*best, own]] = True
     return chosen
 
@@ -92,3 +98,24 @@ def _summary_scores(
     summaries = torch.einsum("jc,jcd->jd", weights, chunks)
     found: list[float] = torch.softmax(heads @ summaries.T * (routing_scale * scale), dim=-1).mean(0).tolist()
     return found
+
+
+def _kernel_scores(
+    heads: torch.Tensor, k: torch.Tensor, token: int, tokens: int, chunk_size: int, scale: float, rule: InfLLMv2
+) -> list[float]:
+    """Worth of each chunk before a token's own by the kernels over the keys [T, D] that end at or before the token."""
+    own = token // chunk_size
+    starts = [start for start in range(0, tokens, 16) if start + 32 <= token + 1]
+    probability = torch.zeros(len(starts), dtype=k.dtype)
+    if starts:
+        kernels = torch.stack([k[start : start + 32].mean(0) for start in starts])
+        probability = torch.softmax(heads @ kernels.T * scale, dim=-1).sum(0)
+    worth = []
+    for chunk in range(own):
+        begin, end = chunk * chunk_size, (chunk + 1) * chunk_size
+        of_chunk = [
+            float(p) for start, p in zip(starts, probability, strict=True) if start + 32 > begin and start < end
+        ]
+        always = chunk < rule.first_chunks or own - chunk <= rule.local_chunks
+        worth.append(math.inf if always else max(of_chunk, default=0.0))
+    return worth

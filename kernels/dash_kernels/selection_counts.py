@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from dash_kernels.eager_selection import probabilities, query_chunks, routing_scores
-from dash_kernels.listed_routing import listed_chunks
 from dash_kernels.spec import AttentionSpec, Queries
 
 
@@ -41,7 +40,7 @@ def selection_counts(queries: Queries, spec: AttentionSpec, bins: int) -> torch.
         if chunk.id == chunk.first:
             continue
         if queries.routing.lists is not None:
-            routed = listed_chunks(queries.routing.lists[:, chunk.tokens], n)[..., chunk.earlier].transpose(1, 2)
+            routed = queries.routing.listed(chunk.tokens, n)[..., chunk.earlier]
         else:
             x = routing_scores(chunk.q, summaries[:, chunk.earlier], spec)
             routed = probabilities(x, chunk.rows(queries.routing.tau), spec).mean(2) > 0  # [B, Hkv, C, j]

@@ -159,6 +159,13 @@ class Routing:
     masks: torch.Tensor
     lists: torch.Tensor | None = None
 
+    def listed(self, tokens: slice, n: int) -> torch.Tensor:
+        """Marks of the chunks in the lists of some tokens, bool [B, Hkv, tokens, n]."""
+        assert self.lists is not None
+        lists = self.lists[:, tokens].transpose(1, 2)
+        marks = torch.zeros(*lists.shape[:-1], n + 1, dtype=torch.bool, device=lists.device)
+        return marks.scatter_(-1, lists.long(), True)[..., :n]
+
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields in their order, to be saved for a backward pass."""
