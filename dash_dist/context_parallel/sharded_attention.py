@@ -117,7 +117,8 @@ def dash_attention(
         shard = Shard(cp_group, layout, sequence, checked.chunk_size)
         packed = cu_seqlens is not None or chunks is not None
         documents = f"of documents {fingerprint(sequence)}" if packed else "not given"
-        details = (*dataclasses.asdict(checked).items(), ("cu_seqlens", documents))
+        constants = ((field.name, getattr(checked, field.name)) for field in dataclasses.fields(checked))
+        details = (*constants, ("cu_seqlens", documents))
         return (checked, select_backend(backend, q, k.shape[2], checked), shard), details
 
     tensors = {"q": q, "k": k, "v": v, "summary_query": summary_query}

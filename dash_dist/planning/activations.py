@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 from dash_dist.config.attention import Kind
 from dash_dist.config.model import LOGITS_PER_PIECE
+from dash_dist.config.selection import FIXED_KINDS
 from dash_dist.planning.layouts import Sizes
 from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
 from dash_kernels.limits import MAX_SLAB_BYTES
+from dash_kernels.selection import STRIDE
 
-INT64 = 8
+INT32, INT64 = 4, 8
 
 
 def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> int:
@@ -36,7 +38,7 @@ def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> int:
     if kind == "window":
         return of_layer + sizes.tokens * sizes.query_heads * FP32 + _saved_with_halo(sizes, exchange)
     of_layer += saved_by_exchange(sizes, exchange)
-    return of_layer + saved_by_routing(sizes, kind) + _saved_by_attention(sizes)
+    return of_layer + saved_by_routing(sizes, kind) + _saved_by_attention(sizes, kind)
 
 
 def _saved_with_halo(sizes: Sizes, exchange: ExchangePlan) -> int:
@@ -47,9 +49,12 @@ def _saved_with_halo(sizes: Sizes, exchange: ExchangePlan) -> int:
 
 
 def saved_by_routing(sizes: Sizes, kind: Kind) -> int:
-    """Thresholds, mean of the prior and number of selected chunks per token, and the bits of tiles."""
+    """Thresholds and mean of the prior, or a list of chunks; number of selected chunks per token; the bits of tiles."""
     if kind == "window":
         return 0
+    if kind in FIXED_KINDS:
+        entries = 1 + min(sizes.listed, sizes.chunks)
+        return sizes.tokens * sizes.kv_heads * entries * INT32 + tile_bits(sizes)
     per_token = sizes.query_heads * FP32 + 2 * sizes.kv_heads * FP32
     return sizes.tokens * per_token + tile_bits(sizes)
 
@@ -60,9 +65,15 @@ def tile_bits(sizes: Sizes) -> int:
     return tiles * sizes.kv_heads * -(-sizes.chunks // 32) * 4
 
 
-def _saved_by_attention(sizes: Sizes) -> int:
+def _saved_by_attention(sizes: Sizes, kind: Kind) -> int:
     log_sums = sizes.tokens * sizes.query_heads * FP32
-    return log_sums + sizes.batch * sizes.chunks * sizes.kv * FP32  # summaries of the whole sequence
+    summaries = sizes.batch * sizes.chunks * summary_vectors(sizes, kind) * sizes.kv * FP32  # of the whole sequence
+    return log_sums + summaries
+
+
+def summary_vectors(sizes: Sizes, kind: Kind) -> int:
+    """Vectors of a chunk by which it is selected."""
+    return sizes.chunk_size // STRIDE if kind == "infllmv2" else 1
 
 
 def saved_by_exchange(sizes: Sizes, exchange: ExchangePlan) -> int:
