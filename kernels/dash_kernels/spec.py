@@ -178,7 +178,7 @@ class Queries:
 
     q:         [B, T, Hq, D]
     chunks:    positions of their chunks, T tokens.
-    summaries: [B, n, Hkv, D] of the whole sequence, by chunk id, in the accumulation dtype.  With lists of chunks, only
+    summaries: [B, n, Hkv, D] of the whole sequence, by chunk id, in the accumulation dtype. With lists of chunks, only
                n, Hkv and the dtype are read.
     """
 

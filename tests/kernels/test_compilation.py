@@ -83,7 +83,7 @@ def test_every_kernel_compiles_and_fits(shape: str, variants: dict[str, int], tm
     assert {name: names.count(name) for name in names} == variants
     too_large = {kernel["kernel"]: kernel["shared"] for kernel in kernels if kernel["shared"] > SHARED_MEMORY_OF_HOPPER}
     assert not too_large
-    if shape in ("model", "group of 16", "float16"):  # the kernels were tuned for it
+    if shape in ("model", "group of 16", "float16", "listed"):  # the kernels were tuned for it
         assert not [(kernel["kernel"], kernel["variant"]) for kernel in kernels if kernel["serialised"]]
     if shape == "float16":  # kernels on pairs of tiles have no other way to K and V
         assert any("MAPS=True" in kernel["variant"] for kernel in kernels)

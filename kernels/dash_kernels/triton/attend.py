@@ -67,7 +67,7 @@ def attend(
         *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean, routing.masks,
         chunk_lists(programs, n, q.device), work_counter(q.device), before_out, before_lse, out, lse,
         *list_arguments(routing), q.shape[1], keys.tokens, n, len(chunks), q.shape[0] * kv_heads,
-        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent,
+        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, 1.0,
         BC=triton.next_power_of_2(spec.chunk_size), BN=options.block, HAS_SIGMA=spec.prior_sigma is not None,
         MAPS=maps, BLOCKS=keys.blocks, IS_FIRST_PART=before is None, LISTED=routing.lists is not None,
         **tile.constants, **options.launch,
@@ -79,7 +79,7 @@ def attend(
 def attend_kernel(
     q_ptr, grid_ptr, k_ptr, v_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr, mask_ptr,
     list_ptr, next_ptr, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr, lists_ptr, width, T, S, n, slots, batch_heads,
-    factor, scale2, prior_exponent,
+    factor, scale2, prior_exponent, one,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
     MAPS: tl.constexpr, BLOCKS: tl.constexpr, IS_FIRST_PART: tl.constexpr, LISTED: tl.constexpr,
@@ -122,6 +122,8 @@ def attend_kernel(
                 scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
                 scores = tl.where(tl.arange(0, BC)[None, :] <= place[:, None], scores, -float("inf"))
                 top, total, out = softmax_step(scores, v, top, total, out)
+            if LISTED:
+                out *= one  # ends the product here, as in the query gradient; else that of the priors does
             for block in range(0, count, BN):
                 listed = block + tl.arange(0, BN)
                 ids = tl.load(ids_ptr + listed, mask=listed < count, other=0)

@@ -195,15 +195,25 @@ def listed_hits(
     lists_ptr, width, ids, mask, start, step, length, batch_head, T,
     HK: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """1 where a token of a chunk's step-th tile has the chunk, of ids [BN], in its list.  [BT, BN]"""
+    """1 where a token of a chunk's step-th tile has the chunk, of ids [BN], in its list, by bisection.  [BT, BN]
+
+    width: entries of a list, ascending.
+    """
     place = step * BT + tl.arange(0, BT)
-    row = lists_ptr + token_offsets(start + place, batch_head, T, HK) * width
-    ids = tl.where(mask, ids, -1)
-    hits = tl.zeros([BT, BN], tl.int32)
-    for at in range(0, width):
-        entry = tl.load(row + at, mask=place < length, other=-2)
-        hits |= (entry[:, None] == ids[None, :]).to(tl.int32)
-    return hits
+    row = lists_ptr + (token_offsets(start + place, batch_head, T, HK) * width)[:, None]
+    wanted = tl.where(mask, ids, -1)[None, :]
+    real = (place < length)[:, None]
+    below = tl.zeros([BT, BN], tl.int32)  # entries known to be less than the id
+    ahead = 1
+    while ahead * 2 <= width:
+        ahead *= 2
+    while ahead > 0:
+        at = below + ahead - 1
+        entry = tl.load(row + at, mask=real & (at < width), other=2**31 - 1)
+        below = tl.where(entry < wanted, below + ahead, below)
+        ahead = ahead // 2
+    entry = tl.load(row + below, mask=real & (below < width), other=-2)
+    return (entry == wanted).to(tl.int32)
 
 
 @triton.jit
