@@ -21,10 +21,10 @@ from dash_dist.context_parallel import DashAttention, WindowAttention
 from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.documents import PackedDocuments
 from dash_kernels import AttentionSpec
-from dash_kernels.selection import InfLLMv2, Selection, TopChunks
+from dash_kernels.selection import InfLLMv2, SelectionRule, TopChunks
 
 
-def selection_of(config: AttentionConfig, kind: Kind) -> Selection | None:
+def selection_of(config: AttentionConfig, kind: Kind) -> SelectionRule | None:
     """Return the rule by which layers of a kind select chunks; None for DashAttention's routing, or no selection."""
     if kind not in FIXED_KINDS:
         return None

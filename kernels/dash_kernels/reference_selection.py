@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from dash_kernels.selection import InfLLMv2, Selection
+from dash_kernels.selection import InfLLMv2, SelectionRule
 from dash_kernels.spec import RoutingStatistics
 
 
@@ -21,7 +21,7 @@ def reference_selected_attention(
     v: torch.Tensor,
     summary_query: torch.Tensor,
     *,
-    selection: Selection,
+    selection: SelectionRule,
     chunk_size: int = 64,
     routing_scale: float = 1.0,
     softmax_scale: float | None = None,
@@ -64,7 +64,7 @@ def _chosen(
     q: torch.Tensor,
     k: torch.Tensor,
     summary_query: torch.Tensor,
-    selection: Selection,
+    selection: SelectionRule,
     chunk_size: int,
     routing_scale: float,
     scale: float,

@@ -58,4 +58,4 @@ class InfLLMv2:
             )
 
 
-Selection = TopChunks | InfLLMv2
+SelectionRule = TopChunks | InfLLMv2

@@ -14,7 +14,7 @@ from typing import TypedDict, Unpack
 import torch
 
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.selection import Selection
+from dash_kernels.selection import SelectionRule
 
 # dP = dB / P is computed as dB / max(P, PRIOR_FLOOR), in the reference as in every backend. For prior_sigma=None the
 # floor never matters (dB is proportional to P). For prior_sigma > 2 the quotient grows without bound at the edge of the
@@ -54,7 +54,7 @@ class AttentionSpec:
     routing_scale: float = 1.0
     prior_sigma: float | None = None
     softmax_scale: float | None = None
-    selection: Selection | None = None
+    selection: SelectionRule | None = None
 
     def __post_init__(self) -> None:
         require(

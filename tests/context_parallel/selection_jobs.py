@@ -8,7 +8,7 @@ import torch.distributed as dist
 from dash_dist.context_parallel.layout import LAYOUTS
 from dash_kernels import AttentionSpec
 from dash_kernels.reference_selection import reference_selected_attention
-from dash_kernels.selection import InfLLMv2, Selection, TopChunks
+from dash_kernels.selection import InfLLMv2, SelectionRule, TopChunks
 from tests.context_parallel.attention_cases import (
     CHUNK,
     Inputs,
@@ -23,14 +23,14 @@ from tests.context_parallel.attention_cases import (
 )
 
 CHUNKS = 16
-SELECTIONS: dict[str, Selection] = {
+SELECTIONS: dict[str, SelectionRule] = {
     "topk": TopChunks(4),
     "infllmv2": InfLLMv2(5, first_chunks=1, local_chunks=2, dense_length=0),
     "short documents dense": InfLLMv2(3, first_chunks=0, local_chunks=1, dense_length=8 * CHUNK),
 }
 
 
-def expected(inputs: Inputs, selection: Selection) -> Result:
+def expected(inputs: Inputs, selection: SelectionRule) -> Result:
     """The float64 reference on the whole sequence."""
     leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.summary_query)]
     out, routing = reference_selected_attention(

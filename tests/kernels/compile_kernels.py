@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dash_kernels import triton as triton_backend
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.device import Device
-from dash_kernels.selection import Selection, TopChunks
+from dash_kernels.selection import SelectionRule, TopChunks
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -60,7 +60,7 @@ class Shape:
     head_dim: int
     chunk_size: int
     by_parts: bool
-    selection: Selection | None = None
+    selection: SelectionRule | None = None
 
 
 SHAPES = {

@@ -10,7 +10,7 @@ from dash_kernels import triton as triton_backend
 from dash_kernels.listed_routing import largest
 from dash_kernels.query_blocks import query_blocks
 from dash_kernels.reference_selection import reference_selected_attention
-from dash_kernels.selection import InfLLMv2, Selection, TopChunks
+from dash_kernels.selection import InfLLMv2, SelectionRule, TopChunks
 from dash_kernels.selection_counts import selection_counts
 from dash_kernels.spec import Blocks, Part, Queries
 from tests.kernels.attention_inputs import DEVICE, Inputs, assert_near, output_and_gradients, random_inputs
@@ -25,7 +25,7 @@ PARTLY_DENSE = InfLLMv2(3, first_chunks=0, local_chunks=1, dense_length=70)
 
 def both(
     inputs: Inputs,
-    selection: Selection,
+    selection: SelectionRule,
     cu_seqlens: torch.Tensor | None = None,
     *,
     chunk_size: int = C,
@@ -49,7 +49,7 @@ def both(
 @pytest.mark.parametrize("borders", [None, DOCUMENTS])
 @pytest.mark.parametrize(("group", "tokens"), [(1, 187), (3, 187)])
 def test_eager_equals_the_reference(
-    selection: Selection, borders: tuple[int, ...] | None, group: int, tokens: int
+    selection: SelectionRule, borders: tuple[int, ...] | None, group: int, tokens: int
 ) -> None:
     inputs = random_inputs(tokens, group=group, batch=1 if borders else 2, head_dim=16)
     cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
@@ -58,7 +58,7 @@ def test_eager_equals_the_reference(
 
 @pytest.mark.parametrize("selection", [TOP, INFLLM, PARTLY_DENSE])
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
-def test_lengths_around_the_first_chunks(tokens: int, selection: Selection) -> None:
+def test_lengths_around_the_first_chunks(tokens: int, selection: SelectionRule) -> None:
     assert_near(*both(random_inputs(tokens, head_dim=16), selection), 1e-12)
 
 
@@ -89,7 +89,7 @@ def test_of_equal_scores_the_first_are_taken() -> None:
 
 @pytest.mark.parametrize("selection", [TopChunks(3), InfLLMv2(3, first_chunks=0, local_chunks=0, dense_length=0)])
 @pytest.mark.parametrize("stages", [eager, triton_backend])
-def test_equal_scores_give_the_first_chunks(stages: Any, selection: Selection) -> None:
+def test_equal_scores_give_the_first_chunks(stages: Any, selection: SelectionRule) -> None:
     inputs = random_inputs(6 * C + 5, kv_heads=1, group=2, dtype=torch.float32)
     inputs.q[:] = 0
     grid = ChunkGrid.whole_sequence(6 * C + 5, C)
@@ -143,7 +143,7 @@ def test_statistics() -> None:
     ],
 )
 def test_triton_equals_the_reference(
-    selection: Selection, dtype: torch.dtype, tolerance: float, group: int, borders: tuple[int, ...] | None
+    selection: SelectionRule, dtype: torch.dtype, tolerance: float, group: int, borders: tuple[int, ...] | None
 ) -> None:
     inputs = random_inputs(borders[-1] if borders else 99, kv_heads=1, group=group, dtype=dtype)
     cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
@@ -156,7 +156,7 @@ def test_triton_equals_the_reference(
 )
 @pytest.mark.parametrize("selection", [TopChunks(3), INFLLM])
 def test_shards_and_the_blocks_that_they_reached_are_the_whole(
-    stages: Any, dtype: torch.dtype, tolerance: float, selection: Selection
+    stages: Any, dtype: torch.dtype, tolerance: float, selection: SelectionRule
 ) -> None:
     """As ranks with the selective exchange: the own part, then single heads' chunks."""
     n = 6
