@@ -43,6 +43,8 @@ def expected(inputs: Inputs, selection: SelectionRule) -> Result:
 def parity(layouts: tuple[str, ...] = LAYOUTS, exchange: str | None = None) -> dict[str, dict[str, float]]:
     """Every exchange, layout and kind of documents against the reference."""
     world = dist.group.WORLD
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory in which nothing has arrived is NaN
     found = {}
     for (name, selection), layout in itertools.product(SELECTIONS.items(), layouts):
         cases = {

@@ -89,7 +89,7 @@ def _states(engine: MegatronEngine) -> dict[str, int]:
     return numbers
 
 
-def saved_bytes(batch: int, sequence_length: int, layers: int) -> dict[str, int]:
+def saved_bytes(batch: int, sequence_length: int, layers: int, attention: AttentionConfig) -> dict[str, int]:
     """dtype -> bytes of the distinct tensors, but for weights, that autograd keeps of a bfloat16 forward pass."""
     parallel = ParallelConfig()
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
@@ -99,7 +99,7 @@ def saved_bytes(batch: int, sequence_length: int, layers: int) -> dict[str, int]
         model = build_model(
             config,
             shape,
-            AttentionConfig(chunk_size=CHUNK_SIZE),
+            attention,
             dims,
             vocab_size=VOCAB_SIZE,
             sequence_length=sequence_length,
