@@ -104,17 +104,19 @@ def export_weights(
         progress: told each file that is written.
 
     Raises:
-        ValueError: the checkpoint is not one of this engine; or `out` is not empty.
+        ValueError: the checkpoint is not one of this engine, or has layers that only this project computes; or `out`
+            is not empty.
         OSError: a file cannot be read or written.
     """
     run = read_engine_state(directory)
     weights = _Weights(directory)
+    model, vocab_size = _model_of(run), run.identity["vocab_size"]
+    settings = _attention_of(run)
+    kinds = attention_from(settings).kinds(model.num_layers)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty: export to a new folder")
-    model, vocab_size = _model_of(run), run.identity["vocab_size"]
-    settings = _attention_of(run)
-    outputs = list(_outputs(model, vocab_size, attention_from(settings).kinds(model.num_layers)))
+    outputs = list(_outputs(model, vocab_size, kinds))
     adapters = _adapters(run, model, weights)
     dtypes = [weights.described(output.entry.checkpoint_key[0]).properties.dtype for output in outputs]
     sizes = [dtype.itemsize * math.prod(output.shape) for dtype, output in zip(dtypes, outputs, strict=True)]
@@ -180,10 +182,10 @@ def export_adapters(directory: Path, out: Path, *, base: str | None) -> None:
     lora, model, weights = _lora_of(run), _model_of(run), _Weights(directory)
     if lora is None:
         raise ValueError("it has no adapters: export it without --adapter")
+    kinds = attention_from(_attention_of(run)).kinds(model.num_layers)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty: export to a new folder")
-    kinds = attention_from(_attention_of(run)).kinds(model.num_layers)
     tensors = {
         entry.peft_name(matrix): weights.read(entry.checkpoint_key(matrix), entry.layer)
         for entry in adapter_table(model, lora)

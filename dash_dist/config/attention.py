@@ -9,9 +9,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dash_dist.config.section import Section, divisors
+from dash_dist.config.section import Section, divisors, next_multiple
+from dash_dist.config.selection import FIXED_KINDS, InfLLMv2Config, top_density
 
-Kind = Literal["dash", "dense", "window"]
+Kind = Literal["dash", "dense", "window", "topk", "infllmv2"]
 
 
 class RoutingWarmup(Section):
@@ -33,11 +34,19 @@ class AttentionConfig(Section):
         default="dash",
         description=(
             "of all layers, or a list of as many as there are layers, or a shorter one that repeats. dense: exact "
-            "softmax attention to every earlier token; window: to the last `window` tokens; both without routing"
+            "softmax attention to every earlier token; window: to the last `window` tokens; both without routing; "
+            "topk: to the `top_chunks` chunks of the highest routing probability, without gradient through the "
+            "selection; infllmv2: likewise, by pooled means of keys"
         ),
     )
     window: int | None = Field(
         default=None, gt=0, description="tokens that a token of a window layer attends to, itself counted"
+    )
+    top_chunks: int | None = Field(
+        default=None, ge=2, description="chunks that a token of a topk or infllmv2 layer attends to, its own counted"
+    )
+    infllmv2: InfLLMv2Config | None = Field(
+        default=None, description="of layers of that kind; None: its defaults, which need top_chunks of 34 or more"
     )
     chunk_size: int = Field(default=64, ge=16, le=128, multiple_of=16, description="tokens")
     alpha: float = Field(default=1.5, gt=1.0, le=2.0)
@@ -72,6 +81,57 @@ class AttentionConfig(Section):
                 "layers in attention.kind"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fixed_kinds_have_a_count(self) -> Self:
+        fixed = [kind for kind in self.pattern if kind in FIXED_KINDS]
+        if fixed and self.top_chunks is None:
+            raise ValueError(
+                f"attention.kind has {fixed[0]} layers, and attention.top_chunks is not set: give it in chunks"
+            )
+        if not fixed and self.top_chunks is not None:
+            raise ValueError(
+                f"attention.top_chunks is {self.top_chunks}, and attention.kind has no layer of kind "
+                f"{' or '.join(FIXED_KINDS)}: drop it, or name such layers in attention.kind"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _infllmv2_fits(self) -> Self:
+        if "infllmv2" not in self.pattern:
+            if self.infllmv2 is not None:
+                raise ValueError(
+                    "attention.infllmv2 is given, and attention.kind has no infllmv2 layer: drop it, or name such "
+                    "layers"
+                )
+            return self
+        rule = self.infllmv2_rule
+        assert self.top_chunks is not None  # checked above
+        if self.top_chunks < rule.always:
+            raise ValueError(
+                f"attention.top_chunks is {self.top_chunks}, and attention.infllmv2 always selects {rule.always} "
+                f"chunks: raise top_chunks to {rule.always + 1}, or lower infllmv2.local_chunks, "
+                f"{rule.local_chunks}"
+            )
+        if rule.dense_length % self.chunk_size:
+            raise ValueError(
+                f"attention.infllmv2.dense_length {rule.dense_length} is not a multiple of attention.chunk_size "
+                f"{self.chunk_size}: set it to {next_multiple(rule.dense_length, self.chunk_size)}"
+            )
+        return self
+
+    @property
+    def infllmv2_rule(self) -> InfLLMv2Config:
+        """Settings of infllmv2 layers."""
+        return self.infllmv2 or InfLLMv2Config()
+
+    def fixed_density(self, kind: Kind, document_length: float) -> float:
+        """Return the density of layers of a kind that fixes it, in documents of so many tokens."""
+        assert kind in FIXED_KINDS
+        assert self.top_chunks is not None  # checked above
+        if kind == "infllmv2" and document_length <= self.infllmv2_rule.dense_length:
+            return 1.0
+        return top_density(self.top_chunks, document_length, self.chunk_size)
 
     @property
     def pattern(self) -> tuple[Kind, ...]:

@@ -24,6 +24,7 @@ from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig, check_offload
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.section import Section
+from dash_dist.config.selection import ROUTED_KINDS
 from dash_dist.config.stages import GateSection, StageSection, complete_training, stage_settings
 from dash_dist.config.trainable import TrainableSection, check_adapters
 from dash_dist.config.training import TrainingSection
@@ -144,10 +145,10 @@ class RunConfig(Section):
         if len(set(drawn)) < len(drawn):
             raise ValueError(f"logging.heat_map_layers = {drawn} names a layer twice: name each once")
         kinds = self.attention.kinds(layers)
-        if others := [layer for layer in drawn if kinds[layer] != "dash"]:
+        if others := [layer for layer in drawn if kinds[layer] not in ROUTED_KINDS]:
             raise ValueError(
                 f"logging.heat_map_layers = {drawn} names {others[0]}, a {kinds[others[0]]} layer: "
-                "it has no routing, name layers of kind dash"
+                f"it has no routing, name layers of kind {' or '.join(ROUTED_KINDS)}"
             )
         return self
 

@@ -20,8 +20,8 @@ Kept = TypeVar("Kept")
 class RoutedPass:
     """Routing and exchange that all passes over the same inputs share.
 
-    Holds no K and V, but a row of numbers per token and head, and the backend's masks: in Triton a bit per tile of
-    queries and chunk of the whole sequence.
+    Holds no K and V, but a row of numbers or a list of chunks per token and head, and the backend's masks: in Triton a
+    bit per tile of queries and chunk of the whole sequence.
     """
 
     routing: Routing

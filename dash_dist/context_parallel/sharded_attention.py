@@ -118,7 +118,8 @@ def dash_attention(
         shard = Shard(cp_group, layout, sequence, checked.chunk_size)
         packed = cu_seqlens is not None or chunks is not None
         documents = f"of documents {fingerprint(sequence)}" if packed else "not given"
-        details = (*dataclasses.asdict(checked).items(), ("cu_seqlens", documents))
+        constants = ((field.name, getattr(checked, field.name)) for field in dataclasses.fields(checked))
+        details = (*constants, ("cu_seqlens", documents))
         return (checked, select_backend(backend, q, k.shape[2], checked), shard), details
 
     tensors = {"q": q, "k": k, "v": v, "summary_query": summary_query}
@@ -184,9 +185,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         passes.append(RoutedPass(routing, exchange))
         # The backward pass follows a recomputation at once, so the received K and V are kept for it.
         ctx.delivery = delivery if call.recomputed else None
-        ctx.save_for_backward(
-            q, k, v, summary_query, out, lse, summaries, routing.tau, routing.log_mean, routing.selected, routing.masks
-        )
+        ctx.save_for_backward(q, k, v, summary_query, out, lse, summaries, *routing.tensors)
         ctx.call = call
         ctx.exchange = exchange
         ctx.mark_non_differentiable(routing.selected)

@@ -5,8 +5,9 @@ Knows the model's shapes. Does not know what any kernel really executes.
 
 from __future__ import annotations
 
-from dash_dist.config.attention import AttentionConfig
+from dash_dist.config.attention import AttentionConfig, Kind
 from dash_dist.config.model import ModelConfig
+from dash_kernels.selection import STRIDE
 
 
 def flops_per_token(
@@ -26,6 +27,8 @@ def flops_per_token(
     - dash: density x (T - chunk_size) / 2 + chunk_size / 2, half of the earlier tokens, of which `density` are in
       selected chunks, and half of the own chunk; and routing, 6 H x T / (2 chunk_size), the query against the
       summaries of the earlier chunks;
+    - topk: likewise, of the density that attention.top_chunks makes, where routing has no backward pass, 2 H x T /
+      (2 chunk_size); infllmv2: 2 H x T / (2 x 16), against means every 16 tokens, unless the documents are dense;
     - dense: T / 2;
     - window: window - window^2 / 2T, or T / 2 where the window is longer than T.
 
@@ -41,9 +44,19 @@ def flops_per_token(
     weights_per_layer = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.ffn_hidden_size)
     weights = model.num_layers * weights_per_layer + model.hidden_size * vocab_size
     window = min(attention.window or document_length, document_length)
+
+    def listed(kind: Kind, stride: float) -> float:
+        available = (document_length / chunk + 1) / 2
+        density = attention.fixed_density(kind, document_length)
+        earlier = density * available - 1  # chunks besides the own one
+        return 12 * (earlier * chunk + chunk / 2) + (2 * document_length / (2 * stride) if density < 1.0 else 0.0)
+
+    kinds = attention.kinds(model.num_layers)
     operations = {
         "dash": 12 * (density * (document_length - chunk) / 2 + chunk / 2) + 6 * document_length / (2 * chunk),
+        "topk": listed("topk", chunk) if "topk" in kinds else 0.0,
+        "infllmv2": listed("infllmv2", STRIDE) if "infllmv2" in kinds else 0.0,
         "dense": 12 * document_length / 2,
         "window": 12 * (window - window**2 / (2 * document_length)),
     }
-    return 6.0 * weights + heads * sum(operations[kind] for kind in attention.kinds(model.num_layers))
+    return 6.0 * weights + heads * sum(operations[kind] for kind in kinds)

@@ -89,7 +89,7 @@ class StepTelemetry:
 
     @property
     def record_selections(self) -> Sequence[int]:
-        """Layers of kind dash, from 0, that count their selected chunks; costs a second routing of each."""
+        """Layers that select chunks, from 0, that count their selected chunks; costs a second routing of each."""
         return self._selections.layers
 
     @record_selections.setter

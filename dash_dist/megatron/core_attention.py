@@ -14,22 +14,37 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from dash_dist.config.attention import AttentionConfig
+from dash_dist.config.attention import AttentionConfig, Kind
+from dash_dist.config.selection import FIXED_KINDS
 from dash_dist.context_parallel import DashAttention, WindowAttention
 from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.documents import PackedDocuments
 from dash_dist.megatron.layer_config import LayerConfig
 from dash_kernels import AttentionSpec
+from dash_kernels.selection import InfLLMv2, SelectionRule, TopChunks
 
 
-def attention_spec(config: AttentionConfig, softmax_scale: float | None = None) -> AttentionSpec:
-    """Constants of the attention that a run's settings ask for."""
+def selection_of(config: AttentionConfig, kind: Kind) -> SelectionRule | None:
+    """Return the rule by which layers of a kind select chunks; None for DashAttention's routing, or no selection."""
+    if kind not in FIXED_KINDS:
+        return None
+    assert config.top_chunks is not None  # the configuration has checked it
+    if kind == "topk":
+        return TopChunks(config.top_chunks)
+    return InfLLMv2(config.top_chunks, **config.infllmv2_rule.model_dump())
+
+
+def attention_spec(
+    config: AttentionConfig, softmax_scale: float | None = None, *, kind: Kind = "dash"
+) -> AttentionSpec:
+    """Constants of the attention that a run's settings ask for in layers of a kind."""
     return AttentionSpec(
         chunk_size=config.chunk_size,
         alpha=config.alpha,
         routing_scale=config.routing_scale,
         prior_sigma=config.prior_sigma,
         softmax_scale=softmax_scale,
+        selection=selection_of(config, kind),
     )
 
 
@@ -88,7 +103,7 @@ class DashCoreAttention(MegatronModule):
             self.attention = DashAttention(
                 kv_heads,
                 head_dim,
-                attention_spec(attention, softmax_scale),
+                attention_spec(attention, softmax_scale, kind=kind),
                 backend=attention.backend,
                 exchange=attention.exchange,
                 recompute=recompute,

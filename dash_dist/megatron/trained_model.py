@@ -338,7 +338,9 @@ def _kinds(attention: AttentionConfig) -> dict[str, Any]:
     if pattern == ("dash",):
         return {}
     window = {} if attention.window is None else {"attention.window": attention.window}
-    return {"attention.kind": pattern[0] if len(pattern) == 1 else list(pattern), **window}
+    top = {} if attention.top_chunks is None else {"attention.top_chunks": attention.top_chunks}
+    rule = {"attention.infllmv2": attention.infllmv2_rule.model_dump()} if "infllmv2" in pattern else {}
+    return {"attention.kind": pattern[0] if len(pattern) == 1 else list(pattern), **window, **top, **rule}
 
 
 def _setting(function: Mapping[str, Any], name: str) -> Any:

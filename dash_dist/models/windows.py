@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dash_dist.config.attention import AttentionConfig, Kind
+from dash_dist.config.selection import FIXED_KINDS
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _DEFAULT_WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "olmo3": 4096}
@@ -84,7 +85,16 @@ def attention_of(windows: Sequence[int | None], *, others: Kind) -> AttentionCon
 
 
 def attention_from(function: Mapping[str, Any]) -> AttentionConfig:
-    """Return the kinds of layers among settings by name, `kind` and `window`. Raises ValueError if they contradict."""
+    """Return the kinds of layers among settings by name, `kind` and `window`.
+
+    Raises ValueError if they contradict, and for kinds that only this project computes.
+    """
+    kinds = function.get("kind", "dash")
+    if fixed := [kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind in FIXED_KINDS]:
+        raise ValueError(
+            f"layers of kind {fixed[0]} are computed in training and by `dash-dist evaluate` only: a model for "
+            "transformers has layers of kind dash, dense or window"
+        )
     try:
         return AttentionConfig.model_validate({name: function[name] for name in ("kind", "window") if name in function})
     except ValidationError as error:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dash_dist.config.attention import Kind
+from dash_dist.config.selection import FIXED_KINDS
 from dash_dist.planning.layouts import Sizes
 from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.traffic import BF16, FP32, ExchangePlan
 from dash_kernels.limits import MAX_SLAB_BYTES
+from dash_kernels.selection import STRIDE
 
-INT64 = 8
+INT32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, *, tiled: b
     if kind == "window":
         projections += _saved_with_halo(sizes, exchange)
     else:
-        summaries = sizes.batch * sizes.chunks * sizes.kv * FP32  # of the whole sequence
+        # Of the whole sequence.
+        summaries = sizes.batch * sizes.chunks * summary_vectors(sizes, kind) * sizes.kv * FP32
         attention += summaries + saved_by_exchange(sizes, exchange) + saved_by_routing(sizes, kind)
     # After its norm, and of SwiGLU both halves of the input, and their product.
     mlp = 0 if tiled else sizes.tokens * (hidden + 3 * sizes.ffn) * BF16 + norm
@@ -83,9 +86,12 @@ def _saved_with_halo(sizes: Sizes, exchange: ExchangePlan) -> int:
 
 
 def saved_by_routing(sizes: Sizes, kind: Kind) -> int:
-    """Thresholds, mean of the prior and number of selected chunks per token, and the bits of tiles."""
+    """Thresholds and mean of the prior, or a list of chunks; number of selected chunks per token; the bits of tiles."""
     if kind == "window":
         return 0
+    if kind in FIXED_KINDS:
+        entries = 1 + min(sizes.listed, sizes.chunks)
+        return sizes.tokens * sizes.kv_heads * entries * INT32 + tile_bits(sizes)
     per_token = sizes.query_heads * FP32 + 2 * sizes.kv_heads * FP32
     return sizes.tokens * per_token + tile_bits(sizes)
 
@@ -94,6 +100,11 @@ def tile_bits(sizes: Sizes) -> int:
     """A bit per tile and chunk of the whole sequence, in words of 32, as the Triton backend keeps them."""
     tiles = sizes.tokens // sizes.tile_tokens
     return tiles * sizes.kv_heads * -(-sizes.chunks // 32) * 4
+
+
+def summary_vectors(sizes: Sizes, kind: Kind) -> int:
+    """Vectors of a chunk by which it is selected."""
+    return sizes.chunk_size // STRIDE if kind == "infllmv2" else 1
 
 
 def saved_by_exchange(sizes: Sizes, exchange: ExchangePlan) -> int:

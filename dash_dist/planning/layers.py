@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 from dash_dist.config.attention import PIECES_PER_RANK, AttentionConfig, Kind
 from dash_dist.config.run import RunConfig
+from dash_dist.config.selection import ROUTED_KINDS
+from dash_dist.planning.activations import summary_vectors
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.attention_time import AttentionTime, attention_time, window_time
 from dash_dist.planning.hardware import Machine
@@ -41,7 +43,8 @@ def plan_layers(
 ) -> tuple[LayerPlan, ...]:
     """Plan every layer of the model; those of one kind are equal.
 
-    Dense layers count as dash layers that select every chunk, whose kernels they take under context parallelism.
+    Dense layers count as dash layers that select every chunk, whose kernels they take under context parallelism, and
+    topk and infllmv2 layers as dash layers of the density that follows from attention.top_chunks.
     """
     attention, length = config.attention, config.training.sequence_length
     kinds = attention.kinds(config.model.num_layers)
@@ -50,7 +53,7 @@ def plan_layers(
         return LayerPlan(
             kind=kind,
             time=attention_time(sizes, assumed, sequence_length=length),
-            exchange=plan_exchange(sizes, layout, machine, assumed),
+            exchange=plan_exchange(sizes, layout, machine, assumed, summary_vectors(sizes, kind)),
             uneven=imbalance(attention.layout, layout.context),
             attended=assumed.density * sizes.chunks_per_token * sizes.chunk_size,
             routed=sizes.chunks_per_token,
@@ -60,6 +63,8 @@ def plan_layers(
         match kind:
             case "dash":
                 return routed(kind, assumptions)
+            case "topk" | "infllmv2":
+                return routed(kind, replace(assumptions, density=attention.fixed_density(kind, sizes.document)))
             case "dense":
                 return routed(kind, replace(assumptions, density=1.0, coverage=1.0))
             case "window":
@@ -88,5 +93,5 @@ def of_stage(layers: tuple[LayerPlan, ...], layout: Layout, stage: int) -> tuple
 
 
 def foremost(layers: tuple[LayerPlan, ...]) -> LayerPlan:
-    """The layer that a report shows: of kind dash if there is one, of kind dense otherwise, or of windows."""
-    return min(layers, key=lambda layer: ("dash", "dense", "window").index(layer.kind))
+    """The layer that a report shows: one that selects chunks if there is any, else of kind dense, or of windows."""
+    return min(layers, key=lambda layer: (*ROUTED_KINDS, "dense", "window").index(layer.kind))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import padded_vocab_size
 from dash_dist.config.run import RunConfig
 from dash_dist.planning.recompute import Recompute
@@ -76,6 +77,7 @@ class Sizes:
         layers: of one pipeline stage.
         micro_batches: of one step.
         document: tokens of the document of a token.
+        listed: entries of a token's list of chunks in the layers that have lists, at most.
     """
 
     batch: int
@@ -93,6 +95,7 @@ class Sizes:
     layers: int
     micro_batches: int
     document: float
+    listed: int
 
     @staticmethod
     def of(config: RunConfig, layout: Layout, *, vocab_size: int, document_length: float | None = None) -> Sizes:
@@ -119,6 +122,7 @@ class Sizes:
             layers=model.num_layers // layout.pipeline,
             micro_batches=training.global_batch_size // (training.micro_batch_size * layout.data),
             document=min(document_length or training.sequence_length, training.sequence_length),
+            listed=_listed(config.attention),
         )
 
     @property
@@ -140,3 +144,11 @@ class Sizes:
     def chunks_per_token(self) -> float:
         """Causally available chunks of a token, the own one counted, on average."""
         return (max(self.document, self.chunk_size) / self.chunk_size + 1) / 2
+
+
+def _listed(attention: AttentionConfig) -> int:
+    """Earlier chunks in the longest list: those of a document that is short enough to be dense, where there is one."""
+    if attention.top_chunks is None:
+        return 0
+    dense = attention.infllmv2_rule.dense_length // attention.chunk_size if "infllmv2" in attention.pattern else 0
+    return max(attention.top_chunks, dense) - 1

@@ -42,7 +42,7 @@ class Prediction:
         flops: operations that a rank executes in a step: matrix products and attention, recomputation included.
         model_flops: operations that a step is worth over all ranks (`dash_dist.megatron.flops`).
         sent: bytes that a rank sends in a step, by purpose.
-        exchange: of one micro-batch and one layer, of kind dash if there is one.
+        exchange: of one micro-batch and one layer, one that selects chunks if there is any.
         time: of a step.
         mfu: model FLOPs utilisation.
         tokens: of a global batch.

@@ -62,8 +62,14 @@ class ExchangePlan:
 NO_EXCHANGE = ExchangePlan("none", Bytes(), Bytes(), Bytes(), 0, 0.0, 0.0, 0.0)
 
 
-def plan_exchange(sizes: Sizes, layout: Layout, machine: Machine, assumptions: Assumptions) -> ExchangePlan:
-    """The exchange that a layer would use: the layout's, or with "auto" the one that the run's rule would choose."""
+def plan_exchange(
+    sizes: Sizes, layout: Layout, machine: Machine, assumptions: Assumptions, summary_vectors: int
+) -> ExchangePlan:
+    """The exchange that a layer would use: the layout's, or with "auto" the one that the run's rule would choose.
+
+    Args:
+        summary_vectors: vectors of a chunk that are gathered for routing.
+    """
     if layout.context == 1:
         return NO_EXCHANGE
     topology = cp_topology(layout, machine)
@@ -88,7 +94,7 @@ def plan_exchange(sizes: Sizes, layout: Layout, machine: Machine, assumptions: A
     chosen = costs[name]
     both = Bytes(chosen.fast_bytes, chosen.slow_bytes)
     forward = forward_share(name, layout.context, BF16, FP32)
-    shard_summaries = sizes.batch * sizes.chunks / layout.context * sizes.kv * FP32
+    shard_summaries = sizes.batch * sizes.chunks / layout.context * sizes.kv * FP32 * summary_vectors
     remote = blocks_per_rank * (layout.context - 1)
     return ExchangePlan(
         name=name,

@@ -124,9 +124,7 @@ class _DashAttention(torch.autograd.Function):
         routings.append(routing)
         queries = Queries(q, chunks, summaries, routing)
         out, lse = backend.attend(queries, Part(k, v, chunks), spec, before=None, last=True)
-        ctx.save_for_backward(
-            q, k, v, summary_query, out, lse, summaries, routing.tau, routing.log_mean, routing.selected, routing.masks
-        )
+        ctx.save_for_backward(q, k, v, summary_query, out, lse, summaries, *routing.tensors)
         ctx.call = chunks, spec, backend
         ctx.mark_non_differentiable(routing.selected)
         return out, routing.selected

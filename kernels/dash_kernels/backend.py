@@ -110,6 +110,8 @@ def _triton_obstacle(q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> str
     unsupported = obstacle(device, q.dtype, head_dim, spec.chunk_size, query_heads // kv_heads)
     if unsupported is not None:
         return unsupported
+    if spec.selection is not None:  # what follows concerns routing
+        return None
     if spec.alpha != 1.5:
         return f"alpha is {spec.alpha}, the kernels take 1.5"
     sharpness = spec.routing_scale * max(1.0, spec.prior_exponent)

@@ -25,14 +25,22 @@ class ChunkGrid:
         lengths: CPU int32 [slots], its tokens, 1 to chunk_size. Only the last chunk of a document may be incomplete,
             and no query is routed to that one.
         firsts: CPU int32 [slots], id of the first chunk of its document.
+        documents: CPU int32 [slots], tokens of its document; None in grids of keys that were put together.
         tokens: number of tokens of the tensor.
         longest: tokens of the longest chunk.
     """
 
-    def __init__(self, ids: torch.Tensor, lengths: torch.Tensor, firsts: torch.Tensor):
+    def __init__(
+        self,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        firsts: torch.Tensor,
+        documents: torch.Tensor | None = None,
+    ):
         self.ids = ids.to(torch.int32)
         self.lengths = lengths.to(torch.int32)
         self.firsts = firsts.to(torch.int32)
+        self.documents = None if documents is None else documents.to(torch.int32)
         self.starts = (lengths.cumsum(0) - lengths).to(torch.int32)
         self.tokens = int(lengths.sum())
         self.longest = int(lengths.max()) if len(lengths) else 0
@@ -96,12 +104,13 @@ class ChunkGrid:
         firsts = (chunks.cumsum(0) - chunks).repeat_interleave(chunks)
         ids = torch.arange(len(firsts))
         left = sizes.repeat_interleave(chunks) - (ids - firsts) * chunk_size  # tokens from the chunk's first on
-        return cls(ids, left.clamp(max=chunk_size), firsts)
+        return cls(ids, left.clamp(max=chunk_size), firsts, sizes.repeat_interleave(chunks))
 
     def take(self, slots: Sequence[int]) -> ChunkGrid:
         """Grid of a tensor with only the chunks at these slots, in this order."""
         chosen = torch.tensor(slots, dtype=torch.int64)
-        return ChunkGrid(self.ids[chosen], self.lengths[chosen], self.firsts[chosen])
+        documents = None if self.documents is None else self.documents[chosen]
+        return ChunkGrid(self.ids[chosen], self.lengths[chosen], self.firsts[chosen], documents)
 
     def without(self, begin: int, end: int) -> ChunkGrid:
         """Grid of the same tensor of keys without the chunks at slots begin to end - 1."""

@@ -31,6 +31,10 @@ from dash_kernels.eager_selection import (
     unchunked,
 )
 from dash_kernels.entmax import entmax_threshold
+from dash_kernels.listed_routing import listed_routing
+from dash_kernels.query_blocks import QueryBlock
+from dash_kernels.selection import InfLLMv2
+from dash_kernels.selection_scores import stride_means
 from dash_kernels.spec import (
     AttentionSpec,
     Blocks,
@@ -46,8 +50,10 @@ from dash_kernels.spec import (
 def summarize(k: torch.Tensor, chunks: ChunkGrid, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     """Stage 1: k [B, S, Hkv, D] -> a summary per chunk [B, slots, Hkv, D] in the accumulation dtype.
 
-    Incomplete chunks have zeros: no query is ever routed to them.
+    Incomplete chunks have zeros: no query is ever routed to them. InfLLMv2 has its own, `stride_means`.
     """
+    if isinstance(spec.selection, InfLLMv2):
+        return stride_means(k, chunks, spec)
     complete, keys, weights = _summary_weights(k, chunks, summary_query, spec)
     summaries = keys.new_zeros(k.shape[0], len(chunks), *k.shape[2:])
     summaries[:, complete] = torch.einsum("bnch,bnchd->bnhd", weights, keys)
@@ -71,6 +77,9 @@ def route(q: torch.Tensor, chunks: ChunkGrid, summaries: torch.Tensor, spec: Att
     """
     batch, seq_len, query_heads, _ = q.shape
     kv_heads = summaries.shape[2]
+    if spec.selection is not None:
+        marks = torch.zeros(batch, kv_heads, summaries.shape[1], dtype=torch.bool, device=q.device)
+        return listed_routing(q, chunks, summaries, spec, marks, _mark)
     tau = summaries.new_zeros(batch, seq_len, query_heads)
     log_mean = summaries.new_zeros(batch, seq_len, kv_heads)
     selected = torch.ones(batch, seq_len, kv_heads, dtype=torch.int32, device=q.device)
@@ -90,6 +99,10 @@ def route(q: torch.Tensor, chunks: ChunkGrid, summaries: torch.Tensor, spec: Att
             mean = torch.where(routed, prior, 1.0).log().sum(-1) / count.clamp(min=1)
             log_mean[:, chunk.tokens] = mean.transpose(1, 2)
     return Routing(tau, log_mean, selected, masks)
+
+
+def _mark(masks: torch.Tensor, block: QueryBlock, hits: torch.Tensor) -> None:
+    masks[..., : block.end] |= hits.any(2)
 
 
 def reached(routing: Routing, chunks: ChunkGrid, n: int, spec: AttentionSpec) -> torch.Tensor:
@@ -164,7 +177,7 @@ def query_gradient(
             continue
         _, dscores = score_gradient(chunk, grad, selection, keys, values, upstream, spec)
         dq = torch.einsum("bhgts,bhsd->bhgtd", dscores, gather_keys(keys, selection)) * spec.scale
-        if selection.ids:
+        if selection.ids and selection.slopes is not None:
             udp = selection.slopes * probability_gradient(dscores, selection, spec).unsqueeze(2)  # [B, Hkv, G, C, j]
             before.weighted_sum[:, chunk.tokens] += to_tokens(udp.sum(-1))
             before.slope_sum[:, chunk.tokens] += to_tokens(selection.slopes.sum(-1))
@@ -182,6 +195,8 @@ def finish_query_gradient(
     dtype.
     """
     sums = query_gradient(queries, upstream, part, spec, before)
+    if queries.routing.lists is not None:
+        return sums.dq.to(queries.q.dtype), sums.weighted_sum
     # The sum is 0 only without an earlier chunk, or where scores overflow the precision of their dtype.
     ratio = sums.weighted_sum / torch.where(sums.slope_sum > 0, sums.slope_sum, 1.0)
     for chunk in query_chunks(queries.q, queries.chunks, queries.summaries.shape[2]):
@@ -221,11 +236,13 @@ def key_gradient(
         weights, dscores = score_gradient(chunk, grad, selection, keys, values, upstream, spec)
         scatter_add(dvalues, selection, torch.einsum("bhgts,bhgtd->bhsd", weights, grad))
         scatter_add(dkeys, selection, torch.einsum("bhgts,bhgtd->bhsd", dscores, chunk.q) * spec.scale)
-        if selection.ids:
+        if selection.ids and selection.slopes is not None:
             dp = probability_gradient(dscores, selection, spec).unsqueeze(2)
             dz = selection.slopes * (dp - chunk.rows(ratio).unsqueeze(-1)) * spec.routing_logit_scale
             dsummaries[:, selection.slots[: len(selection.ids)]] += torch.einsum("bhgtj,bhgtd->bjhd", dz, chunk.q)
     dkv = torch.stack([unchunked(x, part.chunks) for x in (dkeys, dvalues)])
+    if queries.routing.lists is not None:
+        return dense.to_blocks(dkv, spec), torch.zeros_like(summary_query, dtype=summaries.dtype)
     dsummary_query = _summarize_backward(dsummaries, part, summary_query, spec, dkv[0])
     return dense.to_blocks(dkv, spec), dsummary_query
 

@@ -36,11 +36,11 @@ class DensePart:
     def of(cls, part: Part | Blocks, summaries_shape: torch.Size, spec: AttentionSpec) -> DensePart:
         if isinstance(part, Part):
             return cls(part, None)
-        batch, n, heads, head_dim = summaries_shape
+        batch, n, heads, _ = summaries_shape
         ids, slot = (part.addresses % n).unique(return_inverse=True)
         row = part.addresses // n
         places = row // heads, slot, row % heads
-        k, v = (part.kv.new_zeros(batch, len(ids), spec.chunk_size, heads, head_dim) for _ in range(2))
+        k, v = (part.kv.new_zeros(batch, len(ids), spec.chunk_size, heads, part.kv.shape[-1]) for _ in range(2))
         k[places[0], places[1], :, places[2]] = part.kv[:, 0]
         v[places[0], places[1], :, places[2]] = part.kv[:, 1]
         chunks = ChunkGrid.complete(ids.tolist(), spec.chunk_size)
@@ -84,7 +84,7 @@ class Selection:
     slots: list[int]  # slots in the part of the j earlier chunks, then of the own chunk
     ids: list[int]  # chunk ids of the j earlier chunks
     prior: torch.Tensor  # P [B, Hkv, C, j]
-    slopes: torch.Tensor  # u [B, Hkv, G, C, j]
+    slopes: torch.Tensor | None  # u [B, Hkv, G, C, j]; None where no gradient passes through the selection
     bias: torch.Tensor  # b [B, Hkv, C, j], -inf where a token did not select the chunk
     own: bool  # the part holds the own chunk
 
@@ -115,20 +115,26 @@ def select(
     held = slots >= 0
     ids = (held.nonzero().flatten() + chunk.first).to(summaries.device)
     own = int(slot_of[chunk.id])
-    p = probabilities(routing_scores(chunk.q, summaries[:, ids], spec), chunk.rows(routing.tau), spec)
-    prior = p.mean(2)
+    p: torch.Tensor | None = None
+    if routing.lists is None:
+        p = probabilities(routing_scores(chunk.q, summaries[:, ids], spec), chunk.rows(routing.tau), spec)
+        prior = p.mean(2)
+    else:
+        prior = routing.listed(chunk.tokens, summaries.shape[1])[..., ids].to(summaries.dtype)
     union = (prior > 0).flatten(0, 2).any(0).nonzero().flatten()
     if own < 0 and union.numel() == 0:
         return None
     prior = prior[..., union]
-    log_mean = routing.log_mean[:, chunk.tokens].transpose(1, 2).unsqueeze(-1)
     routed = prior > 0
-    bias = (torch.where(routed, prior, 1.0).log() - log_mean) * spec.prior_exponent
+    bias = torch.zeros_like(prior)
+    if p is not None:
+        log_mean = routing.log_mean[:, chunk.tokens].transpose(1, 2).unsqueeze(-1)
+        bias = (torch.where(routed, prior, 1.0).log() - log_mean) * spec.prior_exponent
     return Selection(
         slots=slots[held][union.cpu()].tolist() + ([own] if own >= 0 else []),
         ids=ids[union].tolist(),
         prior=prior,
-        slopes=slopes(p[..., union], spec),
+        slopes=None if p is None else slopes(p[..., union], spec),
         bias=torch.where(routed, bias, -math.inf),
         own=own >= 0,
     )

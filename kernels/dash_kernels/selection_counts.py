@@ -20,7 +20,7 @@ def selection_counts(queries: Queries, spec: AttentionSpec, bins: int) -> torch.
     the support a backend with another order of sums may therefore have selected otherwise.
 
     Args:
-        queries: any chunks of the sequence; `routing.tau` is read.
+        queries: any chunks of the sequence; `routing.tau` or `routing.lists` is read.
         bins: 1 to n.
 
     Returns:
@@ -39,8 +39,11 @@ def selection_counts(queries: Queries, spec: AttentionSpec, bins: int) -> torch.
     for chunk in query_chunks(q, queries.chunks, kv_heads):
         if chunk.id == chunk.first:
             continue
-        x = routing_scores(chunk.q, summaries[:, chunk.earlier], spec)
-        routed = probabilities(x, chunk.rows(queries.routing.tau), spec).mean(2) > 0  # [B, Hkv, C, j]
+        if queries.routing.lists is not None:
+            routed = queries.routing.listed(chunk.tokens, n)[..., chunk.earlier]
+        else:
+            x = routing_scores(chunk.q, summaries[:, chunk.earlier], spec)
+            routed = probabilities(x, chunk.rows(queries.routing.tau), spec).mean(2) > 0  # [B, Hkv, C, j]
         selected[chunk.id * bins // n, chunk.earlier] += routed.sum((0, 1, 2))
     ids, lengths, firsts = (x.long() for x in (queries.chunks.ids, queries.chunks.lengths, queries.chunks.firsts))
     stretch, pairs = ids * bins // n, lengths * batch * kv_heads

@@ -14,6 +14,7 @@ from typing import TypedDict, Unpack
 import torch
 
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.selection import SelectionRule
 
 # dP = dB / P is computed as dB / max(P, PRIOR_FLOOR), in the reference as in every backend. For prior_sigma=None the
 # floor never matters (dB is proportional to P). For prior_sigma > 2 the quotient grows without bound at the edge of the
@@ -44,6 +45,8 @@ class AttentionSpec:
             prior_sigma, whose bias is then 0, this is dense attention.
         prior_sigma: None for the bias log P; a positive number for (log P - mean log P) / prior_sigma.
         softmax_scale: positive factor of q . k in all three stages; None for 1 / sqrt(head_dim).
+        selection: None for DashAttention's routing; else the rule that selects the chunks in its place. The scores then
+            have no bias, no gradient passes through the selection, and alpha and prior_sigma are not read.
     """
 
     chunk_size: int = 64
@@ -51,6 +54,7 @@ class AttentionSpec:
     routing_scale: float = 1.0
     prior_sigma: float | None = None
     softmax_scale: float | None = None
+    selection: SelectionRule | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -145,12 +149,27 @@ class Routing:
     selected:  [B, T, Hkv] int32, number of selected chunks, the own chunk included.
     masks:     selection in a form private to the backend, for its own later stages: a bit per tile of queries and chunk
                in Triton, bool [B, Hkv, n] over all queries in eager.
+    lists:     [B, T, Hkv, k] int32, ids of the earlier chunks that a token selected, ascending, n beyond the last one;
+               tau and log_mean are then empty. None where the thresholds say it.
     """
 
     tau: torch.Tensor
     log_mean: torch.Tensor
     selected: torch.Tensor
     masks: torch.Tensor
+    lists: torch.Tensor | None = None
+
+    def listed(self, tokens: slice, n: int) -> torch.Tensor:
+        """Marks of the chunks in the lists of some tokens, bool [B, Hkv, tokens, n]."""
+        assert self.lists is not None
+        lists = self.lists[:, tokens].transpose(1, 2)
+        marks = torch.zeros(*lists.shape[:-1], n + 1, dtype=torch.bool, device=lists.device)
+        return marks.scatter_(-1, lists.long(), True)[..., :n]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The fields in their order, to be saved for a backward pass."""
+        return self.tau, self.log_mean, self.selected, self.masks, self.lists
 
 
 @dataclass(frozen=True)
@@ -159,7 +178,8 @@ class Queries:
 
     q:         [B, T, Hq, D]
     chunks:    positions of their chunks, T tokens.
-    summaries: [B, n, Hkv, D] of the whole sequence, by chunk id, in the accumulation dtype.
+    summaries: [B, n, Hkv, D] of the whole sequence, by chunk id, in the accumulation dtype. With lists of chunks, only
+               n, Hkv and the dtype are read.
     """
 
     q: torch.Tensor

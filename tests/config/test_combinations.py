@@ -127,6 +127,14 @@ def test_flops_count_each_layer_by_its_kind() -> None:
     assert attended(4096, kind="dense") == 6 * 2048
     assert attended(4096, kind="window", window=512) == 6 * (512 - 512**2 / 8192)
     assert attended(256, kind="window", window=512) == 6 * 128
+    # 64 chunks, of which the first 4 tokens' chunks have 1 to 4; the own one is half attended.
+    earlier = (1 + 2 + 3 + 61 * 4) / 64 - 1
+    routing = 2 * 4096 / (2 * 64) / 2
+    assert attended(4096, kind="topk", top_chunks=4) == pytest.approx(12 * (64 * earlier + 32) / 2 + routing)
+    infllmv2 = {"kind": "infllmv2", "top_chunks": 4, "infllmv2": {"local_chunks": 1, "dense_length": 2048}}
+    routing = 2 * 4096 / (2 * 16) / 2
+    assert attended(4096, **infllmv2) == pytest.approx(12 * (64 * earlier + 32) / 2 + routing)
+    assert attended(2048, **infllmv2) == pytest.approx(attended(2048, kind="dense"))
     mixed = attended(4096, kind=["window", "dense", "dash"], window=512)
     assert mixed == pytest.approx(sum(attended(4096, **one) for one in KINDS) / 3)
 
@@ -140,7 +148,20 @@ KINDS: list[dict[str, object]] = [{"kind": "window", "window": 512}, {"kind": "d
         ({"kind": "window"}, "attention.window is not set: give it in tokens"),
         ({"kind": ["dash", "dense"], "window": 5}, "attention.window is 5, and attention.kind has no window layer"),
         ({"kind": []}, "at least 1 item"),
-        ({"kind": ["dash", "sparse"]}, "'dash', 'dense' or 'window'"),
+        ({"kind": ["dash", "sparse"]}, "'dash', 'dense', 'window', 'topk' or 'infllmv2'"),
+        ({"kind": ["dash", "topk"]}, "attention.kind has topk layers, and attention.top_chunks is not set"),
+        (
+            {"kind": "dash", "top_chunks": 4},
+            "attention.top_chunks is 4, and attention.kind has no layer of kind topk or",
+        ),
+        ({"kind": "infllmv2", "top_chunks": 33}, "always selects 34 chunks: raise top_chunks to 35, or lower"),
+        ({"kind": "topk", "top_chunks": 4, "infllmv2": {}}, "attention.kind has no infllmv2 layer"),
+        (
+            {"kind": "infllmv2", "top_chunks": 64, "infllmv2": {"dense_length": 100}},
+            "dense_length 100 is not a multiple of attention.chunk_size 64: set it to 128",
+        ),
+        ({"kind": "topk", "top_chunks": 1}, "greater than or equal to 2"),
+        ({"kind": "topk", "top_chunks": 4, "conversion": "output"}, "attention.kind topk has no routing"),
     ],
 )
 def test_kinds_that_contradict_are_refused(settings: dict[str, object], message: str) -> None:

@@ -33,6 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dash_kernels import triton as triton_backend
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.device import Device
+from dash_kernels.selection import SelectionRule, TopChunks
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
 from dash_kernels.triton.rotary import turn
 
@@ -51,13 +52,16 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 @dataclass(frozen=True)
 class Shape:
-    """by_parts: also the kernels of K and V that come in parts, with prior_sigma; else those of a whole part only."""
+    """by_parts: also the kernels of K and V that come in parts, with prior_sigma; else those of a whole part only.
+    selection: in the place of routing.
+    """
 
     dtype: torch.dtype
     group: int
     head_dim: int
     chunk_size: int
     by_parts: bool
+    selection: SelectionRule | None = None
 
 
 SHAPES = {
@@ -67,6 +71,7 @@ SHAPES = {
     "padded": Shape(torch.bfloat16, group=3, head_dim=96, chunk_size=48, by_parts=True),
     "largest": Shape(torch.bfloat16, group=1, head_dim=256, chunk_size=128, by_parts=False),
     "largest float32": Shape(torch.float32, group=4, head_dim=128, chunk_size=64, by_parts=False),
+    "listed": Shape(torch.bfloat16, 4, head_dim=128, chunk_size=64, by_parts=True, selection=TopChunks(2)),
 }
 
 
@@ -138,7 +143,14 @@ def noted(launches: list[Launch]) -> Iterator[None]:
 
 def call_the_stages(shape: Shape, prior_sigma: float | None, whole: bool) -> None:
     kv_heads, chunks = 2, 3
-    spec = AttentionSpec(shape.chunk_size, alpha=1.5, routing_scale=1.0, prior_sigma=prior_sigma, softmax_scale=0.1)
+    spec = AttentionSpec(
+        shape.chunk_size,
+        alpha=1.5,
+        routing_scale=1.0,
+        prior_sigma=prior_sigma,
+        softmax_scale=0.1,
+        selection=shape.selection,
+    )
     tokens = chunks * shape.chunk_size
     grid = ChunkGrid.whole_sequence(tokens, shape.chunk_size)
     q = torch.zeros(1, tokens, kv_heads * shape.group, shape.head_dim, dtype=shape.dtype)
@@ -177,7 +189,7 @@ def launches_of(shape: Shape) -> list[Launch]:
     with noted(launches), mock.patch.object(Device, "of", return_value=HOPPER):
         call_the_stages(shape, prior_sigma=None, whole=True)
         if shape.by_parts:
-            call_the_stages(shape, prior_sigma=1.0, whole=False)
+            call_the_stages(shape, prior_sigma=None if shape.selection else 1.0, whole=False)
             rotate_the_heads(shape)
     return [launch for index, launch in enumerate(launches) if launch not in launches[:index]][::-1]
 

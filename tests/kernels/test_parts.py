@@ -27,7 +27,7 @@ def shards_of(grid: ChunkGrid, count: int) -> list[tuple[ChunkGrid, torch.Tensor
     for index in range(count):
         slots = torch.arange(index, len(grid), count).flip(0) if index % 2 else torch.arange(index, len(grid), count)
         tokens = [torch.arange(int(grid.starts[slot]), int(grid.starts[slot] + grid.lengths[slot])) for slot in slots]
-        shards.append((ChunkGrid(grid.ids[slots], grid.lengths[slots], grid.firsts[slots]), torch.cat(tokens)))
+        shards.append((grid.take(slots.tolist()), torch.cat(tokens)))
     return shards
 
 

@@ -21,6 +21,7 @@ from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import FAMILIES, ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
+from dash_dist.config.selection import ROUTED_KINDS
 from dash_dist.config.trainable import TrainableSection
 from dash_dist.context_parallel import DashAttention, shard_positions
 from dash_dist.megatron import model as model_module
@@ -96,6 +97,8 @@ def engine_of(
             AttentionConfig(
                 kind=case.kind,
                 window=case.window,
+                top_chunks=case.top_chunks,
+                infllmv2=case.infllmv2,
                 chunk_size=CHUNK_SIZE,
                 routing_scale=case.routing_scale,
                 layout=case.layout,
@@ -117,7 +120,10 @@ def engine_of(
 
 
 def kinds_of(case: Case) -> tuple[str, ...]:
-    return AttentionConfig(kind=case.kind, window=case.window).kinds(MODEL.num_layers)
+    attention = AttentionConfig(
+        kind=case.kind, window=case.window, top_chunks=case.top_chunks, infllmv2=case.infllmv2, chunk_size=CHUNK_SIZE
+    )
+    return attention.kinds(MODEL.num_layers)
 
 
 def ranks_of(dims: ParallelDims) -> dict[str, int]:
@@ -133,7 +139,9 @@ def measure_step(case: Case) -> Measured:
     with engine_of(case) as engine:
         measured = Measured(ranks_of(engine.dims))
         engine.telemetry.record_routing = engine.telemetry.record_seconds = True
-        engine.telemetry.record_selections = [layer for layer, kind in enumerate(kinds_of(case)) if kind == "dash"]
+        engine.telemetry.record_selections = [
+            layer for layer, kind in enumerate(kinds_of(case)) if kind in ROUTED_KINDS
+        ]
         started = time.perf_counter()
         result = engine.train_step(micro_batches(0, engine.dims, case))
         measured.step_seconds = time.perf_counter() - started

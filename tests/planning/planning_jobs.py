@@ -92,9 +92,16 @@ def _states(engine: MegatronEngine) -> dict[str, int]:
     return numbers
 
 
-def saved_bytes(batch: int, sequence_length: int, layers: int, settings: dict[str, Any]) -> dict[str, int]:
+def saved_bytes(
+    batch: int,
+    sequence_length: int,
+    layers: int,
+    settings: dict[str, Any],
+    attention: AttentionConfig | None = None,
+) -> dict[str, int]:
     """dtype -> bytes of the distinct tensors, but for weights, that autograd keeps of a bfloat16 forward pass, and
     that the attention keeps for a recomputation."""
+    attention = attention or AttentionConfig(chunk_size=CHUNK_SIZE)
     parallel = ParallelConfig.model_validate(settings)
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
     try:
@@ -103,7 +110,7 @@ def saved_bytes(batch: int, sequence_length: int, layers: int, settings: dict[st
         model = build_model(
             config,
             shape,
-            AttentionConfig(chunk_size=CHUNK_SIZE),
+            attention,
             dims,
             vocab_size=VOCAB_SIZE,
             sequence_length=sequence_length,

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from dash_dist.config.run import RunConfig
+from dash_dist.config.selection import top_density
 from dash_dist.context_parallel.halo import plan_halo
 from dash_dist.planning import Assumptions, Prediction, predict
+from dash_dist.planning.activations import saved_by_routing
 from dash_dist.planning.layers import plan_layers
 from dash_dist.planning.layouts import Sizes
 from dash_kernels import ChunkGrid
@@ -71,3 +73,27 @@ def test_the_halo_is_that_of_the_busiest_rank(sequence_layout: str, window: int)
     sequence = ChunkGrid.whole_sequence(SEQUENCE_LENGTH, CHUNK_SIZE)
     halos = [plan_halo(sequence, rank, 4, sequence_layout, chunk_size=CHUNK_SIZE, window=window) for rank in range(4)]
     assert plan.exchange.received == max(sum(halo.receive) for halo in halos) * sizes.kv_heads
+
+
+@pytest.mark.parametrize("count", [2, 5, 10**6])
+@pytest.mark.parametrize("length", [CHUNK_SIZE // 2, CHUNK_SIZE, 7 * CHUNK_SIZE])
+def test_the_density_of_a_fixed_number_of_chunks(count: int, length: int) -> None:
+    available = range(1, -(-length // CHUNK_SIZE) + 1)
+    wanted = sum(min(count, chunks) for chunks in available) / sum(available)
+    assert top_density(count, length, CHUNK_SIZE) == pytest.approx(wanted)
+
+
+def test_layers_that_take_the_top_chunks_are_planned_at_their_density() -> None:
+    """Whatever density is assumed of layers that route."""
+    count = 512
+    run = large_config(attention={"chunk_size": 64, "kind": "topk", "top_chunks": count})
+    exact = top_density(count, run.training.sequence_length, 64)
+    found = [
+        predict(run, layout(), machine(1), Assumptions(density=density), vocab_size=128_000) for density in (0.05, 0.9)
+    ]
+    assert found[0].time.attention == found[1].time.attention
+    routed = predict(config("dash"), layout(), machine(1), Assumptions(density=exact), vocab_size=128_000)
+    assert found[0].time.attention == pytest.approx(routed.time.attention)
+    sizes = Sizes.of(run, layout(), vocab_size=128_000)
+    lists = sizes.tokens * sizes.kv_heads * (count - 1) * 4
+    assert lists < saved_by_routing(sizes, "topk") < 1.2 * lists

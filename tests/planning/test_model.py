@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from dash_dist.config.attention import AttentionConfig
+from dash_dist.config.selection import InfLLMv2Config
 from dash_dist.engine.flops import flops_per_token
 from dash_dist.planning import Layout, predict
 from dash_dist.planning.activations import kept_by_layer, tile_bits
@@ -135,20 +137,39 @@ def test_the_exchange_sends_what_is_predicted_where_every_chunk_is_selected(
         assert sent.nvlink == (2 * BF16 + FP32) * piece * max(*sends, *receives)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_activations_of_a_layer_are_what_autograd_keeps(batch: int, way: Recompute) -> None:
+DASH = AttentionConfig(chunk_size=CHUNK_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("batch", "way", "attention"),
+    [
+        *((batch, way, DASH) for batch in (1, 2) for way in WAYS),
+        (2, Recompute(), AttentionConfig(chunk_size=CHUNK_SIZE, kind="topk", top_chunks=5)),
+        (
+            1,
+            Recompute("selective"),
+            AttentionConfig(
+                chunk_size=32, kind="infllmv2", top_chunks=3, infllmv2=InfLLMv2Config(local_chunks=0, dense_length=0)
+            ),
+        ),
+        (1, Recompute(), AttentionConfig(chunk_size=32, kind="infllmv2", top_chunks=34)),
+    ],
+    ids=str,
+)
+def test_activations_of_a_layer_are_what_autograd_keeps(batch: int, way: Recompute, attention: AttentionConfig) -> None:
     job = "tests.planning.planning_jobs:saved_bytes"
     two, three = (
-        run_ranks(job, 1, batch, SEQUENCE_LENGTH, layers, way.parallel, cpu_only=True)[0] for layers in (2, 3)
+        run_ranks(job, 1, batch, SEQUENCE_LENGTH, layers, way.parallel, attention, cpu_only=True)[0]
+        for layers in (2, 3)
     )
     kept = sum(three[kind] - two[kind] for kind in three if kind != "bool")  # bool: the eager backend's selection
-    config = small_config(training={"micro_batch_size": batch})
+    config = small_config(training={"micro_batch_size": batch}, attention=attention.model_dump(mode="json"))
     sizes = Sizes.of(config, Layout.of(config, 1), vocab_size=VOCAB_SIZE)
+    (kind,) = attention.pattern
     # Not fused, as on a CPU, a norm keeps its input twice in float32 instead of once in bfloat16.
     norms = 2 - way.projections - way.mlp
     unfused = norms * batch * SEQUENCE_LENGTH * MODEL.hidden_size * (2 * FP32 - BF16)
-    assert kept_by_layer(sizes, "dash", NO_EXCHANGE, way) - tile_bits(sizes) == kept - unfused
+    assert kept_by_layer(sizes, kind, NO_EXCHANGE, way) - tile_bits(sizes) == kept - unfused
 
 
 def test_model_flops_are_those_of_the_runs_mfu() -> None:

@@ -12,6 +12,7 @@ import torch
 from dash_dist.config.attention import Kind
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.parallel import RecomputeModule
+from dash_dist.config.selection import InfLLMv2Config
 
 VOCAB_SIZE = 50
 SEQUENCE_LENGTH = 128
@@ -57,6 +58,8 @@ class Case:
     family: Literal["llama", "olmo2"] = "llama"
     kind: Kind | tuple[Kind, ...] = "dash"
     window: int | None = None
+    top_chunks: int | None = None
+    infllmv2: InfLLMv2Config | None = None
     packed: bool = False  # documents of DOCUMENTS in each sequence
 
 

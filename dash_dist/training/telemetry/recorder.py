@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from dash_dist.config.run import RunConfig
+from dash_dist.config.selection import ROUTED_KINDS
 from dash_dist.config.upkeep import LoggingSection
 from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.extras import require_extra
@@ -78,14 +79,14 @@ def require_heat_maps(logging: LoggingSection) -> None:
 
 
 def heat_map_layers(chosen: Sequence[int] | None, kinds: Sequence[str]) -> list[int]:
-    """Return the layers to draw: the chosen ones, or the first, the middle and the last of kind dash.
+    """Return the layers to draw: the chosen ones, or the first, the middle and the last of those that select chunks.
 
     Args:
         kinds: of the attention of every layer.
     """
     if chosen is not None:
         return list(chosen)
-    routed = [layer for layer, kind in enumerate(kinds) if kind == "dash"]
+    routed = [layer for layer, kind in enumerate(kinds) if kind in ROUTED_KINDS]
     return sorted({routed[0], routed[len(routed) // 2], routed[-1]}) if routed else []
 
 

@@ -18,6 +18,8 @@ from dash_kernels.triton.tiles import (
     LOG2_E,
     TileShape,
     column_of,
+    list_arguments,
+    listed_hits,
     load_rows,
     load_slot,
     mean_over_group,
@@ -50,7 +52,7 @@ def attend(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     keys = KeyRows.of(part, summaries.shape, tile)
     in_pairs = pair_options("attend", q, tile, chunks)
-    if in_pairs is not None and keys.aligned:
+    if in_pairs is not None and keys.aligned and routing.lists is None:
         from dash_kernels.gluon_sm90.attend import attend_pairs  # Gluon is not in every Triton
 
         attend_pairs(queries, keys, spec, tile, in_pairs, before, out, lse)
@@ -64,22 +66,23 @@ def attend(
         q.contiguous(), chunks.on(q.device), keys.k, keys.v, k_map, v_map, keys.starts,
         *split_summaries(summaries, q.dtype), routing.tau, routing.log_mean, routing.masks,
         chunk_lists(programs, n, q.device), work_counter(q.device), before_out, before_lse, out, lse,
-        q.shape[1], keys.tokens, n, len(chunks), q.shape[0] * kv_heads,
-        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent,
+        *list_arguments(routing), q.shape[1], keys.tokens, n, len(chunks), q.shape[0] * kv_heads,
+        routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, 1.0,
         BC=triton.next_power_of_2(spec.chunk_size), BN=options.block, HAS_SIGMA=spec.prior_sigma is not None,
-        MAPS=maps, BLOCKS=keys.blocks, IS_FIRST_PART=before is None, **tile.constants, **options.launch,
+        MAPS=maps, BLOCKS=keys.blocks, IS_FIRST_PART=before is None, LISTED=routing.lists is not None,
+        **tile.constants, **options.launch,
     )  # fmt: skip
     return out, lse
 
 
-@triton.jit(do_not_specialize=["T", "S", "n", "slots", "batch_heads"])
+@triton.jit(do_not_specialize=["width", "T", "S", "n", "slots", "batch_heads"])
 def attend_kernel(
     q_ptr, grid_ptr, k_ptr, v_ptr, k_map, v_map, starts_ptr, high_ptr, low_ptr, tau_ptr, log_mean_ptr, mask_ptr,
-    list_ptr, next_ptr, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr, T, S, n, slots, batch_heads, factor, scale2,
-    prior_exponent,
+    list_ptr, next_ptr, before_out_ptr, before_lse_ptr, out_ptr, lse_ptr, lists_ptr, width, T, S, n, slots, batch_heads,
+    factor, scale2, prior_exponent, one,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SIGMA: tl.constexpr,
-    MAPS: tl.constexpr, BLOCKS: tl.constexpr, IS_FIRST_PART: tl.constexpr,
+    MAPS: tl.constexpr, BLOCKS: tl.constexpr, IS_FIRST_PART: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = BT * GP
     STEPS: tl.constexpr = C // BT
@@ -95,8 +98,9 @@ def attend_kernel(
         if tile % STEPS * BT < length:
             place, rows, real = tile_rows(start, length, tile % STEPS, batch_head, T, HQ, HK, G, GP, BT)
             q = load_rows(q_ptr, rows, real, D, BD)
-            tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
-            log2_mean = load_log2_mean(log_mean_ptr, start, tile % STEPS, length, batch_head, T, HK, BT, HAS_SIGMA)
+            if not LISTED:
+                tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
+                log2_mean = load_log2_mean(log_mean_ptr, start, tile % STEPS, length, batch_head, T, HK, BT, HAS_SIGMA)
             mask_row = mask_ptr + (batch_head.to(tl.int64) * tiles + tile) * words
             starts = starts_of(starts_ptr, batch_head, n, BLOCKS)
             count = list_chunks(mask_row, words, starts, ids_ptr, list_starts_ptr, first, chunk, True, 1)
@@ -118,13 +122,21 @@ def attend_kernel(
                 scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
                 scores = tl.where(tl.arange(0, BC)[None, :] <= place[:, None], scores, -float("inf"))
                 top, total, out = softmax_step(scores, v, top, total, out)
+            if LISTED:
+                out *= one  # ends the product here, as in the query gradient; else that of the priors does
             for block in range(0, count, BN):
                 listed = block + tl.arange(0, BN)
                 ids = tl.load(ids_ptr + listed, mask=listed < count, other=0)
-                _slopes, _prior, bias = routing_block(
-                    q, high_ptr, low_ptr, ids, listed < count, batch_head, n, tau, log2_mean, factor, prior_exponent,
-                    HK, G, GP, BT, D, BD, BN,
-                )  # fmt: skip
+                if LISTED:
+                    bias = listed_bias(
+                        lists_ptr, width, ids, listed < count, start, tile % STEPS, length, batch_head, T,
+                        HK, GP, BT, BN,
+                    )  # fmt: skip
+                else:
+                    _slopes, _prior, bias = routing_block(
+                        q, high_ptr, low_ptr, ids, listed < count, batch_head, n, tau, log2_mean, factor,
+                        prior_exponent, HK, G, GP, BT, D, BD, BN,
+                    )  # fmt: skip
                 for index in range(0, tl.minimum(count - block, BN)):
                     at = tl.load(list_starts_ptr + block + index)
                     k, v = load_keys(k_ptr, v_ptr, k_map, v_map, at, batch_head, S, HK, C, BC, D, BD, MAPS, BLOCKS)
@@ -169,6 +181,16 @@ def routing_block(
     slopes = tl.where(mask[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0)
     prior = mean_over_group(slopes * slopes, G, GP, BT, BN)
     return slopes, prior, to_rows(prior_bias(prior, log2_mean[:, None], prior_exponent), GP, BT, BN)
+
+
+@triton.jit
+def listed_bias(
+    lists_ptr, width, ids, mask, start, step, length, batch_head, T,
+    HK: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Bias of a tile for BN chunks: 0, or -inf where a token's list lacks the chunk.  [M, BN]"""
+    hits = listed_hits(lists_ptr, width, ids, mask, start, step, length, batch_head, T, HK, BT, BN)
+    return to_rows(tl.where(hits > 0, 0.0, -float("inf")), GP, BT, BN)
 
 
 @triton.jit

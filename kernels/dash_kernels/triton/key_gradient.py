@@ -55,13 +55,13 @@ def key_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, grad, chunks = queries.q.contiguous(), upstream.grad.contiguous(), queries.chunks
     summaries, routing = queries.summaries, queries.routing
-    batch, n, kv_heads, head_dim = summaries.shape
+    batch, n, kv_heads, _ = summaries.shape
     tile = TileShape.of(q, kv_heads, spec)
     options = launch_options("key_gradient", q)
     keys = KeyRows.of(part, summaries.shape, tile)
     work_of_part = _WorkOfPart.of(part, batch * kv_heads, q.device)
     # One share of the gradient of summary_query per chunk, summed in a fixed order.
-    shares = torch.zeros(batch, n, kv_heads, head_dim, dtype=torch.float32, device=q.device)
+    shares = torch.zeros(batch, n, kv_heads, tile.head_dim, dtype=torch.float32, device=q.device)
     split = split_summaries(summaries, q.dtype)
     per_slab, piece = slab_slots(len(chunks), tile, batch * kv_heads, n)
     padded_chunk = triton.next_power_of_2(spec.chunk_size)
@@ -69,7 +69,8 @@ def key_gradient(
         padded_chunk = max(padded_chunk, 64)  # Triton 3.6 multiplies wide heads by narrower chunks wrongly on Hopper
     # No tile of a chunk's own here: a step takes the next queries of the list, as many as fill its rows.
     constants = tile.constants | {"BT": max(options.rows // tile.padded_group, 1)}
-    gathered = gather_options(q, tile, chunks) if keys.aligned and _aligned(q, grad) else None
+    in_pieces = keys.aligned and _aligned(q, grad) and routing.lists is None
+    gathered = gather_options(q, tile, chunks) if in_pieces else None
     of_queries = (grad, q, chunks.on(q.device), chunks.slots_by_id(n, q.device))
     factors = (
         routing_factor(spec), spec.scale * LOG2_E.value, spec.prior_exponent, spec.scale, spec.routing_logit_scale,
@@ -106,7 +107,8 @@ def key_gradient(
         tokens = torch.empty(programs, piece * spec.chunk_size, dtype=torch.int32, device=q.device)
         key_gradient_kernel[(programs,)](
             *of_queries, keys.k, keys.v, *of_work, tokens, *results, *sizes, *factors, BC=padded_chunk,
-            HAS_SIGMA=spec.prior_sigma is not None, BLOCKS=keys.blocks, **constants, **options.launch,
+            HAS_SIGMA=spec.prior_sigma is not None, BLOCKS=keys.blocks, LISTED=routing.lists is not None, **constants,
+            **options.launch,
         )  # fmt: skip
     return dkv, shares.sum((0, 1))
 
@@ -168,6 +170,7 @@ def key_gradient_kernel(
     factor, scale2, prior_exponent, scale, logit_scale, prior_floor,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HAS_SIGMA: tl.constexpr, BLOCKS: tl.constexpr,
+    LISTED: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BD)
     row = tl.arange(0, BT * GP)
@@ -222,27 +225,31 @@ def key_gradient_kernel(
                 rows = token_rows(token, row % GP, batch_head, T, HQ, HK, G)
                 q = load_rows(q_ptr, rows, real, D, BD)
                 grad = load_rows(grad_ptr, rows, real, D, BD)
-                tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
                 lse2 = tl.load(lse_ptr + rows, mask=real, other=float("inf")) * LOG2_E  # weigh nothing
                 delta = tl.load(delta_ptr + rows, mask=real, other=0.0)
                 raw = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [M, BC]
-                slopes = tl.maximum(tl.sum(raw * summary_weight[None, :], axis=1) * factor - tau, 0.0)
-                prior = _mean_of_token(slopes * slopes, G, GP, BT)
-                bias = tl.log2(tl.maximum(prior, LEAST_PRIOR))
-                if HAS_SIGMA:
-                    group_offset = token_offsets(token, batch_head, T, HK)
-                    bias -= tl.load(log_mean_ptr + group_offset, mask=listed < count, other=0.0) / LN_2
-                scores = raw * scale2 + (bias * prior_exponent - lse2)[:, None]
+                if LISTED:
+                    scores = raw * scale2 - lse2[:, None]
+                else:
+                    tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))  # padding rows select nothing
+                    slopes = tl.maximum(tl.sum(raw * summary_weight[None, :], axis=1) * factor - tau, 0.0)
+                    prior = _mean_of_token(slopes * slopes, G, GP, BT)
+                    bias = tl.log2(tl.maximum(prior, LEAST_PRIOR))
+                    if HAS_SIGMA:
+                        group_offset = token_offsets(token, batch_head, T, HK)
+                        bias -= tl.load(log_mean_ptr + group_offset, mask=listed < count, other=0.0) / LN_2
+                    scores = raw * scale2 + (bias * prior_exponent - lse2)[:, None]
                 if BC != C:
                     scores = tl.where((tl.arange(0, BC) < C)[None, :], scores, -float("inf"))
                 weights = tl.exp2(scores)
                 dweights = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
                 dscores = weights * (dweights - delta[:, None])
-                dbias = _mean_of_token(tl.sum(dscores, axis=1), G, GP, BT)  # dB / G
-                dp = dbias * prior_exponent / tl.maximum(prior, prior_floor)
-                dz = (dp - tl.load(ratio_ptr + rows, mask=real, other=0.0)) * slopes
-                along += tl.sum(tl.reshape(raw * dz[:, None], [HALF, 2, 8, BC]), axis=1)
-                dscores += summary_weight[None, :] * (dz * (logit_scale / scale))[:, None]
+                if not LISTED:
+                    dbias = _mean_of_token(tl.sum(dscores, axis=1), G, GP, BT)  # dB / G
+                    dp = dbias * prior_exponent / tl.maximum(prior, prior_floor)
+                    dz = (dp - tl.load(ratio_ptr + rows, mask=real, other=0.0)) * slopes
+                    along += tl.sum(tl.reshape(raw * dz[:, None], [HALF, 2, 8, BC]), axis=1)
+                    dscores += summary_weight[None, :] * (dz * (logit_scale / scale))[:, None]
                 dv = tl.dot(tl.trans(grad), weights.to(grad.dtype), dv, input_precision="tf32x3")
                 dk = tl.dot(tl.trans(q), dscores.to(q.dtype), dk, input_precision="tf32x3")
             tl.debug_barrier()  # the list is written anew for the next chunk

@@ -20,6 +20,8 @@ from dash_kernels.triton.key_rows import KeyRows, starts_of
 from dash_kernels.triton.launch import launch_options
 from dash_kernels.triton.tiles import (
     TileShape,
+    list_arguments,
+    listed_hits,
     load_rows,
     load_slot,
     resident_programs,
@@ -124,19 +126,21 @@ def query_bits(
     constants = tile.constants | {"BT": tokens}
     query_bits_kernel[(programs,)](
         q.contiguous(), chunks.on(q.device), *split, routing.tau, routing.masks, keys.starts,
-        chunk_lists(programs, n, q.device), work_counter(q.device), bits, q.shape[1], n, len(chunks), begin,
-        end - begin, batch * kv_heads, places // 8, routing_factor(spec),
-        BN=options.block, TILES=tokens // tile.tokens, BLOCKS=keys.blocks, **constants, **options.launch,
+        chunk_lists(programs, n, q.device), work_counter(q.device), bits, *list_arguments(routing), q.shape[1], n,
+        len(chunks), begin, end - begin, batch * kv_heads, places // 8, routing_factor(spec),
+        BN=options.block, TILES=tokens // tile.tokens, BLOCKS=keys.blocks, LISTED=routing.lists is not None,
+        **constants, **options.launch,
     )  # fmt: skip
     return QuerySlab(pieces, bits.view(torch.int32))
 
 
-@triton.jit(do_not_specialize=["T", "n", "slots", "begin", "slab", "batch_heads", "row_bytes"])
+@triton.jit(do_not_specialize=["width", "T", "n", "slots", "begin", "slab", "batch_heads", "row_bytes"])
 def query_bits_kernel(
-    q_ptr, grid_ptr, high_ptr, low_ptr, tau_ptr, mask_ptr, starts_ptr, list_ptr, next_ptr, bits_ptr,
+    q_ptr, grid_ptr, high_ptr, low_ptr, tau_ptr, mask_ptr, starts_ptr, list_ptr, next_ptr, bits_ptr, lists_ptr, width,
     T, n, slots, begin, slab, batch_heads, row_bytes, factor,
     HQ: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr,
+    LISTED: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = C // BT
     BYTES: tl.constexpr = BT // 8
@@ -151,8 +155,9 @@ def query_bits_kernel(
         chunk, start, length, first = load_slot(grid_ptr, slots, slot)
         if step % STEPS * BT < length:
             _place, rows, real = tile_rows(start, length, step % STEPS, batch_head, T, HQ, HK, G, GP, BT)
-            q = load_rows(q_ptr, rows, real, D, BD)
-            tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))
+            if not LISTED:
+                q = load_rows(q_ptr, rows, real, D, BD)
+                tau = tl.load(tau_ptr + rows, mask=real, other=float("inf"))
             tile = (batch_head.to(tl.int64) * slots + slot) * STEPS + step % STEPS
             starts = starts_of(starts_ptr, batch_head, n, BLOCKS)
             count = list_chunks(
@@ -162,9 +167,14 @@ def query_bits_kernel(
             ids = tl.load(ids_ptr + column, mask=column < count, other=0)
             for at in range(0, count, BN):
                 inside = at + column < count
-                y, _high = routing_scores(q, high_ptr, low_ptr, ids, inside, batch_head, n, HK, D, BD, True)
-                u = tl.maximum(tl.where(inside[None, :], y, -float("inf")) * factor - tau[:, None], 0.0)
-                hit = (tl.sum(tl.reshape(u * u, [BT, GP, BN]), axis=1) > 0).to(tl.int32)
+                if LISTED:
+                    hit = listed_hits(
+                        lists_ptr, width, ids, inside, start, step % STEPS, length, batch_head, T, HK, BT, BN
+                    )
+                else:
+                    y, _high = routing_scores(q, high_ptr, low_ptr, ids, inside, batch_head, n, HK, D, BD, True)
+                    u = tl.maximum(tl.where(inside[None, :], y, -float("inf")) * factor - tau[:, None], 0.0)
+                    hit = (tl.sum(tl.reshape(u * u, [BT, GP, BN]), axis=1) > 0).to(tl.int32)
                 bits = hit << (tl.arange(0, BT) % 8)[:, None]
                 by_byte = tl.sum(tl.reshape(bits, [BYTES, 8, BN]), axis=1)
                 row = (batch_head.to(tl.int64) * n + ids) * row_bytes

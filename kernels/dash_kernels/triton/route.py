@@ -11,11 +11,14 @@ all chunks again, so that the proof does not depend on how good the guess was.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.listed_routing import listed_routing, tile_masks
 from dash_kernels.spec import AttentionSpec, Routing
 from dash_kernels.triton.launch import launch_options
 from dash_kernels.triton.lists import work_counter
@@ -47,6 +50,11 @@ def route(q: torch.Tensor, query_chunks: ChunkGrid, summaries: torch.Tensor, spe
     batch, seq_len = q.shape[:2]
     n, kv_heads = summaries.shape[1:3]
     tile = TileShape.of(q, kv_heads, spec)
+    tiles, words = len(query_chunks) * tile.per_chunk, -(-n // 32)
+    masks = torch.zeros(batch, kv_heads, tiles, words, dtype=torch.int32, device=q.device)
+    if spec.selection is not None:
+        mark = functools.partial(tile_masks, tile_tokens=tile.tokens, per_chunk=tile.per_chunk)
+        return listed_routing(q, query_chunks, summaries, spec, masks, mark)
     options = launch_options("route", q)
     # A program takes several tiles of a chunk: fewer reads of the summaries.
     together = 1
@@ -55,8 +63,6 @@ def route(q: torch.Tensor, query_chunks: ChunkGrid, summaries: torch.Tensor, spe
     tau = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     log_mean = torch.zeros(batch, seq_len, kv_heads, dtype=torch.float32, device=q.device)
     selected = torch.empty(batch, seq_len, kv_heads, dtype=torch.int32, device=q.device)
-    tiles, words = len(query_chunks) * tile.per_chunk, -(-n // 32)
-    masks = torch.zeros(batch, kv_heads, tiles, words, dtype=torch.int32, device=q.device)
     high, low = split_summaries(summaries, q.dtype)
     work = tiles // together * batch * kv_heads
     programs = min(resident_programs(q.device, options.resident), work)

@@ -7,11 +7,15 @@ import triton
 import triton.language as tl
 
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.selection import InfLLMv2
+from dash_kernels.selection_scores import stride_means
 from dash_kernels.spec import AttentionSpec
 from dash_kernels.triton.tiles import load_chunk, load_slot, summary_offset
 
 
 def summarize(k: torch.Tensor, chunks: ChunkGrid, summary_query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    if isinstance(spec.selection, InfLLMv2):
+        return stride_means(k, chunks, spec)
     batch, seq_len, kv_heads, head_dim = k.shape
     summaries = torch.empty(batch, len(chunks), kv_heads, head_dim, dtype=torch.float32, device=k.device)
     summary_kernel[(len(chunks), batch * kv_heads)](

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from dash_kernels.device import Device
 from dash_kernels.limits import tile_tokens
-from dash_kernels.spec import AttentionSpec
+from dash_kernels.spec import AttentionSpec, Routing
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -77,6 +77,13 @@ def split_summaries(summaries: torch.Tensor, dtype: torch.dtype) -> tuple[torch.
         return summaries, summaries
     high = summaries.to(dtype)
     return high, (summaries - high.float()).to(dtype)
+
+
+def list_arguments(routing: Routing) -> tuple[torch.Tensor, int]:
+    """(lists of chunks, entries of a token's list) for the kernels, which read them where LISTED is set."""
+    if routing.lists is None:
+        return routing.selected, 0
+    return routing.lists, routing.lists.shape[-1]
 
 
 def routing_factor(spec: AttentionSpec) -> float:
@@ -181,6 +188,32 @@ def routing_scores(
         low = tl.load(low_ptr + offsets, mask=inside, other=0.0)
         scores = tl.dot(q, tl.trans(low), scores)
     return scores, high
+
+
+@triton.jit
+def listed_hits(
+    lists_ptr, width, ids, mask, start, step, length, batch_head, T,
+    HK: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """1 where a token of a chunk's step-th tile has the chunk, of ids [BN], in its list, by bisection.  [BT, BN]
+
+    width: entries of a list, ascending.
+    """
+    place = step * BT + tl.arange(0, BT)
+    row = lists_ptr + (token_offsets(start + place, batch_head, T, HK) * width)[:, None]
+    wanted = tl.where(mask, ids, -1)[None, :]
+    real = (place < length)[:, None]
+    below = tl.zeros([BT, BN], tl.int32)  # entries known to be less than the id
+    ahead = 1
+    while ahead * 2 <= width:
+        ahead *= 2
+    while ahead > 0:
+        at = below + ahead - 1
+        entry = tl.load(row + at, mask=real & (at < width), other=2**31 - 1)
+        below = tl.where(entry < wanted, below + ahead, below)
+        ahead = ahead // 2
+    entry = tl.load(row + below, mask=real & (below < width), other=-2)
+    return (entry == wanted).to(tl.int32)
 
 
 @triton.jit
