@@ -46,7 +46,7 @@ class ParallelConfig(Section):
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="share of the layers whose inputs, which recompute: full keeps, wait in host memory",
+        description="share of the layers whose inputs wait in host memory; layers must be recomputed as a whole",
     )
     mlp_tile_tokens: int | None = Field(
         default=None,
@@ -73,10 +73,11 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _offload_finds_inputs(self) -> Self:
-        if self.offload_activations and self.recompute != "full":
+        if self.offload_activations and set(self.recomputed) != set(RECOMPUTE_MODULES):
             raise ValueError(
-                f"offload_activations {self.offload_activations} moves what recompute=full keeps, and recompute is "
-                f"{self.recompute}: set recompute to full, or offload_activations to 0"
+                f"offload_activations {self.offload_activations} moves the inputs of layers that are recomputed as a "
+                f"whole, and recompute is {self.recompute} with recompute_modules {self.recompute_modules}: set "
+                "recompute to full or selective and recompute_modules to null, or offload_activations to 0"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Activation offload: inputs of fully recomputed layers in host memory until the backward pass wants them.
+"""Activation offload: inputs of recomputed layers in host memory until the backward pass wants them.
 
 Knows the order in which a stage's layers run, and the streams that copy. Does not know what a layer computes.
 

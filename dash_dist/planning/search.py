@@ -41,7 +41,7 @@ def layouts(config: RunConfig, machine: Machine) -> Iterator[Layout]:
                             exchange,
                             recompute,
                             config.parallel.mlp_tile_tokens,
-                            config.parallel.offload_activations if recompute.mode == "full" else 0.0,
+                            config.parallel.offload_activations if recompute.whole else 0.0,
                         )
 
 

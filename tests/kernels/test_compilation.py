@@ -47,6 +47,7 @@ OF_LISTS = {
     "query_gradient_kernel": 4,
     "query_bits_kernel": 2,
     "key_gradient_kernel": 2,
+    "turn_kernel": 3,
 }
 
 

@@ -16,12 +16,14 @@ FULL = Case(recompute="full")
 ALONE = {
     "alone": FULL,
     "alone, batch": dataclasses.replace(FULL, micro_batch_size=2),
+    "alone, selective": dataclasses.replace(FULL, recompute="selective", micro_batch_size=2),
     "alone, tiled": dataclasses.replace(FULL, mlp_tile_tokens=24),
 }
 ON_TWO = {
     "cp 2": dataclasses.replace(FULL, context=2),
     "tp 2, tiled": dataclasses.replace(FULL, tensor=2, mlp_tile_tokens=24),
     "pp 2": dataclasses.replace(FULL, pipeline=2),
+    "cp 2, selective, tiled": dataclasses.replace(FULL, recompute="selective", context=2, mlp_tile_tokens=24),
     "packed, cp 2": dataclasses.replace(FULL, context=2, packed=True),
 }
 
@@ -88,7 +90,7 @@ def test_memory_of_a_container_counts(tmp_path, monkeypatch) -> None:
 
 
 def test_settings_that_do_nothing_are_refused() -> None:
-    with pytest.raises(ValidationError, match=r"offload_activations 0\.5 moves what recompute=full keeps"):
+    with pytest.raises(ValidationError, match=r"0\.5 moves the inputs of layers that are recomputed as a whole"):
         ParallelConfig(offload_activations=0.5)
 
 
