@@ -9,9 +9,10 @@ from pathlib import Path
 
 from dash_dist.checkpoints.folders import step_of
 from dash_dist.config.file import to_yaml
-from dash_dist.config.run import RunConfig
+from dash_dist.config.run import RunConfig, Stage
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.errors import ConfigError, RunError
+from dash_dist.models.table import parameter_table
 from dash_dist.run.files import replace_text
 from dash_dist.run.messages import ProgressReporter
 from dash_dist.run.requests import RequestsOfRank
@@ -54,6 +55,8 @@ class Session:
         stages = config.stage_list
         with self.control.together("the run cannot start", ConfigError):
             config.check_world_size(self.control.size)
+            for stage in stages:
+                _check_trained_names(stage)
             if self.control.is_main:
                 for stage in stages:
                     require_heat_maps(stage.config.logging)
@@ -92,6 +95,14 @@ class Session:
         """Show a text at the main rank."""
         if self.control.is_main:
             self.reporter.note(text)
+
+
+def _check_trained_names(stage: Stage) -> None:
+    """Refuse a pattern of `trainable` that decides on no parameter, before the stages that come before are trained."""
+    try:
+        stage.config.trainable.learning_rates(parameter_table(stage.config.model, vocab_size=1))  # for its names
+    except ValueError as error:
+        raise ConfigError(f"stage {stage.name}: {error}" if stage.name else str(error)) from error
 
 
 def _lock_folder(folder: Path, note: Callable[[str], None], cleanup: contextlib.ExitStack) -> None:

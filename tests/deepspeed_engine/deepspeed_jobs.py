@@ -124,7 +124,7 @@ def take_step(engine: MegatronEngine, run: Run, trained: Trained, *, bad: bool =
     before = state_of(engine) if bad else []
     with contextlib.ExitStack() as patches:
         if bad and engine.dims.rank == engine.dims.world_size - 1:
-            patches.enter_context(mock.patch.object(model_module, "summed_loss", infinite_loss))
+            patches.enter_context(mock.patch("dash_dist.megatron.model.summed_loss", infinite_loss))
         result = engine.train_step(micro_batches(engine.step, engine.dims, run.case))
     if bad:
         trained.unchanged = all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))

@@ -126,6 +126,12 @@ def test_a_gate_ends_the_run_and_keeps_its_checkpoint(folder, outcomes):
     assert evaluated == [1, 4, 5, 8, 8]
 
 
+def test_patterns_of_all_stages_are_checked_before_the_first_is_trained(folder, outcomes):
+    message = r"ConfigError: the run cannot start: stage long: trainable\.parameters: \*\.summary_qery matches no "
+    assert re.match(message, outcomes["misspelt"].error)
+    assert not (folder / "runs" / "misspelt").exists()
+
+
 def test_a_gate_between_stages_is_asked_again_by_another_attempt(folder, outcomes):
     for name in ("first gate missed", "first gate missed again"):
         assert "RunError: stage short ends at step 4 with a held-out loss of" in outcomes[name].error
