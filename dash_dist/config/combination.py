@@ -67,6 +67,11 @@ def check_combination(
             f"attention.ranks_per_node {attention.ranks_per_node} does not divide parallel.context {parallel.context}: "
             f"set it to one of {divisors(parallel.context)}, or to null to have the nodes found by host name"
         )
+    if attention.conversion is not None and parallel.overlap_gradients:
+        raise ValueError(
+            "parallel.overlap_gradients waits for gradients of the backward pass, and attention.conversion computes "
+            "them in the forward pass: set parallel.overlap_gradients to false"
+        )
     pieces_per_rank = PIECES_PER_RANK[attention.layout]
     pieces = parallel.context * pieces_per_rank
     if parallel.context > 1 and sequence_length % (pieces * attention.chunk_size):

@@ -151,6 +151,11 @@ def check_engine(parallel: ParallelConfig, section: DeepSpeedSection) -> None:
                 f"parallel.{name} is {size}, and engine: deepspeed shards over data and context parallelism only: "
                 f"set parallel.{name} to 1, or engine to megatron"
             )
+    if parallel.overlap_gradients:
+        raise ValueError(
+            "parallel.overlap_gradients is of engine: megatron: set it to false, and zero_optimization.overlap_comm in "
+            "deepspeed.file"
+        )
     stage = section.settings().zero_optimization.stage
     if stage == 3 and parallel.mlp_tile_tokens is not None:
         raise ValueError(

@@ -82,7 +82,9 @@ class DashGPTModel(GPTModel):
         if loss_mask is None:
             return self._token_losses(hidden_states, labels)
         if self._takes_fused_loss(hidden_states):
-            rows = self._output_weight()[: self.vocab_size_without_padding]
+            rows = self._output_weight()
+            if self.vocab_size_without_padding < len(rows):  # a view would copy the gradient of all rows once more
+                rows = rows[: self.vocab_size_without_padding]
             return fused_summed_loss(hidden_states, rows, labels, loss_mask)
         return summed_loss(loss_mask, self._token_losses(hidden_states, labels))
 

@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from dash_dist.megatron.layer_config import LayerConfig
 
+_OF_ATTENTION = ("input_layernorm.", "self_attention.", "post_attention_layernorm.")
+"""Modules of a layer that the half after the attention does not use."""
+
 Half = Callable[[torch.Tensor], torch.Tensor]
 """The half of a layer from the residual stream after its attention to its output, [s, b, hidden] each."""
 
@@ -42,7 +45,12 @@ class TiledLayer(TransformerLayer):
             return _forward(half, rows, hidden_states)
         # Inside a backward pass, a fully recomputed layer is run for its gradients alone: its output is its last value.
         recomputed = self.config.recompute_granularity == "full" and torch._C._current_graph_task_id() != -1
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        # The attention's own weights get their gradients elsewhere, and None from here would reach their hooks.
+        trained = [
+            parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and not name.startswith(_OF_ATTENTION)
+        ]
         output: torch.Tensor = _TiledHalf.apply(half, rows, recomputed, hidden_states, *trained)
         return output
 
@@ -58,7 +66,7 @@ class _TiledHalf(torch.autograd.Function):
     """The half in pieces, whose backward pass computes every piece again.
 
     Weight gradients are summed over the pieces in float32 and handed on once, so that whatever waits for a parameter's
-    gradient is called once a micro-batch. Parameters of the layer that the half does not use get none from here.
+    gradient is called once a micro-batch.
     """
 
     @staticmethod

@@ -78,6 +78,7 @@ class Sizes:
         micro_batches: of one step.
         document: tokens of the document of a token.
         listed: entries of a token's list of chunks in the layers that have lists, at most.
+        tied: one matrix is the embedding and the output layer.
     """
 
     batch: int
@@ -96,6 +97,7 @@ class Sizes:
     micro_batches: int
     document: float
     listed: int
+    tied: bool
 
     @staticmethod
     def of(config: RunConfig, layout: Layout, *, vocab_size: int, document_length: float | None = None) -> Sizes:
@@ -123,6 +125,7 @@ class Sizes:
             micro_batches=training.global_batch_size // (training.micro_batch_size * layout.data),
             document=min(document_length or training.sequence_length, training.sequence_length),
             listed=_listed(config.attention),
+            tied=model.tie_embeddings,
         )
 
     @property

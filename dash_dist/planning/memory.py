@@ -120,7 +120,9 @@ def _activations(
         fused = loss.is_fused(layout)
         of_loss = loss.saved_by_loss(sizes, fused=fused)
         saved += of_loss
-        moments = [replace(moment, freed=moment.freed + of_loss) for moment in of_layer]
+        # A matrix that is the embedding as well waits for the embedding's gradient.
+        waits = sizes.vocab * sizes.hidden * BF16 if fused and sizes.tied and layout.pipeline == 1 else 0
+        moments = [replace(moment, freed=moment.freed + of_loss - waits) for moment in of_layer]
         moments.append(loss.loss_moment(sizes, fused=fused))
     base = sizes.micro_batches * sizes.tokens * _BATCH + _CUBLAS
     return base, saved, moments

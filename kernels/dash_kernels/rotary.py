@@ -20,7 +20,7 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
 
     Args:
         x: [B, T, H, D], contiguous in D.
-        cosines, sines: [T, D / 2] float32, the same for the whole batch, without gradients.
+        cosines, sines: [T, D / 2] float32, contiguous, the same for the whole batch, without gradients.
 
     Returns:
         [B, T, H, D] in x's dtype, contiguous; computed in float32, in float64 for float64 inputs.
@@ -28,7 +28,10 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
     Raises:
         ValueError: the shapes do not fit.
     """
-    require(x.dim() == 4, f"x has shape {tuple(x.shape)}: give [B, T, H, D]")
+    require(
+        x.dim() == 4 and x.shape[-1] % 2 == 0 and x.stride(-1) == 1,
+        f"x has shape {tuple(x.shape)}: give [B, T, H, D], contiguous in an even D",
+    )
     _check_angles(cosines, sines, x.shape[1], x.shape[3])
     rotated: torch.Tensor = _Rotate.apply(x, cosines, sines)
     return rotated
@@ -55,8 +58,9 @@ def split_projection(
     """
     heads, rest = divmod(mixed.shape[-1], num_kv_heads * head_dim)
     require(
-        mixed.dim() == 3 and rest == 0 and heads > 2 and mixed.stride(-1) == 1,
-        f"mixed has shape {tuple(mixed.shape)}: give [T, B, {num_kv_heads} x (G + 2) x {head_dim}] with G above 0",
+        mixed.dim() == 3 and rest == 0 and heads > 2 and mixed.stride(-1) == 1 and head_dim % 2 == 0,
+        f"mixed has shape {tuple(mixed.shape)}: give [T, B, {num_kv_heads} x (G + 2) x {head_dim}] with G above 0 and "
+        "an even head_dim",
     )
     if cosines is not None and sines is not None:
         _check_angles(cosines, sines, mixed.shape[0], head_dim)
@@ -67,8 +71,9 @@ def split_projection(
 def _check_angles(cosines: torch.Tensor, sines: torch.Tensor, tokens: int, head_dim: int) -> None:
     shape = (tokens, head_dim // 2)
     require(
-        cosines.shape == sines.shape == shape and head_dim % 2 == 0,
-        f"cosines have shape {tuple(cosines.shape)} and sines {tuple(sines.shape)}: give [T, D / 2] = {shape}, D even",
+        cosines.shape == sines.shape == shape and cosines.is_contiguous() and sines.is_contiguous(),
+        f"cosines have shape {tuple(cosines.shape)} and sines {tuple(sines.shape)}: give [T, D / 2] = {shape}, both "
+        "contiguous",
     )
 
 
@@ -123,7 +128,8 @@ class _Split(torch.autograd.Function):
 
 
 def _rows(grad: torch.Tensor) -> torch.Tensor:
-    return grad if grad.stride(-1) == 1 else grad.contiguous()
+    """A gradient whose heads of a token lie together: other strides would depend on the length, and compile again."""
+    return grad if grad.stride()[2:] == (grad.shape[3], 1) else grad.contiguous()
 
 
 def _parts(mixed: torch.Tensor, num_kv_heads: int, head_dim: int) -> tuple[torch.Tensor, ...]:

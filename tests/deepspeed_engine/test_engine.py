@@ -37,6 +37,9 @@ ON_TWO = {
         3, Case(kind=("dash", "window"), window=37, context=2, recompute="selective"), steps=4
     ),
     "plain, zero 3, cp 2, offloaded": Run(3, dataclasses.replace(RECOMPUTE, offload_activations=1.0)),
+    "plain, zero 2, dp 2, tiled, projections": Run(
+        2, Case(recompute="selective", recompute_modules=("projections",), mlp_tile_tokens=TILE)
+    ),
     "plain, zero 2, cp 2, tiled, recompute": Run(2, dataclasses.replace(RECOMPUTE, mlp_tile_tokens=TILE)),
     "packed, zero 1, dp 2": Run(1, Case(packed=True), bad_step=BAD_STEP),
     "packed, zero 3, cp 2": Run(3, Case(packed=True, context=2), bad_step=BAD_STEP),

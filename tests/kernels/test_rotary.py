@@ -9,7 +9,7 @@ import torch
 from dash_kernels.rotary import rotate, split_projection
 from tests.kernels.attention_inputs import DEVICE
 
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -20,7 +20,7 @@ def dtypes(request: pytest.FixtureRequest) -> Iterator[tuple[torch.dtype, ...]]:
             yield torch.float64, torch.float32
         return
     with mock.patch("dash_kernels.rotary._takes_triton", return_value=True):
-        yield torch.float32, torch.float16
+        yield torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
 def angles_of(tokens: int, head_dim: int) -> torch.Tensor:
@@ -52,6 +52,7 @@ def test_rotation(dtypes: tuple[torch.dtype, ...], batch: int, tokens: int, head
         assert error(dx, reference(grad, -angles)) < tolerance
         assert out.is_contiguous()
         assert out.dtype == dx.dtype == dtype
+        assert torch.equal(out, rotate(x, angles.cos().float(), angles.sin().float()))
 
 
 @pytest.mark.parametrize("turned", [True, False])
@@ -86,5 +87,9 @@ def test_what_does_not_fit_is_refused() -> None:
     x, angles = torch.randn(1, 8, 2, 16), torch.zeros(8, 8)
     with pytest.raises(ValueError, match=r"give \[T, D / 2\] = \(8, 8\)"):
         rotate(x, angles[:4], angles)
+    with pytest.raises(ValueError, match="contiguous"):
+        rotate(x, angles.t(), angles)
+    with pytest.raises(ValueError, match="contiguous in an even D"):
+        rotate(x[..., :15], angles, angles)
     with pytest.raises(ValueError, match=r"give \[T, B, 2 x \(G \+ 2\) x 16\]"):
         split_projection(torch.randn(8, 1, 2 * 2 * 16), 2, 16)

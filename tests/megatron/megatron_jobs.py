@@ -76,6 +76,7 @@ def engine_of(
         recompute=case.recompute,
         recompute_modules=case.recompute_modules,
         overlap_gradients=case.overlap_gradients,
+        fused_kernels=case.fused_kernels,
         mlp_tile_tokens=case.mlp_tile_tokens,
         offload_activations=case.offload_activations,
     )
@@ -161,6 +162,14 @@ def measure_step(case: Case) -> Measured:
 
 def measure_steps(cases: dict[str, Case]) -> dict[str, Measured]:
     return {name: measure_step(case) for name, case in cases.items()}
+
+
+def losses_of_steps(cases: dict[str, Case], steps: int) -> dict[str, list[float]]:
+    losses = {}
+    for name, case in cases.items():
+        with engine_of(case) as engine:
+            losses[name] = train(engine, case, steps)
+    return losses
 
 
 def train_and_save(cases: dict[str, Case], folder: Path) -> dict[str, list[float]]:

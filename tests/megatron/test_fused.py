@@ -1,8 +1,12 @@
 """The step in fused kernels against the step in PyTorch: loss and all gradients."""
 
 import dataclasses
+import os
+from typing import Literal
+from unittest import mock
 
 import pytest
+import torch
 
 from tests.megatron.test_layouts import assert_same, joined
 from tests.support.models import Case, Measured
@@ -12,6 +16,7 @@ ALONE = {
     "batch of two": Case(micro_batch_size=2),
     "tied": Case(micro_batch_size=4, tie_embeddings=True),
     "olmo": Case(micro_batch_size=2, family="olmo2"),
+    "norms of queries and keys": Case(micro_batch_size=2, family="qwen3"),
     "recompute": Case(micro_batch_size=4, recompute="full"),
 }
 ON_TWO = {
@@ -26,7 +31,8 @@ def measured() -> dict[str, list[tuple[Measured, Measured]]]:
     """Case -> of each rank, the step in PyTorch and in kernels."""
     by_case = {}
     for cases, ranks in ((ALONE, 1), (ON_TWO, 2)):
-        found = run_ranks("tests.megatron.fused_jobs:measure_both", ranks, cases, cpu_only=True)
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):  # where tests have a GPU, it is not set
+            found = run_ranks("tests.megatron.fused_jobs:measure_both", ranks, cases, cpu_only=True)
         by_case |= {name: [of_rank[name] for of_rank in found] for name in cases}
     return by_case
 
@@ -40,3 +46,19 @@ def test_kernels_give_the_step_of_pytorch(name: str, measured: dict[str, list[tu
         assert after.tokens == before.tokens
         assert dataclasses.astuple(after)[0] == dataclasses.astuple(before)[0]
     assert_same(joined(fused, "gradients"), joined(plain, "gradients"), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: bfloat16, and no interpreter")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_step_on_a_gpu(family: Literal["llama", "qwen3"]) -> None:
+    """In bfloat16, as trained: near the step in PyTorch, and the same bits again."""
+    case = Case(micro_batch_size=2, family=family)
+    plain, fused, again = (
+        run_ranks("tests.megatron.megatron_jobs:measure_step", 1, dataclasses.replace(case, fused_kernels=kernels))
+        for kernels in (False, True, True)
+    )
+    assert fused[0].losses == pytest.approx(plain[0].losses, rel=1e-2)
+    assert_same(joined(fused, "gradients"), joined(plain, "gradients"), 5e-2)
+    for name, gradient in joined(fused, "gradients").items():
+        assert torch.equal(gradient, joined(again, "gradients")[name]), name

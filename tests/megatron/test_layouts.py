@@ -39,7 +39,6 @@ ON_TWO = {
     "pp 2": Case(pipeline=2),
     "pp 2, tied": Case(pipeline=2, tie_embeddings=True),
     "dp 2": Case(),
-    "dp 2, overlap": Case(overlap_gradients=True),
     "packed, tp 2, recompute": Case(packed=True, tensor=2, recompute="full"),
     "packed, pp 2": Case(packed=True, pipeline=2),
     "packed, pp 2, recompute": Case(packed=True, pipeline=2, recompute="full"),
@@ -50,11 +49,18 @@ ON_TWO = {
 ON_FOUR = {
     "tp 2, cp 2": Case(tensor=2, context=2, micro_batch_size=2),
     "cp 2, pp 2": Case(context=2, pipeline=2),
-    "cp 2, dp 2, overlap": Case(context=2, overlap_gradients=True),
-    "pp 2, dp 2, overlap, recompute": Case(pipeline=2, overlap_gradients=True, recompute="full"),
     "packed, tp 2, pp 2, recompute": Case(packed=True, tensor=2, pipeline=2, recompute="full"),
     "packed, tp 2, cp 2": Case(packed=True, tensor=2, context=2),
     "packed, cp 2, pp 2, recompute": Case(packed=True, context=2, pipeline=2, recompute="full"),
+}
+OVERLAP = Case(overlap_gradients=True, grad_clip=0.5)
+OVERLAPPED_ON_FOUR = {
+    "cp 2, dp 2": dataclasses.replace(OVERLAP, context=2),
+    "tp 2, dp 2, sharded": dataclasses.replace(OVERLAP, tensor=2, distributed_optimizer=True),
+    "pp 2, dp 2, recompute": dataclasses.replace(OVERLAP, pipeline=2, recompute="full"),
+    "dp 4, projections, tiled": dataclasses.replace(
+        OVERLAP, recompute="selective", recompute_modules=("projections",), mlp_tile_tokens=48
+    ),
 }
 SAVED = Case(micro_batch_size=2, distributed_optimizer=True, grad_clip=0.5)
 SAVED_ON_TWO = {
@@ -226,6 +232,16 @@ def test_the_parts_of_a_step_lie_within_it(measured: dict[str, list[Measured]], 
         assert sum(rank.seconds.values()) < rank.step_seconds
 
 
+@pytest.mark.slow
+def test_overlapped_gradients_are_the_same() -> None:
+    """Over several steps: Megatron-core learns in the first one which gradients come, and overlaps from the second."""
+    job, steps = "tests.megatron.megatron_jobs:losses_of_steps", 4
+    (alone,) = run_ranks(job, 1, {"alone": Case(grad_clip=0.5)}, steps, cpu_only=True)
+    for losses in run_ranks(job, 4, OVERLAPPED_ON_FOUR, steps, cpu_only=True):
+        for name in OVERLAPPED_ON_FOUR:
+            assert losses[name] == pytest.approx(alone["alone"], rel=1e-5), name
+
+
 @pytest.mark.parametrize(
     "case", [Case(context=2, micro_batch_size=4), Case(context=2, micro_batch_size=4, layout="contiguous")]
 )
@@ -256,6 +272,7 @@ def test_checkpoints_continue_at_another_layout(tmp_path: Path) -> None:
         ("dp 2, plain optimizer", plain),
         ("alone", SAVED),
         ("pp 2, tied", tied),
+        ("dp 2, overlap", SAVED),
     ]
     loads_on_two = [
         ("cp 2", dataclasses.replace(SAVED, tensor=2)),

@@ -55,7 +55,8 @@ class Case:
     ranks_per_node: int | None = None
     routing_scale: float = ROUTING_SCALE
     logits_per_piece: int | None = None
-    family: Literal["llama", "olmo2"] = "llama"
+    fused_kernels: bool = True  # on a GPU
+    family: Literal["llama", "qwen3", "olmo2"] = "llama"
     kind: Kind | tuple[Kind, ...] = "dash"
     window: int | None = None
     top_chunks: int | None = None

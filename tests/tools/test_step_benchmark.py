@@ -41,4 +41,5 @@ def test_the_table_compares_with_the_peer_of_the_same_shape() -> None:
     assert cells[0] == ["1b: fused", "1", "1000", "0.012", "1.000", "1000", "4.00", "2.0", "50 %"]
     assert cells[1][6] == "1.00"
     assert cells[2][6] == "-"
+    assert "its memory is not comparable" in text
     assert "Failed: 8b: out of memory" in text

@@ -45,7 +45,8 @@ def turn_kernel(
     TURNS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    batch, group = tl.program_id(1) // OUTER, tl.program_id(1) % OUTER
+    batch = (tl.program_id(1) // OUTER).to(tl.int64)
+    group = (tl.program_id(1) % OUTER).to(tl.int64)
     column = tl.arange(0, BH)
     mask = (token < T)[:, None] & (column < HALF)[None, :]
     if TURNS:
@@ -54,16 +55,18 @@ def turn_kernel(
         sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
         if BACK:
             sin = -sin
-    start = tl.multiple_of(batch.to(tl.int64) * from_batch, ALIGNED) + group * FROM_OUTER
+    start = tl.multiple_of(batch * from_batch, ALIGNED) + group * FROM_OUTER
     source = source_ptr + start + token[:, None] * FROM_TOKEN + column[None, :]
-    start = tl.multiple_of(batch.to(tl.int64) * to_batch, ALIGNED) + group * TO_OUTER
+    start = tl.multiple_of(batch * to_batch, ALIGNED) + group * TO_OUTER
     target = target_ptr + start + token[:, None] * TO_TOKEN + column[None, :]
-    for head in range(INNER):
-        first = tl.load(source + head * FROM_INNER, mask=mask, other=0.0)
-        second = tl.load(source + head * FROM_INNER + HALF, mask=mask, other=0.0)
+    for _head in range(INNER):
+        first = tl.load(source, mask=mask, other=0.0)
+        second = tl.load(source + HALF, mask=mask, other=0.0)
         if TURNS:
             wide, other = first.to(tl.float32), second.to(tl.float32)
             first = (wide * cos - other * sin).to(first.dtype)
             second = (other * cos + wide * sin).to(second.dtype)
-        tl.store(target + head * TO_INNER, first, mask=mask)
-        tl.store(target + head * TO_INNER + HALF, second, mask=mask)
+        tl.store(target, first, mask=mask)
+        tl.store(target + HALF, second, mask=mask)
+        source += FROM_INNER
+        target += TO_INNER

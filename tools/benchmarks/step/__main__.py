@@ -17,6 +17,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from dash_dist.config.parallel import RECOMPUTE_MODULES, ParallelConfig
+from dash_dist.errors import RunError
 from dash_dist.planning.measurements import measure_run
 from tools.benchmarks.common.environment import ROOT, describe_environment
 from tools.benchmarks.step.cases import CASES, SHAPES, Case, settings, write
@@ -56,7 +58,7 @@ def _record(record: dict[str, Any], name: str, measure: Any) -> None:
     try:
         record["rows"].append(measure())
         print(json.dumps(record["rows"][-1]), flush=True)
-    except (subprocess.SubprocessError, RuntimeError) as error:
+    except (subprocess.SubprocessError, RuntimeError, RunError) as error:
         record["failed"][name] = str(error)
         print(f"{name} failed: {error}", file=sys.stderr, flush=True)
 
@@ -68,51 +70,50 @@ def _run(case: Case, tokens: int, folder: Path, seconds: float, shape: str | Non
     _call([*command, "-m", "dash_dist.cli", "train", str(config)], seconds)
     measured = measure_run(folder / "runs" / config.stem)
     found = settings(case, tokens, folder)
-    length = found["training"]["sequence_length"]
-    return _row(
-        case.name, case.shape, case.gpus, length, measured.step_seconds, measured.allocated_gib, measured.density,
-        layers_again=found["parallel"]["recompute"] == "full",
-    )  # fmt: skip
+    length, parallel = found["training"]["sequence_length"], ParallelConfig(**found["parallel"])
+    floor = SHAPES[case.shape].floor_seconds(
+        length // case.gpus,
+        layers_again=set(parallel.recomputed) == set(RECOMPUTE_MODULES),
+        output_products=3 if parallel.fused_kernels else 4,
+    )
+    row = {"name": case.name, "shape": case.shape, "gpus": case.gpus, "tokens": length, "density": measured.density}
+    return row | _speed(length // case.gpus, measured.step_seconds, measured.allocated_gib, floor) | {"is_peer": False}
 
 
 def _peer(shape: str, tokens: int, seconds: float) -> dict[str, Any]:
     found = json.loads(_call(["-m", f"{_PROGRAM}.peer", shape, str(tokens)], seconds).splitlines()[-1])
-    row = _row(_PEER, shape, 1, tokens, found["step_seconds"], found["allocated_gib"], None, layers_again=True)
-    return row | {"is_peer": True}
+    floor = SHAPES[shape].floor_seconds(tokens, layers_again=True)
+    row = {"name": _PEER, "shape": shape, "gpus": 1, "tokens": tokens, "density": None}
+    return row | _speed(tokens, found["step_seconds"], found["allocated_gib"], floor) | {"is_peer": True}
 
 
-def _row(
-    name: str,
-    shape: str,
-    gpus: int,
-    tokens: int,
-    step_seconds: float,
-    allocated_gib: float | None,
-    density: float | None,
-    *,
-    layers_again: bool,
-) -> dict[str, Any]:
+def _speed(tokens: int, step_seconds: float, allocated_gib: float | None, floor: float) -> dict[str, Any]:
+    """Return the measurements of a step of so many tokens a GPU."""
     return {
-        "name": name,
-        "shape": shape,
-        "gpus": gpus,
-        "tokens": tokens,
-        "density": density,
         "step_seconds": step_seconds,
-        "tokens_per_second": tokens / gpus / step_seconds,
+        "tokens_per_second": tokens / step_seconds,
         "allocated_gib": allocated_gib,
-        "floor_seconds": SHAPES[shape].floor_seconds(tokens // gpus, layers_again=layers_again),
-        "is_peer": False,
+        "floor_seconds": floor,
     }
 
 
 def _call(arguments: list[str], seconds: float) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"exit status {done.returncode}: {done.stderr[-1500:] or done.stdout[-1500:]}")
-    return done.stdout
+    """Return the output of a Python program. One that takes longer is asked to end first, for torchrun's ranks."""
+    with subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    if process.returncode:
+        raise RuntimeError(f"exit status {process.returncode}: {errors[-1500:] or out[-1500:]}")
+    return out
 
 
 def _write(record: dict[str, Any], out: Path) -> None:

@@ -35,14 +35,15 @@ class Shape:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.ffn)
 
-    def floor_seconds(self, tokens: int, *, layers_again: bool) -> float:
+    def floor_seconds(self, tokens: int, *, layers_again: bool, output_products: int = 3) -> float:
         """Seconds of all matrix products of a step without attention's, at `MATRIX_FLOPS`, on one GPU.
 
         Args:
             layers_again: the layers' forward pass is computed a second time.
+            output_products: those of the output layer, forward and backward.
         """
-        passes = 4 if layers_again else 3
-        return 2.0 * tokens * (passes * self.weights_of_layers + 3 * VOCABULARY * self.hidden) / MATRIX_FLOPS
+        of_layers = (4 if layers_again else 3) * self.weights_of_layers
+        return 2.0 * tokens * (of_layers + output_products * VOCABULARY * self.hidden) / MATRIX_FLOPS
 
 
 SHAPES = {

@@ -29,6 +29,11 @@ def as_markdown(record: dict[str, Any]) -> str:
     peers = {(row["shape"], row["tokens"]): row["tokens_per_second"] for row in record["rows"] if row["is_peer"]}
     rows = [_cells(row, peers.get((row["shape"], row["tokens"]))) for row in record["rows"]]
     lines.append(table("Whole training steps, bf16, vocabulary 128,256", _HEADER, rows))
+    if peers:
+        lines += [
+            "",
+            "transformers trains with weights, gradients and moments in bfloat16: its memory is not comparable.",
+        ]
     lines += ["", *(f"Failed: {name}: {reason}" for name, reason in record["failed"].items())]
     return "\n".join(lines).rstrip() + "\n"
 
