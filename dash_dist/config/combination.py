@@ -72,6 +72,11 @@ def check_combination(
             "parallel.overlap_gradients waits for gradients of the backward pass, and attention.conversion computes "
             "them in the forward pass: set parallel.overlap_gradients to false"
         )
+    if attention.conversion is not None and parallel.offload_activations:
+        raise ValueError(
+            "parallel.offload_activations moves inputs that wait for a backward pass, and attention.conversion has "
+            "none: set parallel.offload_activations to 0"
+        )
     pieces_per_rank = PIECES_PER_RANK[attention.layout]
     pieces = parallel.context * pieces_per_rank
     if parallel.context > 1 and sequence_length % (pieces * attention.chunk_size):

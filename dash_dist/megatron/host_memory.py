@@ -15,7 +15,7 @@ from dash_dist.errors import RankError
 BLOCK_BYTES = 2**26
 """Power of two, to which torch's allocator of pinned memory rounds up."""
 _GIB = 2**30
-_LEFT_FREE = 2 * _GIB
+LEFT_FREE = 2 * _GIB
 """Bytes that the data loader, checkpoints and the system need beside the blocks."""
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -59,11 +59,11 @@ class HostPool:
 
     def _check(self, more: int) -> None:
         available = available_host_bytes()
-        if more + _LEFT_FREE > available:
+        if more + LEFT_FREE > available:
             raise RankError(
                 f"parallel.offload_activations needs {more / _GIB:.1f} GiB of host memory more at this rank, beside "
                 f"{self.allocated * BLOCK_BYTES / _GIB:.1f} GiB that it has, and {available / _GIB:.1f} GiB are "
-                f"available, of which {_LEFT_FREE / _GIB:.0f} GiB stay free: lower parallel.offload_activations, raise "
+                f"available, of which {LEFT_FREE / _GIB:.0f} GiB stay free: lower parallel.offload_activations, raise "
                 "parallel.context, or give the container or machine more memory"
             )
 

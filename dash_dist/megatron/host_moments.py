@@ -14,7 +14,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from dash_dist.errors import RankError
-from dash_dist.megatron.host_memory import available_host_bytes
+from dash_dist.megatron.host_memory import LEFT_FREE, available_host_bytes
 
 PIECE = 2**26
 """Numbers that are updated at a time: half a gigabyte of moments on the device."""
@@ -35,13 +35,14 @@ def offload_moments(adam: torch.optim.AdamW, share: float) -> None:
     parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
     wanted = share * sum(parameter.numel() for parameter in parameters)
     away: dict[torch.Tensor, None] = {}
-    numbers = 0
+    numbers = size = 0
     for parameter in parameters:
         if numbers >= wanted:
             break
         numbers += parameter.numel()
+        size += len(_MOMENTS) * pinned_bytes(parameter.numel() * torch.float32.itemsize)
         away[parameter] = None
-    _check(len(_MOMENTS) * numbers * torch.float32.itemsize)
+    _check(size)
     for parameter in away:
         adam.state[parameter] = {"step": torch.tensor(0.0)} | {
             name: torch.zeros(parameter.shape, dtype=torch.float32, pin_memory=parameter.is_cuda) for name in _MOMENTS
@@ -61,6 +62,8 @@ def offload_moments(adam: torch.optim.AdamW, share: float) -> None:
             for parameter in group["params"]:
                 if parameter in away and parameter.grad is not None:
                     _update(parameter, adam.state[parameter], group)
+        if any(parameter.is_cuda for parameter in away):
+            torch.cuda.current_stream().synchronize()  # the host may read the moments now
 
     patched: Any = adam
     patched.step = step_from_host
@@ -95,11 +98,16 @@ def _update(parameter: torch.Tensor, state: dict[str, torch.Tensor], group: dict
             moment[piece].copy_(updated, non_blocking=True)
 
 
+def pinned_bytes(size: int) -> int:
+    """Return what torch's allocator of pinned memory takes for a tensor of so many bytes: a power of two."""
+    return 1 << (size - 1).bit_length()
+
+
 def _check(size: int) -> None:
     available = available_host_bytes()
-    if size > available:
+    if size + LEFT_FREE > available:
         raise RankError(
             f"optimizer.offload_moments needs {size / _GIB:.1f} GiB of host memory at this rank, and "
-            f"{available / _GIB:.1f} GiB are available: lower optimizer.offload_moments, shard the state over more "
-            "ranks, or give the container or machine more memory"
+            f"{available / _GIB:.1f} GiB are available, of which {LEFT_FREE / _GIB:.0f} GiB stay free: lower "
+            "optimizer.offload_moments, shard the state over more ranks, or give the container or machine more memory"
         )

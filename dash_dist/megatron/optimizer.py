@@ -183,6 +183,11 @@ class Optimizer:
                 if config.offload_moments:
                     offload_moments(part.optimizer, config.offload_moments)
                 start_torch_adam(part.optimizer)
+            elif config.offload_moments:
+                raise ValueError(
+                    "optimizer.offload_moments needs PyTorch's AdamW, and Megatron-core takes "
+                    f"{type(part.optimizer).__module__}: set it to 0, or uninstall Apex and Transformer Engine"
+                )
         self.updates = 0
         self._schedule = Schedule(self.megatron, config, total_steps=total_steps)
         self.set_step(1)

@@ -12,7 +12,7 @@ from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout
 from dash_dist.planning.prediction import Prediction, predict
-from dash_dist.planning.recompute import Recompute, more_than
+from dash_dist.planning.recompute import more_than
 from dash_dist.planning.search import best_layouts, layouts
 
 GIB = 2**30
@@ -103,18 +103,29 @@ def smallest_change(
                 "offload_activations": candidate.offload_activations,
             }
         )
-        try:
-            config.model_copy(update={"parallel": parallel}).check_world_size(machine.gpus)
-        except ValueError:
+        changed = config.model_copy(update={"parallel": parallel})
+        of_candidate = _with_moments_on_host(changed) if MOMENTS in words else changed
+        if not _is_accepted(of_candidate, gpus=machine.gpus):
             continue
-        of_candidate = _with_moments_on_host(config) if MOMENTS in words else config
         if predict(of_candidate, candidate, machine, assumptions, vocab_size=vocab_size).fits:
             return words
     return None
 
 
+def _is_accepted(config: RunConfig, gpus: int | None = None) -> bool:
+    """Tell whether a run takes a changed configuration, of which a copy has not been checked; `gpus`: on so many."""
+    try:
+        checked = RunConfig.model_validate(config.model_dump())
+        if gpus is not None:
+            checked.check_world_size(gpus)
+    except ValueError:
+        return False
+    return True
+
+
 def _can_offload_moments(config: RunConfig) -> bool:
-    return config.parallel.distributed_optimizer and not config.optimizer.offload_moments
+    sharded = config.engine == "megatron" and config.parallel.distributed_optimizer
+    return sharded and not config.optimizer.offload_moments
 
 
 def _with_moments_on_host(config: RunConfig) -> RunConfig:
@@ -125,20 +136,25 @@ def _with_moments_on_host(config: RunConfig) -> RunConfig:
 def memory_settings(layout: Layout, shard: int) -> list[tuple[str, Layout]]:
     """Return settings that trade time for memory at the same parallel sizes, with the layout that each makes.
 
-    Ways to recompute come first, and the others add to the last of them.
+    They come in the order of the time that they cost: what keeps the attention's output first.
 
     Args:
         shard: tokens of a sequence at a rank; tiles that are not shorter change nothing.
     """
-    tried = [(way.overrides(layout.recompute), replace(layout, recompute=way)) for way in more_than(layout.recompute)]
-    words = tried[-1][0] if tried else ""
-    frugal = replace(layout, recompute=Recompute("full"))
-    if layout.mlp_tile_tokens is None and shard > MLP_TILE:
-        words, frugal = f"{words} parallel.mlp_tile_tokens={MLP_TILE}", replace(frugal, mlp_tile_tokens=MLP_TILE)
-        tried.append((words.strip(), frugal))
-    if layout.offload_activations == 0.0:
-        words, frugal = f"{words} parallel.offload_activations=1.0", replace(frugal, offload_activations=1.0)
-        tried.append((words.strip(), frugal))
+    tried = []
+    for way in (layout.recompute, *more_than(layout.recompute)):
+        words = [] if way == layout.recompute else [way.overrides(layout.recompute)]
+        frugal = replace(layout, recompute=way)
+        if words:
+            tried.append((" ".join(words), frugal))
+        if not way.whole:
+            continue
+        if layout.mlp_tile_tokens is None and shard > MLP_TILE:
+            words, frugal = [*words, f"parallel.mlp_tile_tokens={MLP_TILE}"], replace(frugal, mlp_tile_tokens=MLP_TILE)
+            tried.append((" ".join(words), frugal))
+        if layout.offload_activations == 0.0:
+            words, frugal = [*words, "parallel.offload_activations=1.0"], replace(frugal, offload_activations=1.0)
+            tried.append((" ".join(words), frugal))
     return tried
 
 
@@ -154,6 +170,8 @@ def _with_all_memory_settings(
     if _can_offload_moments(config):
         candidates.append((f" and {MOMENTS}", _with_moments_on_host(frugal)))
     for words, candidate in candidates:
+        if not _is_accepted(candidate):
+            continue
         best, _ = best_layouts(candidate, machine, assumptions, vocab_size=vocab_size, count=1)
         if best:
             return f"{best[0].layout}{words}", best[0]

@@ -169,7 +169,7 @@ def _bytes(
     return {
         "exchange": max(exchanged, key=_total) * sizes.micro_batches,
         "summaries": max(summaries, key=_total) * sizes.micro_batches,
-        "tensor": one * (times * (4 + recompute.projections + recompute.mlp)),
+        "tensor": one * (times * (4 + recompute.projections + (recompute.mlp or runs_mlp_once_more(sizes, layout)))),
         "pipeline": pipeline,
         "gradients": reduced,
     }

@@ -149,7 +149,7 @@ def layer_time(
     route = pace.attention(attention.route)
     recompute = layout.recompute
     passes = 2 if recompute.attention else 1
-    parts = recompute.projections + recompute.mlp
+    parts = recompute.projections + recompute.mlp + runs_mlp_once_more(sizes, layout)
     matmul = pace.products(layer_matmul(sizes))
     widths = {name: getattr(sizes, name) for name in _ELEMENTWISE}
     forward, backward = (

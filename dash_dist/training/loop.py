@@ -64,6 +64,9 @@ class TrainingLoop:
         self._evaluation = StageEvaluation(session, stage, prepared, dims, show=self._show_heldout)
         with self._control.together("the model cannot be built", ConfigError):
             vocab_size = config.model.embedded_tokens(prepared.tokenizer.vocab_size)
+            self._memory = plan_memory(config, dims, vocab_size)
+            if self._memory is not None and (warning := self._memory.warning()) is not None:
+                session.note(warning)  # now, before moments take their part of the host's memory
             self._engine = build_engine(config, dims, vocab_size, resumed=origin is not None)
         session.watchdog.beat()
         self._position = RunPosition(self._engine, self._data, self._control, stage)
@@ -90,10 +93,7 @@ class TrainingLoop:
             beat=session.watchdog.beat,
             undone=self._continue_curves,
         )
-        self._memory = plan_memory(config, dims, vocab_size)
         self._kept_bytes = allocated_bytes(dims.device)
-        if self._memory is not None and (warning := self._memory.warning()) is not None:
-            session.note(warning)
         self._is_new = origin is None
         self._peak_flops = peak_bf16_flops(dims.device)
         self._density: dict[int, float] = {}

@@ -55,6 +55,13 @@ def test_impossible_values_are_refused(config: Any, values: dict[str, Any], mess
             "100 is not a multiple of cp x chunk_size = 64: pad to 128",
         ),
         ({"overlap_gradients": True}, {"conversion": "output"}, 1, 1024, "set parallel.overlap_gradients to false"),
+        (
+            {"recompute": "full", "offload_activations": 1.0},
+            {"conversion": "output"},
+            1,
+            1024,
+            "set parallel.offload_activations to 0",
+        ),
         ({}, {"backend": "triton", "alpha": 2.0}, 1, 1024, "triton computes attention.alpha 1.5 only, not 2.0"),
     ],
 )

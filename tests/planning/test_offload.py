@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from dash_dist.config.run import RunConfig
 from dash_dist.megatron.host_memory import BLOCK_BYTES
 from dash_dist.megatron.host_moments import PIECE
 from dash_dist.planning import Assumptions, Layout, Prediction, predict
@@ -13,6 +15,7 @@ from dash_dist.planning import offload as planned
 from dash_dist.planning.activations import saved_by_layer, tile_bits
 from dash_dist.planning.advice import memory_settings, smallest_change, what_would_help
 from dash_dist.planning.layouts import Sizes
+from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.search import best_layouts
 from dash_dist.planning.traffic import BF16, FP32, NO_EXCHANGE
 from tests.planning.planning_cases import (
@@ -115,12 +118,31 @@ def test_the_smallest_change_names_the_settings() -> None:
     )
     found = {
         memory: smallest_change(config, machine(8, memory), Assumptions(), layout(data=8), vocab_size=VOCAB_SIZE)
-        for memory in (80.0, 55.0, 45.0, 30.0)
+        for memory in (80.0, 50.0, 30.0, 20.0)
     }
+    tile, offload = "parallel.mlp_tile_tokens=16384", "parallel.offload_activations=1.0"
     assert found[80.0] == "parallel.recompute=selective"
-    assert found[55.0] == "parallel.recompute=full"
-    assert found[45.0] == "parallel.recompute=full parallel.mlp_tile_tokens=16384"
-    assert found[30.0] == "parallel.recompute=full parallel.mlp_tile_tokens=16384 parallel.offload_activations=1.0"
+    assert found[50.0] == f"parallel.recompute=selective {tile}"
+    assert found[30.0] == f"parallel.recompute=selective {tile} {offload}"
+    assert found[20.0] == f"parallel.recompute=full {tile} {offload}"  # the attention's output goes last
+
+
+def test_what_the_engine_refuses_is_not_advised() -> None:
+    megatron = large_config(training={"steps": 2, "sequence_length": 2**17, "global_batch_size": 1})
+    engine: dict[str, Any] = {"engine": "deepspeed", "deepspeed": {"zero_stage": 3}}
+    config = RunConfig.model_validate(megatron.model_dump() | engine)
+    asked = layout(recompute="full")
+    change = smallest_change(config, machine(1, 90.0, gpu="H200"), Assumptions(), asked, vocab_size=VOCAB_SIZE)
+    assert change is None or not {"mlp_tile_tokens", "offload_moments"} & set(change.replace("=", ".").split("."))
+
+
+def test_tiles_do_the_work_of_a_recomputed_mlp() -> None:
+    """With tensor parallelism it has an all-reduce, too."""
+    ways = [Recompute(), Recompute("selective", ("mlp",))]
+    found = [of_large(replace(layout(tensor=2, context=4, mlp_tile_tokens=16384), recompute=way)) for way in ways]
+    assert found[0].time.tensor == found[1].time.tensor
+    assert found[0].sent["tensor"] == found[1].sent["tensor"]
+    assert found[0].time.matmul == pytest.approx(found[1].time.matmul)
 
 
 def test_settings_that_are_there_are_not_advised_again() -> None:
@@ -130,6 +152,7 @@ def test_settings_that_are_there_are_not_advised_again() -> None:
         "parallel.recompute=selective parallel.recompute_modules=[projections]",
         "parallel.recompute=selective parallel.recompute_modules=[mlp]",
         "parallel.recompute=selective",
+        "parallel.recompute=selective parallel.offload_activations=1.0",
         "parallel.recompute=full",
         "parallel.recompute=full parallel.offload_activations=1.0",
     ]

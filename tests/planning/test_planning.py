@@ -163,8 +163,13 @@ def test_where_nothing_fits_it_says_what_is_missing_and_what_would_do() -> None:
         ("none", None, 79.2, "parallel.recompute=selective"),
         ("none", None, 100.0, "parallel.recompute=selective parallel.recompute_modules=[mlp]"),
         ("selective", ("mlp",), 79.2, "parallel.recompute=selective parallel.recompute_modules=null"),
-        ("selective", ("projections",), 50.0, "parallel.recompute=full parallel.recompute_modules=null"),
-        ("none", None, 50.0, "parallel.recompute=full"),
+        (
+            "selective",
+            ("projections",),
+            50.0,
+            "parallel.recompute=selective parallel.recompute_modules=null parallel.mlp_tile_tokens=16384",
+        ),
+        ("none", None, 50.0, "parallel.recompute=selective parallel.mlp_tile_tokens=16384"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_told_the_smallest_change(

@@ -49,7 +49,8 @@ class MemoryPlan:
         if on_host > available:
             return (
                 f"host memory is short: the plan predicts {on_host / _GIB:.1f} GiB for the {ranks} "
-                f"ranks of a node, and {available / _GIB:.1f} GiB are available; lower parallel.offload_activations"
+                f"ranks of a node, and {available / _GIB:.1f} GiB are available; lower parallel.offload_activations or "
+                "optimizer.offload_moments"
             )
         total, has = self._peak.total, self._machine.memory
         if total <= _TIGHT * has:
@@ -94,10 +95,11 @@ def plan_memory(config: RunConfig, dims: Dims, vocab_size: int) -> MemoryPlan | 
 
 
 def free_memory() -> None:
-    """Free what nobody refers to any more, and give the allocator's cache back to the device."""
+    """Free what nobody refers to any more, and give the allocators' caches back to the device and to the host."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # pinned blocks, which would count as used by the next stage
 
 
 def allocated_bytes(device: torch.device) -> float:
