@@ -150,6 +150,22 @@ class _ListedUnpickler(pickle.Unpickler):
 class _IndexUnpickler(_ListedUnpickler):
     allowed = frozenset(_IN_INDEX)
 
+    def find_class(self, module: str, name: str) -> Any:
+        # Python before 3.11.4 pickles a member of an enumeration as `getattr(enumeration, name)`.
+        return _memory_format if (module, name) == ("builtins", "getattr") else super().find_class(module, name)
+
+
+def _memory_format(owner: Any, name: str) -> Any:
+    """Stand for `getattr`, for the one enumeration in an index."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise UnsafeFile(
+            f"is not safe to load: it asks for {name!r} of {owner!r}, which no checkpoint of this program does; "
+            "do not use it, and find out who wrote it"
+        )
+    return _MEM_FORMAT_ENCODING[name]
+
 
 class _ArchiveScanner(_ListedUnpickler):
     """Goes through a pickle without making anything of it: what it names is replaced by something that does nothing."""

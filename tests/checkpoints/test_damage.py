@@ -1,5 +1,6 @@
 """Damaged and malicious checkpoints of a real run: refused or stepped over, in words that name the file."""
 
+import enum
 import os
 import pickle
 import random
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from dash_dist.checkpoints.folders import HIDDEN_STATES, hidden_checkpoints
 from dash_dist.checkpoints.integrity import CheckpointMetadata, read_metadata, write_metadata
-from dash_dist.checkpoints.pickles import read_index
+from dash_dist.checkpoints.pickles import UnsafeFile, read_index
 from dash_dist.cli import app
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.errors import CheckpointError
@@ -308,3 +309,28 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     result = call("export", newest(run), tmp_path / "out")
     assert "__0_0.distcp is damaged" in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+class OfAnOldPython(pickle.Pickler):
+    """Pickles a member of an enumeration as Python before 3.11.4 does: by getattr."""
+
+    def reducer_override(self, obj):
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_an_index_that_an_old_python_wrote_is_read(run, tmp_path):
+    index = read_index(newest(run) / "engine" / ".metadata")
+    with (tmp_path / ".metadata").open("wb") as file:
+        OfAnOldPython(file).dump(index)
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    assert read_index(tmp_path / ".metadata") == index
+
+
+def test_getattr_of_anything_else_is_refused(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return getattr, ("text", "format")
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(UnsafeFile, match="it asks for 'format' of 'text'"):
+        read_index(tmp_path / ".metadata")
