@@ -38,17 +38,8 @@ OF_EVERY_CALL = OF_A_WHOLE_PART | {
     "key_gradient_kernel": 2,
     "turn_kernel": 3,
 }
-# The first, a middle and the last of several parts, of which the last is blocks.
-OF_LISTS = {
-    "summary_kernel": 1,
-    "reached_kernel": 1,
-    "attend_kernel": 4,
-    "row_dots_kernel": 2,
-    "query_gradient_kernel": 4,
-    "query_bits_kernel": 2,
-    "key_gradient_kernel": 2,
-    "turn_kernel": 3,
-}
+# Lists are made by PyTorch.
+OF_LISTS = {name: count for name, count in OF_EVERY_CALL.items() if name != "route_kernel"}
 
 
 def compile_kernels(shape: str, cache: Path) -> list[dict[str, Any]]:
