@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import multiprocessing
 import os
 import signal
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Generic, TypeVar, cast
+
+from dash_dist.garbage import no_garbage_collection
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class ForkedCall(Generic[T]):
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
         self._process = context.Process(target=_run, args=(function, sender, os.getpid()), daemon=True)
-        with _no_garbage_collection():  # in the copy it would free CUDA memory, which belongs to the parent
+        with no_garbage_collection():  # in the copy it would free CUDA memory, which belongs to the parent
             self._process.start()
         sender.close()
 
@@ -164,14 +165,3 @@ def _let_go_of_sockets() -> None:
         with contextlib.suppress(OSError):  # the descriptor of the listing itself is gone
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 os.dup2(nothing, descriptor, inheritable=False)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -118,7 +118,7 @@ def layer_matmul(sizes: Sizes) -> float:
 
 def recomputed_matmul(sizes: Sizes, recompute: Recompute) -> float:
     """Operations of the matrix products that are computed again, likewise."""
-    of_mlp = 2.0 * sizes.tokens * 3 * sizes.hidden * sizes.ffn
+    of_mlp = 2.0 * sizes.tokens * mlp_weights(sizes)
     return of_mlp * recompute.mlp + (layer_matmul(sizes) - of_mlp) * recompute.projections
 
 

@@ -10,8 +10,6 @@ innermost first. Where such a call is of the backward pass, the context of the f
 from __future__ import annotations
 
 import bisect
-import contextlib
-import gc
 import gzip
 import itertools
 import json
@@ -21,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dash_dist.garbage import no_garbage_collection
 from dash_dist.profiling.flops import moved_bytes, product_flops
 from dash_dist.profiling.intervals import Interval, clipped, without
 from dash_kernels.ranges import PREFIX
@@ -96,7 +95,7 @@ def read_trace(path: Path) -> Trace:
         ValueError: it is not such a file, or has no range of steps.
     """
     content = path.read_bytes()
-    with _without_garbage_collection():
+    with no_garbage_collection():  # among millions of objects none is garbage
         parsed = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
         events = parsed.get("traceEvents") if isinstance(parsed, dict) else None
         if not isinstance(events, list):
@@ -119,18 +118,6 @@ def trace_of(events: Sequence[Mapping[str, Any]]) -> Trace:
         if pieces:
             inside.append(replace(activity, pieces=pieces))
     return Trace(inside, (window.start, window.end), steps, on_gpu=bool(on_device))
-
-
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Keep Python from looking for garbage among millions of objects of which none is."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @dataclass(eq=False, slots=True)

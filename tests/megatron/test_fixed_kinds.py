@@ -8,7 +8,7 @@ import torch
 
 from dash_dist.checkpoints.export import export_weights
 from dash_dist.config.selection import InfLLMv2Config
-from tests.megatron.test_layouts import assert_same, joined
+from tests.megatron.test_layouts import assert_same, joined, measured_steps
 from tests.support.models import CHUNK_SIZE, SEQUENCE_LENGTH, SEQUENCES, Case, Measured
 from tests.support.ranks import run_ranks
 
@@ -43,11 +43,7 @@ ON_TWO = {
 @pytest.fixture(scope="module")
 def measured() -> dict[str, list[Measured]]:
     """Case name -> what each rank measured."""
-    by_case: dict[str, list[Measured]] = {}
-    for world_size, cases in ((1, ALONE), (2, ON_TWO)):
-        by_rank = run_ranks("tests.megatron.megatron_jobs:measure_steps", world_size, cases, cpu_only=True)
-        by_case |= {name: [rank[name] for rank in by_rank] for name in cases}
-    return by_case
+    return measured_steps({1: ALONE, 2: ON_TWO})
 
 
 @pytest.mark.parametrize("name", [*list(ALONE)[4:], *ON_TWO])

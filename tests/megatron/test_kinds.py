@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 
-from tests.megatron.test_layouts import assert_same, joined
+from tests.megatron.test_layouts import assert_same, joined, measured_steps
 from tests.support.models import SEQUENCES, Case, Measured
-from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -40,11 +39,7 @@ ON_FOUR = {
 @pytest.fixture(scope="module")
 def measured() -> dict[str, list[Measured]]:
     """Case name -> what each rank measured."""
-    by_case: dict[str, list[Measured]] = {}
-    for world_size, cases in ((1, ALONE), (2, ON_TWO), (4, ON_FOUR)):
-        by_rank = run_ranks("tests.megatron.megatron_jobs:measure_steps", world_size, cases, cpu_only=True)
-        by_case |= {name: [rank[name] for rank in by_rank] for name in cases}
-    return by_case
+    return measured_steps({1: ALONE, 2: ON_TWO, 4: ON_FOUR})
 
 
 @pytest.mark.parametrize("name", [*list(ALONE)[4:], *ON_TWO, *ON_FOUR])

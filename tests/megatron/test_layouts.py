@@ -73,13 +73,19 @@ SAVED_ON_TWO = {
 }
 
 
+def measured_steps(cases_of_ranks: dict[int, dict[str, Case]]) -> dict[str, list[Measured]]:
+    """Measure a step of each case on as many ranks as it is listed under; case name -> what each rank measured."""
+    by_case: dict[str, list[Measured]] = {}
+    for world_size, cases in cases_of_ranks.items():
+        by_rank = run_ranks("tests.megatron.megatron_jobs:measure_steps", world_size, cases, cpu_only=True)
+        by_case |= {name: [rank[name] for rank in by_rank] for name in cases}
+    return by_case
+
+
 @pytest.fixture(scope="module")
 def measured() -> dict[str, list[Measured]]:
     """Case name -> what each rank measured."""
-    by_case: dict[str, list[Measured]] = {}
-    for world_size, cases in ((1, ALONE), (2, ON_TWO), (4, ON_FOUR)):
-        by_rank = run_ranks("tests.megatron.megatron_jobs:measure_steps", world_size, cases, cpu_only=True)
-        by_case |= {name: [rank[name] for rank in by_rank] for name in cases}
+    by_case = measured_steps({1: ALONE, 2: ON_TWO, 4: ON_FOUR})
     by_case["documents alone"] = run_ranks("tests.megatron.megatron_jobs:documents_alone", 1, Case(), cpu_only=True)
     return by_case
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -14,6 +15,14 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     ]
     padded.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join([f"{title}:", *padded])
+
+
+def provenance(record: Mapping[str, Any]) -> list[str]:
+    """Return the lines that say where results come from, of what `describe_environment` recorded."""
+    return [
+        f"{record['gpu']}, torch {record['torch']}, triton {record['triton']}, commit {record['commit']}.",
+        f"Command: `{record['command']}`",
+    ]
 
 
 def number(value: float | None, digits: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.benchmarks.common.markdown import number, table
+from tools.benchmarks.common.markdown import number, provenance, table
 
 _HEADER = (
     "run",
@@ -21,11 +21,7 @@ _HEADER = (
 
 def as_markdown(record: dict[str, Any]) -> str:
     """Environment, one row for each run, and runs that failed."""
-    lines = [
-        f"{record['gpu']}, torch {record['torch']}, triton {record['triton']}, commit {record['commit']}.",
-        f"Command: `{record['command']}`",
-        "",
-    ]
+    lines = [*provenance(record), ""]
     peers = {(row["shape"], row["tokens"]): row["tokens_per_second"] for row in record["rows"] if row["is_peer"]}
     rows = [_cells(row, peers.get((row["shape"], row["tokens"]))) for row in record["rows"]]
     lines.append(table("Whole training steps, bf16, vocabulary 128,256", _HEADER, rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.benchmarks.common.markdown import number, table
+from tools.benchmarks.common.markdown import number, provenance, table
 
 _HEADER = (
     "layer",
@@ -22,10 +22,7 @@ _HEADER = (
 
 def as_markdown(record: dict[str, Any]) -> str:
     """The environment, then one table for each model."""
-    lines = [
-        f"{record['gpu']}, torch {record['torch']}, triton {record['triton']}, commit {record['commit']}.",
-        f"Command: `{record['command']}`",
-    ]
+    lines = provenance(record)
     for model in record["models"]:
         query_heads, kv_heads = model["heads"]
         title = f"({query_heads}, {kv_heads}) heads, T = {model['tokens']}, loss {model['loss']:.3f} after training"
