@@ -1,5 +1,6 @@
 """The step benchmark: every case is a configuration that runs, and the table says what was measured."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,13 @@ def test_every_case_is_a_configuration(case: Case, tmp_path: Path) -> None:
 
 def test_the_floor_counts_each_product() -> None:
     shape = SHAPES["8b"]
-    assert shape.weights_of_layers == pytest.approx(6.98e9, rel=1e-3)  # Llama-3-8B without its embeddings
-    once, again = (shape.floor_seconds(1000, layers_again=flag) for flag in (False, True))
-    assert again - once == pytest.approx(2 * 1000 * shape.weights_of_layers / MATRIX_FLOPS)
-    assert once == pytest.approx(6 * 1000 * (shape.weights_of_layers + VOCABULARY * 4096) / MATRIX_FLOPS)
+    layers = shape.weights_of_projections + shape.weights_of_mlps
+    assert layers == pytest.approx(6.98e9, rel=1e-3)  # Llama-3-8B without its embeddings
+    once = shape.floor_seconds(1000)
+    assert once == pytest.approx(6 * 1000 * (layers + VOCABULARY * 4096) / MATRIX_FLOPS)
+    for parts, weights in ((["mlp"], shape.weights_of_mlps), (["projections", "mlp"], layers)):
+        again = shape.floor_seconds(1000, recomputed=parts)
+        assert again - once == pytest.approx(2 * 1000 * weights / MATRIX_FLOPS)
 
 
 def test_the_table_compares_with_the_peer_of_the_same_shape() -> None:
@@ -34,12 +38,15 @@ def test_the_table_compares_with_the_peer_of_the_same_shape() -> None:
         of_time = {"step_seconds": seconds, "tokens_per_second": 1000 / seconds, "floor_seconds": 0.5}
         return {**common, **of_time, "is_peer": False, **others}
 
-    rows = [row("fused", 1.0, density=0.0123), row("peer", 4.0, is_peer=True), row("far", 2.0, tokens=4000)]
+    parts = {"attention: routing": 0.2, "matrix products": 0.5, "output layer: products": 0.1, "norms": 0.2}
+    profiled = {"density": 0.0123, "parts": parts, "profiled_seconds": 1.0}
+    rows = [row("fused", 1.0, **profiled), row("peer", 4.0, is_peer=True), row("far", 2.0, tokens=4000)]
     record = {"gpu": "G", "torch": "1", "triton": "2", "commit": "c", "command": "run", "rows": rows}
     text = as_markdown({**record, "failed": {"8b": "out of memory"}})
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 1b")]
-    assert cells[0] == ["1b: fused", "1", "1000", "0.012", "1.000", "1000", "4.00", "2.0", "50 %"]
+    assert cells[0] == ["1b: fused", "1", "1000", "0.012", "1.000", "1000", "4.00", "2.0", "70 %", "20 %"]
     assert cells[1][6] == "1.00"
     assert cells[2][6] == "-"
+    assert re.search(r"^\| attention: routing +\| 200\.0 +\|$", text, re.MULTILINE)
     assert "its memory is not comparable" in text
     assert "Failed: 8b: out of memory" in text

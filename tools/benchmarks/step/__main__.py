@@ -1,8 +1,8 @@
-"""Seconds of whole training steps at long sequences, by setting, beside transformers with Liger and cuDNN.
+"""Seconds of whole training steps at long sequences, by setting and by part, beside transformers with Liger and cuDNN.
 
     python -m tools.benchmarks.step --out docs/results/step_h200.json        # cases for as many GPUs as there are
 
-Every case is a run of its own, `dash-dist train` on random weights. Knows runs and results; does not know settings.
+Every case is a `dash-dist profile` of its own, on random weights. Knows runs and results; does not know settings.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +20,9 @@ import torch
 import typer
 
 from dash_dist.config.parallel import RECOMPUTE_MODULES, ParallelConfig
-from dash_dist.errors import RunError
-from dash_dist.planning.measurements import measure_run
+from dash_dist.run.profile import Profile, read_profile
 from tools.benchmarks.common.environment import ROOT, describe_environment
-from tools.benchmarks.step.cases import CASES, SHAPES, Case, settings, write
+from tools.benchmarks.step.cases import CASES, SHAPES, STEPS, Case, settings, write
 from tools.benchmarks.step.table import as_markdown
 
 _PROGRAM = "tools.benchmarks.step"
@@ -54,11 +55,13 @@ def main(
             _write(record, out)
 
 
-def _record(record: dict[str, Any], name: str, measure: Any) -> None:
+def _record(record: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]) -> None:
+    begin = time.perf_counter()
     try:
-        record["rows"].append(measure())
-        print(json.dumps(record["rows"][-1]), flush=True)
-    except (subprocess.SubprocessError, RuntimeError, RunError) as error:
+        row = measure() | {"run_seconds": time.perf_counter() - begin}
+        record["rows"].append(row)
+        print(json.dumps({key: value for key, value in row.items() if key != "parts"}), flush=True)
+    except (subprocess.SubprocessError, RuntimeError) as error:
         record["failed"][name] = str(error)
         print(f"{name} failed: {error}", file=sys.stderr, flush=True)
 
@@ -67,22 +70,31 @@ def _run(case: Case, tokens: int, folder: Path, seconds: float, shape: str | Non
     case = Case(case.name, shape or case.shape, case.gpus, case.tokens, case.changes)
     config = write(case, tokens, folder)
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.gpus}"]
-    _call([*command, "-m", "dash_dist.cli", "train", str(config)], seconds)
-    measured = measure_run(folder / "runs" / config.stem)
+    out = folder / f"{config.stem}_profile"
+    _call([*command, "-m", "dash_dist.cli", "profile", str(config), "--steps", str(STEPS), "--out", str(out)], seconds)
+    profile = read_profile(out)
+    if profile is None:
+        raise RuntimeError(f"no profile in {out}")
     found = settings(case, tokens, folder)
     length, parallel = found["training"]["sequence_length"], ParallelConfig(**found["parallel"])
     floor = SHAPES[case.shape].floor_seconds(
         length // case.gpus,
-        layers_again=set(parallel.recomputed) == set(RECOMPUTE_MODULES),
+        recomputed=parallel.recomputed,
         output_products=3 if parallel.fused_kernels else 4,
     )
-    row = {"name": case.name, "shape": case.shape, "gpus": case.gpus, "tokens": length, "density": measured.density}
-    return row | _speed(length // case.gpus, measured.step_seconds, measured.allocated_gib, floor) | {"is_peer": False}
+    row = {"name": case.name, "shape": case.shape, "gpus": case.gpus, "tokens": length, "density": profile.density}
+    speed = _speed(length // case.gpus, profile.step_seconds, profile.memory.get("allocated_peak_gib"), floor)
+    return row | speed | {"parts": _parts(profile), "profiled_seconds": profile.profiled_seconds, "is_peer": False}
+
+
+def _parts(profile: Profile) -> dict[str, float]:
+    """Return title -> seconds of every part and of the gaps, which add up to the step under the profiler."""
+    return {part.title: part.seconds for part in profile.parts} | {"gaps: elsewhere": profile.gap_seconds}
 
 
 def _peer(shape: str, tokens: int, seconds: float) -> dict[str, Any]:
     found = json.loads(_call(["-m", f"{_PROGRAM}.peer", shape, str(tokens)], seconds).splitlines()[-1])
-    floor = SHAPES[shape].floor_seconds(tokens, layers_again=True)
+    floor = SHAPES[shape].floor_seconds(tokens, recomputed=RECOMPUTE_MODULES)
     row = {"name": _PEER, "shape": shape, "gpus": 1, "tokens": tokens, "density": None}
     return row | _speed(tokens, found["step_seconds"], found["allocated_gib"], floor) | {"is_peer": True}
 

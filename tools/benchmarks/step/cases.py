@@ -6,6 +6,7 @@ Knows configurations; does not know how runs are started or measured.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import yaml
 
 VOCABULARY = 128_256
-STEPS = 8
-"""Steps of a run; the first ones compile kernels and are not counted."""
+STEPS = 3
+"""Steps that are timed, and profiled after that."""
 MATRIX_FLOPS = 700e12
 """Sustained rate of matrix products on Hopper, from which a step's floor is computed."""
 
@@ -31,19 +32,23 @@ class Shape:
     head_dim: int
 
     @property
-    def weights_of_layers(self) -> int:
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.ffn)
+    def weights_of_projections(self) -> int:
+        return self.layers * self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
-    def floor_seconds(self, tokens: int, *, layers_again: bool, output_products: int = 3) -> float:
-        """Seconds of all matrix products of a step without attention's, at `MATRIX_FLOPS`, on one GPU.
+    @property
+    def weights_of_mlps(self) -> int:
+        return self.layers * 3 * self.hidden * self.ffn
+
+    def floor_seconds(self, tokens: int, *, recomputed: Collection[str] = (), output_products: int = 3) -> float:
+        """Seconds of a step's matrix products on one GPU at `MATRIX_FLOPS`, those of attention left out.
 
         Args:
-            layers_again: the layers' forward pass is computed a second time.
+            recomputed: parts of the layers whose forward pass is computed a second time.
             output_products: those of the output layer, forward and backward.
         """
-        of_layers = (4 if layers_again else 3) * self.weights_of_layers
-        return 2.0 * tokens * (of_layers + output_products * VOCABULARY * self.hidden) / MATRIX_FLOPS
+        products = (3 + ("projections" in recomputed)) * self.weights_of_projections
+        products += (3 + ("mlp" in recomputed)) * self.weights_of_mlps
+        return 2.0 * tokens * (products + output_products * VOCABULARY * self.hidden) / MATRIX_FLOPS
 
 
 SHAPES = {
@@ -70,16 +75,16 @@ class Case:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+_SELECTIVE: dict[str, Any] = {"parallel": {"recompute": "selective"}}
 CASES = (
-    Case("pytorch", changes={"parallel": {"fused_kernels": False}}),
-    Case("fused"),
-    Case("fused, selective", changes={"parallel": {"recompute": "selective"}}),
-    Case(
-        "fused, selective, denser", changes={"parallel": {"recompute": "selective"}, "attention": {"routing_scale": 8}}
-    ),
-    Case("dense", changes={"attention": {"kind": "dense"}}),
-    Case("8b", shape="8b", gpus=2, changes={"parallel": {"context": 2}}),
-    Case("1b, a million", gpus=2, tokens=2**20, changes={"parallel": {"context": 2}}),
+    Case("fused", changes=_SELECTIVE),
+    Case("fused, denser", changes=_SELECTIVE | {"attention": {"routing_scale": 8}}),
+    Case("fused, only the MLP again", changes={"parallel": {"recompute": "selective", "recompute_modules": ("mlp",)}}),
+    Case("fused, all again"),
+    Case("pytorch, all again", changes={"parallel": {"fused_kernels": False}}),
+    Case("dense, all again", changes={"attention": {"kind": "dense"}}),
+    Case("8b", shape="8b", gpus=2, changes={"parallel": {"recompute": "selective", "context": 2}}),
+    Case("1b, a million", gpus=2, tokens=2**20, changes={"parallel": {"recompute": "selective", "context": 2}}),
 )
 
 
