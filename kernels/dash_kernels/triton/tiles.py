@@ -223,6 +223,13 @@ def mean_over_group(rows, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, B
 
 
 @triton.jit
+def mean_of_token(rows, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr):
+    """Mean over the heads of a token, for each of its rows.  [M] -> [M]"""
+    mean = tl.sum(tl.reshape(rows, [BT, GP]), axis=1) / G
+    return tl.reshape(tl.broadcast_to(mean[:, None], [BT, GP]), [BT * GP])
+
+
+@triton.jit
 def to_rows(tokens, GP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
     """[BT, BN] -> [M, BN]"""
     return tl.reshape(tl.broadcast_to(tokens[:, None, :], [BT, GP, BN]), [BT * GP, BN])

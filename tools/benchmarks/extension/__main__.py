@@ -87,8 +87,7 @@ class _Experiment:
     def _write_text(self) -> None:
         size = self._size
         write_code(self._folder / "text", document=4 * size.lengths[0], megabytes=size.megabytes)
-        counts = dict(zip(size.lengths, size.questions, strict=True))
-        write_questions(self._folder / "questions.jsonl", counts)
+        write_questions(self._folder / "questions.jsonl", size.questions)
 
     def _train(self, settings: Settings) -> None:
         name = settings["run"]["name"]

@@ -20,7 +20,8 @@ class Size:
     Attributes:
         lengths: tokens of a sequence in training from scratch and in the two stages of the extension.
         steps: of each of the three.
-        questions: documents with a question, of each of the three lengths.
+        questions: documents with a question, by length in tokens. A short one teaches as much as a long one, and the
+            same tokens hold many more of them.
         tokens: of a global batch.
     """
 
@@ -31,7 +32,7 @@ class Size:
     tokens: int
     heldout: int
     megabytes: float
-    questions: tuple[int, int, int]
+    questions: dict[int, int]
     micro_batch: int
 
 
@@ -47,11 +48,11 @@ SIZES = {
         },
         chunk_size=64,
         lengths=(8192, 32768, 65536),
-        steps=(400, 40, 40),
+        steps=(500, 40, 40),
         tokens=131072,
         heldout=8,
         megabytes=60,
-        questions=(2400, 64, 32),
+        questions={384: 20_000, 512: 12_000, 1024: 6_000, 2048: 3_000, 4096: 1_000, 8192: 500, 32768: 64, 65536: 32},
         micro_batch=4,
     ),
     "cpu": Size(
@@ -69,7 +70,7 @@ SIZES = {
         tokens=2048,
         heldout=2,
         megabytes=0.3,
-        questions=(20, 4, 4),
+        questions={384: 8, 512: 8, 1024: 4, 2048: 4},
         micro_batch=1,
     ),
 }
@@ -92,7 +93,6 @@ def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
     settings["attention"]["kind"] = kind
     settings["model"] |= {"weights": str(weights), "rotary_base": _BASES[1]}
     settings["optimizer"] = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": max(1, size.steps[1] // 10)}
-    settings["data"]["documents"] = "separate"
     settings["stages"] = [
         {"name": f"{size.lengths[stage]}", "steps": size.steps[stage], "training": _lengths(size, stage)}
         for stage in (1, 2)
@@ -113,14 +113,18 @@ def untrained(size: Size, folder: Path, weights: Path) -> Settings:
 def _common(size: Size, folder: Path, name: str) -> Settings:
     def documents(part: str) -> list[Settings]:
         code = {"source": "files", "paths": str(folder / "text" / part)}
-        return [code | {"weight": 0.7}, {"source": "files", "paths": str(folder / "questions.jsonl"), "weight": 0.3}]
+        return [code | {"weight": 0.5}, {"source": "files", "paths": str(folder / "questions.jsonl"), "weight": 0.5}]
 
     return copy.deepcopy(
         {
             "run": {"name": name, "directory": str(folder / "runs")},
             "model": {**size.model, "rotary_base": _BASES[0], "tie_embeddings": True},
             "attention": {"chunk_size": size.chunk_size},
-            "data": {"sources": documents("train.jsonl"), "cache": str(folder / "tokens")},
+            "data": {
+                "sources": documents("train.jsonl"),
+                "cache": str(folder / "tokens"),
+                "documents": "separate",
+            },
             "training": {},
             "checkpoint": {"interval": 100_000, "asynchronous": False},
             "logging": {"interval": 10, "routing_interval": 20, "heat_map_layers": []},

@@ -7,6 +7,7 @@ Every case is a `dash-dist profile` of its own, on random weights. Knows runs an
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def main(
         for case in CASES:
             if case.gpus != gpus or (only and case.name not in only):
                 continue
-            _record(record, case.name, lambda case=case: _run(case, tokens, Path(folder), seconds, shape))
+            _record(record, case.name, functools.partial(_run, case, tokens, Path(folder), seconds, shape))
             _write(record, out)
         if device == "cuda" and gpus == 1 and (not only or "peer" in only):
             _record(record, _PEER, lambda: _peer(shape or "1b", tokens, seconds))

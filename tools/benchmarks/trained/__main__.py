@@ -7,6 +7,7 @@ Knows the order of models and layers; does not know what is measured.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -31,12 +32,14 @@ def main(
     tokens: Annotated[list[int], typer.Option(help="Sequence length; may be repeated.")] = [32_768, 131_072],  # noqa: B006
     heads: Annotated[list[str], typer.Option(help="QUERY,KV heads; may be repeated.")] = ["8,2", "32,8"],  # noqa: B006
     size: Annotated[str, typer.Option(help="gpu, or cpu to try the program out, without times.")] = "gpu",
+    head_dim: Annotated[int | None, typer.Option(help="Of all heads; default: the size's.")] = None,
     megabytes: Annotated[float, typer.Option(help="Text for training.")] = 60.0,
     commit: Annotated[str | None, typer.Option(help="Name of this tree; default: git's HEAD.")] = None,
 ) -> None:
     """Train a model for each pair of heads and length, and write the results after each layer."""
     if size not in SIZES:
         raise typer.BadParameter(f"{size}: give one of {', '.join(SIZES)}")
+    sizes = SIZES[size] if head_dim is None else dataclasses.replace(SIZES[size], head_dim=head_dim)
     folder = folder.absolute()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record: dict[str, Any] = describe_environment(_PROGRAM, sys.argv[1:], commit=commit, device=device)
@@ -44,9 +47,15 @@ def main(
     write_code(folder / "text", document=max(tokens), megabytes=megabytes)
     for of_heads in (parse_heads(text) for text in heads):
         for length in tokens:
-            config = settings(SIZES[size], folder, folder / "text" / "train.jsonl", heads=of_heads, tokens=length)
+            config = settings(sizes, folder, folder / "text" / "train.jsonl", heads=of_heads, tokens=length)
             loss, layers = train_and_capture(config, folder / f"{config['run']['name']}.yaml")
-            model: dict[str, Any] = {"heads": of_heads, "tokens": length, "loss": loss, "layers": []}
+            model: dict[str, Any] = {
+                "heads": of_heads,
+                "head_dim": sizes.head_dim,
+                "tokens": length,
+                "loss": loss,
+                "layers": [],
+            }
             record["models"].append(model)
             while layers:
                 layer = layers.pop(0)  # its tensors go when it is measured

@@ -6,23 +6,22 @@ from typing import Any
 
 from tools.benchmarks.common.markdown import number, provenance, table
 
+_WAYS = ("tiles", "links")
+_OF_WAY = ("fwd", "x cuDNN", "fwd+bwd", "x cuDNN", "attend", "dq", "dk, dv")
 _HEADER = (
     "layer",
     "density",
     "chunks 50 % / 99 %",
-    "tiles",
-    "fwd ms",
-    "x cuDNN",
-    "fwd+bwd ms",
-    "x cuDNN",
+    "tile efficiency",
     "route",
-    "key gradient",
+    *(f"{way}: {column}" for way in _WAYS for column in _OF_WAY),
+    "difference",
 )
 
 
 def as_markdown(record: dict[str, Any]) -> str:
     """The environment, then one table for each model."""
-    lines = provenance(record)
+    lines = [*provenance(record), "", "Milliseconds of one layer, by tiles of queries and by links."]
     for model in record["models"]:
         query_heads, kv_heads = model["heads"]
         title = f"({query_heads}, {kv_heads}) heads, T = {model['tokens']}, loss {model['loss']:.3f} after training"
@@ -31,21 +30,19 @@ def as_markdown(record: dict[str, Any]) -> str:
 
 
 def _cells(index: int, row: dict[str, Any]) -> list[str]:
-    ms, stages = row.get("ms", {}), row.get("stages", {})
-
-    def ratio(name: str) -> float | None:
-        ours, cudnn = ms.get(name), ms.get(f"cudnn_{name}")
-        return cudnn / ours if ours and cudnn else None
-
-    return [
+    ways, cudnn = row.get("ways", {}), row.get("cudnn", {})
+    cells = [
         str(index),
         number(row["density"], 4),
         f"{row['chunks']['0.5']:.0f} / {row['chunks']['0.99']:.0f}",
         number(row.get("tile_efficiency"), 2),
-        number(ms.get("forward"), 2),
-        number(ratio("forward"), 2),
-        number(ms.get("forward_backward"), 2),
-        number(ratio("forward_backward"), 2),
-        number(stages.get("route"), 2),
-        number(stages.get("key gradient"), 2),
+        number(ways.get("tiles", {}).get("stages", {}).get("route"), 2),
     ]
+    for name in _WAYS:
+        way: dict[str, Any] = ways.get(name, {})
+        for part in ("forward", "forward_backward"):
+            ours, dense = way.get(part), cudnn.get(part)
+            cells += [number(ours, 2), number(dense / ours if ours and dense else None, 2)]
+        cells += [number(way.get("stages", {}).get(part), 2) for part in ("attend", "query gradient", "key gradient")]
+    difference = row.get("difference")
+    return [*cells, "-" if difference is None else f"{difference:.0e}"]
