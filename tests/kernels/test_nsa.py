@@ -145,10 +145,15 @@ def test_triton_equals_the_reference(
 
 
 def test_bfloat16_is_near_the_reference_of_the_same_inputs() -> None:
-    """Selections may differ where compressed keys, which are rounded, nearly tie: all chunks are selected."""
+    """All chunks are selected, since compressed keys, which are rounded, may nearly tie. A rounded hidden number on the
+    other side of ReLU's kink changes all gradients before it.
+    """
     spec = AttentionSpec(C, selection=NSA(20))
-    inputs = random_nsa_inputs(187).to(torch.bfloat16)
-    assert_found(found_of(inputs, spec, WINDOW), expected_of(inputs, spec, WINDOW), 2e-2)
+    inputs = random_nsa_inputs(187, width=64).to(torch.bfloat16)
+    found, expected = found_of(inputs, spec, WINDOW), expected_of(inputs, spec, WINDOW)
+    beyond_the_kink = ("output", "selected", "k", "v", "window_k", "window_v", "gates", "values' outer")
+    assert_found(*({name: x[name] for name in beyond_the_kink} for x in (found, expected)), 2e-2)
+    assert_found(found, expected, 0.3)
 
 
 def test_mistakes_are_named() -> None:
