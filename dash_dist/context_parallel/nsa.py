@@ -17,8 +17,9 @@ from dash_dist.context_parallel.shard import Shard
 from dash_dist.context_parallel.sharded_nsa import gathered_blocks, nsa_attention
 from dash_dist.context_parallel.topology import find_topology
 from dash_kernels import AttentionSpec, ChunkGrid, RoutingStatistics
-from dash_kernels.compression import BLOCK, CompressionWeights, compress, rotate_compressed, strides_of
+from dash_kernels.compression import CompressionWeights, compress, rotate_compressed, strides_of
 from dash_kernels.nsa import Branches
+from dash_kernels.selection import BLOCK
 from dash_kernels.selection_scores import by_chunk
 
 

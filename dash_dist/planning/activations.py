@@ -72,6 +72,9 @@ def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, *, tiled: b
         # Of the whole sequence.
         summaries = sizes.batch * sizes.chunks * summary_vectors(sizes, kind) * sizes.kv * FP32
         attention += summaries + saved_by_exchange(sizes, exchange) + saved_by_routing(sizes, kind)
+    if kind == "nsa":
+        in_projections, in_attention = _saved_by_branches(sizes)
+        projections, attention = projections + in_projections, attention + in_attention
     # After its norm, and of SwiGLU both halves of the input, and their product.
     mlp = 0 if tiled else sizes.tokens * (hidden + 3 * sizes.ffn) * BF16 + norm
     residual = input_of_layer(sizes)
@@ -83,6 +86,17 @@ def _saved_with_halo(sizes: Sizes, exchange: ExchangePlan) -> int:
     if exchange.name == "none":
         return 0
     return round(2 * (sizes.tokens * sizes.kv + exchange.received * sizes.chunk_size * sizes.head_dim) * BF16)
+
+
+def _saved_by_branches(sizes: Sizes) -> tuple[int, int]:
+    """Keys, values and gates of NSA's other branches; and their outputs, with what their backward passes need."""
+    tokens, kv = sizes.tokens, sizes.kv
+    projections = tokens * (4 * kv + 3 * sizes.query_heads) * BF16
+    outputs = 3 * tokens * sizes.q * BF16 + 2 * tokens * sizes.query_heads * FP32  # two branches', and the gated sum
+    strides = 2 * tokens * kv * BF16  # tokens of the compressed keys and values, by stride
+    hidden = 2 * tokens // STRIDE * kv * BF16
+    gathered = 2 * sizes.batch * sizes.chunks * summary_vectors(sizes, "nsa") * kv * BF16
+    return projections, outputs + strides + hidden + gathered
 
 
 def saved_by_routing(sizes: Sizes, kind: Kind) -> int:
@@ -103,8 +117,11 @@ def tile_bits(sizes: Sizes) -> int:
 
 
 def summary_vectors(sizes: Sizes, kind: Kind) -> int:
-    """Vectors of a chunk by which it is selected."""
-    return sizes.chunk_size // STRIDE if kind == "infllmv2" else 1
+    """Vectors of a chunk by which it is selected.
+
+    NSA's are rounded to 16 bits, and travel with as many values: together the bytes of that many float32 vectors.
+    """
+    return sizes.chunk_size // STRIDE if kind in ("infllmv2", "nsa") else 1
 
 
 def saved_by_exchange(sizes: Sizes, exchange: ExchangePlan) -> int:

@@ -16,9 +16,6 @@ from dash_kernels.rotary import rotate
 from dash_kernels.selection import STRIDE
 from dash_kernels.spec import AttentionSpec
 
-BLOCK = 2 * STRIDE
-"""Tokens of a block; one begins every `STRIDE` tokens of a document."""
-
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of tokens, [T, D / 2] float32 each."""
 

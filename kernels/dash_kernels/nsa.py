@@ -14,8 +14,8 @@ from dash_kernels.arguments import check_tensors, sequence_chunks
 from dash_kernels.attention import RoutingMemory, dash_attention
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.compressed_attention import compressed_attention
-from dash_kernels.compression import BLOCK, Angles, CompressionWeights, compress, rotate_compressed, strides_of
-from dash_kernels.selection import NSA
+from dash_kernels.compression import Angles, CompressionWeights, compress, rotate_compressed, strides_of
+from dash_kernels.selection import BLOCK, NSA
 from dash_kernels.selection_scores import by_chunk
 from dash_kernels.spec import AttentionSpec, require
 from dash_kernels.window import document_segments, window_attention

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 STRIDE = 16
 """Tokens from one of InfLLMv2's kernels, or NSA's blocks, to the next; each is twice as long."""
+BLOCK = 2 * STRIDE
+"""Tokens of a block of NSA."""
 
 
 @dataclass(frozen=True)

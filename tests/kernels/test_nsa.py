@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dash_kernels import AttentionSpec, ChunkGrid, dash_attention
-from dash_kernels.compression import BLOCK, CompressionWeights, compress, strides_of
+from dash_kernels.compression import CompressionWeights, compress, strides_of
 from dash_kernels.nsa import nsa_attention
-from dash_kernels.selection import NSA, TopChunks
+from dash_kernels.selection import BLOCK, NSA, TopChunks
 from tests.kernels.nsa_inputs import (
     NAMES,
     NSAInputs,
