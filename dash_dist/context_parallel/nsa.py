@@ -23,39 +23,13 @@ from dash_kernels.selection import BLOCK
 from dash_kernels.selection_scores import by_chunk
 
 
-class Compression(nn.Module):
-    """Weights of `dash_kernels.compression` for the keys or the values of some KV heads, as wide inside as a head.
-
-    They start as zeros: whoever builds a model draws them.
-    """
-
-    def __init__(
-        self,
-        num_kv_heads: int,
-        head_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-
-        def weight(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(num_kv_heads, *shape, device=device, dtype=dtype))
-
-        self.positions = weight(BLOCK, head_dim)
-        self.inner = weight(BLOCK * head_dim, head_dim)
-        self.outer = weight(head_dim, head_dim)
-
-    @property
-    def weights(self) -> CompressionWeights:
-        return CompressionWeights(self.positions, self.inner, self.outer)
-
-
 class NSAAttention(DashAttention):
     """Attention of q [B, T, Hq, D] by the three branches of `dash_kernels.nsa`, or of this rank's shards of them.
 
     The selected branch takes k and v, and all that `DashAttention` takes: its backend, exchange, telemetry and memory
     of recomputed layers. A recomputation with "full" fetches halos and compressed blocks again. `summary_query` is not
-    read, and has a gradient of zeros.
+    read, and has a gradient of zeros. The compression's perceptrons are as wide inside as a head. Their weights are
+    zeros: whoever builds a model draws them.
 
     Args:
         spec: with `selection.NSA`.
@@ -76,8 +50,24 @@ class NSAAttention(DashAttention):
     ):
         super().__init__(num_kv_heads, head_dim, spec, device=device, dtype=dtype, **options)
         self.window = window
-        self.compress_keys = Compression(num_kv_heads, head_dim, device, dtype)
-        self.compress_values = Compression(num_kv_heads, head_dim, device, dtype)
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(num_kv_heads, *shape, device=device, dtype=dtype))
+
+        # In this module itself: ZeRO-3 gathers the weights of a module whose forward runs.
+        self.key_positions, self.value_positions = weight(BLOCK, head_dim), weight(BLOCK, head_dim)
+        self.key_inner, self.value_inner = (weight(BLOCK * head_dim, head_dim) for _ in range(2))
+        self.key_outer, self.value_outer = weight(head_dim, head_dim), weight(head_dim, head_dim)
+
+    @property
+    def key_weights(self) -> CompressionWeights:
+        """Weights of the compression of keys."""
+        return CompressionWeights(self.key_positions, self.key_inner, self.key_outer)
+
+    @property
+    def value_weights(self) -> CompressionWeights:
+        """Weights of the compression of values."""
+        return CompressionWeights(self.value_positions, self.value_inner, self.value_outer)
 
     def forward(
         self,
@@ -131,7 +121,7 @@ class NSAAttention(DashAttention):
             )
             return found
 
-        weights = *self.compress_keys.weights, *self.compress_values.weights
+        weights = *self.key_weights, *self.value_weights
         inputs = q, k, v, self.summary_query, *given.tensors, *weights
         out, routing = with_kept_output(self._memory_of("selective"), attend, *inputs)
         self.routing = routing if self.record_routing else None
@@ -149,13 +139,13 @@ class NSAAttention(DashAttention):
             spec: with softmax_scale as a number.
         """
         given = _required(branches)
-        weights = self.compress_keys.weights
+        weights = self.key_weights
         if shard is None:
             keys = compress(strides_of(given.compressed_k, own, spec), weights)
             keys = rotate_compressed(keys, given.angles, own, spec)
         else:
             topology = find_topology(shard.group, self.ranks_per_node)
-            keys, _ = gathered_blocks(given, weights, self.compress_values.weights, shard, spec, topology, Traffic())
+            keys, _ = gathered_blocks(given, weights, self.value_weights, shard, spec, topology, Traffic())
         return by_chunk(keys, spec)
 
 

@@ -10,7 +10,7 @@ from dash_dist.config.model import ModelConfig
 from dash_kernels.selection import BLOCK
 
 BRANCHES = "self_attention.core_attention.branches"
-COMPRESSION = "self_attention.core_attention.attention.compress_"
+COMPRESSION = "self_attention.core_attention.attention."
 
 
 def nsa_layers(model: ModelConfig, attention: AttentionConfig) -> list[int]:
@@ -44,10 +44,14 @@ def nsa_shapes(
     """
     rows = kv_heads * 4 * head_dim
     shapes: dict[str, tuple[int, ...]] = {}
-    for of in ("keys", "values"):
-        shapes[f"{COMPRESSION}{of}.positions"] = kv_heads, BLOCK, head_dim
-        shapes[f"{COMPRESSION}{of}.inner"] = kv_heads, BLOCK * head_dim, head_dim
-        shapes[f"{COMPRESSION}{of}.outer"] = kv_heads, head_dim, head_dim
+    of_compression = {
+        "positions": (BLOCK, head_dim),
+        "inner": (BLOCK * head_dim, head_dim),
+        "outer": (head_dim, head_dim),
+    }
+    for weight, shape in of_compression.items():
+        for of in ("key", "value"):
+            shapes[f"{COMPRESSION}{of}_{weight}"] = kv_heads, *shape
     shapes[f"{BRANCHES}.keys_and_values"] = rows, hidden
     shapes[f"{BRANCHES}.gates"] = query_heads * 3, hidden
     if bias:

@@ -57,7 +57,8 @@ def kept_by_layer(
 def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, *, tiled: bool = False) -> LayerBytes:
     """Count what autograd saves of a layer's forward pass with gradients; of a tiled MLP nothing but its input."""
     hidden, q, kv = sizes.hidden, sizes.q, sizes.kv
-    copy = q if sizes.batch > 1 else 0  # [b, s] to [s, b] for the projection after the attention
+    # [b, s] to [s, b] for the projection after the attention; the sum of NSA's branches is not kept beside it.
+    copy = q if sizes.batch > 1 and kind != "nsa" else 0
     projected = (
         hidden  # the layer's input after its norm
         + (q + 2 * kv)  # queries and keys after the rotary embedding, and values
@@ -90,13 +91,14 @@ def _saved_with_halo(sizes: Sizes, exchange: ExchangePlan) -> int:
 
 def _saved_by_branches(sizes: Sizes) -> tuple[int, int]:
     """Keys, values and gates of NSA's other branches; and their outputs, with what their backward passes need."""
-    tokens, kv = sizes.tokens, sizes.kv
-    projections = tokens * (4 * kv + 3 * sizes.query_heads) * BF16
+    tokens, kv, strides = sizes.tokens, sizes.kv, sizes.shard // STRIDE
+    gates = 3 * sizes.query_heads * (2 if sizes.batch > 1 else 1)  # and in [b, s]
+    projections = tokens * (2 * kv + gates) * BF16  # of the compressed branch, the tokens by stride are kept
     outputs = 3 * tokens * sizes.q * BF16 + 2 * tokens * sizes.query_heads * FP32  # two branches', and the gated sum
-    strides = 2 * tokens * kv * BF16  # tokens of the compressed keys and values, by stride
-    hidden = 2 * tokens // STRIDE * kv * BF16
+    by_stride = 2 * tokens * kv * BF16 + 2 * sizes.shard * INT64 + strides * sizes.head_dim * FP32  # with their angles
+    hidden = 2 * sizes.batch * strides * kv * BF16
     gathered = 2 * sizes.batch * sizes.chunks * summary_vectors(sizes, "nsa") * kv * BF16
-    return projections, outputs + strides + hidden + gathered
+    return projections, outputs + by_stride + hidden + gathered
 
 
 def saved_by_routing(sizes: Sizes, kind: Kind) -> int:

@@ -44,9 +44,14 @@ def layer_of(inputs: NSAInputs, layout: str, **options: Any) -> NSAAttention:
         **options,
     )
     with torch.no_grad():
-        for weight, value in zip(layer.parameters(), inputs.tensors[3:4] + inputs.tensors[9:], strict=True):
+        for weight, value in zip(weights_of(layer), inputs.tensors[3:4] + inputs.tensors[9:], strict=True):
             weight.copy_(value)
     return layer
+
+
+def weights_of(layer: NSAAttention) -> tuple[torch.Tensor, ...]:
+    """In the order of `NAMES`."""
+    return layer.summary_query, *layer.key_weights, *layer.value_weights
 
 
 def whole_results(
@@ -74,7 +79,7 @@ def whole_results(
     for place, leaf in zip(_OF_TOKENS, leaves, strict=True):
         assert leaf.grad is not None
         found[NAMES[place]] = join_sequence(leaf.grad, group, layout=layout)
-    for name, weight in zip((NAMES[3], *NAMES[9:]), layer.parameters(), strict=True):
+    for name, weight in zip((NAMES[3], *NAMES[9:]), weights_of(layer), strict=True):
         assert weight.grad is not None
         dist.all_reduce(weight.grad)
         found[name] = weight.grad

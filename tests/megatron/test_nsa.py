@@ -79,7 +79,8 @@ def test_weights_are_those_that_the_table_names(measured: dict[str, list[Measure
     assert len(table) == 8
     assert {name: tuple(gradients[name].shape) for name in table} == table
     assert all(gradients[name].any() for name in table)
-    assert {name for name in gradients if "branches" in name or "compress" in name} == table.keys()
+    of_every_layer = {name.replace("layers.0", "layers.1") for name in gradients if "layers.0" in name}
+    assert {name for name in gradients if "layers.1" in name} == of_every_layer | table.keys()
 
 
 @pytest.mark.parametrize("name", [*ALONE, *ON_TWO])
