@@ -16,7 +16,7 @@ from dash_kernels.selection import NSA
 from tests.context_parallel.attention_cases import CHUNK, crossing_documents, name_of, padding_at, ways
 from tests.kernels.nsa_inputs import NAMES, Found, NSAInputs, expected_of, random_nsa_inputs
 
-CHUNKS = 16
+TOKENS = 16 * CHUNK
 WINDOW = 2 * CHUNK + 3
 SPEC = AttentionSpec(CHUNK, selection=NSA(4))
 _OF_TOKENS = (0, 1, 2, 4, 5, 6, 7, 8)
@@ -27,16 +27,16 @@ def same_nsa_inputs() -> NSAInputs:
     """Fresh at every run, the same at every rank."""
     seed = torch.tensor([torch.seed() % 2**62])
     dist.broadcast(seed, 0)
-    return random_nsa_inputs(CHUNKS * CHUNK, width=8, generator=torch.Generator().manual_seed(int(seed)))
+    return random_nsa_inputs(TOKENS, width=8, generator=torch.Generator().manual_seed(int(seed)))
 
 
-def layer_of(inputs: NSAInputs, layout: str, **options: Any) -> NSAAttention:
+def layer_of(inputs: NSAInputs, layout: str, spec: AttentionSpec = SPEC, **options: Any) -> NSAAttention:
     """The module with the inputs' weights, over all ranks."""
     kv_heads, head_dim = inputs.tensors[3].shape
     layer = NSAAttention(
         kv_heads,
         head_dim,
-        SPEC,
+        spec,
         window=WINDOW,
         layout=layout,
         cp_group=dist.group.WORLD,
@@ -94,30 +94,33 @@ def differences(found: Found, expected: Found) -> dict[str, float]:
     }
 
 
-def same_expected(inputs: NSAInputs, cu_seqlens: torch.Tensor | None) -> Found:
+def same_expected(inputs: NSAInputs, spec: AttentionSpec, cu_seqlens: torch.Tensor | None) -> Found:
     """The float64 reference, computed by rank 0."""
-    found: list[Found | None] = [expected_of(inputs, SPEC, WINDOW, cu_seqlens) if dist.get_rank() == 0 else None]
+    found: list[Found | None] = [expected_of(inputs, spec, WINDOW, cu_seqlens) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, 0)
     assert found[0] is not None
     return found[0]
 
 
-def parity(layouts: tuple[str, ...] = LAYOUTS, exchange: str | None = None) -> dict[str, dict[str, float]]:
+def parity(
+    layouts: tuple[str, ...] = LAYOUTS, exchange: str | None = None, chunk_size: int = CHUNK
+) -> dict[str, dict[str, float]]:
     """Every exchange, layout and kind of documents against the reference."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory in which nothing has arrived is NaN
+    spec, chunks_in_all = AttentionSpec(chunk_size, selection=SPEC.selection), TOKENS // chunk_size
     cases = {("one document", layout): None for layout in layouts}
-    cases |= {("packed", layout): crossing_documents(CHUNKS) for layout in layouts}
-    cases |= {("a rank of padding", layout): padding_at(1, CHUNKS, layout) for layout in layouts}
+    cases |= {("packed", layout): crossing_documents(chunks_in_all) for layout in layouts}
+    cases |= {("a rank of padding", layout): padding_at(1, chunks_in_all, layout) for layout in layouts}
     inputs = same_nsa_inputs()
     wanted: dict[tuple[int, ...] | None, Found] = {}
     found = {}
     for (kind, layout), bounds in cases.items():
-        cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32) * CHUNK
-        chunks = None if cu_seqlens is None else ChunkGrid.packed(cu_seqlens.tolist(), CHUNK)
+        cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32) * chunk_size
+        chunks = None if cu_seqlens is None else ChunkGrid.packed(cu_seqlens.tolist(), chunk_size)
         if bounds not in wanted:
-            wanted[bounds] = same_expected(inputs, cu_seqlens)
+            wanted[bounds] = same_expected(inputs, spec, cu_seqlens)
         for way in ways() if exchange is None else [{"exchange": exchange}]:
-            result = whole_results(inputs, layer_of(inputs, layout, **way), layout, chunks)
+            result = whole_results(inputs, layer_of(inputs, layout, spec, **way), layout, chunks)
             found[name_of(layout, way, kind)] = differences(result, wanted[bounds])
     return found
 
@@ -144,7 +147,7 @@ def counted_selections() -> tuple[torch.Tensor, torch.Tensor]:
     branches = Branches(*tensors[3:], (cosines, sines))
     layer.record_routing = True
     layer(*tensors[:3], branches=branches)
-    counts = shard_selections(layer, tensors[0], tensors[1], None, bins=CHUNKS, branches=branches)
+    counts = shard_selections(layer, tensors[0], tensors[1], None, bins=TOKENS // CHUNK, branches=branches)
     dist.all_reduce(counts)
     assert layer.routing is not None
     total = layer.routing.selected_per_token.sum()

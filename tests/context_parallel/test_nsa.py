@@ -14,8 +14,10 @@ def test_every_exchange_equals_the_reference(size: int) -> None:
             assert max(differences.values()) < 1e-10, (case, differences)
 
 
-def test_the_selective_exchange_of_two_ranks() -> None:
-    arguments = ("zigzag",), "selective"
+@pytest.mark.parametrize("chunk_size", [16, 32])
+def test_the_selective_exchange_of_two_ranks(chunk_size: int) -> None:
+    """The halo of compressed blocks is a chunk, and half a chunk."""
+    arguments = ("zigzag",), "selective", chunk_size
     for found in run_ranks("tests.context_parallel.nsa_jobs:parity", 2, *arguments, cpu_only=True):
         for case, differences in found.items():
             assert max(differences.values()) < 1e-10, (case, differences)
