@@ -216,8 +216,8 @@ class RunConfig(Section):
                 )
             if "nsa" in self.attention.pattern and self.deepspeed.settings().zero_optimization.stage == 3:
                 raise ValueError(
-                    "attention.kind has nsa layers, and ZeRO stage 3 takes their weights apart before the backward pass "
-                    "of their compression: set deepspeed.zero_stage to 1 or 2, or engine to megatron"
+                    "attention.kind has nsa layers, and ZeRO stage 3 has taken their weights apart when the backward "
+                    "pass of their compression begins: set deepspeed.zero_stage to 1 or 2, or engine to megatron"
                 )
         if self.attention.conversion is not None and not self.stages:
             self.trainable.check_conversion()

@@ -174,7 +174,9 @@ def attention_moment(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> Moment
     if kind == "window":
         return _window_moment(sizes, exchange)
     tokens, q, kv = sizes.tokens, sizes.q, sizes.kv
-    gradients = tokens * BF16 * (2 * q + sizes.hidden)  # of the output, the queries, and the residual stream
+    outputs = 3 if kind == "nsa" else 1
+    # Of the output, or of each branch's, of the queries, and of the residual stream.
+    gradients = tokens * BF16 * ((outputs + 1) * q + sizes.hidden)
     own = 2 * tokens * kv * FP32
     scratch = min(sizes.batch * sizes.kv_heads * sizes.chunks * sizes.shard // 8, MAX_SLAB_BYTES)
     copies = tokens * q * BF16 if sizes.batch > 1 else 0  # the output's gradient, made contiguous

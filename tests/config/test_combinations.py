@@ -143,8 +143,8 @@ def test_flops_count_each_layer_by_its_kind() -> None:
     routing = 2 * 4096 / (2 * 16) / 2
     assert attended(4096, **infllmv2) == pytest.approx(12 * (64 * earlier + 32) / 2 + routing)
     assert attended(2048, **infllmv2) == pytest.approx(attended(2048, kind="dense"))
-    # Projections of two more keys and values of 32 channels and of 3 x 4 gates, and two perceptrons every 16 tokens.
-    weights = 64 * (4 * 32 + 3 * 4) + 2 * 2 * (32 * 16 + 16) * 16 / 16
+    # Projections to two more keys and values of 4 heads of 8 and to 3 x 8 gates; two perceptrons every 16 tokens.
+    weights = 64 * (4 * 32 + 3 * 8) + 2 * 4 * (32 * 8 + 8) * 8 / 16
     branches = 12 * (64 * earlier + 32 + 512 - 512**2 / 8192 + 4096 / 32) / 2
     of_nsa = attended(4096, kind="nsa", top_chunks=4)
     assert of_nsa == pytest.approx(branches + 6 * weights / 64 / 2)

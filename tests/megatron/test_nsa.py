@@ -111,3 +111,12 @@ def test_a_run_continues_from_its_checkpoint_at_other_layouts(tmp_path: Path) ->
     other = dataclasses.replace(SAVED, kind=("dash", "topk"), nsa=None)
     with pytest.raises(Exception, match=r"nsa_layers is \[1\] in the checkpoint and None in this run"):
         run_ranks("tests.megatron.megatron_jobs:load_and_train", 1, [("nsa", other)], tmp_path, cpu_only=True)
+
+
+def test_branches_start_with_the_keys_and_values_of_given_weights() -> None:
+    """Given weights know nothing of nsa: what they lack is drawn as in a run without them."""
+    for tensor in (1, 2):
+        for found in run_ranks(
+            "tests.megatron.nsa_jobs:started", tensor, dataclasses.replace(NSA, tensor=tensor), cpu_only=True
+        ):
+            assert found == {"window keys": True, "window values": True, "given": True, "drawn": True}
