@@ -62,15 +62,16 @@ def flops_per_token(
         routed = attention.fixed_density(kind, document_length) < 1.0
         return selected(kind) + (2 * document_length / (2 * stride) if routed else 0.0)
 
+    def branches() -> float:
+        return selected("nsa") + windowed(attention.nsa_rule.window) + 12 * document_length / (2 * STRIDE)
+
     kinds = attention.kinds(model.num_layers)
     nsa = nsa_layers(model, attention)
     operations = {
         "dash": 12 * (density * (document_length - chunk) / 2 + chunk / 2) + 6 * document_length / (2 * chunk),
         "topk": listed("topk", chunk) if "topk" in kinds else 0.0,
         "infllmv2": listed("infllmv2", STRIDE) if "infllmv2" in kinds else 0.0,
-        "nsa": selected("nsa") + windowed(attention.nsa_rule.window) + 12 * document_length / (2 * STRIDE)
-        if nsa
-        else 0.0,
+        "nsa": branches() if nsa else 0.0,
         "dense": 12 * document_length / 2,
         "window": windowed(attention.window or document_length),
     }
