@@ -10,9 +10,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from dash_dist.config.section import Section, divisors, next_multiple
-from dash_dist.config.selection import FIXED_KINDS, InfLLMv2Config, top_density
+from dash_dist.config.selection import FIXED_KINDS, InfLLMv2Config, NSAConfig, top_density
 
-Kind = Literal["dash", "dense", "window", "topk", "infllmv2"]
+Kind = Literal["dash", "dense", "window", "topk", "infllmv2", "nsa"]
 
 
 class RoutingWarmup(Section):
@@ -36,18 +36,22 @@ class AttentionConfig(Section):
             "of all layers, or a list of as many as there are layers, or a shorter one that repeats. dense: exact "
             "softmax attention to every earlier token; window: to the last `window` tokens; both without routing; "
             "topk: to the `top_chunks` chunks of the highest routing probability, without gradient through the "
-            "selection; infllmv2: likewise, by pooled means of keys"
+            "selection; infllmv2: likewise, by pooled means of keys; nsa: likewise, by learned compressed keys, beside "
+            "a compressed and a window branch"
         ),
     )
     window: int | None = Field(
         default=None, gt=0, description="tokens that a token of a window layer attends to, itself counted"
     )
     top_chunks: int | None = Field(
-        default=None, ge=2, description="chunks that a token of a topk or infllmv2 layer attends to, its own counted"
+        default=None,
+        ge=2,
+        description="chunks that a token of a topk, infllmv2 or nsa layer attends to, its own counted",
     )
     infllmv2: InfLLMv2Config | None = Field(
         default=None, description="of layers of that kind; None: its defaults, which need top_chunks of 34 or more"
     )
+    nsa: NSAConfig | None = Field(default=None, description="of layers of that kind; None: its defaults")
     chunk_size: int = Field(default=64, ge=16, le=128, multiple_of=16, description="tokens")
     alpha: float = Field(default=1.5, gt=1.0, le=2.0)
     routing_scale: float = Field(default=1.0, gt=0.0)
@@ -119,6 +123,28 @@ class AttentionConfig(Section):
                 f"{self.chunk_size}: set it to {next_multiple(rule.dense_length, self.chunk_size)}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _nsa_fits(self) -> Self:
+        if "nsa" not in self.pattern:
+            if self.nsa is not None:
+                raise ValueError(
+                    "attention.nsa is given, and attention.kind has no nsa layer: drop it, or name such layers"
+                )
+            return self
+        rule = self.nsa_rule
+        assert self.top_chunks is not None  # checked above
+        if self.top_chunks < rule.always:
+            raise ValueError(
+                f"attention.top_chunks is {self.top_chunks}, and attention.nsa always selects {rule.always} chunks: "
+                f"raise top_chunks to {rule.always + 1}, or lower nsa.local_chunks, {rule.local_chunks}"
+            )
+        return self
+
+    @property
+    def nsa_rule(self) -> NSAConfig:
+        """Settings of nsa layers."""
+        return self.nsa or NSAConfig()
 
     @property
     def infllmv2_rule(self) -> InfLLMv2Config:

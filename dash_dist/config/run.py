@@ -214,6 +214,11 @@ class RunConfig(Section):
                     f"attention.conversion is {self.attention.conversion}, and engine: deepspeed trains by the loss of "
                     "the model only: set engine to megatron"
                 )
+            if "nsa" in self.attention.pattern and self.deepspeed.settings().zero_optimization.stage == 3:
+                raise ValueError(
+                    "attention.kind has nsa layers, and ZeRO stage 3 has taken their weights apart when the backward "
+                    "pass of their compression begins: set deepspeed.zero_stage to 1 or 2, or engine to megatron"
+                )
         if self.attention.conversion is not None and not self.stages:
             self.trainable.check_conversion()
         return self

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from dash_dist.config.section import Section
 
-ROUTED_KINDS = ("dash", "topk", "infllmv2")
+ROUTED_KINDS = ("dash", "topk", "infllmv2", "nsa")
 """Kinds whose layers select chunks by the query, and have statistics and heat maps of it."""
 
-FIXED_KINDS = ("topk", "infllmv2")
+FIXED_KINDS = ("topk", "infllmv2", "nsa")
 """Those that select as many chunks for every token."""
 
 
@@ -23,6 +23,21 @@ class InfLLMv2Config(Section):
     local_chunks: int = Field(default=32, ge=0, description="before a token's own that are always selected")
     dense_length: int = Field(
         default=8192, ge=0, description="tokens; documents up to this length have dense attention"
+    )
+
+    @property
+    def always(self) -> int:
+        """Chunks that are selected in any case, the own one counted."""
+        return self.first_chunks + self.local_chunks + 1
+
+
+class NSAConfig(Section):
+    """Chunks that layers of kind nsa select in any case, and their window."""
+
+    first_chunks: int = Field(default=1, ge=0, description="of a document that are always selected")
+    local_chunks: int = Field(default=1, ge=0, description="before a token's own that are always selected")
+    window: int = Field(
+        default=512, gt=0, description="tokens that a token of the window branch attends to, itself counted"
     )
 
     @property

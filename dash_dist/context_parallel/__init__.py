@@ -4,6 +4,7 @@ from dash_dist.context_parallel.errors import ExchangeError
 from dash_dist.context_parallel.exchange_counters import Traffic, TrafficSummary
 from dash_dist.context_parallel.layout import join_sequence, shard_positions, split_sequence
 from dash_dist.context_parallel.module import DashAttention
+from dash_dist.context_parallel.nsa import NSAAttention
 from dash_dist.context_parallel.recompute import ForwardMemory
 from dash_dist.context_parallel.sharded_attention import dash_attention
 from dash_dist.context_parallel.window import WindowAttention
@@ -12,6 +13,7 @@ __all__ = [
     "DashAttention",
     "ExchangeError",
     "ForwardMemory",
+    "NSAAttention",
     "Traffic",
     "TrafficSummary",
     "WindowAttention",

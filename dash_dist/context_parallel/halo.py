@@ -1,4 +1,4 @@
-"""Halo of a shard under window attention: the chunks before each stretch of its own, from the ranks that hold them.
+"""Halo of a shard: the chunks before each stretch of its own that windows reach, from the ranks that hold them.
 
 Knows documents, chunks and ranks; does not know the attention. All ranks work out the same halos from the layout, so
 that no collective is needed to plan them.
@@ -119,7 +119,7 @@ def plan_halo(sequence: ChunkGrid, rank: int, size: int, layout: str, *, chunk_s
 
 
 @functools.lru_cache(maxsize=64)
-def _on(plan: HaloPlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def on_device(plan: HaloPlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`sent`, `band` and `own` of a plan on a device, uploaded once."""
     sent, band, own = (x.to(device) for x in (plan.sent, plan.band, plan.own))
     return sent, band, own
@@ -176,7 +176,7 @@ class _Call:
 class _WithHalo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: torch.Tensor, v: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
-        sent, band, _ = _on(call.plan, k.device)
+        sent, band, _ = on_device(call.plan, k.device)
         own = [x.unflatten(1, (-1, call.shard.chunk_size)).transpose(0, 1) for x in (k, v)]  # [chunks, B, C, Hkv, D]
         rows = torch.stack([x[sent] for x in own], dim=1)  # [sent, 2, B, C, Hkv, D]
         arrived = call.travel(rows, home=False, dense_bytes=2 * k.nbytes * (call.shard.size - 1))
@@ -193,7 +193,7 @@ class _WithHalo(torch.autograd.Function):
         plan, shard = call.plan, call.shard
         given, device = gradients[0].dtype, gradients[0].device
         dtype, chunks = accumulation_dtype(given), shard.chunks_per_rank
-        sent, band, own = _on(plan, device)
+        sent, band, own = on_device(plan, device)
         of_band = torch.stack([x.unflatten(1, (-1, shard.chunk_size)).transpose(0, 1) for x in gradients], dim=1)
         total = of_band.new_zeros(chunks + sum(plan.receive), *of_band.shape[1:], dtype=dtype)  # [..., 2, B, C, Hkv, D]
         total[:chunks] = of_band[own].to(dtype)

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 
 from dash_dist.context_parallel.module import DashAttention
+from dash_dist.context_parallel.nsa import NSAAttention
 from dash_dist.context_parallel.shard import Shard
 from dash_kernels.arguments import sequence_chunks
 from dash_kernels.backend import select_backend
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.nsa import Branches
 from dash_kernels.selection_counts import selection_counts
 from dash_kernels.spec import Queries
 
@@ -25,6 +27,7 @@ def shard_selections(
     chunks: ChunkGrid | None,
     *,
     bins: int,
+    branches: Branches | None = None,
 ) -> torch.Tensor:
     """`selection_counts` of this rank's shard, for inputs that `attention` has just accepted.
 
@@ -32,7 +35,7 @@ def shard_selections(
     context-parallel group.
 
     Args:
-        q, k, chunks: as `attention` takes them.
+        q, k, chunks, branches: as `attention` takes them.
         bins: upper limit; a sequence of fewer chunks has one bin per chunk.
 
     Returns:
@@ -45,8 +48,11 @@ def shard_selections(
     sequence = sequence_chunks(chunks, None, q, seq_len, spec)
     shard = None if group is None else Shard(group, attention.layout, sequence, spec.chunk_size)
     own = sequence if shard is None else shard.chunks
-    summaries = stages.summarize(k, own, attention.summary_query, spec)
-    if shard is not None:
-        summaries = shard.gather_summaries(summaries)
+    if isinstance(attention, NSAAttention):
+        summaries = attention.summaries(branches, own, shard, spec)
+    else:
+        summaries = stages.summarize(k, own, attention.summary_query, spec)
+        if shard is not None:
+            summaries = shard.gather_summaries(summaries)
     routing = stages.route(q, own, summaries, spec)
     return selection_counts(Queries(q, own, summaries, routing), spec, min(bins, len(sequence)))

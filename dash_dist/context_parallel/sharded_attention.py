@@ -25,7 +25,7 @@ from dash_dist.context_parallel.shard import Shard, fingerprint, whole_chunks
 from dash_dist.context_parallel.topology import find_topology
 from dash_dist.cost_model.topology import Topology
 from dash_kernels import dash_attention as dash_attention_one_device
-from dash_kernels.arguments import check_tensors
+from dash_kernels.arguments import check_summaries, check_tensors
 from dash_kernels.attention import without_autocast
 from dash_kernels.backend import Backend, select_backend
 from dash_kernels.chunks import ChunkGrid
@@ -58,6 +58,7 @@ def dash_attention(
     ranks_per_node: int | None = None,
     traffic: Traffic | None = None,
     memory: ForwardMemory[Any] | None = None,
+    summaries: torch.Tensor | None = None,
     **settings: Unpack[AttentionSettings],
 ) -> Any:
     """`dash_kernels.dash_attention` of a sequence that is split over the ranks of cp_group.
@@ -79,6 +80,7 @@ def dash_attention(
         traffic: counts the bytes and waits of this call and of its backward pass.
         memory: as there. With a cp_group it holds the plan as well, and the recomputation keeps the received K and V
             for the backward pass.
+        summaries: as there, of the whole sequence at every rank.
 
     With return_routing, the statistics are those of this rank's tokens.
 
@@ -102,6 +104,7 @@ def dash_attention(
             backend=backend,
             return_routing=return_routing,
             memory=memory,
+            summaries=summaries,
             **settings,
         )
 
@@ -116,6 +119,7 @@ def dash_attention(
             Topology(size, ranks_per_node)
         sequence = whole_chunks(q, chunks, cu_seqlens, checked, size, layout)
         shard = Shard(cp_group, layout, sequence, checked.chunk_size)
+        check_summaries(summaries, k, len(sequence), checked)
         packed = cu_seqlens is not None or chunks is not None
         documents = f"of documents {fingerprint(sequence)}" if packed else "not given"
         constants = ((field.name, getattr(checked, field.name)) for field in dataclasses.fields(checked))
@@ -129,7 +133,7 @@ def dash_attention(
     checked, stages, shard = check_together(check, call_of_rank, cp_group, once=q.is_cuda)
     recomputed = memory.recall() if memory is not None and torch.is_grad_enabled() else None
     topology = find_topology(cp_group, ranks_per_node)
-    call = _Call(shard, checked, stages, exchange, topology, traffic or Traffic(), recomputed)
+    call = _Call(shard, checked, stages, exchange, topology, traffic or Traffic(), summaries, recomputed)
     passes: list[RoutedPass] = []  # autograd functions return only tensors
     out, selected = _ContextParallelAttention.apply(q, k, v, summary_query, call, passes)
     if memory is not None and not torch.is_grad_enabled():
@@ -139,7 +143,10 @@ def dash_attention(
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of a call besides its tensors. recomputed: the first pass, in a recomputation."""
+    """Arguments of a call besides its tensors that have gradients.
+
+    summaries: of the whole sequence, where they were given. recomputed: the first pass, in a recomputation.
+    """
 
     shard: Shard
     spec: AttentionSpec
@@ -147,6 +154,7 @@ class _Call:
     exchange: str
     topology: Topology
     traffic: Traffic
+    summaries: torch.Tensor | None
     recomputed: RoutedPass | None
 
 
@@ -165,7 +173,9 @@ class _ContextParallelAttention(torch.autograd.Function):
         shard, spec, stages, traffic = call.shard, call.spec, call.stages, call.traffic
         exchange = call.recomputed.exchange if call.recomputed else static_exchange(call.exchange, shard, call.topology)
         # Collectives of a group run one after another: the summaries first, since routing waits for them.
-        summaries = shard.gather_summaries(stages.summarize(k, shard.chunks, summary_query, spec))
+        summaries = call.summaries
+        if summaries is None:
+            summaries = shard.gather_summaries(stages.summarize(k, shard.chunks, summary_query, spec))
         # Without a plan, K and V leave before routing.
         delivery = None if exchange is None else exchange.deliver(k, v, traffic)
         routing = call.recomputed.routing if call.recomputed else stages.route(q, shard.chunks, summaries, spec)

@@ -6,8 +6,6 @@ how it travels, as `halo` does, nor how the attention is computed.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,7 +22,7 @@ from dash_dist.context_parallel.topology import find_topology
 from dash_dist.cost_model.topology import Topology
 from dash_kernels import AttentionSpec, ChunkGrid
 from dash_kernels.arguments import check_tensors, sequence_chunks
-from dash_kernels.window import Segments, window_attention
+from dash_kernels.window import document_segments, window_attention
 
 
 class WindowAttention(nn.Module):
@@ -72,7 +70,7 @@ class WindowAttention(nn.Module):
     ) -> torch.Tensor:
         if self.cp_group is None:
             check_tensors(q, k, v, self.summary_query)
-            segments = _documents(sequence_chunks(chunks, None, q, q.shape[1], self.spec))
+            segments = document_segments(sequence_chunks(chunks, None, q, q.shape[1], self.spec))
         else:
             shard, topology = self._shard(q, k, v, chunks, self.cp_group)
             k, v, segments = with_halo(k, v, shard, self.window, topology, self.traffic)
@@ -110,13 +108,3 @@ class WindowAttention(nn.Module):
     def extra_repr(self) -> str:
         heads, dim = self.summary_query.shape
         return f"num_kv_heads={heads}, head_dim={dim}, window={self.window}, layout={self.layout}"
-
-
-@functools.lru_cache(maxsize=64)
-def _documents(sequence: ChunkGrid) -> Segments:
-    """Documents of a whole sequence on one device."""
-    lengths = torch.zeros(len(sequence), dtype=torch.int64).index_add_(
-        0, sequence.firsts.long(), sequence.lengths.long()
-    )
-    of_documents = lengths[lengths > 0].tolist()
-    return Segments(of_documents, of_documents)

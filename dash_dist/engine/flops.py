@@ -5,8 +5,11 @@ Knows the model's shapes. Does not know what any kernel really executes.
 
 from __future__ import annotations
 
+import math
+
 from dash_dist.config.attention import AttentionConfig, Kind
 from dash_dist.config.model import ModelConfig
+from dash_dist.models.nsa import COMPRESSION, nsa_layers, nsa_shapes
 from dash_kernels.selection import STRIDE
 
 
@@ -29,6 +32,8 @@ def flops_per_token(
       summaries of the earlier chunks;
     - topk: likewise, of the density that attention.top_chunks makes, where routing has no backward pass, 2 H x T /
       (2 chunk_size); infllmv2: 2 H x T / (2 x 16), against means every 16 tokens, unless the documents are dense;
+    - nsa: the sum of its branches: topk's without routing, a window, and T / (2 x 16) compressed blocks; and 6 per
+      weight of its own matrices, those of the compression once for every 16 tokens;
     - dense: T / 2;
     - window: window - window^2 / 2T, or T / 2 where the window is longer than T.
 
@@ -43,20 +48,47 @@ def flops_per_token(
     chunk = min(attention.chunk_size, document_length)
     weights_per_layer = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.ffn_hidden_size)
     weights = model.num_layers * weights_per_layer + model.hidden_size * vocab_size
-    window = min(attention.window or document_length, document_length)
+
+    def windowed(window: float) -> float:
+        reached = min(window, document_length)
+        return 12 * (reached - reached**2 / (2 * document_length))
+
+    def selected(kind: Kind) -> float:
+        available = (document_length / chunk + 1) / 2
+        earlier = attention.fixed_density(kind, document_length) * available - 1  # chunks besides the own one
+        return 12 * (earlier * chunk + chunk / 2)
 
     def listed(kind: Kind, stride: float) -> float:
-        available = (document_length / chunk + 1) / 2
-        density = attention.fixed_density(kind, document_length)
-        earlier = density * available - 1  # chunks besides the own one
-        return 12 * (earlier * chunk + chunk / 2) + (2 * document_length / (2 * stride) if density < 1.0 else 0.0)
+        routed = attention.fixed_density(kind, document_length) < 1.0
+        return selected(kind) + (2 * document_length / (2 * stride) if routed else 0.0)
+
+    def branches() -> float:
+        return selected("nsa") + windowed(attention.nsa_rule.window) + 12 * document_length / (2 * STRIDE)
 
     kinds = attention.kinds(model.num_layers)
+    nsa = nsa_layers(model, attention)
     operations = {
         "dash": 12 * (density * (document_length - chunk) / 2 + chunk / 2) + 6 * document_length / (2 * chunk),
         "topk": listed("topk", chunk) if "topk" in kinds else 0.0,
         "infllmv2": listed("infllmv2", STRIDE) if "infllmv2" in kinds else 0.0,
+        "nsa": branches() if nsa else 0.0,
         "dense": 12 * document_length / 2,
-        "window": 12 * (window - window**2 / (2 * document_length)),
+        "window": windowed(attention.window or document_length),
     }
-    return 6.0 * weights + heads * sum(operations[kind] for kind in kinds)
+    return 6.0 * (weights + len(nsa) * _weights_of_nsa(model)) + heads * sum(operations[kind] for kind in kinds)
+
+
+def _weights_of_nsa(model: ModelConfig) -> float:
+    """Weights that a token passes in an nsa layer alone."""
+    shapes = nsa_shapes(
+        hidden=model.hidden_size,
+        query_heads=model.num_attention_heads,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.resolved_head_dim,
+        bias=False,
+    )
+    return sum(
+        math.prod(shape) / (STRIDE if name.startswith(COMPRESSION) else 1)
+        for name, shape in shapes.items()
+        if not name.endswith("positions")
+    )

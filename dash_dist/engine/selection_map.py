@@ -81,7 +81,9 @@ class SelectionRecorder:
                 return  # a recomputation: the pass before it was counted
             q, k = inputs[:2]
             with self._timer.span("heat_map"):
-                self.counts[layer] = shard_selections(attention, q, k, options.get("chunks"), bins=MAX_BINS)
+                self.counts[layer] = shard_selections(
+                    attention, q, k, options.get("chunks"), bins=MAX_BINS, branches=options.get("branches")
+                )
 
         return count
 

@@ -237,7 +237,7 @@ class _Evaluation:
             "attention": {
                 "kind": list(attention.pattern),
                 **{name: getattr(attention, name) for name in ("window", "chunk_size", "alpha", "prior_sigma")},
-                **attention.model_dump(mode="json", include={"top_chunks", "infllmv2"}, exclude_none=True),
+                **attention.model_dump(mode="json", include={"top_chunks", "infllmv2", "nsa"}, exclude_none=True),
             },
         }
 

@@ -16,12 +16,16 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from dash_dist.config.attention import AttentionConfig, Kind
 from dash_dist.config.selection import FIXED_KINDS
-from dash_dist.context_parallel import DashAttention, WindowAttention
+from dash_dist.context_parallel import DashAttention, NSAAttention, WindowAttention
 from dash_dist.megatron.conversion import Conversion
 from dash_dist.megatron.documents import PackedDocuments
 from dash_dist.megatron.layer_config import LayerConfig
+from dash_dist.megatron.nsa_branches import NSABranches
 from dash_kernels import AttentionSpec
-from dash_kernels.selection import InfLLMv2, SelectionRule, TopChunks
+from dash_kernels.nsa import Branches
+from dash_kernels.selection import NSA, InfLLMv2, SelectionRule, TopChunks
+
+_SUMMARY_QUERY = "attention.summary_query"
 
 
 def selection_of(config: AttentionConfig, kind: Kind) -> SelectionRule | None:
@@ -31,6 +35,8 @@ def selection_of(config: AttentionConfig, kind: Kind) -> SelectionRule | None:
     assert config.top_chunks is not None  # the configuration has checked it
     if kind == "topk":
         return TopChunks(config.top_chunks)
+    if kind == "nsa":
+        return NSA(config.top_chunks, **config.nsa_rule.model_dump(exclude={"window"}))
     return InfLLMv2(config.top_chunks, **config.infllmv2_rule.model_dump())
 
 
@@ -53,7 +59,7 @@ class DashCoreAttention(MegatronModule):
 
     `summary_query` [num_kv_heads / tp, head_dim] is sharded over tensor parallelism together with the KV
     heads. Over context and data parallelism it is replicated, so Megatron reduces its gradient over DP x CP like that
-    of every other weight.
+    of every other weight. All weights of an nsa layer are sharded and replicated likewise.
 
     Args:
         attention: the run's settings; the layer's kind is that of `layer_number`, from 1, in the whole model.
@@ -100,20 +106,24 @@ class DashCoreAttention(MegatronModule):
                 **travel,
             )
         else:
-            self.attention = DashAttention(
-                kv_heads,
-                head_dim,
-                attention_spec(attention, softmax_scale, kind=kind),
-                backend=attention.backend,
-                exchange=attention.exchange,
-                recompute=recompute,
-                dense=kind == "dense",
+            routed: dict[str, Any] = {
+                "backend": attention.backend,
+                "exchange": attention.exchange,
+                "recompute": recompute,
                 **travel,
-            )
+            }
+            spec = attention_spec(attention, softmax_scale, kind=kind)
+            if kind == "nsa":
+                self.attention = NSAAttention(kv_heads, head_dim, spec, window=attention.nsa_rule.window, **routed)
+            else:
+                self.attention = DashAttention(kv_heads, head_dim, spec, dense=kind == "dense", **routed)
+        self.branches = NSABranches(config, self.tp_group) if kind == "nsa" else None
+        """Projections of an nsa layer beside those of every layer."""
         self.conversion: Conversion | None = None
         if attention.conversion is not None and isinstance(self.attention, DashAttention) and kind == "dash":
             self.conversion = Conversion(self.attention, config.num_attention_heads)
-        set_tensor_model_parallel_attributes(self.attention.summary_query, is_parallel=True, dim=0, stride=1)
+        for weight in self.attention.parameters():
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self,
@@ -124,6 +134,7 @@ class DashCoreAttention(MegatronModule):
         *,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedDocuments | None = None,
+        branches: Branches | None = None,
     ) -> torch.Tensor:
         """Causal attention within each sequence, or within each document packed into it.
 
@@ -132,6 +143,7 @@ class DashCoreAttention(MegatronModule):
             key, value: [b, s, num_kv_heads / tp, head_dim].
             attention_mask, attention_bias: must be None.
             packed_seq_params: the documents packed into the sequence; None for sequences of one document.
+            branches: of an nsa layer, from `self.branches`.
 
         Returns:
             [s, b, num_attention_heads / tp x head_dim]
@@ -146,7 +158,8 @@ class DashCoreAttention(MegatronModule):
             raise ValueError(f"packed_seq_params is {type(packed_seq_params).__name__}: pass PackedDocuments or None")
         chunks = None if packed_seq_params is None else packed_seq_params.chunks
         if self.conversion is None:
-            output = self.attention(query, key, value, chunks=chunks)
+            options = {} if branches is None else {"branches": branches}
+            output = self.attention(query, key, value, chunks=chunks, **options)
         else:
             output = self.conversion(query, key, value, chunks, training=self.training)
         return output.flatten(start_dim=2).transpose(0, 1).contiguous()  # a view for one sequence
@@ -157,12 +170,18 @@ class DashCoreAttention(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """`summary_query` for Megatron's distributed checkpoint, cut along the KV heads."""
-        return make_sharded_tensors_for_checkpoint(
-            self.attention.state_dict(keep_vars=True),
-            f"{prefix}attention.",
-            {"summary_query": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        """Weights for Megatron's distributed checkpoint, cut along the heads.
+
+        Every layer has a `summary_query`, and those of all layers are stacked. Other weights have the layer's number in
+        their key, since only nsa layers have them.
+        """
+        weights = self.state_dict(keep_vars=True)
+        groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
+        stacked = {_SUMMARY_QUERY: weights.pop(_SUMMARY_QUERY)}
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            stacked, prefix, {_SUMMARY_QUERY: 0}, sharded_offsets, **groups
         )
+        apart = make_sharded_tensors_for_checkpoint(weights, prefix, dict.fromkeys(weights, 0), (), **groups)
+        for name, one in apart.items():
+            one.key = f"{prefix}layer_{self.layer_number - 1}.{name.removeprefix(prefix)}"
+        return sharded | apart

@@ -31,6 +31,7 @@ from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.recompute import recompute_settings
 from dash_dist.megatron.rotary import ShardRotaryEmbedding
 from dash_dist.megatron.weights import FullParameters, initialise_weights, read_weights
+from dash_dist.models.nsa import nsa_parameters
 from dash_kernels.ranges import ranged
 
 
@@ -206,7 +207,8 @@ def build_model(
         vocab_size: tokens of the tokenizer; the embedding has `padded_vocab_size` rows, and so has the output layer.
         sequence_length: tokens of a whole sequence.
         seed: of the initial weights, which depend on nothing else.
-        source: of the initial weights; None draws them.
+        source: of the initial weights; None draws them. Those that only nsa layers have are drawn in any case, but
+            that all branches start with the source's keys and values.
         fused: take the kernels of `dash_dist.megatron.fused`, which need a GPU.
 
     Raises:
@@ -235,7 +237,13 @@ def build_model(
     if source is None:
         initialise_weights(stage, init_std=model.init_std, seed=seed)
     else:
-        read_weights(stage, source)
+        ours = nsa_parameters(model, attention).keys()
+        initialise_weights(stage, init_std=model.init_std, seed=seed, only=ours)
+        read_weights(stage, source, without=ours)
+        for layer in stage.decoder.layers:
+            projection, branches = layer.self_attention.linear_qkv, layer.self_attention.core_attention.branches
+            if branches is not None:
+                branches.start_from(projection.weight, projection.bias)
     return stage
 
 

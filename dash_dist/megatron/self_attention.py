@@ -73,8 +73,9 @@ class RotarySelfAttention(SelfAttention):
             query, key = (norm(x) for norm, x in zip(norms, (query, key), strict=True))
             if angles:
                 query, key = rotate(query, *angles), rotate(key, *angles)
-        attended = self.core_attention(
-            query, key, value, attention_mask, attention_bias=attention_bias, packed_seq_params=packed_seq_params
-        )
+        options: dict[str, Any] = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+        if self.core_attention.branches is not None:
+            options["branches"] = self.core_attention.branches(hidden_states, self.k_layernorm, angles)
+        attended = self.core_attention(query, key, value, attention_mask, **options)
         output: tuple[torch.Tensor, torch.Tensor | None] = self.linear_proj(attended)
         return output

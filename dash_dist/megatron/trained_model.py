@@ -35,6 +35,7 @@ from dash_dist.megatron.offload import ActivationOffload
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch, split_micro_batches
 from dash_dist.megatron.trainable import let_recomputed_layers_train, select_parameters
+from dash_dist.models.nsa import nsa_layers, nsa_parameters
 from dash_dist.models.start import open_start
 from dash_dist.models.table import parameter_table
 
@@ -99,6 +100,7 @@ class TrainedModel:
             **({"norms_after": True} if model.norms_after else {}),
             "head_dim": model.resolved_head_dim,
             "vocab_size": vocab_size,
+            **({"nsa_layers": nsa_layers(model, attention)} if "nsa" in attention.pattern else {}),
         }
         """Settings that a checkpoint must share."""
         self._constants = {
@@ -116,7 +118,7 @@ class TrainedModel:
         if trainable.lora is not None:
             add_adapters(self.module, model, trainable.lora, dims, seed=seed)
             self.identity[LORA] = trainable.lora.identity
-        names = list(parameter_table(model, vocab_size))
+        names = [*parameter_table(model, vocab_size), *nsa_parameters(model, attention)]
         self.learning_rates = select_parameters(self.module, trainable, names)
         self._conversion_loss: float | None = None
         if attention.conversion is None:
@@ -340,6 +342,8 @@ def _kinds(attention: AttentionConfig) -> dict[str, Any]:
     window = {} if attention.window is None else {"attention.window": attention.window}
     top = {} if attention.top_chunks is None else {"attention.top_chunks": attention.top_chunks}
     rule = {"attention.infllmv2": attention.infllmv2_rule.model_dump()} if "infllmv2" in pattern else {}
+    if "nsa" in pattern:
+        rule["attention.nsa"] = attention.nsa_rule.model_dump()
     return {"attention.kind": pattern[0] if len(pattern) == 1 else list(pattern), **window, **top, **rule}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import nn
 
 
-def initialise_weights(model: GPTModel, *, init_std: float, seed: int) -> None:
+def initialise_weights(model: GPTModel, *, init_std: float, seed: int, only: AbstractSet[str] | None = None) -> None:
     """Draw every matrix of this rank's part of the model from N(0, init_std^2), in place.
 
     Each weight is drawn in full from a generator seeded with `seed` and its name in the whole model, then cut
@@ -27,12 +28,13 @@ def initialise_weights(model: GPTModel, *, init_std: float, seed: int) -> None:
         model: one pipeline stage, before it is wrapped.
         init_std: standard deviation of the other weights.
         seed: of the run.
+        only: draw these parameters alone, by their `global_name`.
     """
     tp_group = model.tp_group
     for local_name, parameter in model.named_parameters():
-        if parameter.dim() == 1 or local_name.endswith("summary_query"):
-            continue
         name = global_name(model, local_name)
+        if parameter.dim() == 1 or name.endswith("summary_query") or (only is not None and name not in only):
+            continue
         std = init_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * model.config.num_layers)
@@ -57,11 +59,12 @@ class FullParameters(Protocol):
         """Return one parameter of the whole model by its `global_name`; None for zeros."""
 
 
-def read_weights(model: GPTModel, source: FullParameters) -> None:
+def read_weights(model: GPTModel, source: FullParameters, *, without: AbstractSet[str] = frozenset()) -> None:
     """Fill this rank's part of the model from whole parameters, in place, holding one of them at a time.
 
     Args:
         model: one pipeline stage, before it is wrapped.
+        without: parameters that the source does not know, which stay as they are.
 
     Raises:
         OSError, ValueError: the source cannot give a parameter.
@@ -69,6 +72,8 @@ def read_weights(model: GPTModel, source: FullParameters) -> None:
     tp_group = model.tp_group
     for local_name, parameter in model.named_parameters():
         name = global_name(model, local_name)
+        if name in without:
+            continue
         full = source.parameter(name)
         with torch.no_grad():
             if full is None:

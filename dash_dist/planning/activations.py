@@ -57,7 +57,8 @@ def kept_by_layer(
 def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, *, tiled: bool = False) -> LayerBytes:
     """Count what autograd saves of a layer's forward pass with gradients; of a tiled MLP nothing but its input."""
     hidden, q, kv = sizes.hidden, sizes.q, sizes.kv
-    copy = q if sizes.batch > 1 else 0  # [b, s] to [s, b] for the projection after the attention
+    # [b, s] to [s, b] for the projection after the attention; the sum of NSA's branches is not kept beside it.
+    copy = q if sizes.batch > 1 and kind != "nsa" else 0
     projected = (
         hidden  # the layer's input after its norm
         + (q + 2 * kv)  # queries and keys after the rotary embedding, and values
@@ -72,6 +73,9 @@ def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, *, tiled: b
         # Of the whole sequence.
         summaries = sizes.batch * sizes.chunks * summary_vectors(sizes, kind) * sizes.kv * FP32
         attention += summaries + saved_by_exchange(sizes, exchange) + saved_by_routing(sizes, kind)
+    if kind == "nsa":
+        in_projections, in_attention = _saved_by_branches(sizes)
+        projections, attention = projections + in_projections, attention + in_attention
     # After its norm, and of SwiGLU both halves of the input, and their product.
     mlp = 0 if tiled else sizes.tokens * (hidden + 3 * sizes.ffn) * BF16 + norm
     residual = input_of_layer(sizes)
@@ -83,6 +87,18 @@ def _saved_with_halo(sizes: Sizes, exchange: ExchangePlan) -> int:
     if exchange.name == "none":
         return 0
     return round(2 * (sizes.tokens * sizes.kv + exchange.received * sizes.chunk_size * sizes.head_dim) * BF16)
+
+
+def _saved_by_branches(sizes: Sizes) -> tuple[int, int]:
+    """Keys, values and gates of NSA's other branches; and their outputs, with what their backward passes need."""
+    tokens, kv, strides = sizes.tokens, sizes.kv, sizes.shard // STRIDE
+    gates = 3 * sizes.query_heads * (2 if sizes.batch > 1 else 1)  # and in [b, s]
+    projections = tokens * (2 * kv + gates) * BF16  # of the compressed branch, the tokens by stride are kept
+    outputs = 3 * tokens * sizes.q * BF16 + 2 * tokens * sizes.query_heads * FP32  # two branches', and the gated sum
+    by_stride = 2 * tokens * kv * BF16 + 2 * sizes.shard * INT64 + strides * sizes.head_dim * FP32  # with their angles
+    hidden = 2 * sizes.batch * strides * kv * BF16
+    gathered = 2 * sizes.batch * sizes.chunks * summary_vectors(sizes, "nsa") * kv * BF16
+    return projections, outputs + by_stride + hidden + gathered
 
 
 def saved_by_routing(sizes: Sizes, kind: Kind) -> int:
@@ -103,8 +119,11 @@ def tile_bits(sizes: Sizes) -> int:
 
 
 def summary_vectors(sizes: Sizes, kind: Kind) -> int:
-    """Vectors of a chunk by which it is selected."""
-    return sizes.chunk_size // STRIDE if kind == "infllmv2" else 1
+    """Vectors of a chunk by which it is selected.
+
+    NSA's are rounded to 16 bits, and travel with as many values: together the bytes of that many float32 vectors.
+    """
+    return sizes.chunk_size // STRIDE if kind in ("infllmv2", "nsa") else 1
 
 
 def saved_by_exchange(sizes: Sizes, exchange: ExchangePlan) -> int:
@@ -155,7 +174,9 @@ def attention_moment(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> Moment
     if kind == "window":
         return _window_moment(sizes, exchange)
     tokens, q, kv = sizes.tokens, sizes.q, sizes.kv
-    gradients = tokens * BF16 * (2 * q + sizes.hidden)  # of the output, the queries, and the residual stream
+    outputs = 3 if kind == "nsa" else 1
+    # Of the output, or of each branch's, of the queries, and of the residual stream.
+    gradients = tokens * BF16 * ((outputs + 1) * q + sizes.hidden)
     own = 2 * tokens * kv * FP32
     scratch = min(sizes.batch * sizes.kv_heads * sizes.chunks * sizes.shard // 8, MAX_SLAB_BYTES)
     copies = tokens * q * BF16 if sizes.batch > 1 else 0  # the output's gradient, made contiguous

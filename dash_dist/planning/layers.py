@@ -17,6 +17,7 @@ from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.step import imbalance
 from dash_dist.planning.traffic import NO_EXCHANGE, ExchangePlan, plan_exchange, plan_halo
+from dash_kernels.selection import STRIDE
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def plan_layers(
     """Plan every layer of the model; those of one kind are equal.
 
     Dense layers count as dash layers that select every chunk, whose kernels they take under context parallelism, and
-    topk and infllmv2 layers as dash layers of the density that follows from attention.top_chunks.
+    topk, infllmv2 and nsa layers as dash layers of the density that follows from attention.top_chunks.
     """
     attention, length = config.attention, config.training.sequence_length
     kinds = attention.kinds(config.model.num_layers)
@@ -63,6 +64,9 @@ def plan_layers(
         match kind:
             case "dash":
                 return routed(kind, assumptions)
+            case "nsa":
+                assumed = replace(assumptions, density=attention.fixed_density(kind, sizes.document))
+                return _with_branches(routed(kind, assumed), attention, sizes, layout, machine)
             case "topk" | "infllmv2":
                 return routed(kind, replace(assumptions, density=attention.fixed_density(kind, sizes.document)))
             case "dense":
@@ -76,14 +80,51 @@ def plan_layers(
 
 def _window(attention: AttentionConfig, sizes: Sizes, layout: Layout, machine: Machine) -> LayerPlan:
     assert attention.window is not None  # the configuration has checked it
-    window = min(attention.window, sizes.document)
-    attended = window - window**2 / (2 * sizes.document)
-    exchange = NO_EXCHANGE
-    if layout.context > 1:
-        chunks = -(-(attention.window - 1) // sizes.chunk_size)
-        exchange = plan_halo(sizes, layout, machine, chunks * PIECES_PER_RANK[attention.layout])
+    attended, exchange = _of_window(attention.window, attention, sizes, layout, machine)
     time = window_time(sizes, attended)
     return LayerPlan("window", time, exchange, uneven=1.0, attended=attended, routed=0.0)
+
+
+def _of_window(
+    window: int, attention: AttentionConfig, sizes: Sizes, layout: Layout, machine: Machine
+) -> tuple[float, ExchangePlan]:
+    """Tokens that a token attends to on average, and the exchange of the halo."""
+    reached = min(window, sizes.document)
+    attended = reached - reached**2 / (2 * sizes.document)
+    if layout.context == 1:
+        return attended, NO_EXCHANGE
+    chunks = -(-(window - 1) // sizes.chunk_size)
+    return attended, plan_halo(sizes, layout, machine, chunks * PIECES_PER_RANK[attention.layout])
+
+
+def _with_branches(
+    selected: LayerPlan, attention: AttentionConfig, sizes: Sizes, layout: Layout, machine: Machine
+) -> LayerPlan:
+    """A layer of NSA from its selected branch: the compressed one as a window of as many blocks, and a window.
+
+    A rank sends the halo of its windows, and 16 tokens at the end of each piece. Compressed keys and values are
+    gathered, and their float32 gradients are reduced, twice the bytes.
+    """
+    attended, halo = _of_window(attention.nsa_rule.window, attention, sizes, layout, machine)
+    blocks = sizes.document / (2 * STRIDE)
+    compressed, windows = window_time(sizes, blocks), window_time(sizes, attended)
+    time = AttentionTime(
+        route=selected.time.route,
+        attend=selected.time.attend + compressed.attend + windows.attend,
+        backward=selected.time.backward + compressed.backward + windows.backward,
+    )
+    exchange = selected.exchange
+    if layout.context > 1:
+        overlap = plan_halo(sizes, layout, machine, PIECES_PER_RANK[attention.layout])
+        share = STRIDE / sizes.chunk_size
+        exchange = replace(
+            exchange,
+            forward=exchange.forward + halo.forward + overlap.forward * share,
+            backward=exchange.backward + halo.backward + overlap.backward * share,
+            summary_gradients=exchange.summaries * 2,
+            messages=exchange.messages + halo.messages + overlap.messages,
+        )
+    return replace(selected, time=time, exchange=exchange, attended=selected.attended + blocks + attended)
 
 
 def of_stage(layers: tuple[LayerPlan, ...], layout: Layout, stage: int) -> tuple[LayerPlan, ...]:

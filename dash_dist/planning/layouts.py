@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import padded_vocab_size
 from dash_dist.config.run import RunConfig
+from dash_dist.models.nsa import nsa_layers
 from dash_dist.planning.recompute import Recompute
 from dash_kernels.limits import tile_tokens
 
@@ -78,6 +79,7 @@ class Sizes:
         micro_batches: of one step.
         document: tokens of the document of a token.
         listed: entries of a token's list of chunks in the layers that have lists, at most.
+        nsa_layers: of the whole model.
         tied: one matrix is the embedding and the output layer.
     """
 
@@ -97,6 +99,7 @@ class Sizes:
     micro_batches: int
     document: float
     listed: int
+    nsa_layers: frozenset[int]
     tied: bool
 
     @staticmethod
@@ -125,6 +128,7 @@ class Sizes:
             micro_batches=training.global_batch_size // (training.micro_batch_size * layout.data),
             document=min(document_length or training.sequence_length, training.sequence_length),
             listed=_listed(config.attention),
+            nsa_layers=frozenset(nsa_layers(model, config.attention)),
             tied=model.tie_embeddings,
         )
 

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from dash_dist.config.trainable import ADAPTERS, Linear, LoraConfig, TrainableSection
+from dash_dist.models.nsa import nsa_shapes
 from dash_dist.planning.layouts import Sizes
 
 
@@ -41,6 +42,7 @@ def layer_weights(sizes: Sizes, layer: int, lora: LoraConfig | None = None) -> l
     weights = {
         "input_layernorm.weight": sizes.hidden,
         "self_attention.core_attention.attention.summary_query": sizes.kv_heads * sizes.head_dim,
+        **(_of_nsa(sizes) if layer in sizes.nsa_layers else {}),
         "self_attention.linear_proj.weight": sizes.q * sizes.hidden,
         "self_attention.linear_qkv.weight": (sizes.q + 2 * sizes.kv) * sizes.hidden,
         **_adapters(sizes, lora, "self_attention"),
@@ -50,6 +52,18 @@ def layer_weights(sizes: Sizes, layer: int, lora: LoraConfig | None = None) -> l
         **_adapters(sizes, lora, "mlp"),
     }
     return [Weight(f"decoder.layers.{layer}.{name}", numbers) for name, numbers in weights.items()]
+
+
+def _of_nsa(sizes: Sizes) -> dict[str, int]:
+    """Weights of an nsa layer alone; its biases do not count, like those of other projections."""
+    shapes = nsa_shapes(
+        hidden=sizes.hidden,
+        query_heads=sizes.query_heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        bias=False,
+    )
+    return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
 def _adapters(sizes: Sizes, lora: LoraConfig | None, block: str) -> dict[str, int]:

@@ -164,7 +164,8 @@ def _bytes(
     exchanges = [[layer.exchange for layer in stage] for stage in stages]
     exchanged = [sum((_exchanged(one, recompute) for one in stage), Bytes()) for stage in exchanges]
     summaries = [
-        sum((one.summaries * exchange_passes(one, recompute) for one in stage), Bytes()) for stage in exchanges
+        sum((one.summaries * exchange_passes(one, recompute) + one.summary_gradients for one in stage), Bytes())
+        for stage in exchanges
     ]
     return {
         "exchange": max(exchanged, key=_total) * sizes.micro_batches,

@@ -192,7 +192,12 @@ def _exchange_time(layout: Layout, pace: Pace, exchange: ExchangePlan, stage3: t
     transfers = [forward] * passes + [backward]
     beside = [stage3[0] * share] * passes + [stage3[1] * share]
     merging = exchange.merged / (pace.machine.gpu.bandwidth * pace.assumptions.memory_efficiency)
-    return exposed(transfers, beside) + passes * pace.send(exchange.summaries) + merging
+    return (
+        exposed(transfers, beside)
+        + passes * pace.send(exchange.summaries)
+        + pace.send(exchange.summary_gradients)
+        + merging
+    )
 
 
 def exchange_passes(exchange: ExchangePlan, recompute: Recompute) -> int:

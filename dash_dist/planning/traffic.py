@@ -43,6 +43,7 @@ class ExchangePlan:
         forward, backward: sent in a forward pass, and in the backward one: K and V again, except those of a halo, and
             their gradients.
         summaries: of chunks, gathered in the forward pass.
+        summary_gradients: of what is gathered, returned in the backward pass, where it has any.
         messages: collectives or steps of the ring, forward and backward.
         merged: bytes of memory that merging what several parts of K and V give reads and writes, in both passes.
         received: blocks of K and V of other ranks that are held at a time.
@@ -57,6 +58,7 @@ class ExchangePlan:
     merged: float
     received: float
     coverage: float
+    summary_gradients: Bytes = Bytes()
 
 
 NO_EXCHANGE = ExchangePlan("none", Bytes(), Bytes(), Bytes(), 0, 0.0, 0.0, 0.0)

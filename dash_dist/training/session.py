@@ -12,6 +12,7 @@ from dash_dist.config.file import to_yaml
 from dash_dist.config.run import RunConfig, Stage
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.errors import ConfigError, RunError
+from dash_dist.models.nsa import nsa_parameters
 from dash_dist.models.table import parameter_table
 from dash_dist.run.files import replace_text
 from dash_dist.run.messages import ProgressReporter
@@ -99,8 +100,10 @@ class Session:
 
 def _check_trained_names(stage: Stage) -> None:
     """Refuse a pattern of `trainable` that decides on no parameter, before the stages that come before are trained."""
+    model, attention = stage.config.model, stage.config.attention
+    names = [*parameter_table(model, vocab_size=1), *nsa_parameters(model, attention)]
     try:
-        stage.config.trainable.learning_rates(parameter_table(stage.config.model, vocab_size=1))  # for its names
+        stage.config.trainable.learning_rates(names)
     except ValueError as error:
         raise ConfigError(f"stage {stage.name}: {error}" if stage.name else str(error)) from error
 

@@ -10,6 +10,7 @@ import itertools
 import torch
 
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.selection import NSA, STRIDE
 from dash_kernels.spec import AttentionSpec, require
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,6 +56,19 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, summary_que
     )
     devices = {tensor.device for tensor in (q, k, v, summary_query)}
     require(len(devices) == 1, f"tensors are on {sorted(map(str, devices))}: put all four on one device")
+
+
+def check_summaries(summaries: torch.Tensor | None, k: torch.Tensor, chunks: int, spec: AttentionSpec) -> None:
+    """Raises ValueError unless the sequence's summaries are given to the rule that needs them, and to no other.
+
+    k [B, T, Hkv, D] holds the tokens of the sequence or a shard of them.
+    """
+    if not isinstance(spec.selection, NSA):
+        require(summaries is None, "summaries were given, and the rule makes its own of k: pass None")
+        return
+    shape = (k.shape[0], chunks, k.shape[2], spec.chunk_size // STRIDE * k.shape[3])
+    given = None if summaries is None else tuple(summaries.shape)
+    require(given == shape, f"summaries are {given}, and NSA selects by its compressed keys: give {shape}")
 
 
 def sequence_chunks(

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Unpack
 import torch
 from torch.autograd.function import once_differentiable
 
-from dash_kernels.arguments import check_tensors, sequence_chunks
+from dash_kernels.arguments import check_summaries, check_tensors, sequence_chunks
 from dash_kernels.backend import Backend, select_backend
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import (
@@ -50,6 +50,7 @@ def dash_attention(
     backend: str = "auto",
     return_routing: bool = False,
     memory: RoutingMemory | None = None,
+    summaries: torch.Tensor | None = None,
     **settings: Unpack[AttentionSettings],
 ) -> Any:
     """Causal DashAttention (arXiv 2605.18753), differentiable in q, k, v and summary_query.
@@ -73,6 +74,7 @@ def dash_attention(
         return_routing: also return the `RoutingStatistics` of the call.
         memory: of a layer whose activations are recomputed. A call without gradients leaves its routing there, and the
             call that repeats it with gradients takes it.
+        summaries: of the whole sequence, by which `selection.NSA` selects chunks; see `selection_scores.by_chunk`.
         settings: fields of `spec` by keyword: chunk_size, alpha, routing_scale, prior_sigma, softmax_scale.
 
     Returns:
@@ -84,10 +86,11 @@ def dash_attention(
     check_tensors(q, k, v, summary_query)
     spec = (spec or AttentionSpec()).replaced(**settings).for_head_dim(q.shape[-1])
     grid = sequence_chunks(chunks, cu_seqlens, q, q.shape[1], spec)
+    check_summaries(summaries, k, len(grid), spec)
     stages = select_backend(backend, q, k.shape[2], spec)
     recalled = memory.recall() if memory is not None and torch.is_grad_enabled() else None
     routings: list[Routing] = []  # autograd functions return only tensors
-    out, selected = _DashAttention.apply(q, k, v, summary_query, grid, spec, stages, recalled, routings)
+    out, selected = _DashAttention.apply(q, k, v, summary_query, grid, spec, stages, summaries, recalled, routings)
     if memory is not None and not torch.is_grad_enabled():
         memory.remember(routings[0])
     return (out, routing_statistics(selected, grid)) if return_routing else out
@@ -116,10 +119,12 @@ class _DashAttention(torch.autograd.Function):
         chunks: ChunkGrid,
         spec: AttentionSpec,
         backend: Backend,
+        summaries: torch.Tensor | None,
         recalled: Routing | None,
         routings: list[Routing],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        summaries = backend.summarize(k, chunks, summary_query, spec)
+        if summaries is None:
+            summaries = backend.summarize(k, chunks, summary_query, spec)
         routing = recalled or backend.route(q, chunks, summaries, spec)
         routings.append(routing)
         queries = Queries(q, chunks, summaries, routing)
@@ -140,4 +145,4 @@ class _DashAttention(torch.autograd.Function):
         dq, ratio = backend.finish_query_gradient(queries, upstream, part, spec, None)
         (dk, dv), dsummary_query = backend.key_gradient(queries, upstream, ratio, part, summary_query, spec)
         grads = dq, dk.to(k.dtype), dv.to(v.dtype), dsummary_query.to(summary_query.dtype)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 STRIDE = 16
-"""Tokens from one of InfLLMv2's kernels to the next; a kernel is twice as long."""
+"""Tokens from one of InfLLMv2's kernels, or NSA's blocks, to the next; each is twice as long."""
+BLOCK = 2 * STRIDE
+"""Tokens of a block of NSA."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,38 @@ class InfLLMv2:
     dense_length: int = 8192
 
     def __post_init__(self) -> None:
-        always = self.first_chunks + self.local_chunks + 1
-        if self.count < always:
-            raise ValueError(
-                f"count is {self.count}, and {always} chunks are always selected: {self.first_chunks} first and "
-                f"{self.local_chunks} local ones, and the own one; raise count, or select fewer of them"
-            )
+        _check_count(self.count, self.first_chunks, self.local_chunks)
 
 
-SelectionRule = TopChunks | InfLLMv2
+@dataclass(frozen=True)
+class NSA:
+    """Selection of Native Sparse Attention (arXiv 2502.11089), by the softmax of its compressed branch.
+
+    A chunk's score is the sum of the probabilities of the blocks of 32 tokens that overlap it, each times the halves of
+    the block in it, added up over the query heads of a KV head. The chunks with the highest are selected, of equal ones
+    the earliest; some always are. Raises ValueError for a count that these exceed.
+
+    Attributes:
+        count: chunks that a token selects, the own and the others that are always selected counted.
+        first_chunks: of a document, always selected.
+        local_chunks: before the own one, always selected.
+    """
+
+    count: int
+    first_chunks: int = 1
+    local_chunks: int = 1
+
+    def __post_init__(self) -> None:
+        _check_count(self.count, self.first_chunks, self.local_chunks)
+
+
+SelectionRule = TopChunks | InfLLMv2 | NSA
+
+
+def _check_count(count: int, first: int, local: int) -> None:
+    always = first + local + 1
+    if count < always:
+        raise ValueError(
+            f"count is {count}, and {always} chunks are always selected: {first} first and {local} local ones, and the "
+            "own one; raise count, or select fewer of them"
+        )

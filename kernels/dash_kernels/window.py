@@ -1,12 +1,13 @@
 """Window attention on one device: exact softmax attention of each query to the last keys up to its own.
 
-Knows packed segments of queries and keys; does not know chunks, nor that ranks exist. On GPUs, 16-bit tensors take
+Knows packed segments of queries and keys; does not know that ranks exist. On GPUs, 16-bit tensors take
 PyTorch's flash kernels. All others take blocks of queries, each with the band of keys that it reaches, so that no
 buffer grows with the tokens times the window.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from dash_kernels.attention import without_autocast
+from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import accumulation_dtype, require
 
 try:
@@ -85,6 +87,16 @@ class Segments:
                 own, stop = last_key - (end - first), last_key - (end - last)
                 start = max(own - window + 1, first_key)
                 yield slice(first, last), slice(start, stop), own - start
+
+
+@functools.lru_cache(maxsize=64)
+def document_segments(sequence: ChunkGrid) -> Segments:
+    """Documents of a whole sequence, each with its own keys."""
+    lengths = torch.zeros(len(sequence), dtype=torch.int64).index_add_(
+        0, sequence.firsts.long(), sequence.lengths.long()
+    )
+    of_documents = lengths[lengths > 0].tolist()
+    return Segments(of_documents, of_documents)
 
 
 def window_attention(

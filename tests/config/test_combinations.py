@@ -143,6 +143,11 @@ def test_flops_count_each_layer_by_its_kind() -> None:
     routing = 2 * 4096 / (2 * 16) / 2
     assert attended(4096, **infllmv2) == pytest.approx(12 * (64 * earlier + 32) / 2 + routing)
     assert attended(2048, **infllmv2) == pytest.approx(attended(2048, kind="dense"))
+    # Projections to two more keys and values of 4 heads of 8 and to 3 x 8 gates; two perceptrons every 16 tokens.
+    weights = 64 * (4 * 32 + 3 * 8) + 2 * 4 * (32 * 8 + 8) * 8 / 16
+    branches = 12 * (64 * earlier + 32 + 512 - 512**2 / 8192 + 4096 / 32) / 2
+    of_nsa = attended(4096, kind="nsa", top_chunks=4)
+    assert of_nsa == pytest.approx(branches + 6 * weights / 64 / 2)
     mixed = attended(4096, kind=["window", "dense", "dash"], window=512)
     assert mixed == pytest.approx(sum(attended(4096, **one) for one in KINDS) / 3)
 
@@ -156,7 +161,7 @@ KINDS: list[dict[str, object]] = [{"kind": "window", "window": 512}, {"kind": "d
         ({"kind": "window"}, "attention.window is not set: give it in tokens"),
         ({"kind": ["dash", "dense"], "window": 5}, "attention.window is 5, and attention.kind has no window layer"),
         ({"kind": []}, "at least 1 item"),
-        ({"kind": ["dash", "sparse"]}, "'dash', 'dense', 'window', 'topk' or 'infllmv2'"),
+        ({"kind": ["dash", "sparse"]}, "'dash', 'dense', 'window', 'topk', 'infllmv2' or 'nsa'"),
         ({"kind": ["dash", "topk"]}, "attention.kind has topk layers, and attention.top_chunks is not set"),
         (
             {"kind": "dash", "top_chunks": 4},
@@ -168,6 +173,10 @@ KINDS: list[dict[str, object]] = [{"kind": "window", "window": 512}, {"kind": "d
             {"kind": "infllmv2", "top_chunks": 64, "infllmv2": {"dense_length": 100}},
             "dense_length 100 is not a multiple of attention.chunk_size 64: set it to 128",
         ),
+        ({"kind": "nsa"}, "attention.kind has nsa layers, and attention.top_chunks is not set"),
+        ({"kind": "nsa", "top_chunks": 2}, "attention.nsa always selects 3 chunks: raise top_chunks to 4, or lower"),
+        ({"kind": "topk", "top_chunks": 4, "nsa": {}}, "attention.kind has no nsa layer"),
+        ({"kind": "nsa", "top_chunks": 4, "nsa": {"window": 0}}, "greater than 0"),
         ({"kind": "topk", "top_chunks": 1}, "greater than or equal to 2"),
         ({"kind": "topk", "top_chunks": 4, "conversion": "output"}, "attention.kind topk has no routing"),
     ],

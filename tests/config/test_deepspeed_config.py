@@ -78,6 +78,10 @@ def test_large_sizes_may_be_written_as_in_the_documentation(tmp_path):
             ["deepspeed.zero_stage=3", "parallel.mlp_tile_tokens=4096"],
             r"mlp_tile_tokens is 4096, and ZeRO stage 3 .* set deepspeed\.zero_stage to 1 or 2",
         ),
+        (
+            ["deepspeed.zero_stage=3", "attention.kind=nsa", "attention.top_chunks=4"],
+            r"attention\.kind has nsa layers, and ZeRO stage 3 .* set deepspeed\.zero_stage to 1 or 2",
+        ),
         (["deepspeed.zero_stage=4"], r"deepspeed\.zero_stage = 4"),
         (["deepspeed.file=nowhere.json"], r"deepspeed\.file: cannot read nowhere\.json: No such file"),
         (

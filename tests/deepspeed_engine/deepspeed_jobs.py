@@ -56,6 +56,8 @@ def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
         "attention": AttentionConfig(
             kind=run.case.kind,
             window=run.case.window,
+            top_chunks=run.case.top_chunks,
+            nsa=run.case.nsa,
             chunk_size=CHUNK_SIZE,
             routing_scale=ROUTING_SCALE,
             exchange="selective",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dash_dist.config.selection import NSAConfig
 from tests.deepspeed_engine.deepspeed_cases import STEPS, Run, Trained
 from tests.support.models import Case
 from tests.support.ranks import run_ranks
@@ -27,6 +28,8 @@ REFERENCES = {
     "bf16": Run(None, steps=4, bfloat16=True),
     "windows": Run(None, Case(kind=("dash", "window"), window=37), steps=4),
 }
+NSA = Case(kind=("dash", "nsa"), top_chunks=4, nsa=NSAConfig(window=24))
+REFERENCES["nsa"] = Run(None, NSA, steps=4)
 ALONE = {"plain, zero 1": Run(1)}
 ON_TWO = {
     "plain, zero 1, cp 2": Run(1, Case(context=2, micro_batch_size=2)),
@@ -45,6 +48,7 @@ ON_TWO = {
     "packed, zero 3, cp 2": Run(3, Case(packed=True, context=2), bad_step=BAD_STEP),
     "tied, zero 3, dp 2": Run(3, Case(tie_embeddings=True), steps=4),
     "windows, zero 3, cp 2": Run(3, Case(kind=("dash", "window"), window=37, context=2), steps=4),
+    "nsa, zero 2, cp 2, selective": Run(2, dataclasses.replace(NSA, context=2, recompute="selective"), steps=4),
     "bf16, zero 1, dp 2": Run(1, steps=4, bfloat16=True),
     "bf16, zero 2, cp 2, recompute": Run(2, RECOMPUTE, steps=4, bfloat16=True),
     "bf16, zero 3, cp 2": Run(3, Case(context=2), steps=4, bfloat16=True),

@@ -100,6 +100,7 @@ def engine_of(
                 window=case.window,
                 top_chunks=case.top_chunks,
                 infllmv2=case.infllmv2,
+                nsa=case.nsa,
                 chunk_size=CHUNK_SIZE,
                 routing_scale=case.routing_scale,
                 layout=case.layout,
@@ -122,7 +123,12 @@ def engine_of(
 
 def kinds_of(case: Case) -> tuple[str, ...]:
     attention = AttentionConfig(
-        kind=case.kind, window=case.window, top_chunks=case.top_chunks, infllmv2=case.infllmv2, chunk_size=CHUNK_SIZE
+        kind=case.kind,
+        window=case.window,
+        top_chunks=case.top_chunks,
+        infllmv2=case.infllmv2,
+        nsa=case.nsa,
+        chunk_size=CHUNK_SIZE,
     )
     return attention.kinds(MODEL.num_layers)
 

@@ -35,6 +35,12 @@ class Case:
     exchange: Literal["selective", "allgather", "ring"] = "selective"
     frozen: bool = False
     lora: bool = False
+    nsa: bool = False
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """Kinds of the layers."""
+        return {"kind": ["dash", "nsa"], "top_chunks": 4} if self.nsa else {}
 
     @property
     def trainable(self) -> TrainableSection:
@@ -54,7 +60,7 @@ class Case:
                 "context": self.context,
                 "distributed_optimizer": self.distributed_optimizer,
             },
-            attention={"exchange": self.exchange},
+            attention={"exchange": self.exchange, "chunk_size": CHUNK_SIZE, **self.attention},
             trainable=self.trainable.model_dump(),
         )
 

@@ -53,7 +53,7 @@ def _held(case: Case) -> Held:
         model = MODEL.model_copy(update={"tie_embeddings": case.tie_embeddings})
         engine = MegatronEngine(
             model,
-            AttentionConfig(chunk_size=CHUNK_SIZE, exchange=case.exchange, routing_scale=1e-3),
+            AttentionConfig(chunk_size=CHUNK_SIZE, exchange=case.exchange, routing_scale=1e-3, **case.attention),
             parallel,
             OptimizerConfig(lr=1e-3),
             dims=dims,

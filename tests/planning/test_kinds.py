@@ -97,3 +97,29 @@ def test_layers_that_take_the_top_chunks_are_planned_at_their_density() -> None:
     sizes = Sizes.of(run, layout(), vocab_size=128_000)
     lists = sizes.tokens * sizes.kv_heads * (count - 1) * 4
     assert lists < saved_by_routing(sizes, "topk") < 1.2 * lists
+
+
+@pytest.mark.parametrize("sequence_layout", ["contiguous", "zigzag"])
+def test_nsa_sends_its_halos_and_gathers_keys_and_values(sequence_layout: str) -> None:
+    """Beside the exchange of topk: the window's halo, 16 tokens before each piece, and compressed keys and values."""
+    chosen, plans = layout(context=4), {}
+    for kind in ("topk", "nsa"):
+        attention = {"kind": kind, "top_chunks": 5, "layout": sequence_layout}
+        run = small_config(attention=attention | {"chunk_size": CHUNK_SIZE}, parallel={"context": 4})
+        sizes = Sizes.of(run, chosen, vocab_size=100)
+        plans[kind] = plan_layers(run, sizes, chosen, machine(4), Assumptions())[0]
+    topk, nsa = plans["topk"].exchange, plans["nsa"].exchange
+    sequence = ChunkGrid.whole_sequence(SEQUENCE_LENGTH, CHUNK_SIZE)
+    reach = {window: 0 for window in (512, 17)}
+    for window in reach:
+        halos = [
+            plan_halo(sequence, rank, 4, sequence_layout, chunk_size=CHUNK_SIZE, window=window) for rank in range(4)
+        ]
+        reach[window] = max(sum(halo.receive) for halo in halos) * CHUNK_SIZE
+    halo_bytes = sum(reach.values()) * 2 * sizes.kv * 2
+    assert nsa.forward.nvlink == pytest.approx(topk.forward.nvlink + halo_bytes)
+    assert nsa.backward.nvlink == pytest.approx(topk.backward.nvlink + 2 * halo_bytes)
+    vectors = 2 * SEQUENCE_LENGTH / 4 / 16 * sizes.kv  # compressed keys and values of a rank
+    assert nsa.summaries.nvlink == 3 * vectors * 2
+    assert nsa.summary_gradients.nvlink == 3 * vectors * 4
+    assert plans["topk"].attended < plans["nsa"].attended

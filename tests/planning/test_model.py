@@ -44,6 +44,7 @@ ON_FOUR = [
     Case(context=4, exchange="allgather"),
     Case(context=4, exchange="ring"),
     Case(context=2, tensor=2, exchange="allgather"),
+    Case(pipeline=2, tensor=2, nsa=True),
 ]
 
 
@@ -138,6 +139,7 @@ def test_the_exchange_sends_what_is_predicted_where_every_chunk_is_selected(
 
 
 DASH = AttentionConfig(chunk_size=CHUNK_SIZE)
+NSA = AttentionConfig(chunk_size=CHUNK_SIZE, kind="nsa", top_chunks=4)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,7 @@ DASH = AttentionConfig(chunk_size=CHUNK_SIZE)
             ),
         ),
         (1, Recompute(), AttentionConfig(chunk_size=32, kind="infllmv2", top_chunks=34)),
+        *((batch, way, NSA) for batch, way in ((1, Recompute()), (2, Recompute()), (2, Recompute("selective")))),
     ],
     ids=str,
 )

@@ -12,7 +12,7 @@ import torch
 from dash_dist.config.attention import Kind
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.parallel import RecomputeModule
-from dash_dist.config.selection import InfLLMv2Config
+from dash_dist.config.selection import InfLLMv2Config, NSAConfig
 
 VOCAB_SIZE = 50
 SEQUENCE_LENGTH = 128
@@ -61,6 +61,7 @@ class Case:
     window: int | None = None
     top_chunks: int | None = None
     infllmv2: InfLLMv2Config | None = None
+    nsa: NSAConfig | None = None
     packed: bool = False  # documents of DOCUMENTS in each sequence
 
 
