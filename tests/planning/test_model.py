@@ -190,6 +190,18 @@ def test_tensor_parallel_ranks_keep_shards_of_the_stream(way: Recompute) -> None
         assert found == [counted] * 2, sequence_parallel
 
 
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_tensor_parallel_ranks_send_what_is_predicted(sequence_parallel: bool) -> None:
+    job = "tests.planning.planning_jobs:tensor_bytes"
+    two, three = (run_ranks(job, 2, layers, sequence_parallel, cpu_only=True) for layers in (2, 3))
+    config = small_config(
+        training={"global_batch_size": 1}, parallel={"tensor": 2, "sequence_parallel": sequence_parallel}
+    )
+    prediction = predict(config, Layout.of(config, 2), machine(2), DENSE, vocab_size=VOCAB_SIZE)
+    for less, more in zip(two, three, strict=True):
+        assert more - less == prediction.sent["tensor"].nvlink / MODEL.num_layers
+
+
 def test_model_flops_are_those_of_the_runs_mfu() -> None:
     config = small_config()
     prediction = predict(config, Layout.of(config, 1), machine(1), DENSE, vocab_size=VOCAB_SIZE)
