@@ -72,7 +72,7 @@ def as_text(
         best, looked_at: from `best_layouts`.
     """
     stream = io.StringIO()
-    console = Console(file=stream, width=_WIDTH, highlight=False)
+    console = Console(file=stream, width=_WIDTH, highlight=False, markup=False)
     console.print(
         f"{config.run.name}: {machine.gpus} x {machine.gpu.name} of {machine.memory / GIB:.1f} GiB, "
         f"{machine.gpus_per_node} a node; {config.training.global_batch_size} x {config.training.sequence_length:,} "
