@@ -291,6 +291,17 @@ def test_an_impossible_layout_is_explained_and_others_are_proposed(capsys: pytes
     assert "The best of" in output
 
 
+def test_a_layout_is_printed_with_all_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [
+        "parallel.tensor=2",
+        "parallel.context=4",
+        "parallel.recompute_modules=[mlp]",
+        "parallel.sequence_parallel=false",
+    ]
+    output = dash_dist(str(CONFIGS / "llama_1b_128k.yaml"), *settings, "--gpus", "8", capsys=capsys)
+    assert "TP 2 x CP 4 x PP 1 x DP 1, auto, recompute selective [mlp], whole sequences in TP" in output
+
+
 def test_every_stage_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = yaml.safe_load((CONFIGS / "llama_1b_128k.yaml").read_text())
     lengths = {"short": 32768, "long": 131072}
