@@ -160,16 +160,22 @@ def test_where_nothing_fits_it_says_what_is_missing_and_what_would_do() -> None:
 @pytest.mark.parametrize(
     ("recompute", "modules", "memory", "change"),
     [
-        ("none", None, 79.2, "parallel.recompute=selective"),
-        ("none", None, 100.0, "parallel.recompute=selective parallel.recompute_modules=[mlp]"),
-        ("selective", ("mlp",), 79.2, "parallel.recompute=selective parallel.recompute_modules=null"),
+        ("none", None, 50.0, "parallel.recompute=selective"),
+        ("none", None, 79.2, "parallel.recompute=selective parallel.recompute_modules=[mlp]"),
+        ("selective", ("mlp",), 50.0, "parallel.recompute=selective parallel.recompute_modules=null"),
         (
             "selective",
             ("projections",),
-            50.0,
-            "parallel.recompute=selective parallel.recompute_modules=null parallel.mlp_tile_tokens=16384",
+            35.0,
+            "parallel.recompute=selective parallel.recompute_modules=null parallel.mlp_tile_tokens=16384 "
+            "parallel.offload_activations=1.0",
         ),
-        ("none", None, 50.0, "parallel.recompute=selective parallel.mlp_tile_tokens=16384"),
+        (
+            "none",
+            None,
+            35.0,
+            "parallel.recompute=selective parallel.mlp_tile_tokens=16384 parallel.offload_activations=1.0",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_is_told_the_smallest_change(
