@@ -105,8 +105,9 @@ def test_step_is_that_of_one_process(measured: dict[str, tuple[list[Measured], M
         assert rank.grad_norm == pytest.approx(alone.grad_norm, rel=3e-6)
     if not (ON_TWO | ON_FOUR)[name].case.distributed_optimizer:  # which leaves each rank a part of the sums
         assert_same(joined(ranks, "gradients"), joined([alone], "gradients"), relative=1e-5)
-    # AdamW's first update has the size of the learning rate, however small the gradient that decides on its sign.
-    assert_same(joined(ranks, "weights"), joined([alone], "weights"), relative=5e-5)
+    # AdamW's first update has the size of the learning rate, however small the gradient that decides on its sign: an
+    # element whose gradient is rounding may differ. A wrong gradient moves whole weights, by 1e-2 and more.
+    assert_same(joined(ranks, "weights"), joined([alone], "weights"), relative=1e-3)
 
 
 def test_layers_norm_a_shard() -> None:
