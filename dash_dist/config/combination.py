@@ -77,6 +77,7 @@ def check_combination(
             "parallel.offload_activations moves inputs that wait for a backward pass, and attention.conversion has "
             "none: set parallel.offload_activations to 0"
         )
+    _check_shards(parallel, sequence_length)
     pieces_per_rank = PIECES_PER_RANK[attention.layout]
     pieces = parallel.context * pieces_per_rank
     if parallel.context > 1 and sequence_length % (pieces * attention.chunk_size):
@@ -85,6 +86,16 @@ def check_combination(
         raise ValueError(
             f"sequence length {sequence_length} is not a multiple of {factors} = {multiple}: pad to "
             f"{next_multiple(sequence_length, multiple)}"
+        )
+
+
+def _check_shards(parallel: ParallelConfig, sequence_length: int) -> None:
+    multiple = parallel.context * parallel.tensor
+    if parallel.sequence_shards > 1 and sequence_length % multiple:
+        raise ValueError(
+            f"sequence length {sequence_length} is not a multiple of cp x tp = {parallel.context} x {parallel.tensor} "
+            f"= {multiple}, over which parallel.sequence_parallel splits it: pad to "
+            f"{next_multiple(sequence_length, multiple)}, or set parallel.sequence_parallel to false"
         )
 
 

@@ -145,6 +145,11 @@ def check_engine(parallel: ParallelConfig, section: DeepSpeedSection) -> None:
     Raises:
         ValueError: the message gives the value and the change to make.
     """
+    if parallel.sequence_parallel:
+        raise ValueError(
+            "parallel.sequence_parallel is true, and engine: deepspeed has no tensor parallelism to split over: set "
+            "parallel.sequence_parallel to null, or engine to megatron"
+        )
     for name, size in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
         if size != 1:
             raise ValueError(

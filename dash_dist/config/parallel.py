@@ -24,6 +24,11 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = Field(
         default=True, description="shard the optimizer's state over the data- and context-parallel ranks"
     )
+    sequence_parallel: bool | None = Field(
+        default=None,
+        description="split the residual stream, norms and inputs of projections along the sequence over the "
+        "tensor-parallel ranks; None: where tensor is above 1",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="selective: of each layer keep its input and what attention computed, whose kernels then run once, "
@@ -53,6 +58,15 @@ class ParallelConfig(Section):
         gt=0,
         description="tokens of a rank that each MLP works on at a time, in the backward pass again; None: all",
     )
+
+    @model_validator(mode="after")
+    def _sequence_is_split_over_ranks(self) -> Self:
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError(
+                "sequence_parallel is true and tensor is 1, which leaves no ranks to split over: set tensor to 2 or "
+                "more, or sequence_parallel to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _modules_are_read(self) -> Self:
@@ -85,6 +99,11 @@ class ParallelConfig(Section):
     def recomputed(self) -> tuple[RecomputeModule, ...]:
         """Parts of a layer that the backward pass computes again; `full` adds the attention itself."""
         return () if self.recompute == "none" else self.recompute_modules or RECOMPUTE_MODULES
+
+    @property
+    def sequence_shards(self) -> int:
+        """Tensor-parallel ranks that the residual stream of a context-parallel rank is split over."""
+        return 1 if self.sequence_parallel is False else self.tensor
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of ranks that read different sequences.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -190,10 +191,11 @@ class _Evaluation:
 
     def _padded(self, length: int) -> int:
         """Tokens of the sequences that hold samples of `length` tokens."""
-        attention, context = self._config.attention, self._config.parallel.context
-        if context == 1:
-            return length
-        return next_multiple(length, PIECES_PER_RANK[attention.layout] * context * attention.chunk_size)
+        attention, parallel = self._config.attention, self._config.parallel
+        pieces = PIECES_PER_RANK[attention.layout] * parallel.context * attention.chunk_size
+        return next_multiple(
+            length, math.lcm(pieces if parallel.context > 1 else 1, parallel.context * parallel.sequence_shards)
+        )
 
     def _routing_scales(self) -> tuple[float | None, ...]:
         attention, asked = self._config.attention, self._options.routing_scales

@@ -89,7 +89,7 @@ def fitting_layout(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConf
         return config, None
     if world_size % (parallel.tensor * parallel.pipeline * parallel.context) == 0:
         return config, None
-    fitting = parallel.model_copy(update={"tensor": 1, "pipeline": 1, "context": world_size})
+    fitting = parallel.model_copy(update={"tensor": 1, "pipeline": 1, "context": world_size, "sequence_parallel": None})
     attention = config.attention.model_copy(update={"ranks_per_node": None})
     remark = (
         f"the run's layout, tp {parallel.tensor} x cp {parallel.context} x pp {parallel.pipeline}, does not fit "

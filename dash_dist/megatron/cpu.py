@@ -25,6 +25,8 @@ _PATCHED_MODULES = (
     "megatron.core.optimizer.optimizer",
     "megatron.core.pipeline_parallel.p2p_communication",
     "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel.layers",
+    "megatron.core.tensor_parallel.mappings",
     "megatron.core.tensor_parallel.random",
     "megatron.core.utils",
 )
@@ -37,9 +39,9 @@ def run_megatron_on_cpu() -> None:
 
     What is covered, and why:
 
-    - `torch.cuda.current_device()` is the CPU: buffers of gradients and pipeline messages, the optimizer's
-      state and the checkpoint's error flag are allocated there. `device="cuda"` likewise, in the token
-      counter of the pipeline schedules, the gradient norm and the optimizers' scale.
+    - `torch.cuda.current_device()` is the CPU: buffers of gradients, pipeline messages and gathered shards of the
+      sequence, the optimizer's state and the checkpoint's error flag are allocated there. `device="cuda"`
+      likewise, in the token counter of the pipeline schedules, the gradient norm and the optimizers' scale.
     - `torch.cuda.synchronize()` does nothing, in pipeline messages and the checkpoint writer: the CPU has no
       queue.
     - The CUDA random state (`get_rng_state`, `manual_seed`, and Megatron's own get and set) is a constant:

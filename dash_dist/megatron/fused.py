@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
@@ -23,10 +22,19 @@ _IGNORED = -100
 def norm_module(fused: bool) -> Any:
     """RMSNorm as a layer's specification names it."""
     if not fused:
-        return WrappedTorchNorm
+        return TorchRMSNorm
     from liger_kernel.megatron import LigerMegatronRMSNorm
 
     return LigerMegatronRMSNorm
+
+
+class TorchRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm in PyTorch, with the arguments by which Megatron-core makes a norm."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps)
+        # Megatron-core sums such gradients over tensor parallelism, whose ranks norm different tokens.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class SwiGLU(MegatronModule):

@@ -25,6 +25,11 @@ class LayerConfig(TransformerConfig):
     mlp_tile_tokens: int | None = None
 
     @property
+    def sequence_shards(self) -> int:
+        """Tensor-parallel ranks that the residual stream is split over along the sequence."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
+
+    @property
     def recomputes(self) -> bool:
         """Layers are recomputed, in all or in part."""
         return self.recompute_granularity is not None or self.recomputed_part is not None

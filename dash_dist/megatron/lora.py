@@ -17,7 +17,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -39,11 +41,21 @@ _FUSED: dict[str, tuple[Linear, ...]] = {
 """Megatron-core's linears, and those of transformers that each is made of."""
 
 
+_BETWEEN: dict[tuple[bool, bool], Callable[..., torch.Tensor]] = {
+    (False, False): copy_to_tensor_model_parallel_region,
+    (False, True): gather_from_sequence_parallel_region,
+    (True, False): reduce_from_tensor_model_parallel_region,
+    (True, True): reduce_scatter_to_sequence_parallel_region,
+}
+"""Communication between A and B, by (the inputs are cut, sequence parallelism)."""
+
+
 class Adapter(MegatronModule):
     """The product B A of one linear, on one tensor-parallel rank.
 
     Tensor parallelism cuts B [out / tp, rank] where it cuts the linear's outputs, and A [rank, in / tp] where it cuts
-    its inputs. The other matrix is the same at every rank, and so is its gradient.
+    its inputs. The other matrix is the same at every rank, and so is its gradient: where ranks hold shards of the
+    sequence, Megatron-core sums it over them.
 
     Args:
         sizes: outputs and inputs of the whole linear.
@@ -64,29 +76,28 @@ class Adapter(MegatronModule):
         outputs, inputs = sizes
         tp = tp_group.size()
         self.row_parallel = row_parallel
+        self._between = _BETWEEN[row_parallel, config.sequence_parallel]
         self.tp_group = tp_group
         self.scale = lora.scale
         shape_a = (lora.rank, inputs // tp if row_parallel else inputs)
         shape_b = (outputs if row_parallel else outputs // tp, lora.rank)
         make = functools.partial(torch.zeros, dtype=config.params_dtype, device=device)
         self.a, self.b = nn.Parameter(make(shape_a)), nn.Parameter(make(shape_b))
-        cut, dim = (self.a, 1) if row_parallel else (self.b, 0)
+        cut, whole, dim = (self.a, self.b, 1) if row_parallel else (self.b, self.a, 0)
+        whole.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         set_tensor_model_parallel_attributes(cut, is_parallel=True, dim=dim, stride=1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The adapter's part of the output.
 
         Args:
-            hidden: the linear's input at this rank, [s, b, in] or [s, b, in / tp].
+            hidden: the linear's input at this rank, [s, b, in], with sequence parallelism [s / tp, b, in]; or if the
+                inputs are cut [s, b, in / tp].
 
         Returns:
-            [s, b, out / tp], or the whole [s, b, out] if the inputs are cut.
+            [s, b, out / tp]; or if the inputs are cut [s, b, out], with sequence parallelism [s / tp, b, out].
         """
-        inner = F.linear(hidden, self.a)  # [s, b, rank]
-        if self.row_parallel:
-            inner = reduce_from_tensor_model_parallel_region(inner, group=self.tp_group)
-        else:
-            inner = copy_to_tensor_model_parallel_region(inner, group=self.tp_group)
+        inner = self._between(F.linear(hidden, self.a), group=self.tp_group)  # [s, b, rank], or a shard for a whole B
         return F.linear(inner, self.b) * self.scale
 
     def sharded_state_dict(
@@ -166,9 +177,10 @@ def _join(
     widths = {linear: adapter_shapes(model, linear)[0] // tp_size // groups for linear in linears}
 
     def join(hidden: torch.Tensor) -> torch.Tensor:
-        shape = (*hidden.shape[:-1], groups)
+        own = {linear: adapter(hidden) for linear, adapter in used.items()}
+        shape = (*next(iter(own.values())).shape[:-1], groups)
         parts = [
-            used[linear](hidden).view(*shape, width) if linear in used else hidden.new_zeros(*shape, width)
+            own[linear].view(*shape, width) if linear in own else hidden.new_zeros(*shape, width)
             for linear, width in widths.items()
         ]
         return torch.cat(parts, dim=-1).flatten(start_dim=-2)

@@ -30,6 +30,7 @@ from dash_dist.megatron.padded_logits import exclude_padding, own_tokens
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.recompute import recompute_settings
 from dash_dist.megatron.rotary import ShardRotaryEmbedding
+from dash_dist.megatron.sequence_shards import join_pieces, pieces_of_shards, shard_of_marked
 from dash_dist.megatron.weights import FullParameters, initialise_weights, read_weights
 from dash_dist.models.nsa import nsa_parameters
 from dash_kernels.ranges import ranged
@@ -53,6 +54,7 @@ class DashGPTModel(GPTModel):
     """Tokens of the tokenizer; set by `build_model`."""
     fused: bool
     """Take the kernels of `dash_dist.megatron.fused`; set by `build_model`."""
+    config: LayerConfig
 
     def attentions(self) -> Iterator[tuple[int, DashAttention | WindowAttention]]:
         """This stage's, each with its layer, which counts from 0 at the first layer of the model."""
@@ -107,23 +109,26 @@ class DashGPTModel(GPTModel):
             return self.compute_language_model_loss(targets, self._without_padding(logits))  # [b, piece]
 
         tokens, batch, _ = hidden_states.shape
-        piece = max(1, LOGITS_PER_PIECE // (batch * self.output_layer.output_size_per_partition))
+        shards = self.config.sequence_shards  # whose pieces the output layer gathers
+        piece = max(1, LOGITS_PER_PIECE // (batch * shards * self.output_layer.output_size_per_partition))
         if piece >= tokens:
             return token_losses(hidden_states, labels)
-        return torch.cat(
-            [
-                # Nothing random happens in a piece, and Megatron's random states are not torch's to save.
-                checkpoint(token_losses, hidden, targets, use_reentrant=False, preserve_rng_state=False)
-                for hidden, targets in zip(hidden_states.split(piece), labels.split(piece, dim=1), strict=True)
-            ],
-            dim=1,
-        )
+        losses = [
+            # Nothing random happens in a piece, and Megatron's random states are not torch's to save.
+            checkpoint(token_losses, hidden, targets, use_reentrant=False, preserve_rng_state=False)
+            for hidden, targets in pieces_of_shards(hidden_states, labels, shards, piece)
+        ]
+        return join_pieces(losses, shards)
 
     def _likeliest(self, hidden_states: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
-        hidden = hidden_states.transpose(0, 1)[marked]  # [n, hidden]
-        logits, _ = self.output_layer(hidden[:, None], weight=self._output_weight())  # [n, 1, vocab / tp]
+        if self.config.sequence_parallel:
+            hidden = shard_of_marked(hidden_states, marked, self.tp_group)  # which the output layer gathers
+        else:
+            hidden = hidden_states.transpose(0, 1)[marked]  # [n, hidden]
+        logits, _ = self.output_layer(hidden[:, None], weight=self._output_weight())  # [n or more, 1, vocab / tp]
+        likeliest = likeliest_tokens(self._without_padding(logits)[:, 0], self.tp_group)
         found = torch.zeros_like(marked, dtype=torch.int64)
-        found[marked] = likeliest_tokens(self._without_padding(logits)[:, 0], self.tp_group)
+        found[marked] = likeliest[: int(marked.sum())]
         return found
 
     def _output_weight(self) -> torch.Tensor:
@@ -177,6 +182,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence_shards > 1,
         calculate_per_token_loss=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -57,11 +60,16 @@ class NSABranches(MegatronModule):
         """Project the layer's input.
 
         Args:
-            hidden: [s, b, hidden], the same at every tensor-parallel rank.
+            hidden: [s, b, hidden], the same at every tensor-parallel rank; with sequence parallelism this rank's shard.
             norm: of the layer's keys.
             angles: cosines and sines of the tokens, [s, head_dim / 2] each; none in a layer without positions.
         """
-        hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        enter = (
+            gather_from_sequence_parallel_region
+            if self.config.sequence_parallel
+            else copy_to_tensor_model_parallel_region
+        )
+        hidden = enter(hidden, group=self.tp_group)
         projected = F.linear(hidden, self.keys_and_values, self.bias).unflatten(-1, (self.kv_heads, 4, -1))
         compressed_k, compressed_v, window_k, window_v = (
             one.transpose(0, 1).contiguous() for one in projected.unbind(3)

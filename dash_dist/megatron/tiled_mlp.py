@@ -55,10 +55,13 @@ class TiledLayer(TransformerLayer):
         return output
 
     def rows_of_tile(self, hidden_states: torch.Tensor) -> int | None:
-        """Return the first dimension of a tile of [s, b, hidden]; None where one tile would be all of it."""
+        """Return the first dimension of a tile of [s, b, hidden]; None where one tile would be all of it.
+
+        Where tensor-parallel ranks hold shards of the sequence, an MLP works on the tiles of all of them at once.
+        """
         tokens, batch = hidden_states.shape[:2]
         tile = self.config.mlp_tile_tokens
-        rows = tokens if tile is None else max(1, tile // batch)
+        rows = tokens if tile is None else max(1, tile // (batch * self.config.sequence_shards))
         return rows if rows < tokens else None
 
 

@@ -59,13 +59,10 @@ def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, *, tiled: b
     hidden, q, kv = sizes.hidden, sizes.q, sizes.kv
     # [b, s] to [s, b] for the projection after the attention; the sum of NSA's branches is not kept beside it.
     copy = q if sizes.batch > 1 and kind != "nsa" else 0
-    projected = (
-        hidden  # the layer's input after its norm
-        + (q + 2 * kv)  # queries and keys after the rotary embedding, and values
-        + copy
-    )
-    norm = sizes.tokens * FP32  # reciprocal root mean squares
-    projections = sizes.tokens * projected * BF16 + norm
+    normed = sizes.stream_tokens * hidden * BF16  # the input of a projection, which gathers it again
+    norm = sizes.stream_tokens * FP32  # reciprocal root mean squares
+    # Queries and keys after the rotary embedding, and values.
+    projections = normed + sizes.tokens * (q + 2 * kv + copy) * BF16 + norm
     attention = sizes.tokens * q * BF16 + sizes.tokens * sizes.query_heads * FP32  # output and log-sum-exp
     if kind == "window":
         projections += _saved_with_halo(sizes, exchange)
@@ -77,7 +74,7 @@ def saved_by_layer(sizes: Sizes, kind: Kind, exchange: ExchangePlan, *, tiled: b
         in_projections, in_attention = _saved_by_branches(sizes)
         projections, attention = projections + in_projections, attention + in_attention
     # After its norm, and of SwiGLU both halves of the input, and their product.
-    mlp = 0 if tiled else sizes.tokens * (hidden + 3 * sizes.ffn) * BF16 + norm
+    mlp = 0 if tiled else normed + sizes.tokens * 3 * sizes.ffn * BF16 + norm
     residual = input_of_layer(sizes)
     return LayerBytes(residual, projections, attention, residual, mlp)
 
@@ -140,7 +137,12 @@ def received_by_exchange(sizes: Sizes, exchange: ExchangePlan) -> int:
 
 def input_of_layer(sizes: Sizes) -> int:
     """One number per token and channel of the residual stream."""
-    return sizes.tokens * sizes.hidden * BF16
+    return sizes.stream_tokens * sizes.hidden * BF16
+
+
+def gathered_stream(sizes: Sizes) -> int:
+    """Bytes of a residual stream, or of its gradient, that is gathered from shards of the sequence; 0 without them."""
+    return sizes.tokens * sizes.hidden * BF16 if sizes.sequence_shards > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,9 @@ class Moment:
 
 def mlp_moment(sizes: Sizes) -> Moment:
     """Gradients of SwiGLU: of the product and of both factors, where the product itself is freed; or of the product and
-    of the second matrix."""
+    of the second matrix, with the gathered gradient of its output."""
     half = sizes.tokens * sizes.ffn * BF16
-    gradients = max(2 * half, half + sizes.ffn * sizes.hidden * BF16)
+    gradients = max(2 * half, half + sizes.ffn * sizes.hidden * BF16 + gathered_stream(sizes))
     return Moment("backward of an MLP", activations=input_of_layer(sizes) + gradients)
 
 
@@ -176,7 +178,7 @@ def attention_moment(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> Moment
     tokens, q, kv = sizes.tokens, sizes.q, sizes.kv
     outputs = 3 if kind == "nsa" else 1
     # Of the output, or of each branch's, of the queries, and of the residual stream.
-    gradients = tokens * BF16 * ((outputs + 1) * q + sizes.hidden)
+    gradients = tokens * BF16 * (outputs + 1) * q + input_of_layer(sizes)
     own = 2 * tokens * kv * FP32
     scratch = min(sizes.batch * sizes.kv_heads * sizes.chunks * sizes.shard // 8, MAX_SLAB_BYTES)
     copies = tokens * q * BF16 if sizes.batch > 1 else 0  # the output's gradient, made contiguous
@@ -190,18 +192,18 @@ def attention_moment(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> Moment
         held = {"selective": BF16 + 2 * FP32, "allgather": BF16 + FP32 + FP32 / exchange_ranks(sizes)}
         ring = 2 * BF16 + 2 * FP32
         travelling = round(exchange.received * block * held.get(exchange.name, ring))
-    freed = tokens * BF16 * (3 * sizes.ffn + 2 * sizes.hidden)
+    freed = tokens * BF16 * 3 * sizes.ffn + 2 * input_of_layer(sizes)
     return Moment("backward of an attention", gradients, work, travelling, freed)
 
 
 def _window_moment(sizes: Sizes, exchange: ExchangePlan) -> Moment:
     """Gradients of a layer with windows: float32 sums of the queries', and of K and V for each query head."""
-    gradients = sizes.tokens * BF16 * (2 * sizes.q + sizes.hidden)
+    gradients = sizes.tokens * BF16 * 2 * sizes.q + input_of_layer(sizes)
     band = sizes.tokens * sizes.kv + exchange.received * sizes.chunk_size * sizes.head_dim
     of_heads = band * (sizes.group if sizes.group > 1 else 0)
     travelling = 0.0 if exchange.name == "none" else 2 * band * (BF16 + FP32)
     work = round(sizes.tokens * sizes.q * FP32 + 2 * (of_heads + band) * BF16)
-    freed = sizes.tokens * BF16 * (3 * sizes.ffn + 2 * sizes.hidden)
+    freed = sizes.tokens * BF16 * 3 * sizes.ffn + 2 * input_of_layer(sizes)
     return Moment("backward of an attention with a window", gradients, work, round(travelling), freed)
 
 

@@ -101,6 +101,7 @@ def smallest_change(
                 **candidate.recompute.parallel,
                 "mlp_tile_tokens": candidate.mlp_tile_tokens,
                 "offload_activations": candidate.offload_activations,
+                "sequence_parallel": None if candidate.sequence_parallel else False,
             }
         )
         changed = config.model_copy(update={"parallel": parallel})
@@ -142,6 +143,8 @@ def memory_settings(layout: Layout, shard: int) -> list[tuple[str, Layout]]:
         shard: tokens of a sequence at a rank; tiles that are not shorter change nothing.
     """
     tried = []
+    if layout.tensor > layout.sequence_shards:
+        tried.append(("parallel.sequence_parallel=true", replace(layout, sequence_parallel=True)))
     for way in (layout.recompute, *more_than(layout.recompute)):
         words = [] if way == layout.recompute else [way.overrides(layout.recompute)]
         frugal = replace(layout, recompute=way)

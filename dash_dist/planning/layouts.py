@@ -28,6 +28,8 @@ class Layout:
     recompute: Recompute
     mlp_tile_tokens: int | None = None
     offload_activations: float = 0.0
+    sequence_parallel: bool = True
+    """Where tensor is above 1."""
 
     @property
     def gpus(self) -> int:
@@ -38,13 +40,19 @@ class Layout:
         """Ranks that hold the same weights: gradients are summed, and the optimizer's state is sharded, over them."""
         return self.context * self.data
 
+    @property
+    def sequence_shards(self) -> int:
+        """Tensor-parallel ranks that the residual stream is split over along the sequence."""
+        return self.tensor if self.sequence_parallel else 1
+
     def __str__(self) -> str:
         exchange = f", {self.exchange}" if self.context > 1 else ""
         tiled = "" if self.mlp_tile_tokens is None else f", MLP tiles of {self.mlp_tile_tokens} tokens"
         offloaded = f", offload {self.offload_activations:g}" if self.offload_activations else ""
+        whole = ", whole sequences in TP" if self.tensor > self.sequence_shards else ""
         return (
             f"TP {self.tensor} x CP {self.context} x PP {self.pipeline} x DP {self.data}{exchange}, "
-            f"recompute {self.recompute}{tiled}{offloaded}"
+            f"recompute {self.recompute}{tiled}{offloaded}{whole}"
         )
 
     @staticmethod
@@ -61,6 +69,7 @@ class Layout:
             recompute=Recompute.of(parallel),
             mlp_tile_tokens=parallel.mlp_tile_tokens,
             offload_activations=parallel.offload_activations,
+            sequence_parallel=parallel.sequence_parallel is not False,
         )
 
 
@@ -81,6 +90,7 @@ class Sizes:
         listed: entries of a token's list of chunks in the layers that have lists, at most.
         nsa_layers: of the whole model.
         tied: one matrix is the embedding and the output layer.
+        sequence_shards: ranks that the residual stream of those tokens is split over.
     """
 
     batch: int
@@ -101,6 +111,7 @@ class Sizes:
     listed: int
     nsa_layers: frozenset[int]
     tied: bool
+    sequence_shards: int
 
     @staticmethod
     def of(config: RunConfig, layout: Layout, *, vocab_size: int, document_length: float | None = None) -> Sizes:
@@ -130,12 +141,18 @@ class Sizes:
             listed=_listed(config.attention),
             nsa_layers=frozenset(nsa_layers(model, config.attention)),
             tied=model.tie_embeddings,
+            sequence_shards=layout.sequence_shards,
         )
 
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch on this rank."""
         return self.batch * self.shard
+
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens whose residual stream, norms and inputs of projections this rank holds."""
+        return self.tokens // self.sequence_shards
 
     @property
     def group(self) -> int:

@@ -6,7 +6,7 @@ Knows `dash_dist.megatron.fused` and the pieces of `DashGPTModel`; does not know
 from __future__ import annotations
 
 from dash_dist.config.model import LOGITS_PER_PIECE
-from dash_dist.planning.activations import INT64, Moment
+from dash_dist.planning.activations import INT64, Moment, gathered_stream, input_of_layer
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.step import Pace, StepTime
 from dash_dist.planning.traffic import BF16, FP32
@@ -36,7 +36,7 @@ def output_passes(sizes: Sizes, *, fused: bool) -> int:
 def saved_by_loss(sizes: Sizes, *, fused: bool) -> int:
     """Bytes to the backward pass: the last norm's input; fused, the gradients of its output and of the output layer,
     and otherwise its output, and the probabilities unless the loss is computed in pieces."""
-    kept = 2 * sizes.tokens * sizes.hidden * BF16 + sizes.tokens * (FP32 + INT64 + 1)
+    kept = 2 * input_of_layer(sizes) + sizes.stream_tokens * FP32 + sizes.tokens * (INT64 + 1)
     if fused:
         return kept + sizes.vocab * sizes.hidden * BF16
     return kept if in_pieces(sizes) else kept + sizes.tokens * sizes.vocab * FP32
@@ -45,13 +45,15 @@ def saved_by_loss(sizes: Sizes, *, fused: bool) -> int:
 def loss_moment(sizes: Sizes, *, fused: bool) -> Moment:
     """Fused: a piece's logits, the sum of the weight's gradients in float32, and the last norm's output. Otherwise
     logits in bfloat16, their exponentials and gradient; gradients of the weight, of one piece and of all, and of its
-    input."""
-    stream = sizes.tokens * sizes.hidden * BF16
+    input, which shards of the sequence have gathered before it is summed."""
+    stream = input_of_layer(sizes)
     weight = sizes.vocab * sizes.hidden
     if fused:
         return Moment("loss", activations=_fused_rows(sizes) * sizes.vocab * BF16 + weight * FP32 + stream)
-    logits = min(sizes.tokens * sizes.vocab, LOGITS_PER_PIECE) * (BF16 + (FP32 if in_pieces(sizes) else 0))
-    return Moment("loss", activations=logits + (2 if in_pieces(sizes) else 1) * weight * BF16 + stream)
+    numbers = min(sizes.tokens * sizes.vocab, LOGITS_PER_PIECE)
+    logits = numbers * (BF16 + (FP32 if in_pieces(sizes) else 0))
+    gathered = round(gathered_stream(sizes) * numbers / (sizes.tokens * sizes.vocab))
+    return Moment("loss", activations=logits + gathered + (2 if in_pieces(sizes) else 1) * weight * BF16 + stream)
 
 
 def _fused_rows(sizes: Sizes) -> int:

@@ -124,7 +124,8 @@ def _activations(
         waits = sizes.vocab * sizes.hidden * BF16 if fused and sizes.tied and layout.pipeline == 1 else 0
         moments = [replace(moment, freed=moment.freed + of_loss - waits) for moment in of_layer]
         moments.append(loss.loss_moment(sizes, fused=fused))
-    base = sizes.micro_batches * sizes.tokens * _BATCH + _CUBLAS
+    # Megatron-core gathers the shards of a projection's input into one buffer, which stays.
+    base = sizes.micro_batches * sizes.tokens * _BATCH + _CUBLAS + activations.gathered_stream(sizes)
     return base, saved, moments
 
 

@@ -23,7 +23,7 @@ def tile_tokens(sizes: Sizes, layout: Layout) -> int | None:
     """Return the tokens that an MLP works on at a time; None: on all of the rank's."""
     if layout.mlp_tile_tokens is None:
         return None
-    rows = max(1, layout.mlp_tile_tokens // sizes.batch)
+    rows = max(1, layout.mlp_tile_tokens // (sizes.batch * sizes.sequence_shards)) * sizes.sequence_shards
     return rows * sizes.batch if rows < sizes.shard else None
 
 
@@ -39,8 +39,9 @@ def runs_mlp_once_more(sizes: Sizes, layout: Layout) -> bool:
 
 def tiled_moment(sizes: Sizes, tile: int) -> Moment:
     """Gradients of the half's output and input, a tile's tensors and their gradients, and weight gradients: sums in
-    float32, and a tile's."""
-    of_tile = tile * BF16 * (3 * sizes.hidden + 3 * sizes.ffn + 2 * sizes.ffn)
+    float32, and a tile's. Of shards of the sequence, a tile's gathered gradient as well."""
+    stream = 3 * sizes.hidden // sizes.sequence_shards + (sizes.hidden if sizes.sequence_shards > 1 else 0)
+    of_tile = tile * BF16 * (stream + 3 * sizes.ffn + 2 * sizes.ffn)
     weights = mlp_weights(sizes) * (FP32 + BF16)
     return Moment("backward of a tiled MLP", activations=2 * input_of_layer(sizes) + of_tile + weights)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dash_dist.config.run import RunConfig
 from dash_dist.engine.flops import flops_per_token
+from dash_dist.planning.activations import input_of_layer
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layers import LayerPlan, foremost, of_stage, plan_layers
@@ -149,15 +150,16 @@ def _bytes(
     """Return the bytes of a step by purpose, of the busiest stage."""
     recompute = layout.recompute
     times = sizes.layers * sizes.micro_batches
-    residual = sizes.tokens * sizes.hidden * BF16
-    one = all_reduce(residual, layout.tensor, 1, machine)
+    one = all_reduce(sizes.tokens * sizes.hidden * BF16, layout.tensor, 1, machine)
+    # Shards of the sequence that a projection multiplied are gathered again for the gradients of its weights.
+    of_layer = 4 if sizes.sequence_shards == 1 else 5
     stride = layout.tensor
     reduced = all_reduce(numbers * FP32, layout.weight_replicas, stride, machine)
     if distributed:  # gradients go home by half an all-reduce, weights are gathered by the other half, in bfloat16
         reduced = reduced * (0.5 * (1 + BF16 / FP32))
     pipeline = Bytes()
     if layout.pipeline > 1:
-        sends = 2 * residual * sizes.micro_batches
+        sends = 2 * input_of_layer(sizes) * sizes.micro_batches
         within_node = layout.gpus // layout.pipeline < machine.gpus_per_node
         pipeline = Bytes(sends) if within_node else Bytes(0.0, sends)
     stages = [of_stage(tuple(layers), layout, stage) for stage in range(layout.pipeline)]
@@ -170,7 +172,8 @@ def _bytes(
     return {
         "exchange": max(exchanged, key=_total) * sizes.micro_batches,
         "summaries": max(summaries, key=_total) * sizes.micro_batches,
-        "tensor": one * (times * (4 + recompute.projections + (recompute.mlp or runs_mlp_once_more(sizes, layout)))),
+        "tensor": one
+        * (times * (of_layer + recompute.projections + (recompute.mlp or runs_mlp_once_more(sizes, layout)))),
         "pipeline": pipeline,
         "gradients": reduced,
     }

@@ -37,7 +37,7 @@ _TIME = {
     "elementwise": "element-wise kernels",
     "launch": "waiting for launches",
     "exchange": "CP exchange, not hidden",
-    "tensor": "TP all-reduces, not hidden",
+    "tensor": "TP collectives, not hidden",
     "pipeline": "PP sends",
     "bubble": "pipeline bubble",
     "reduction": "DP reduce-scatter, all-gather",
@@ -47,7 +47,7 @@ _TIME = {
 _SENT = {
     "exchange": "CP exchange of K, V, gradients",
     "summaries": "CP summaries",
-    "tensor": "TP all-reduces",
+    "tensor": "TP collectives",
     "pipeline": "PP sends",
     "gradients": "DP reduce-scatter, all-gather",
 }
@@ -72,7 +72,7 @@ def as_text(
         best, looked_at: from `best_layouts`.
     """
     stream = io.StringIO()
-    console = Console(file=stream, width=_WIDTH, highlight=False)
+    console = Console(file=stream, width=_WIDTH, highlight=False, markup=False)
     console.print(
         f"{config.run.name}: {machine.gpus} x {machine.gpu.name} of {machine.memory / GIB:.1f} GiB, "
         f"{machine.gpus_per_node} a node; {config.training.global_batch_size} x {config.training.sequence_length:,} "
@@ -183,8 +183,8 @@ def _assumptions(
         f"{100 * assumptions.memory_efficiency:.0f} %; attention: {kernels}",
         f"links, each direction and GPU: {gpu.nvlink / 1e9:.0f} GB/s in a node, {machine.network / 1e9:.0f} GB/s "
         f"between nodes; {machine.latency * 1e6:.0f} us a message; no collisions",
-        "the exchange of K and V overlaps the attention on the own shard; TP all-reduces block the forward pass and "
-        "overlap the weights' gradients in the backward pass; "
+        "the exchange of K and V overlaps the attention on the own shard; TP collectives block the forward pass and "
+        "overlap products in the backward pass; "
         "gradients are summed after the last backward pass; PP is 1F1B",
         f"outside of torch's allocator: {assumptions.context_gib:g} GiB"
         + (f" and {assumptions.nccl_gib:g} GiB for NCCL" if machine.gpus > 1 else "")

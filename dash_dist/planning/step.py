@@ -7,7 +7,9 @@ kernels at a share of the memory bandwidth, and the communication that nothing h
 launch it. In the code as it is,
 
 - an exchange of K and V overlaps the attention on the rank's own shard (the ring: on all parts; a halo: on none);
-- tensor-parallel all-reduces block the forward pass; in the backward pass they overlap the weight's gradient;
+- tensor-parallel all-reduces block the forward pass; in the backward pass they overlap the weight's gradient. With
+  sequence parallelism each is a reduce-scatter and an all-gather: gathering a projection's input once more overlaps the
+  gradient of that input, summing that gradient overlaps the weight's, and the other all-gathers block;
 - a pipeline's sends block, and its stages idle for pipeline - 1 micro-batches;
 - gradients are summed after the last backward pass, and weights gathered after the optimizer; neither overlaps.
 """
@@ -124,8 +126,32 @@ def recomputed_matmul(sizes: Sizes, recompute: Recompute) -> float:
 
 def _recomputed_numbers(sizes: Sizes, recompute: Recompute) -> float:
     """Numbers per token that element-wise kernels read and write again."""
-    hidden, q, kv, ffn = (_ELEMENTWISE[name][0] * getattr(sizes, name) for name in ("hidden", "q", "kv", "ffn"))
+    hidden, q, kv, ffn = (_ELEMENTWISE[name][0] * width for name, width in _widths(sizes).items())
     return (hidden / 2 + q + kv) * recompute.projections + (hidden / 2 + ffn) * recompute.mlp
+
+
+def _widths(sizes: Sizes) -> dict[str, float]:
+    """Numbers of `_ELEMENTWISE` for each token of the rank's attention."""
+    return {
+        "hidden": sizes.hidden / sizes.sequence_shards,
+        "q": sizes.q,
+        "kv": sizes.kv,
+        "ffn": sizes.ffn,
+    }
+
+
+def _tensor_time(sizes: Sizes, pace: Pace, all_reduce: Bytes, *, forward: float) -> float:
+    """Return the exposed seconds of tensor parallelism in a layer, of which `forward` all-reduces are in forward
+    passes."""
+    one = pace.send(all_reduce, 2)
+    # Products of the projection and of the MLP's first matrix, each of whose two gradients takes as long.
+    products = [
+        pace.products(2.0 * sizes.tokens * sizes.hidden * width) for width in (sizes.q + 2 * sizes.kv, 2 * sizes.ffn)
+    ]
+    if sizes.sequence_shards == 1:
+        return one * forward + exposed([one] * 2, products)
+    half = one / 2
+    return one * forward + 2 * half + exposed([half] * 4, products * 2)
 
 
 def layer_time(
@@ -142,7 +168,7 @@ def layer_time(
 
     Args:
         attention: on an H200, of the mean rank.
-        all_reduce: of one tensor-parallel all-reduce; there are two in each pass.
+        all_reduce: of one tensor-parallel all-reduce, or its two halves; there are two in each pass.
         uneven: attention of the busiest rank / of the mean one.
     """
     stage3 = pace.attention(attention.attend) * uneven, pace.attention(attention.backward) * uneven
@@ -151,7 +177,7 @@ def layer_time(
     passes = 2 if recompute.attention else 1
     parts = recompute.projections + recompute.mlp + runs_mlp_once_more(sizes, layout)
     matmul = pace.products(layer_matmul(sizes))
-    widths = {name: getattr(sizes, name) for name in _ELEMENTWISE}
+    widths = _widths(sizes)
     forward, backward = (
         pace.elementwise(BF16 * sizes.tokens * sum(_ELEMENTWISE[name][i] * width for name, width in widths.items()))
         for i in (0, 1)
@@ -166,13 +192,7 @@ def layer_time(
     )
     tensor = 0.0
     if layout.tensor > 1:
-        one = pace.send(all_reduce, 2)
-        # In the backward pass they overlap the gradients of the projection and of the MLP's first matrix.
-        beside = [
-            pace.products(2.0 * sizes.tokens * sizes.hidden * width)
-            for width in (sizes.q + 2 * sizes.kv, 2 * sizes.ffn)
-        ]
-        tensor = one * (2 + parts) + exposed([one, one], beside)
+        tensor = _tensor_time(sizes, pace, all_reduce, forward=2 + parts)
     launched = pace.assumptions.host_seconds * (3 + parts / 2)
     waited = StepTime(tensor=tensor, exchange=_exchange_time(layout, pace, exchange, stage3))
     return computed + waited + StepTime(launch=max(0.0, launched - computed.total - waited.total))

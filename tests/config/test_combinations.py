@@ -95,9 +95,28 @@ def test_triton_is_refused_above_the_head_dim_of_its_kernels() -> None:
 
 
 def test_one_shard_may_have_any_length() -> None:
-    check_combination(
-        ModelConfig(**SHAPE), AttentionConfig(), ParallelConfig(tensor=2), world_size=4, sequence_length=1001
+    for parallel in (ParallelConfig(), ParallelConfig(tensor=2, sequence_parallel=False)):
+        check_combination(ModelConfig(**SHAPE), AttentionConfig(), parallel, world_size=4, sequence_length=1001)
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_shards_over_tensor_parallelism_are_equal(asked: bool | None) -> None:
+    parallel = ParallelConfig(tensor=2, sequence_parallel=asked)
+    shape = ModelConfig(**SHAPE)
+    check_combination(shape, AttentionConfig(), parallel, world_size=2, sequence_length=1002)
+    message = (
+        r"1001 is not a multiple of cp x tp = 1 x 2 = 2, over which parallel.sequence_parallel splits it: pad to 1002, "
+        "or set parallel.sequence_parallel to false"
     )
+    with pytest.raises(ValueError, match=message):
+        check_combination(shape, AttentionConfig(), parallel, world_size=2, sequence_length=1001)
+
+
+def test_sequence_parallelism_needs_tensor_parallelism() -> None:
+    assert [ParallelConfig(tensor=tensor).sequence_shards for tensor in (1, 2)] == [1, 2]
+    assert ParallelConfig(tensor=2, sequence_parallel=False).sequence_shards == 1
+    with pytest.raises(ValidationError, match=r"sequence_parallel is true and tensor is 1.* 2 or more, or .* to null"):
+        ParallelConfig(sequence_parallel=True)
 
 
 def test_vocabulary_rows_do_not_depend_on_the_layout() -> None:

@@ -71,6 +71,10 @@ def test_large_sizes_may_be_written_as_in_the_documentation(tmp_path):
     ("overrides", "message"),
     [
         (["engine=deepsped"], r"engine = \"deepsped\": input should be 'megatron' or 'deepspeed'"),
+        (
+            ["parallel.tensor=2", "parallel.sequence_parallel=true"],
+            "sequence_parallel is true, and engine: deepspeed has no tensor parallelism to split over: set .* to null",
+        ),
         (["parallel.tensor=2"], r"parallel\.tensor is 2, and engine: deepspeed shards .* to 1, or engine to megatron"),
         (["parallel.pipeline=2"], r"parallel\.pipeline is 2, and engine: deepspeed"),
         (["parallel.overlap_gradients=true"], r"false, and zero_optimization\.overlap_comm in deepspeed\.file"),

@@ -66,12 +66,18 @@ def micro_batches(step: int, dims: ParallelDims, case: Case) -> list[Batch]:
 
 @contextmanager
 def engine_of(
-    case: Case, *, model: ModelConfig = MODEL, vocab_size: int = VOCAB_SIZE, trainable: TrainableSection | None = None
+    case: Case,
+    *,
+    model: ModelConfig = MODEL,
+    vocab_size: int = VOCAB_SIZE,
+    trainable: TrainableSection | None = None,
+    sequence_length: int = SEQUENCE_LENGTH,
 ) -> Iterator[MegatronEngine]:
     parallel = ParallelConfig(
         tensor=case.tensor,
         context=case.context,
         pipeline=case.pipeline,
+        sequence_parallel=case.sequence_parallel,
         distributed_optimizer=case.distributed_optimizer,
         recompute=case.recompute,
         recompute_modules=case.recompute_modules,
@@ -111,7 +117,7 @@ def engine_of(
             OptimizerConfig(lr=1e-2, warmup_steps=2, grad_clip=case.grad_clip, offload_moments=case.offload_moments),
             dims=dims,
             vocab_size=vocab_size,
-            sequence_length=SEQUENCE_LENGTH,
+            sequence_length=sequence_length,
             total_steps=10,
             trainable=trainable,
         )
@@ -158,12 +164,18 @@ def measure_step(case: Case) -> Measured:
         for routing in engine.telemetry.routing_statistics():
             measured.density.append(routing.density)
             measured.selected.append(routing.selected.tolist())
-        for name, parameter in engine.model.named_parameters():
-            dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-            name = global_name(engine.model, name)
-            measured.gradients[name] = parameter.main_grad.clone(), dim
-            measured.weights[name] = parameter.detach().clone(), dim
+        copy_tensors(engine, measured)
         return measured
+
+
+def copy_tensors(engine: MegatronEngine, measured: Measured) -> None:
+    """Add the gradients of the trained weights, and all weights."""
+    for name, parameter in engine.model.named_parameters():
+        dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+        name = global_name(engine.model, name)
+        if parameter.requires_grad:
+            measured.gradients[name] = parameter.main_grad.clone(), dim
+        measured.weights[name] = parameter.detach().clone(), dim
 
 
 def measure_steps(cases: dict[str, Case]) -> dict[str, Measured]:

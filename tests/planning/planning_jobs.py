@@ -5,12 +5,16 @@ The test process itself does not import this: it would load Megatron-core.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import layers as linears
+from megatron.core.tensor_parallel import mappings
 
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.optimizer import OptimizerConfig
@@ -90,6 +94,39 @@ def _states(engine: MegatronEngine) -> dict[str, int]:
                 for name in ("exp_avg", "exp_avg_sq"):
                     numbers[name] += part.optimizer.state[weight][name].numel()
     return numbers
+
+
+def tensor_bytes(layers: int, sequence_parallel: bool) -> int:
+    """Bytes that a rank sends to its tensor-parallel group in a bfloat16 step."""
+    parallel = ParallelConfig(tensor=2, sequence_parallel=sequence_parallel)
+    dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))
+    sent = 0
+
+    def counted(collective: Any, part: float) -> Any:
+        def call(*tensors: torch.Tensor, **options: Any) -> Any:
+            nonlocal sent
+            sent += round(part * max(tensor.nbytes for tensor in tensors))
+            return collective(*tensors, **options)
+
+        return call
+
+    try:
+        shape = MODEL.model_copy(update={"num_layers": layers})
+        config = transformer_config(shape, parallel, dtype=torch.bfloat16, device=dims.device)
+        attention = AttentionConfig(chunk_size=CHUNK_SIZE)
+        model = build_model(
+            config, shape, attention, dims, vocab_size=VOCAB_SIZE, sequence_length=SEQUENCE_LENGTH, seed=0
+        ).bfloat16()
+        tokens = torch.zeros(1, SEQUENCE_LENGTH, dtype=torch.int64)
+        with contextlib.ExitStack() as patches:
+            for module in (linears, mappings):  # half of the whole tensor goes to the other of two ranks
+                for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+                    patches.enter_context(mock.patch.object(module, name, counted(getattr(module, name), 0.5)))
+            patches.enter_context(mock.patch.object(torch.distributed, "all_reduce", counted(dist.all_reduce, 1.0)))
+            model(tokens, None, None, labels=tokens).sum().backward()
+        return sent
+    finally:
+        dims.close()
 
 
 def saved_bytes(

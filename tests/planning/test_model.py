@@ -142,6 +142,28 @@ DASH = AttentionConfig(chunk_size=CHUNK_SIZE)
 NSA = AttentionConfig(chunk_size=CHUNK_SIZE, kind="nsa", top_chunks=4)
 
 
+def kept_per_layer(batch: int, way: Recompute, attention: AttentionConfig, **parallel: Any) -> tuple[list[int], int]:
+    """Bytes that autograd keeps of a layer at each rank, and as many as the planner counts."""
+    job, ranks = "tests.planning.planning_jobs:saved_bytes", parallel.get("tensor", 1)
+    two, three = (
+        run_ranks(job, ranks, batch, SEQUENCE_LENGTH, layers, {**way.parallel, **parallel}, attention, cpu_only=True)
+        for layers in (2, 3)
+    )
+    found = [
+        sum(more[kind] - less[kind] for kind in more if kind != "bool")  # bool: the eager backend's selection
+        for less, more in zip(two, three, strict=True)
+    ]
+    config = small_config(
+        training={"micro_batch_size": batch}, attention=attention.model_dump(mode="json"), parallel=parallel
+    )
+    sizes = Sizes.of(config, Layout.of(config, ranks), vocab_size=VOCAB_SIZE)
+    (kind,) = attention.pattern
+    # Not fused, as on a CPU, a norm keeps its input twice in float32 instead of once in bfloat16.
+    norms = 2 - way.projections - way.mlp
+    unfused = norms * sizes.stream_tokens * MODEL.hidden_size * (2 * FP32 - BF16)
+    return found, kept_by_layer(sizes, kind, NO_EXCHANGE, way) - tile_bits(sizes) + unfused
+
+
 @pytest.mark.parametrize(
     ("batch", "way", "attention"),
     [
@@ -160,19 +182,27 @@ NSA = AttentionConfig(chunk_size=CHUNK_SIZE, kind="nsa", top_chunks=4)
     ids=str,
 )
 def test_activations_of_a_layer_are_what_autograd_keeps(batch: int, way: Recompute, attention: AttentionConfig) -> None:
-    job = "tests.planning.planning_jobs:saved_bytes"
-    two, three = (
-        run_ranks(job, 1, batch, SEQUENCE_LENGTH, layers, way.parallel, attention, cpu_only=True)[0]
-        for layers in (2, 3)
+    found, counted = kept_per_layer(batch, way, attention)
+    assert found == [counted]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_tensor_parallel_ranks_keep_shards_of_the_stream(way: Recompute) -> None:
+    for sequence_parallel in (True, False):
+        found, counted = kept_per_layer(2, way, DASH, tensor=2, sequence_parallel=sequence_parallel)
+        assert found == [counted] * 2, sequence_parallel
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_tensor_parallel_ranks_send_what_is_predicted(sequence_parallel: bool) -> None:
+    job = "tests.planning.planning_jobs:tensor_bytes"
+    two, three = (run_ranks(job, 2, layers, sequence_parallel, cpu_only=True) for layers in (2, 3))
+    config = small_config(
+        training={"global_batch_size": 1}, parallel={"tensor": 2, "sequence_parallel": sequence_parallel}
     )
-    kept = sum(three[kind] - two[kind] for kind in three if kind != "bool")  # bool: the eager backend's selection
-    config = small_config(training={"micro_batch_size": batch}, attention=attention.model_dump(mode="json"))
-    sizes = Sizes.of(config, Layout.of(config, 1), vocab_size=VOCAB_SIZE)
-    (kind,) = attention.pattern
-    # Not fused, as on a CPU, a norm keeps its input twice in float32 instead of once in bfloat16.
-    norms = 2 - way.projections - way.mlp
-    unfused = norms * batch * SEQUENCE_LENGTH * MODEL.hidden_size * (2 * FP32 - BF16)
-    assert kept_by_layer(sizes, kind, NO_EXCHANGE, way) - tile_bits(sizes) == kept - unfused
+    prediction = predict(config, Layout.of(config, 2), machine(2), DENSE, vocab_size=VOCAB_SIZE)
+    for less, more in zip(two, three, strict=True):
+        assert more - less == prediction.sent["tensor"].nvlink / MODEL.num_layers
 
 
 def test_model_flops_are_those_of_the_runs_mfu() -> None:

@@ -145,6 +145,26 @@ def test_tiles_do_the_work_of_a_recomputed_mlp() -> None:
     assert found[0].time.matmul == pytest.approx(found[1].time.matmul)
 
 
+def test_shards_of_the_stream_come_before_trades_of_time() -> None:
+    whole = layout(tensor=2, recompute="full", sequence_parallel=False)
+    names = [words for words, _ in memory_settings(whole, 16384)]
+    assert names == ["parallel.sequence_parallel=true", "parallel.offload_activations=1.0"]
+    config = large_config(
+        training={"steps": 2, "sequence_length": 2**18, "global_batch_size": 1},
+        parallel={"tensor": 8, "recompute": "full", "sequence_parallel": False},
+    )
+    asked = layout(tensor=8, recompute="full", sequence_parallel=False)
+    shards, as_asked = (
+        predict(config, replace(asked, sequence_parallel=split), machine(8), Assumptions(), vocab_size=VOCAB_SIZE)
+        for split in (True, False)
+    )
+    assert shards.seconds < as_asked.seconds
+    between = (shards.peak.total + as_asked.peak.total) / 2 / 2**30
+    assert shards.peak.total < 0.6 * as_asked.peak.total
+    change = smallest_change(config, machine(8, between), Assumptions(), asked, vocab_size=VOCAB_SIZE)
+    assert change == "parallel.sequence_parallel=true"
+
+
 def test_settings_that_are_there_are_not_advised_again() -> None:
     names = [words for words, _ in memory_settings(layout(recompute="full", mlp_tile_tokens=4096), 2**20)]
     assert names == ["parallel.offload_activations=1.0"]

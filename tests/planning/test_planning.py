@@ -160,16 +160,22 @@ def test_where_nothing_fits_it_says_what_is_missing_and_what_would_do() -> None:
 @pytest.mark.parametrize(
     ("recompute", "modules", "memory", "change"),
     [
-        ("none", None, 79.2, "parallel.recompute=selective"),
-        ("none", None, 100.0, "parallel.recompute=selective parallel.recompute_modules=[mlp]"),
-        ("selective", ("mlp",), 79.2, "parallel.recompute=selective parallel.recompute_modules=null"),
+        ("none", None, 50.0, "parallel.recompute=selective"),
+        ("none", None, 79.2, "parallel.recompute=selective parallel.recompute_modules=[mlp]"),
+        ("selective", ("mlp",), 50.0, "parallel.recompute=selective parallel.recompute_modules=null"),
         (
             "selective",
             ("projections",),
-            50.0,
-            "parallel.recompute=selective parallel.recompute_modules=null parallel.mlp_tile_tokens=16384",
+            35.0,
+            "parallel.recompute=selective parallel.recompute_modules=null parallel.mlp_tile_tokens=16384 "
+            "parallel.offload_activations=1.0",
         ),
-        ("none", None, 50.0, "parallel.recompute=selective parallel.mlp_tile_tokens=16384"),
+        (
+            "none",
+            None,
+            35.0,
+            "parallel.recompute=selective parallel.mlp_tile_tokens=16384 parallel.offload_activations=1.0",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_is_told_the_smallest_change(
@@ -289,6 +295,17 @@ def test_an_impossible_layout_is_explained_and_others_are_proposed(capsys: pytes
     output = dash_dist(str(CONFIGS / "llama_1b_128k.yaml"), "--gpus", "4", capsys=capsys)
     assert "cannot run on 4 GPUs: world size 4 is not a multiple of" in output
     assert "The best of" in output
+
+
+def test_a_layout_is_printed_with_all_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [
+        "parallel.tensor=2",
+        "parallel.context=4",
+        "parallel.recompute_modules=[mlp]",
+        "parallel.sequence_parallel=false",
+    ]
+    output = dash_dist(str(CONFIGS / "llama_1b_128k.yaml"), *settings, "--gpus", "8", capsys=capsys)
+    assert "TP 2 x CP 4 x PP 1 x DP 1, auto, recompute selective [mlp], whole sequences in TP" in output
 
 
 def test_every_stage_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,7 @@ class Case:
     tensor: int = 1
     context: int = 1
     pipeline: int = 1
+    sequence_parallel: bool | None = None
     micro_batch_size: int = 1
     tie_embeddings: bool = False
     distributed_optimizer: bool = False
