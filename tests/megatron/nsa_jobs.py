@@ -48,7 +48,7 @@ def started(case: Case) -> dict[str, bool]:
         )
         layer = model.decoder.layers[1].self_attention
         angles = torch.ones(SEQUENCE_LENGTH, 4), torch.zeros(SEQUENCE_LENGTH, 4)  # no rotation
-        hidden = torch.randn(SEQUENCE_LENGTH, 1, MODEL.hidden_size)
+        hidden = torch.randn(SEQUENCE_LENGTH // case.tensor, 1, MODEL.hidden_size)  # this rank's shard
         branches = layer.core_attention.branches(hidden, None, angles)
         mixed = layer.linear_qkv(hidden)[0].unflatten(-1, (layer.num_query_groups_per_partition, -1, 8)).transpose(0, 1)
         found = {global_name(model, name): weight for name, weight in model.named_parameters()}
