@@ -79,6 +79,7 @@ class Sizes:
         document: tokens of the document of a token.
         listed: entries of a token's list of chunks in the layers that have lists, at most.
         tied: one matrix is the embedding and the output layer.
+        norms_after: norms read what attention and MLP return, before it is added to the residual stream.
     """
 
     batch: int
@@ -98,6 +99,7 @@ class Sizes:
     document: float
     listed: int
     tied: bool
+    norms_after: bool
 
     @staticmethod
     def of(config: RunConfig, layout: Layout, *, vocab_size: int, document_length: float | None = None) -> Sizes:
@@ -126,6 +128,7 @@ class Sizes:
             document=min(document_length or training.sequence_length, training.sequence_length),
             listed=_listed(config.attention),
             tied=model.tie_embeddings,
+            norms_after=model.norms_after,
         )
 
     @property
