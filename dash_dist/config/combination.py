@@ -62,6 +62,12 @@ def check_combination(
             f"num_layers {model.num_layers} is not a multiple of parallel.pipeline {parallel.pipeline}: set "
             f"parallel.pipeline to one of {divisors(model.num_layers)}"
         )
+    layers = model.num_layers // parallel.pipeline
+    if parallel.recompute_layers is not None and parallel.recompute_layers > layers:
+        raise ValueError(
+            f"parallel.recompute_layers {parallel.recompute_layers} is more than the {layers} layers of a pipeline "
+            f"stage: set it to {layers} or less, or to null for all of them"
+        )
     if attention.ranks_per_node is not None and parallel.context % attention.ranks_per_node:
         raise ValueError(
             f"attention.ranks_per_node {attention.ranks_per_node} does not divide parallel.context {parallel.context}: "

@@ -37,8 +37,14 @@ class ParallelConfig(Section):
     recompute_modules: tuple[RecomputeModule, ...] | None = Field(
         default=None,
         description="parts of a layer that recompute: selective computes twice, by default both. projections: the "
-        "norm, projections and rotary embedding around the attention, a fifth to a third of the matrix products; saves "
-        "queries, keys and values. mlp: its norm and itself, the other products; saves the most",
+        "norm, the projection to queries, keys and values, and the rotary embedding, a tenth to a quarter of the "
+        "products; saves queries, keys and values. mlp: its norm and its first matrix, half of them; saves the most",
+    )
+    recompute_layers: int | None = Field(
+        default=None,
+        gt=0,
+        description="layers of each pipeline stage that are recomputed, its first ones; the others keep everything; "
+        "None: all",
     )
     overlap_gradients: bool = Field(
         default=False,
@@ -51,7 +57,8 @@ class ParallelConfig(Section):
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="share of the layers whose inputs wait in host memory; layers must be recomputed as a whole",
+        description="share of the recomputed layers whose inputs wait in host memory; layers must be recomputed as a "
+        "whole",
     )
     mlp_tile_tokens: int | None = Field(
         default=None,
@@ -82,6 +89,15 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"recompute_modules is {list(modules)}: name some of {', '.join(RECOMPUTE_MODULES)}, each once; to "
                 "recompute nothing set recompute to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_read(self) -> Self:
+        if self.recompute_layers is not None and self.recompute == "none":
+            raise ValueError(
+                f"recompute_layers is {self.recompute_layers} and recompute is none, which does not read it: set "
+                "recompute to selective or full, or recompute_layers to null"
             )
         return self
 
@@ -124,11 +140,12 @@ class ParallelConfig(Section):
 def offloaded_layers(fraction: float, layers: int, *, first_stage: bool) -> range:
     """Return the layers of a pipeline stage, from 0, whose inputs wait on the host.
 
-    The last layer's backward pass comes first, and the input of a later stage is kept by the pipeline: both stay.
+    The input of the last one starts the way back of those before it, and that of a later stage is kept by the pipeline:
+    both stay.
 
     Args:
         fraction: `ParallelConfig.offload_activations`.
-        layers: of the stage.
+        layers: of the stage that are recomputed.
         first_stage: the stage begins with the embedding.
     """
     first = 0 if first_stage else 1

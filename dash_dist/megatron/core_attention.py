@@ -92,7 +92,8 @@ class DashCoreAttention(MegatronModule):
             "cp_group": pg_collection.cp if pg_collection.cp.size() > 1 else None,
         }
         # A conversion phase computes no gradients of a layer, so what its first pass kept would never be taken.
-        recompute = "none" if attention.conversion is not None else config.attention_recompute
+        recomputed = attention.conversion is None and config.recomputes_layer(layer_number)
+        recompute = config.attention_recompute if recomputed else "none"
         self.attention: DashAttention | WindowAttention
         if kind == "window":
             assert attention.window is not None  # the configuration has checked it

@@ -16,12 +16,14 @@ class LayerConfig(TransformerConfig):
 
     Attributes:
         attention_recompute: as for `DashAttention`.
-        recomputed_part: of each layer, where the rest of it is not recomputed.
+        recomputed_part: of a layer, where the rest of it is not recomputed.
+        recomputed_layers: of each pipeline stage, its first ones; None: all.
         mlp_tile_tokens: tokens that each MLP works on at a time; None: all.
     """
 
     attention_recompute: Recompute = "none"
     recomputed_part: RecomputeModule | None = None
+    recomputed_layers: int | None = None
     mlp_tile_tokens: int | None = None
 
     @property
@@ -33,3 +35,13 @@ class LayerConfig(TransformerConfig):
     def recomputes(self) -> bool:
         """Layers are recomputed, in all or in part."""
         return self.recompute_granularity is not None or self.recomputed_part is not None
+
+    def recomputes_layer(self, layer_number: int) -> bool:
+        """Tell whether a layer, from 1 in the whole model, is recomputed, in all or in part."""
+        place = (layer_number - 1) % (self.num_layers // self.pipeline_model_parallel_size)
+        return self.recomputes and (self.recomputed_layers is None or place < self.recomputed_layers)
+
+    def ends_recomputation(self, part: RecomputeModule) -> bool:
+        """Tell whether every recomputation that runs a part of a layer ends with it: whole layers and tiles of the MLP
+        end with the MLP."""
+        return part == "mlp" or self.recomputed_part == part

@@ -27,8 +27,10 @@ from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.megatron.core_attention import DashCoreAttention
 from dash_dist.megatron.fused import SwiGLU, norm_module
+from dash_dist.megatron.layer_config import LayerConfig
 from dash_dist.megatron.recompute import RecomputableLayer
 from dash_dist.megatron.self_attention import RotarySelfAttention
+from dash_dist.megatron.unread import LastLinear
 
 
 def layer_spec(model: ModelConfig, attention: AttentionConfig, *, fused: bool) -> ModuleSpec:
@@ -46,6 +48,9 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig, *, fused: bool) -
     of_attention.submodules.core_attention = functools.partial(DashCoreAttention, attention=attention)
     if model.qk_norm:
         of_attention.submodules.q_layernorm = of_attention.submodules.k_layernorm = norm
+    if not model.norms_after:  # otherwise a norm reads what these return
+        layer.submodules.mlp.submodules.linear_fc2 = ModuleSpec(LastLinear, params={"part": "mlp"})
+        of_attention.submodules.linear_proj = ModuleSpec(LastLinear, params={"part": "projections"})
     if model.norms_after:
         layer.module = PostNormLayer
         layer.params = {**layer.params, "norm": norm}
@@ -69,21 +74,22 @@ class PostNormLayer(RecomputableLayer):
         norm: makes a norm.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, norm: Any, **kwargs: Any) -> None:
+    def __init__(self, config: LayerConfig, *args: Any, norm: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.post_attention_layernorm, self.post_mlp_layernorm = (
             norm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2)
         )
-        self.self_attn_bda = functools.partial(_normed_and_added, self.post_attention_layernorm)
-        self.mlp_bda = functools.partial(_normed_and_added, self.post_mlp_layernorm)
+        self.self_attn_bda = functools.partial(_normed_and_added, self.post_attention_layernorm, self.self_attn_bda)
+        self.mlp_bda = functools.partial(_normed_and_added, self.post_mlp_layernorm, self.mlp_bda)
 
 
-def _normed_and_added(norm: torch.nn.Module, _training: bool, _fused: bool) -> Callable[..., torch.Tensor]:
-    """Stand for Megatron-core's `get_bias_dropout_add`; there are neither biases nor dropout."""
+def _normed_and_added(
+    norm: torch.nn.Module, added: Callable[..., Callable[..., torch.Tensor]], training: bool, fused: bool
+) -> Callable[..., torch.Tensor]:
+    """Stand for Megatron-core's `get_bias_dropout_add`, with a norm before it."""
 
-    def add(branch: tuple[torch.Tensor, None], residual: torch.Tensor, _dropout: float) -> torch.Tensor:
-        normed: torch.Tensor = norm(branch[0])
-        return residual + normed
+    def add(branch: tuple[torch.Tensor, None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
+        return added(training, fused)((norm(branch[0]), None), residual, dropout)
 
     return add
 

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
 from dash_dist.megatron.host_memory import HostPool
@@ -22,13 +23,22 @@ class ActivationOffload:
     """The inputs of some layers of a pipeline stage, kept on the host between their two passes.
 
     Args:
-        decoder: runs its layers in order, each under reentrant activation checkpointing.
+        decoder: runs its layers in order, the first of them under reentrant activation checkpointing.
         layers: of the stage, from 0, whose inputs go to the host.
+        recomputed: layers under checkpointing; the others save what they please.
         hidden_size: channels of the inputs.
         device: of the layers. On a CPU the copies are plain ones.
     """
 
-    def __init__(self, decoder: nn.Module, layers: Collection[int], *, hidden_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        decoder: TransformerBlock,
+        layers: Collection[int],
+        *,
+        recomputed: int,
+        hidden_size: int,
+        device: torch.device,
+    ) -> None:
         self.pool = HostPool(pinned=device.type == "cuda")
         self._layers = layers
         self._hidden_size = hidden_size
@@ -36,6 +46,8 @@ class ActivationOffload:
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         decoder.register_forward_pre_hook(self._begin)
         decoder.register_forward_hook(self._end, always_call=True)
+        for layer in decoder.layers[recomputed : recomputed + 1]:
+            layer.register_forward_pre_hook(self._end)
 
     def _begin(self, decoder: nn.Module, _inputs: Any) -> None:
         if not (torch.is_grad_enabled() and decoder.training):
@@ -45,7 +57,7 @@ class ActivationOffload:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
 
-    def _end(self, _decoder: nn.Module, _inputs: Any, _outputs: Any) -> None:
+    def _end(self, _module: nn.Module, *_tensors: Any) -> None:
         if self._hooks is None:
             return
         self._hooks.__exit__()
@@ -53,7 +65,7 @@ class ActivationOffload:
         self._copies.free_sent()
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        """Take a tensor that autograd saves; the inputs of layers are told by their shape, [s, b, hidden]."""
+        """Take a tensor that autograd saves; inputs of layers are known by their shape, [s, b, hidden]."""
         if tensor.dim() != 3 or tensor.shape[-1] != self._hidden_size:
             return tensor
         self._copies.free_sent()

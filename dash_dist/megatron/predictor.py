@@ -56,7 +56,7 @@ class MegatronPredictor:
         self._trained = TrainedModel(
             model.model_copy(update={"weights": None}),
             attention,
-            parallel.model_copy(update={"recompute": "none", "offload_activations": 0.0}),
+            parallel.model_copy(update={"recompute": "none", "recompute_layers": None, "offload_activations": 0.0}),
             trainable=trainable,
             dims=dims,
             vocab_size=vocab_size,

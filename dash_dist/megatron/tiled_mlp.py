@@ -9,7 +9,6 @@ backward pass. The method is that of TiledMLP in Arctic Long Sequence Training (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.autograd.function import once_differentiable
 
 from dash_dist.megatron.layer_config import LayerConfig
+from dash_dist.megatron.unread import is_recomputation, unread
 
 _OF_ATTENTION = ("input_layernorm.", "self_attention.", "post_attention_layernorm.")
 """Modules of a layer that the half after the attention does not use."""
@@ -43,8 +43,8 @@ class TiledLayer(TransformerLayer):
             return half(hidden_states)
         if not torch.is_grad_enabled():
             return _forward(half, rows, hidden_states)
-        # Inside a backward pass, a fully recomputed layer is run for its gradients alone: its output is its last value.
-        recomputed = self.config.recompute_granularity == "full" and torch._C._current_graph_task_id() != -1
+        # A layer that is recomputed is run for its gradients alone, and its output is its last value.
+        recomputed = is_recomputation()
         # The attention's own weights get their gradients elsewhere, and None from here would reach their hooks.
         trained = [
             parameter
@@ -79,8 +79,7 @@ class _TiledHalf(torch.autograd.Function):
         ctx.half, ctx.rows, ctx.trained = half, rows, trained
         ctx.save_for_backward(hidden)
         if recomputed:
-            # Nobody may read it; NaN shows who does. A view of one number has its shape without its memory.
-            return hidden.new_full((1, 1, 1), math.nan).expand(hidden.shape)
+            return unread(hidden, hidden.shape)
         return _forward(half, rows, hidden)
 
     @staticmethod

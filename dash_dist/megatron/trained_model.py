@@ -126,10 +126,13 @@ class TrainedModel:
         else:
             check_trained([*trainable.learning_rates(names), *([LORA] if trainable.lora else ())])
         decoder = self.module.decoder
-        offloaded = offloaded_layers(parallel.offload_activations, len(decoder.layers), first_stage=dims.is_first_stage)
+        recomputed = parallel.recompute_layers or len(decoder.layers)
+        offloaded = offloaded_layers(parallel.offload_activations, recomputed, first_stage=dims.is_first_stage)
         self.offload: ActivationOffload | None = None
         if offloaded:
-            self.offload = ActivationOffload(decoder, offloaded, hidden_size=model.hidden_size, device=dims.device)
+            self.offload = ActivationOffload(
+                decoder, offloaded, recomputed=recomputed, hidden_size=model.hidden_size, device=dims.device
+            )
         self.telemetry = self._telemetry()
 
     def loss_of_step(

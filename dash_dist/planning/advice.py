@@ -5,6 +5,7 @@ Knows which single changes to try; does not know how a prediction is made.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from dash_dist.config.run import RunConfig
@@ -12,8 +13,8 @@ from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout
 from dash_dist.planning.prediction import Prediction, predict
-from dash_dist.planning.recompute import more_than
-from dash_dist.planning.search import best_layouts, layouts
+from dash_dist.planning.recompute import Recompute, more_than
+from dash_dist.planning.search import best_layouts, fewest_layers, layouts
 
 GIB = 2**30
 MLP_TILE = 16384
@@ -76,41 +77,84 @@ def what_would_help(
 def smallest_change(
     config: RunConfig, machine: Machine, assumptions: Assumptions, layout: Layout, *, vocab_size: int
 ) -> str | None:
-    """Trades of time for memory first, then context, tensor and pipeline parallelism in place of data parallelism, each
-    doubled until it fits; then both."""
-    tried = memory_settings(layout, config.training.sequence_length // layout.context)
+    """Return the settings of the smallest change that fits; None: no single change does.
+
+    Recomputation comes first, in the way that is fastest where it recomputes as few layers as fit; then the other
+    trades of time for memory; then context, tensor and pipeline parallelism in place of data parallelism, each doubled
+    until it fits; then both.
+    """
+    # A run that is out of memory although the plan has some left needs more than the plan's smallest number.
+    short = predict(config, layout, machine, assumptions, vocab_size=vocab_size).is_tight
+
+    def fitted(candidate: Layout, changed: RunConfig) -> Prediction | None:
+        asked = _with_layout(changed, candidate)
+        if not _is_accepted(asked, gpus=machine.gpus):
+            return None
+        foretell = fewest_layers if short else predict
+        found = foretell(asked, candidate, machine, assumptions, vocab_size=vocab_size)
+        return found if found.fits and _is_accepted(_with_layout(changed, found.layout), gpus=machine.gpus) else None
+
+    shard = config.training.sequence_length // layout.context
+    ways = [found for way in recomputed_more(layout) if (found := fitted(way, config)) is not None]
+    if ways:
+        return _changes(layout, min(ways, key=lambda found: (found.is_tight, found.seconds)).layout)
+    frugal = memory_settings(layout, shard)
+    for candidate in frugal:
+        if (found := fitted(candidate, config)) is not None:
+            return _changes(layout, found.layout)
     if _can_offload_moments(config):
-        words, frugal = tried[-1] if tried else ("", layout)
-        with_moments = f"{words} {MOMENTS}".strip()
-        tried.append((with_moments, frugal))
-    more_recomputed = {way: way.overrides(layout.recompute) for way in more_than(layout.recompute)}
-    for recompute, also in {layout.recompute: "", **more_recomputed}.items():
+        candidate = frugal[-1] if frugal else layout
+        if (found := fitted(candidate, _with_moments_on_host(config))) is not None:
+            return f"{_changes(layout, found.layout)} {MOMENTS}".strip()
+    for candidate in _with_more_ranks(layout):
+        if (found := fitted(candidate, config)) is not None:
+            return _changes(layout, found.layout)
+    return None
+
+
+def _with_more_ranks(layout: Layout) -> Iterator[Layout]:
+    """Layouts with more context, tensor or pipeline parallelism, with the same recomputation and then with more."""
+    own = layout.recompute.of_layers(None)
+    for recompute in (own, *more_than(own)):
         for name in ("context", "tensor", "pipeline"):
             factor = 2
             while layout.data % factor == 0:
                 size = getattr(layout, name) * factor
-                more = replace(layout, recompute=recompute, data=layout.data // factor, **{name: size})
-                tried.append((f"parallel.{name}={size} {also}".rstrip(), more))
+                yield replace(layout, recompute=recompute, data=layout.data // factor, **{name: size})
                 factor *= 2
-    for words, candidate in tried:
-        parallel = config.parallel.model_copy(
-            update={
-                "tensor": candidate.tensor,
-                "context": candidate.context,
-                "pipeline": candidate.pipeline,
-                **candidate.recompute.parallel,
-                "mlp_tile_tokens": candidate.mlp_tile_tokens,
-                "offload_activations": candidate.offload_activations,
-                "sequence_parallel": None if candidate.sequence_parallel else False,
-            }
-        )
-        changed = config.model_copy(update={"parallel": parallel})
-        of_candidate = _with_moments_on_host(changed) if MOMENTS in words else changed
-        if not _is_accepted(of_candidate, gpus=machine.gpus):
-            continue
-        if predict(of_candidate, candidate, machine, assumptions, vocab_size=vocab_size).fits:
-            return words
-    return None
+
+
+def _changes(before: Layout, after: Layout) -> str:
+    """Settings to add to a command line that asked for `before`."""
+    words = [
+        f"parallel.{name}={getattr(after, name)}"
+        for name in ("context", "tensor", "pipeline")
+        if getattr(after, name) != getattr(before, name)
+    ]
+    words.append(after.recompute.overrides(before.recompute))
+    words += [
+        f"parallel.{name}={getattr(after, name)}"
+        for name in ("mlp_tile_tokens", "offload_activations")
+        if getattr(after, name) != getattr(before, name)
+    ]
+    if after.sequence_parallel and not before.sequence_parallel:
+        words.append("parallel.sequence_parallel=true")
+    return " ".join(word for word in words if word)
+
+
+def _with_layout(config: RunConfig, layout: Layout) -> RunConfig:
+    parallel = config.parallel.model_copy(
+        update={
+            "tensor": layout.tensor,
+            "context": layout.context,
+            "pipeline": layout.pipeline,
+            **layout.recompute.parallel,
+            "mlp_tile_tokens": layout.mlp_tile_tokens,
+            "offload_activations": layout.offload_activations,
+            "sequence_parallel": None if layout.sequence_parallel else False,
+        }
+    )
+    return config.model_copy(update={"parallel": parallel})
 
 
 def _is_accepted(config: RunConfig, gpus: int | None = None) -> bool:
@@ -134,8 +178,16 @@ def _with_moments_on_host(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"optimizer": optimizer})
 
 
-def memory_settings(layout: Layout, shard: int) -> list[tuple[str, Layout]]:
-    """Return settings that trade time for memory at the same parallel sizes, with the layout that each makes.
+def recomputed_more(layout: Layout) -> list[Layout]:
+    """Return layouts that recompute more of their layers, or more layers, but not the attention."""
+    ways = [way for way in more_than(layout.recompute) if not way.attention]
+    if layout.recompute.layers is not None:
+        ways.insert(0, layout.recompute.of_layers(None))
+    return [replace(layout, recompute=way) for way in ways]
+
+
+def memory_settings(layout: Layout, shard: int) -> list[Layout]:
+    """Return layouts that trade time for memory at the same parallel sizes by more than `recomputed_more`.
 
     They come in the order of the time that they cost: what keeps the attention's output first.
 
@@ -144,20 +196,20 @@ def memory_settings(layout: Layout, shard: int) -> list[tuple[str, Layout]]:
     """
     tried = []
     if layout.tensor > layout.sequence_shards:
-        tried.append(("parallel.sequence_parallel=true", replace(layout, sequence_parallel=True)))
-    for way in (layout.recompute, *more_than(layout.recompute)):
-        words = [] if way == layout.recompute else [way.overrides(layout.recompute)]
-        frugal = replace(layout, recompute=way)
-        if words:
-            tried.append((" ".join(words), frugal))
+        tried.append(replace(layout, sequence_parallel=True))
+    own = layout.recompute.of_layers(None)
+    for way in (own, *more_than(own)):
         if not way.whole:
             continue
+        frugal = replace(layout, recompute=way)
+        if way.attention and way != own:
+            tried.append(frugal)
         if layout.mlp_tile_tokens is None and shard > MLP_TILE:
-            words, frugal = [*words, f"parallel.mlp_tile_tokens={MLP_TILE}"], replace(frugal, mlp_tile_tokens=MLP_TILE)
-            tried.append((" ".join(words), frugal))
+            frugal = replace(frugal, mlp_tile_tokens=MLP_TILE)
+            tried.append(frugal)
         if layout.offload_activations == 0.0:
-            words, frugal = [*words, "parallel.offload_activations=1.0"], replace(frugal, offload_activations=1.0)
-            tried.append((" ".join(words), frugal))
+            frugal = replace(frugal, offload_activations=1.0)
+            tried.append(frugal)
     return tried
 
 
@@ -167,7 +219,7 @@ def _with_all_memory_settings(
     """Return the fastest layout that fits with every setting that trades time for memory, and its words; moments go to
     the host last."""
     tile = config.parallel.mlp_tile_tokens or MLP_TILE
-    update = {"mlp_tile_tokens": tile, "recompute": "full", "offload_activations": 1.0}
+    update = {"mlp_tile_tokens": tile, **Recompute("full").parallel, "offload_activations": 1.0}
     frugal = config.model_copy(update={"parallel": config.parallel.model_copy(update=update)})
     candidates = [("", frugal)]
     if _can_offload_moments(config):

@@ -5,6 +5,7 @@ Knows kinds and pipeline stages. Does not know how parts of a step overlap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dash_dist.config.attention import PIECES_PER_RANK, AttentionConfig, Kind
@@ -15,6 +16,7 @@ from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.attention_time import AttentionTime, attention_time, window_time
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.step import imbalance
 from dash_dist.planning.traffic import NO_EXCHANGE, ExchangePlan, plan_exchange, plan_halo
 from dash_kernels.selection import STRIDE
@@ -131,6 +133,17 @@ def of_stage(layers: tuple[LayerPlan, ...], layout: Layout, stage: int) -> tuple
     """Layers of pipeline stage `stage`, from 0."""
     count = len(layers) // layout.pipeline
     return layers[stage * count : (stage + 1) * count]
+
+
+def by_recomputation(layers: Sequence[LayerPlan], layout: Layout) -> list[tuple[Layout, Sequence[LayerPlan]]]:
+    """Split a stage's layers into those that are recomputed and those that are not, either with its own layout."""
+    recompute = layout.recompute
+    first = len(layers) if recompute.layers is None else recompute.layers
+    parts = (
+        (replace(layout, recompute=recompute.of_layers(None)), layers[:first]),
+        (replace(layout, recompute=Recompute()), layers[first:]),
+    )
+    return [(one, of_one) for one, of_one in parts if of_one]
 
 
 def foremost(layers: tuple[LayerPlan, ...]) -> LayerPlan:

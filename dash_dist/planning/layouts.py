@@ -91,6 +91,7 @@ class Sizes:
         nsa_layers: of the whole model.
         tied: one matrix is the embedding and the output layer.
         sequence_shards: ranks that the residual stream of those tokens is split over.
+        norms_after: norms read what attention and MLP return, before it is added to the residual stream.
     """
 
     batch: int
@@ -112,6 +113,7 @@ class Sizes:
     nsa_layers: frozenset[int]
     tied: bool
     sequence_shards: int
+    norms_after: bool
 
     @staticmethod
     def of(config: RunConfig, layout: Layout, *, vocab_size: int, document_length: float | None = None) -> Sizes:
@@ -142,6 +144,7 @@ class Sizes:
             nsa_layers=frozenset(nsa_layers(model, config.attention)),
             tied=model.tie_embeddings,
             sequence_shards=layout.sequence_shards,
+            norms_after=model.norms_after,
         )
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from dash_dist.planning import activations, loss, offload
 from dash_dist.planning.assumptions import Assumptions
-from dash_dist.planning.layers import LayerPlan
+from dash_dist.planning.layers import LayerPlan, by_recomputation
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.parameters import StageNumbers
 from dash_dist.planning.traffic import BF16, FP32
@@ -108,10 +108,16 @@ def _activations(
 ) -> tuple[int, int, list[activations.Moment]]:
     """(bytes held all step, bytes saved when the fullest moments come, those moments)"""
     last = stage == layout.pipeline - 1
-    by_layer = {layer: _kept_and_moments(sizes, layout, layer) for layer in dict.fromkeys(layers)}
-    kept = sum(by_layer[layer][0] for layer in layers)
-    of_layer = [moment for _, moments in by_layer.values() for moment in moments]
-    kept, of_layer = offload.without_offloaded(sizes, layout, stage, kept, of_layer)
+    kept, of_layer = 0, []
+    # From the last layers, whose backward pass comes first, to the first ones, which are those that are recomputed.
+    for part, of_part in reversed(by_recomputation(layers, layout)):
+        by_layer = {layer: _kept_and_moments(sizes, part, layer) for layer in dict.fromkeys(of_part)}
+        kept_by_part = sum(by_layer[layer][0] for layer in of_part)
+        found = [moment for _, moments in by_layer.values() for moment in moments]
+        if part.recompute.whole:
+            kept_by_part, found = offload.without_offloaded(sizes, layout, stage, kept_by_part, found)
+        of_layer += [replace(moment, freed=moment.freed + kept) for moment in found]
+        kept += kept_by_part
     in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)
     saved = in_flight * (kept + sizes.shard * sizes.head_dim * FP32)  # and the rotary angles
     moments = of_layer
@@ -141,20 +147,16 @@ def _kept_and_moments(sizes: Sizes, layout: Layout, layer: LayerPlan) -> tuple[i
         mlp = offload.tiled_moment(sizes, tile)
         of_mlp = activations.saved_by_layer(sizes, kind, exchange).mlp
         attention = replace(attention, freed=attention.freed - of_mlp)
-    # The part that is recomputed holds its output as well, which a tiled MLP has none of; of a whole layer, its input
-    # is the one that was kept.
-    output = 0 if tiled else activations.input_of_layer(sizes)
+    # The part that is recomputed has no output; of a whole layer, its input is the one that was kept.
     if recompute.whole:
-        again = saved.total - kept + output
+        again = saved.total - kept
         mlp = replace(mlp, activations=mlp.activations + again)
         attention = replace(attention, activations=attention.activations + again)
         if recompute.attention:  # the second pass has K and V of other ranks, for the backward pass
             mlp = replace(mlp, exchange=activations.received_by_exchange(sizes, exchange))
     elif recompute.mlp and not tiled:
-        mlp = replace(mlp, activations=mlp.activations + saved.mlp + output)
+        mlp = replace(mlp, activations=mlp.activations + saved.mlp)
         attention = replace(attention, freed=attention.freed - saved.mlp)
     elif recompute.projections:
-        attention = replace(
-            attention, activations=attention.activations + saved.projections + activations.input_of_layer(sizes)
-        )
+        attention = replace(attention, activations=attention.activations + saved.projections)
     return kept, [mlp, attention]

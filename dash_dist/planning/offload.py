@@ -32,9 +32,9 @@ def mlp_weights(sizes: Sizes) -> int:
     return 3 * sizes.hidden * sizes.ffn
 
 
-def runs_mlp_once_more(sizes: Sizes, layout: Layout) -> bool:
-    """The MLP is computed again in the backward pass by its tiles alone."""
-    return tile_tokens(sizes, layout) is not None and not layout.recompute.mlp
+def runs_mlp_again(sizes: Sizes, layout: Layout) -> bool:
+    """The MLP is computed again in the backward pass, by recomputation or by its tiles."""
+    return layout.recompute.mlp or tile_tokens(sizes, layout) is not None
 
 
 def tiled_moment(sizes: Sizes, tile: int) -> Moment:
@@ -48,7 +48,8 @@ def tiled_moment(sizes: Sizes, tile: int) -> Moment:
 
 def inputs_on_host(sizes: Sizes, layout: Layout, stage: int) -> int:
     """Return how many of a stage's layers have their input on the host."""
-    return len(offloaded_layers(layout.offload_activations, sizes.layers, first_stage=stage == 0))
+    recomputed = layout.recompute.layers or sizes.layers
+    return len(offloaded_layers(layout.offload_activations, recomputed, first_stage=stage == 0))
 
 
 def host_bytes(sizes: Sizes, layout: Layout, stage: int, in_flight: int) -> int:

@@ -9,16 +9,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dash_dist.config.attention import Kind
 from dash_dist.config.run import RunConfig
 from dash_dist.engine.flops import flops_per_token
 from dash_dist.planning.activations import input_of_layer
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
-from dash_dist.planning.layers import LayerPlan, foremost, of_stage, plan_layers
+from dash_dist.planning.layers import LayerPlan, by_recomputation, foremost, of_stage, plan_layers
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.loss import is_fused, loss_time, output_passes
 from dash_dist.planning.memory import Memory, stage_memory
-from dash_dist.planning.offload import exposed_copies, mlp_weights, moments_seconds, runs_mlp_once_more
+from dash_dist.planning.offload import exposed_copies, moments_seconds
 from dash_dist.planning.parameters import stage_numbers
 from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.step import (
@@ -30,8 +31,12 @@ from dash_dist.planning.step import (
     layer_time,
     optimizer_time,
     recomputed_matmul,
+    sums_again,
 )
 from dash_dist.planning.traffic import BF16, FP32, Bytes, ExchangePlan, all_reduce
+
+TIGHT = 0.95
+"""Part of a device's memory above which a run warns of its plan."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ class Prediction:
     @property
     def fits(self) -> bool:
         return self.peak.total <= self.budget
+
+    @property
+    def is_tight(self) -> bool:
+        """A run warns before its first step."""
+        return self.peak.total > TIGHT * self.budget
 
     @property
     def seconds(self) -> float:
@@ -148,8 +158,6 @@ def _bytes(
     sizes: Sizes, layout: Layout, machine: Machine, layers: Sequence[LayerPlan], numbers: int, *, distributed: bool
 ) -> dict[str, Bytes]:
     """Return the bytes of a step by purpose, of the busiest stage."""
-    recompute = layout.recompute
-    times = sizes.layers * sizes.micro_batches
     one = all_reduce(sizes.tokens * sizes.hidden * BF16, layout.tensor, 1, machine)
     # Shards of the sequence that a projection multiplied are gathered again for the gradients of its weights.
     of_layer = 4 if sizes.sequence_shards == 1 else 5
@@ -162,18 +170,19 @@ def _bytes(
         sends = 2 * input_of_layer(sizes) * sizes.micro_batches
         within_node = layout.gpus // layout.pipeline < machine.gpus_per_node
         pipeline = Bytes(sends) if within_node else Bytes(0.0, sends)
-    stages = [of_stage(tuple(layers), layout, stage) for stage in range(layout.pipeline)]
-    exchanges = [[layer.exchange for layer in stage] for stage in stages]
-    exchanged = [sum((_exchanged(one, recompute) for one in stage), Bytes()) for stage in exchanges]
-    summaries = [
-        sum((one.summaries * exchange_passes(one, recompute) + one.summary_gradients for one in stage), Bytes())
-        for stage in exchanges
-    ]
+    exchanged, summaries = [], []
+    for stage in range(layout.pipeline):
+        parts = by_recomputation(of_stage(tuple(layers), layout, stage), layout)
+        exchanges = [(layer.exchange, part.recompute) for part, of_part in parts for layer in of_part]
+        exchanged.append(sum((_exchanged(*one) for one in exchanges), Bytes()))
+        of_summaries = (one.summaries * exchange_passes(one, how) + one.summary_gradients for one, how in exchanges)
+        summaries.append(sum(of_summaries, Bytes()))
+    # As many in every stage.
+    sums = sum((of_layer + sums_again(sizes, part)) * len(of_part) for part, of_part in parts)
     return {
         "exchange": max(exchanged, key=_total) * sizes.micro_batches,
         "summaries": max(summaries, key=_total) * sizes.micro_batches,
-        "tensor": one
-        * (times * (of_layer + recompute.projections + (recompute.mlp or runs_mlp_once_more(sizes, layout)))),
+        "tensor": one * (sums * sizes.micro_batches),
         "pipeline": pipeline,
         "gradients": reduced,
     }
@@ -201,14 +210,19 @@ def _time(
     distributed: bool,
 ) -> StepTime:
     one = all_reduce(sizes.tokens * sizes.hidden * BF16, layout.tensor, 1, pace.machine)
-    by_kind = {
-        layer.kind: layer_time(sizes, layout, pace, layer.time, layer.exchange, one, uneven=layer.uneven)
-        for layer in dict.fromkeys(layers)
-    }
+    by_kind = {layer.kind: layer for layer in layers}
+    times: dict[tuple[Kind, int], StepTime] = {}
     stages = []
     for stage in range(layout.pipeline):
-        counts = Counter(layer.kind for layer in of_stage(layers, layout, stage))
-        computed = sum((by_kind[kind] * count for kind, count in counts.items()), StepTime())
+        computed = StepTime()
+        for place, (part, of_part) in enumerate(by_recomputation(of_stage(layers, layout, stage), layout)):
+            for kind, count in Counter(layer.kind for layer in of_part).items():
+                if (kind, place) not in times:
+                    layer = by_kind[kind]
+                    times[kind, place] = layer_time(
+                        sizes, part, pace, layer.time, layer.exchange, one, uneven=layer.uneven
+                    )
+                computed += times[kind, place] * count
         late = exposed_copies(sizes, layout, stage, computed.total / sizes.layers, pace.machine.gpu.host_rate)
         stages.append(computed + StepTime(offload=late))
     stages[0] += embedding_time(sizes, pace)
@@ -227,16 +241,15 @@ def _time(
 
 def _executed(sizes: Sizes, layout: Layout, layers: tuple[LayerPlan, ...]) -> float:
     """Operations of a rank of the last pipeline stage; the tiles' waste is not counted."""
-    passes = 2 if layout.recompute.attention else 1
-    attention = 0.0
-    for layer in of_stage(layers, layout, layout.pipeline - 1):
-        selected = sizes.tokens * sizes.query_heads * layer.attended * 4 * sizes.head_dim
-        routed = sizes.tokens * sizes.query_heads * layer.routed * 2 * sizes.head_dim
-        # Stage 3 is two products forward, and seven backward: three for the queries, four for the keys; flash kernels,
-        # which windows take, have five.
-        attention += selected * (passes + (3.5 if layer.routed else 2.5)) + routed * 3
-    products = (3 * layer_matmul(sizes) + recomputed_matmul(sizes, layout.recompute)) * sizes.layers
-    if runs_mlp_once_more(sizes, layout):
-        products += 2.0 * sizes.tokens * mlp_weights(sizes) * sizes.layers
+    attention = products = 0.0
+    for part, of_part in by_recomputation(of_stage(layers, layout, layout.pipeline - 1), layout):
+        passes = 2 if part.recompute.attention else 1
+        for layer in of_part:
+            selected = sizes.tokens * sizes.query_heads * layer.attended * 4 * sizes.head_dim
+            routed = sizes.tokens * sizes.query_heads * layer.routed * 2 * sizes.head_dim
+            # Stage 3 is two products forward, and seven backward: three for the queries, four for the keys; flash
+            # kernels, which windows take, have five.
+            attention += selected * (passes + (3.5 if layer.routed else 2.5)) + routed * 3
+        products += (3 * layer_matmul(sizes) + recomputed_matmul(sizes, part)) * len(of_part)
     output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * output_passes(sizes, fused=is_fused(layout))
     return (products + attention + output) * sizes.micro_batches

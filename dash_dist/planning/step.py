@@ -23,7 +23,7 @@ from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.attention_time import AttentionTime
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout, Sizes
-from dash_dist.planning.offload import mlp_weights, runs_mlp_once_more, sum_of_tiles_bytes
+from dash_dist.planning.offload import mlp_weights, runs_mlp_again, sum_of_tiles_bytes
 from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.traffic import BF16, Bytes, ExchangePlan
 
@@ -32,11 +32,11 @@ _IMBALANCE = {"zigzag": 1.07, "double_zigzag": 1.03, "contiguous": 1.27}
 _BACKWARD_OF_FORWARD = 2  # products of a backward pass / of a forward pass
 
 # Bytes that element-wise kernels read and write per token, in numbers of bfloat16 of a width.
+_NORM, _SUM = 2, 3  # forward
 _ELEMENTWISE = {
     # width: (forward, backward)
-    # norms (2 + 2, backward 3 + 3) and residual additions (3 + 3; gradients of the branches are added), half of them
-    # in each part of a layer
-    "hidden": (10, 12),
+    # norms, backward 3 + 3, and residual additions; gradients of the branches are added
+    "hidden": (2 * _NORM + 2 * _SUM, 12),
     # out of the projection and rotated in one pass, and back
     "q": (2, 2),
     # likewise, keys and values
@@ -118,16 +118,38 @@ def layer_matmul(sizes: Sizes) -> float:
     return 2.0 * sizes.tokens * weights
 
 
-def recomputed_matmul(sizes: Sizes, recompute: Recompute) -> float:
-    """Operations of the matrix products that are computed again, likewise."""
-    of_mlp = 2.0 * sizes.tokens * mlp_weights(sizes)
-    return of_mlp * recompute.mlp + (layer_matmul(sizes) - of_mlp) * recompute.projections
+def recomputed_matmul(sizes: Sizes, layout: Layout) -> float:
+    """Operations of the matrix products that are computed again, likewise, by recomputation or by tiles."""
+    weights = sizes.hidden * (sizes.q + 2 * sizes.kv) * layout.recompute.projections
+    weights += sizes.q * sizes.hidden * _projects_again(sizes, layout)
+    weights += mlp_weights(sizes) * 2 // 3 * runs_mlp_again(sizes, layout)
+    weights += mlp_weights(sizes) // 3 * (sizes.norms_after and runs_mlp_again(sizes, layout))
+    return 2.0 * sizes.tokens * weights
 
 
-def _recomputed_numbers(sizes: Sizes, recompute: Recompute) -> float:
+def sums_again(sizes: Sizes, layout: Layout) -> float:
+    """Tensor-parallel all-reduces of a layer's forward pass that are computed again.
+
+    With sequence parallelism each is a gathering before the products and a scattering after them, half of it each.
+    """
+    sums = _projects_again(sizes, layout) + (sizes.norms_after and runs_mlp_again(sizes, layout))
+    if sizes.sequence_shards == 1:
+        return sums
+    return (layout.recompute.projections + runs_mlp_again(sizes, layout) + sums) / 2
+
+
+def _projects_again(sizes: Sizes, layout: Layout) -> bool:
+    """Tell whether the projection after the attention is recomputed: for the MLP or a norm, which read its output."""
+    recompute = layout.recompute
+    return recompute.whole or (recompute.projections and sizes.norms_after)
+
+
+def _recomputed_numbers(sizes: Sizes, layout: Layout) -> float:
     """Numbers per token that element-wise kernels read and write again."""
-    hidden, q, kv, ffn = (_ELEMENTWISE[name][0] * width for name, width in _widths(sizes).items())
-    return (hidden / 2 + q + kv) * recompute.projections + (hidden / 2 + ffn) * recompute.mlp
+    recompute, width = layout.recompute, _widths(sizes)
+    q, kv, ffn = (_ELEMENTWISE[name][0] * width[name] for name in ("q", "kv", "ffn"))
+    of_projections = (_NORM + _SUM * recompute.whole) * width["hidden"] + q + kv
+    return of_projections * recompute.projections + (_NORM * width["hidden"] + ffn) * runs_mlp_again(sizes, layout)
 
 
 def _widths(sizes: Sizes) -> dict[str, float]:
@@ -175,7 +197,7 @@ def layer_time(
     route = pace.attention(attention.route)
     recompute = layout.recompute
     passes = 2 if recompute.attention else 1
-    parts = recompute.projections + recompute.mlp + runs_mlp_once_more(sizes, layout)
+    parts = recompute.projections + runs_mlp_again(sizes, layout)
     matmul = pace.products(layer_matmul(sizes))
     widths = _widths(sizes)
     forward, backward = (
@@ -184,15 +206,14 @@ def layer_time(
     )
     weights = layer_matmul(sizes) / (2 * sizes.tokens)
     backward += pace.elementwise(_WEIGHT_GRADIENT * weights + sum_of_tiles_bytes(sizes, layout))
-    mlp_again = pace.products(2.0 * sizes.tokens * mlp_weights(sizes)) if runs_mlp_once_more(sizes, layout) else 0.0
     computed = StepTime(
-        matmul=matmul * (1 + _BACKWARD_OF_FORWARD) + pace.products(recomputed_matmul(sizes, recompute)) + mlp_again,
+        matmul=matmul * (1 + _BACKWARD_OF_FORWARD) + pace.products(recomputed_matmul(sizes, layout)),
         attention=route + stage3[0] * passes + stage3[1],
-        elementwise=forward + backward + pace.elementwise(BF16 * sizes.tokens * _recomputed_numbers(sizes, recompute)),
+        elementwise=forward + backward + pace.elementwise(BF16 * sizes.tokens * _recomputed_numbers(sizes, layout)),
     )
     tensor = 0.0
     if layout.tensor > 1:
-        tensor = _tensor_time(sizes, pace, all_reduce, forward=2 + parts)
+        tensor = _tensor_time(sizes, pace, all_reduce, forward=2 + sums_again(sizes, layout))
     launched = pace.assumptions.host_seconds * (3 + parts / 2)
     waited = StepTime(tensor=tensor, exchange=_exchange_time(layout, pace, exchange, stage3))
     return computed + waited + StepTime(launch=max(0.0, launched - computed.total - waited.total))

@@ -45,6 +45,13 @@ def test_impossible_values_are_refused(config: Any, values: dict[str, Any], mess
     [
         ({"tensor": 2, "context": 2}, {}, 6, 1024, "world size 6 .* = 2 x 1 x 2 = 4: start 8 processes"),
         ({"tensor": 8}, {}, 8, 1024, r"num_kv_heads 4 .* set parallel.tensor to one of \[1, 2, 4\]"),
+        (
+            {"pipeline": 2, "recompute": "full", "recompute_layers": 4},
+            {},
+            2,
+            1024,
+            "recompute_layers 4 is more than the 3 layers of a pipeline stage: set it to 3 or less, or to null",
+        ),
         ({"pipeline": 4}, {}, 4, 1024, r"num_layers 6 .* set parallel.pipeline to one of \[1, 2, 3, 6\]"),
         ({"context": 8}, {}, 8, 100_000, "100000 is not a multiple of 2 x cp x chunk_size = 1024: pad to 100352"),
         (

@@ -32,8 +32,10 @@ def test_parts_of_a_layer_that_are_recomputed(settings: dict[str, Any], recomput
         ({"recompute": "selective", "recompute_modules": []}, "name some of projections, mlp, each once"),
         ({"recompute": "selective", "recompute_modules": ["mlp", "mlp"]}, "name some of projections, mlp, each once"),
         ({"recompute": "selective", "recompute_modules": ["core_attn"]}, "'projections' or 'mlp'"),
+        ({"recompute_layers": 3}, "recompute_layers is 3 and recompute is none, which does not read it: set recompute"),
+        ({"recompute": "full", "recompute_layers": 0}, "recompute_layers\n  Input should be greater than 0"),
     ],
 )
-def test_a_list_that_means_nothing_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ParallelConfig.model_validate(settings)

@@ -47,6 +47,7 @@ def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
         context=case.context,
         recompute=case.recompute,
         recompute_modules=case.recompute_modules,
+        recompute_layers=case.recompute_layers,
         mlp_tile_tokens=case.mlp_tile_tokens,
         offload_activations=case.offload_activations,
     )

@@ -81,6 +81,7 @@ def engine_of(
         distributed_optimizer=case.distributed_optimizer,
         recompute=case.recompute,
         recompute_modules=case.recompute_modules,
+        recompute_layers=case.recompute_layers,
         overlap_gradients=case.overlap_gradients,
         fused_kernels=case.fused_kernels,
         mlp_tile_tokens=case.mlp_tile_tokens,

@@ -17,6 +17,7 @@ ALONE = {
     "alone": FULL,
     "alone, batch": dataclasses.replace(FULL, micro_batch_size=2),
     "alone, selective": dataclasses.replace(FULL, recompute="selective", micro_batch_size=2),
+    "alone, three layers": dataclasses.replace(FULL, recompute_layers=3),
     "alone, tiled": dataclasses.replace(FULL, mlp_tile_tokens=24),
 }
 ON_TWO = {
@@ -24,6 +25,7 @@ ON_TWO = {
     "tp 2, tiled": dataclasses.replace(FULL, tensor=2, mlp_tile_tokens=24),
     "pp 2": dataclasses.replace(FULL, pipeline=2),
     "cp 2, selective, tiled": dataclasses.replace(FULL, recompute="selective", context=2, mlp_tile_tokens=24),
+    "cp 2, selective, three layers": dataclasses.replace(FULL, recompute="selective", context=2, recompute_layers=3),
     "packed, cp 2": dataclasses.replace(FULL, context=2, packed=True),
 }
 
@@ -58,6 +60,13 @@ def test_the_last_layers_stay_and_the_others_come_back_one_by_one() -> None:
     )
     assert forward == [0, 1, 2, 2]
     assert backward == [2, 2, 2, 1]
+
+
+def test_of_some_layers_the_last_that_is_recomputed_stays() -> None:
+    case = dataclasses.replace(FULL, micro_batch_size=4, recompute_layers=3, offload_activations=1.0)
+    ((forward, backward),) = run_ranks("tests.megatron.offload_jobs:inputs_on_the_host", 1, case, cpu_only=True)
+    assert forward == [0, 1, 2, 2]
+    assert backward == [2, 2, 1]  # the fourth layer is not run again
 
 
 def test_failed_steps_and_evaluations_leave_no_block_in_use() -> None:

@@ -117,9 +117,15 @@ def machine(gpus: int, memory_gib: float = 79.2, gpu: str = "H100") -> Machine:
     return Machine(GPUS[gpu], gpus, min(gpus, 8), memory_gib * 2**30)
 
 
-def layout(*, recompute: str = "none", modules: tuple[RecomputeModule, ...] | None = None, **sizes: Any) -> Layout:
+def layout(
+    *,
+    recompute: str = "none",
+    modules: tuple[RecomputeModule, ...] | None = None,
+    layers: int | None = None,
+    **sizes: Any,
+) -> Layout:
     plain = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "exchange": "selective"}
-    return Layout(**{**plain, **sizes}, recompute=Recompute(recompute, modules))
+    return Layout(**{**plain, **sizes}, recompute=Recompute(recompute, modules, layers))
 
 
 DENSE = Assumptions(density=1.0)

@@ -158,6 +158,7 @@ def kept_per_layer(batch: int, way: Recompute, attention: AttentionConfig, **par
     )
     sizes = Sizes.of(config, Layout.of(config, ranks), vocab_size=VOCAB_SIZE)
     (kind,) = attention.pattern
+    way = way if way.layers is None else Recompute()  # the layer that only three have is not the first
     # Not fused, as on a CPU, a norm keeps its input twice in float32 instead of once in bfloat16.
     norms = 2 - way.projections - way.mlp
     unfused = norms * sizes.stream_tokens * MODEL.hidden_size * (2 * FP32 - BF16)
@@ -168,6 +169,7 @@ def kept_per_layer(batch: int, way: Recompute, attention: AttentionConfig, **par
     ("batch", "way", "attention"),
     [
         *((batch, way, DASH) for batch in (1, 2) for way in WAYS),
+        *((1, way.of_layers(1), DASH) for way in WAYS[1:]),
         (2, Recompute(), AttentionConfig(chunk_size=CHUNK_SIZE, kind="topk", top_chunks=5)),
         (
             1,

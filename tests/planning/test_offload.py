@@ -13,7 +13,7 @@ from dash_dist.megatron.host_moments import PIECE
 from dash_dist.planning import Assumptions, Layout, Prediction, predict
 from dash_dist.planning import offload as planned
 from dash_dist.planning.activations import saved_by_layer, tile_bits
-from dash_dist.planning.advice import memory_settings, smallest_change, what_would_help
+from dash_dist.planning.advice import memory_settings, recomputed_more, smallest_change, what_would_help
 from dash_dist.planning.layouts import Sizes
 from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.search import best_layouts
@@ -78,7 +78,7 @@ def test_a_tiled_mlp_is_no_longer_the_fullest_moment() -> None:
 
 def test_without_recomputation_a_tiled_mlp_runs_once_more() -> None:
     plain, tiled = of_large(layout()), of_large(layout(mlp_tile_tokens=16384))
-    assert tiled.flops - plain.flops == 32 * 2**19 * 2 * 3 * 4096 * 14336
+    assert tiled.flops - plain.flops == 32 * 2**19 * 2 * 2 * 4096 * 14336  # the second matrix only has gradients
     assert tiled.seconds > plain.seconds
 
 
@@ -121,10 +121,11 @@ def test_the_smallest_change_names_the_settings() -> None:
         for memory in (80.0, 50.0, 30.0, 20.0)
     }
     tile, offload = "parallel.mlp_tile_tokens=16384", "parallel.offload_activations=1.0"
-    assert found[80.0] == "parallel.recompute=selective"
-    assert found[50.0] == f"parallel.recompute=selective {tile}"
-    assert found[30.0] == f"parallel.recompute=selective {tile} {offload}"
-    assert found[20.0] == f"parallel.recompute=full {tile} {offload}"  # the attention's output goes last
+    layers = "parallel.recompute_layers"
+    assert found[80.0] == f"parallel.recompute=selective {layers}=14"
+    assert found[50.0] == f"parallel.recompute=selective {layers}=11 {tile}"
+    assert found[30.0] == f"parallel.recompute=selective {layers}=14 {tile} {offload}"
+    assert found[20.0] == f"parallel.recompute=full {layers}=15 {tile} {offload}"  # the attention's output goes last
 
 
 def test_what_the_engine_refuses_is_not_advised() -> None:
@@ -166,15 +167,21 @@ def test_shards_of_the_stream_come_before_trades_of_time() -> None:
 
 
 def test_settings_that_are_there_are_not_advised_again() -> None:
-    names = [words for words, _ in memory_settings(layout(recompute="full", mlp_tile_tokens=4096), 2**20)]
-    assert names == ["parallel.offload_activations=1.0"]
-    assert [words for words, _ in memory_settings(layout(), 16384)] == [
-        "parallel.recompute=selective parallel.recompute_modules=[projections]",
-        "parallel.recompute=selective parallel.recompute_modules=[mlp]",
-        "parallel.recompute=selective",
-        "parallel.recompute=selective parallel.offload_activations=1.0",
-        "parallel.recompute=full",
-        "parallel.recompute=full parallel.offload_activations=1.0",
+    tiled, some = layout(recompute="full", mlp_tile_tokens=4096), layout(recompute="full", layers=3)
+    assert memory_settings(tiled, 2**20) == [replace(tiled, offload_activations=1.0)]
+    assert recomputed_more(tiled) == []
+    assert recomputed_more(some) == [layout(recompute="full")]
+    assert recomputed_more(layout(recompute="selective", layers=3)) == [layout(recompute="selective")]
+    assert [str(one.recompute) for one in recomputed_more(layout())] == [
+        "selective [projections]",
+        "selective [mlp]",
+        "selective",
+    ]
+    kept, full = layout(recompute="selective"), layout(recompute="full")
+    assert memory_settings(layout(), 16384) == [
+        replace(kept, offload_activations=1.0),
+        full,
+        replace(full, offload_activations=1.0),
     ]
 
 
@@ -187,6 +194,15 @@ def test_where_no_layout_fits_the_settings_with_which_one_does_are_named() -> No
     assert "These GPUs are enough with" in line
     assert "MLP tiles of 16384 tokens, offload 1" in line
     assert "of host memory a node" in line
+
+
+def test_settings_of_parts_of_a_layer_do_not_hide_that_all_settings_fit() -> None:
+    parallel = {"recompute": "selective", "recompute_modules": ("mlp",), "recompute_layers": 3}
+    training = {"steps": 2, "sequence_length": 2**20, "global_batch_size": 1}
+    config, few = large_config(training=training, parallel=parallel), machine(8, gpu="H200", memory_gib=75.0)
+    best, looked_at = best_layouts(config, few, Assumptions(), vocab_size=VOCAB_SIZE)
+    *_, line = what_would_help(config, few, Assumptions(), None, best, looked_at, vocab_size=VOCAB_SIZE)
+    assert "These GPUs are enough with" in line
 
 
 def test_moments_on_the_host_leave_the_device_and_are_copied_both_ways() -> None:
@@ -210,7 +226,7 @@ def test_moments_are_advised_last() -> None:
     on = machine(1, 90.0, gpu="H200")
     asked = layout(recompute="full", mlp_tile_tokens=16384)
     change = smallest_change(config, on, Assumptions(), asked, vocab_size=VOCAB_SIZE)
-    assert change == "parallel.offload_activations=1.0 optimizer.offload_moments=1.0"
+    assert change == "parallel.recompute_layers=31 parallel.offload_activations=1.0 optimizer.offload_moments=1.0"
     best, looked_at = best_layouts(config, on, Assumptions(), vocab_size=VOCAB_SIZE)
     *_, line = what_would_help(config, on, Assumptions(), None, best, looked_at, vocab_size=VOCAB_SIZE)
     assert "offload 1 and optimizer.offload_moments=1.0: " in line

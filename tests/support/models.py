@@ -47,6 +47,7 @@ class Case:
     grad_clip: float | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: tuple[RecomputeModule, ...] | None = None
+    recompute_layers: int | None = None
     mlp_tile_tokens: int | None = None
     offload_activations: float = 0.0
     offload_moments: float = 0.0

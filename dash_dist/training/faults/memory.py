@@ -18,8 +18,6 @@ from dash_dist.planning.layouts import Layout
 from dash_dist.planning.prediction import predict
 
 _GIB = 2**30
-_TIGHT = 0.95
-"""Part of a device's memory above which a prediction is worth a warning."""
 _OTHER_REMEDIES = (
     "set parallel.recompute, parallel.mlp_tile_tokens and parallel.offload_activations, or use more ranks or a "
     "shorter training.sequence_length"
@@ -40,7 +38,8 @@ class MemoryPlan:
     def __init__(self, config: RunConfig, machine: Machine, *, vocab_size: int) -> None:
         self._config, self._machine, self._vocab_size = config, machine, vocab_size
         self._layout = Layout.of(config, machine.gpus)
-        self._peak = predict(config, self._layout, machine, Assumptions(), vocab_size=vocab_size).peak
+        self._predicted = predict(config, self._layout, machine, Assumptions(), vocab_size=vocab_size)
+        self._peak = self._predicted.peak
 
     def warning(self) -> str | None:
         """Return a warning if the prediction is near what a device has, or above what it or the host has."""
@@ -53,7 +52,7 @@ class MemoryPlan:
                 "optimizer.offload_moments"
             )
         total, has = self._peak.total, self._machine.memory
-        if total <= _TIGHT * has:
+        if not self._predicted.is_tight:
             return None
         return (
             f"memory is tight: the plan predicts {total / _GIB:.1f} GiB at the fullest rank, in the "

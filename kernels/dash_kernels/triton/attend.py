@@ -13,7 +13,9 @@ from dash_kernels.spec import AttentionSpec, Blocks, Part, Queries
 from dash_kernels.triton import links
 from dash_kernels.triton.key_rows import KeyRows, load_keys, load_own_keys, starts_of
 from dash_kernels.triton.launch import launch_options
+from dash_kernels.triton.linked_attend import attend_linked
 from dash_kernels.triton.lists import chunk_lists, list_chunks, work_counter
+from dash_kernels.triton.steps import NOTHING, softmax_step
 from dash_kernels.triton.tiles import (
     LN_2,
     LOG2_E,
@@ -35,8 +37,6 @@ from dash_kernels.triton.tiles import (
     token_offsets,
 )
 
-NOTHING = tl.constexpr(-1.0e30)  # running maximum of a row that has met no key: finite, so that no difference is NaN
-
 
 def attend(
     queries: Queries,
@@ -53,8 +53,6 @@ def attend(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     keys = KeyRows.of(part, summaries.shape, tile)
     if (slabs := links.linked_slabs(queries, tile)) is not None:
-        from dash_kernels.triton.linked_attend import attend_linked  # needs this module
-
         attend_linked(queries, slabs, keys, spec, tile, before, out, lse)
         return out, lse
     in_pairs = pair_options("attend", q, tile, chunks)
@@ -161,17 +159,6 @@ def attend_kernel(
             lse = tl.where(met, (top + tl.log2(tl.where(met, total, 1.0))) * LN_2, -float("inf"))
             tl.store(lse_ptr + rows, lse, mask=real)
         work = tl.atomic_add(next_ptr, 1)
-
-
-@triton.jit
-def softmax_step(scores, v, top, total, out):
-    """Adds keys with base-2 scores [M, BC] to a running softmax."""
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, axis=1)
-    out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="tf32x3")
-    return new_top, total, out
 
 
 @triton.jit

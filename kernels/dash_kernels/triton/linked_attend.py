@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from dash_kernels.spec import AttentionSpec, Queries
-from dash_kernels.triton.attend import NOTHING, softmax_step
 from dash_kernels.triton.key_rows import KeyRows, load_own_keys, starts_of
 from dash_kernels.triton.launch import launch_options
 from dash_kernels.triton.links import Links, Slab, link_offsets, linked, load_work
 from dash_kernels.triton.lists import work_counter
+from dash_kernels.triton.steps import NOTHING, softmax_step
 from dash_kernels.triton.tiles import (
     LEAST_PRIOR,
     LN_2,

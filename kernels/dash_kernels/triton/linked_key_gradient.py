@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, OutputGradient, Queries
-from dash_kernels.triton.key_gradient import add_rows, add_to_chunk, own_gradient
 from dash_kernels.triton.key_rows import KeyRows, load_own_keys, starts_of
+from dash_kernels.triton.key_steps import add_rows, add_to_chunk, own_gradient
 from dash_kernels.triton.launch import launch_options
 from dash_kernels.triton.links import Slab, linked, load_work
 from dash_kernels.triton.lists import work_counter

@@ -14,7 +14,7 @@ from dash_kernels.triton.launch import launch_options
 from dash_kernels.triton.linked_attend import link_bias
 from dash_kernels.triton.links import Links, Slab, link_offsets, linked, load_work
 from dash_kernels.triton.lists import chunk_lists, list_chunks, work_counter
-from dash_kernels.triton.query_gradient import add_routing_gradient, score_gradient
+from dash_kernels.triton.steps import add_routing_gradient, score_gradient
 from dash_kernels.triton.tiles import (
     LOG2_E,
     TileShape,

@@ -12,7 +12,9 @@ from dash_kernels.triton import links
 from dash_kernels.triton.attend import listed_bias, load_log2_mean, routing_block
 from dash_kernels.triton.key_rows import KeyRows, load_keys, load_own_keys, starts_of
 from dash_kernels.triton.launch import launch_options
+from dash_kernels.triton.linked_query_gradient import query_gradient_linked
 from dash_kernels.triton.lists import chunk_lists, list_chunks, work_counter
+from dash_kernels.triton.steps import add_routing_gradient, score_gradient
 from dash_kernels.triton.tiles import (
     LOG2_E,
     TileShape,
@@ -23,7 +25,6 @@ from dash_kernels.triton.tiles import (
     mean_over_group,
     resident_programs,
     routing_factor,
-    routing_scores,
     split_summaries,
     store_rows,
     tile_rows,
@@ -70,8 +71,6 @@ def _walk(
     tile = TileShape.of(q, kv_heads, spec)
     keys = KeyRows.of(part, summaries.shape, tile)
     if (slabs := links.linked_slabs(queries, tile)) is not None:
-        from dash_kernels.triton.linked_query_gradient import query_gradient_linked  # needs this module
-
         query_gradient_linked(queries, upstream, slabs, keys, spec, tile, before, result, first=first, last=last)
         return
     in_pairs = pair_options("query_gradient", q, tile, chunks)
@@ -224,25 +223,3 @@ def query_gradient_kernel(
                 tl.store(slope_ptr + rows, slope_sum, mask=real)
             store_rows(dq_ptr, dq, rows, real, D, BD)
         work = tl.atomic_add(next_ptr, 1)
-
-
-@triton.jit
-def score_gradient(scores, grad, v, lse2, delta):
-    """Gradient of the (natural) scores [M, BC] from base-2 scores; zero where a score is -inf."""
-    weights = tl.exp2(scores - lse2[:, None])
-    return weights * (tl.dot(grad, tl.trans(v), input_precision="tf32x3") - delta[:, None])
-
-
-@triton.jit
-def add_routing_gradient(
-    dq, centred, q, high_ptr, low_ptr, ids, mask, batch_head, n, tau, factor, logit_scale,
-    HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """dq [M, BD] plus the share of u (dp - ratio), `centred` [M, BN], through the scores of the chunks `ids` [BN]."""
-    y, high = routing_scores(q, high_ptr, low_ptr, ids, mask, batch_head, n, HK, D, BD, True)
-    dz = tl.where(mask[None, :], tl.maximum(y * factor - tau[:, None], 0.0), 0.0) * centred * logit_scale
-    if q.dtype == tl.bfloat16:
-        dq = tl.dot(dz.to(tl.bfloat16), high, dq)
-    else:  # float16 has too small a range for dz
-        dq = tl.dot(dz, high.to(tl.float32), dq, input_precision="tf32x3")
-    return dq
