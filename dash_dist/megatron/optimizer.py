@@ -174,7 +174,9 @@ class Optimizer:
             parameters = frozenset(parameter for parameter, own in learning_rates.items() if own == lr)
             predicate = ParamPredicate(name=f"lr {lr}", fn=parameters.__contains__)
             overrides[ParamKey(predicate=predicate)] = own_schedule(config, lr)
-        self.megatron: MegatronOptimizer = get_megatron_optimizer(megatron_config, [model], overrides)
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(
+            megatron_config, [model], overrides, use_gloo_process_groups=False
+        )
         for part in self.megatron.chained_optimizers:
             if isinstance(part.optimizer, torch.optim.AdamW):
                 if config.offload_moments:

@@ -97,13 +97,10 @@ class WritePlan:
 
     def _write(self, file: io.BufferedWriter, item: WriteItem, tensor: torch.Tensor) -> WriteResult:
         assert item.tensor_data is not None
-        tensor = tensor.view(item.tensor_data.chunk.sizes)
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # torch.save writes all that a view's memory holds
         return _write_item(
             self._writer.transforms,
             file,
-            tensor,
+            _alone(tensor.view(item.tensor_data.chunk.sizes)),
             item,
             self.path.name,
             serialization_format=SerializationFormat.TORCH_SAVE,
@@ -192,6 +189,17 @@ def _described(items: Iterable[WriteItem]) -> dict[str, TensorStorageMetadata | 
 @functools.cache
 def _properties(dtype: torch.dtype) -> TensorProperties:
     return TensorProperties(dtype=dtype)  # one object for all tensors: pickle writes it once
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as that of a tensor of its own: torch.save writes all that a view's storage holds.
+
+    It is no copy, whose threads a forked process lacks.
+    """
+    assert tensor.is_contiguous()
+    first = tensor.storage_offset() * tensor.itemsize
+    storage = tensor.untyped_storage()[first : first + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
 
 def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
