@@ -138,10 +138,22 @@ class _ChecksummedFile(io.BufferedWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "w"))
         self._crc = 0
+        self._failure: OSError | None = None
 
     def write(self, content: Any) -> int:
         self._crc = zlib.crc32(content, self._crc)
-        return super().write(content)
+        try:
+            return super().write(content)
+        except OSError as error:
+            self._failure = error
+            raise
+
+    def __exit__(self, *details: Any) -> None:
+        try:
+            super().__exit__(*details)
+        finally:
+            if self._failure is not None:  # torch.save makes another error of it, in which a full disk is not known
+                raise self._failure
 
     def checksum(self) -> FileChecksum:
         """Return the checksum of the bytes written, all of which are on disk then. Raises OSError."""
