@@ -4,6 +4,7 @@ Knows sizes, checksums and the run's state; does not know which of several check
 """
 
 import errno
+import functools
 import json
 import zlib
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from dash_dist.checkpoints.folders import step_of
-from dash_dist.checkpoints.pickles import find_unsafe_content
+from dash_dist.checkpoints.pickles import find_unsafe_content, read_sections
 from dash_dist.run.files import write_json
 from dash_dist.run.state import STRICT, RunState
 
@@ -130,12 +131,13 @@ def find_damage(
     Raises OSError for a file that cannot be read for a reason that says nothing of its content.
     """
     found = find_unlisted(folder, metadata) if names is None else {}
+    sections = functools.cache(read_sections)
     for name in metadata.files if names is None else names:
         problem = _damage_of_file(folder, name, metadata.files[name], sizes_only)
         if problem is None and not sizes_only and name == DATA_STATE:
             problem = _no_json_object(folder / name)
         if problem is None and not sizes_only:
-            problem = find_unsafe_content(folder / name, metadata.files)
+            problem = find_unsafe_content(folder / name, metadata.files, sections)
         if problem is not None:
             found[name] = f"{folder / name} {problem}"
     return found

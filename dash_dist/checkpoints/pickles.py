@@ -13,9 +13,11 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, cast
+
+from dash_dist.garbage import no_garbage_collection
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -67,11 +69,16 @@ class UnsafeFile(ValueError):
     """A file holds, or would run, something that no checkpoint of this program contains."""
 
 
-def find_unsafe_content(path: Path, listed: Collection[str]) -> str | None:
+Sections = dict[str, list[tuple[int, int]]]
+"""File -> offset and length in it of each tensor."""
+
+
+def find_unsafe_content(path: Path, listed: Collection[str], sections: Callable[[Path], Sections]) -> str | None:
     """Why `path` must not be handed to torch, as the end of a sentence that begins with its name; None if it may.
 
     Args:
         listed: the files of the checkpoint, relative to the folder above that of `path`: an index may name no other.
+        sections: `read_sections`, which may remember its answers: an index is of many files.
 
     Raises OSError.
     """
@@ -79,7 +86,7 @@ def find_unsafe_content(path: Path, listed: Collection[str]) -> str | None:
         if path.name == INDEX:
             _check_index(read_index(path), path.parent, listed)
         elif path.suffix == _SHARDS:
-            _check_shards(path)
+            _check_shards(path, sections)
         elif path.suffix == _ARCHIVE:
             with path.open("rb") as file:
                 _check_archive(file)
@@ -100,10 +107,19 @@ def read_index(path: Path) -> Metadata:
     """
     from torch.distributed.checkpoint.metadata import Metadata
 
-    index = _unpickle(_IndexUnpickler(io.BytesIO(path.read_bytes())))
+    with no_garbage_collection():  # which would look through an index of many ranks time and again
+        index = _unpickle(_IndexUnpickler(io.BytesIO(path.read_bytes())))
     if not isinstance(index, Metadata):
         raise UnsafeFile(f"is damaged: it holds a {type(index).__name__}, not the index of a distributed checkpoint")
     return index
+
+
+def read_sections(path: Path) -> Sections:
+    """Return where in its file each tensor of an index is. Raises as `read_index`; damaged, it may raise more."""
+    sections: Sections = {}
+    for place in read_index(path).storage_data.values():
+        sections.setdefault(place.relative_path, []).append((place.offset, place.length))
+    return sections
 
 
 class FileSection(io.RawIOBase):
@@ -226,16 +242,15 @@ def _check_index(index: Metadata, directory: Path, listed: Collection[str]) -> N
             raise UnsafeFile(f"is damaged: {key.fqn} would be beyond the end of {name}")
 
 
-def _check_shards(path: Path) -> None:
+def _check_shards(path: Path, sections: Callable[[Path], Sections]) -> None:
     """Each tensor in a `.distcp` file is an archive; the index next to it gives their positions."""
     try:
-        index = read_index(path.parent / INDEX)
-        places = [place for place in index.storage_data.values() if place.relative_path == path.name]
-    except (UnsafeFile, AttributeError, FileNotFoundError):
+        places = sections(path.parent / INDEX).get(path.name, [])
+    except (UnsafeFile, AttributeError, TypeError, FileNotFoundError):
         return  # said of the index itself
     with path.open("rb") as file:
-        for place in places:
-            _check_archive(FileSection(file, place.offset, place.length))
+        for offset, length in places:
+            _check_archive(FileSection(file, offset, length))
 
 
 def _check_archive(file: IO[bytes] | FileSection) -> None:

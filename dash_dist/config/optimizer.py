@@ -68,6 +68,6 @@ def check_offload(optimizer: OptimizerConfig, parallel: ParallelConfig, engine: 
         raise ValueError(f"{given}, and engine: {engine} keeps its state on the device: set engine to megatron")
     if not parallel.distributed_optimizer:
         raise ValueError(
-            f"{given}, and parallel.distributed_optimizer is false, whose checkpoints are written while the host's "
-            "memory changes: set parallel.distributed_optimizer to true"
+            f"{given}, and parallel.distributed_optimizer is false, by which every rank would keep the moments of all: "
+            "set parallel.distributed_optimizer to true"
         )

@@ -3,137 +3,50 @@
 Knows one checkpoint directory. Does not know which of a run's checkpoints to keep or to load, nor whether the files are
 those that were written: who calls `load_checkpoint` has verified them (`dash_dist.checkpoints`).
 
-Megatron-core plans what each rank writes, and reads it back. The writing itself is here, since Megatron's leaves the
-other ranks waiting where one cannot write, starts a process that outlives a killed rank, and keeps no checksums.
+Every rank writes what it has, and tensors that all ranks of DP x CP have are divided among them: no rank holds or waits
+for the state of another. Megatron-core reads it back.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import queue
-import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dash_dist.checkpoints.background import FinishedCall, ForkedCall
-from dash_dist.checkpoints.engine_state import COMMON, LORA, RUN, EngineState, read_engine_state
+from dash_dist.checkpoints.engine_state import LORA, RUN, EngineState, read_engine_state
 from dash_dist.checkpoints.integrity import FileChecksum
 from dash_dist.checkpoints.pickles import INDEX, read_index
 from dash_dist.config.trainable import ADAPTERS
 from dash_dist.distributed.agreement import Agreement
+from dash_dist.garbage import no_garbage_collection
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.optimizer import Optimizer
-from dash_dist.megatron.optimizer_state import Sharded, load_state, state_to_save
+from dash_dist.megatron.optimizer_state import load_state, state_to_save
 from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.megatron.write_plan import WritePlan, Written, first_copies, share_of
 
 T = TypeVar("T")
 
 _UPDATES = "updates"
 
 
-@dataclass(frozen=True)
-class _Written:
-    """Files that one rank has written, for the index and for readers."""
-
-    results: list[WriteResult]
-    checksums: dict[str, FileChecksum]
-
-
-class _PlanOnly(TorchDistSaveShardedStrategy):
-    """Megatron's plan of what each rank writes, without its way of writing it."""
-
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, planned: tuple[Any, ...]) -> _Plan:
-        _, index, _ = planned
-        return _Plan(writer, index)
-
-
-class _Plan:
-    """Write plan of this rank.
-
-    Attributes:
-        index: where the tensors of all ranks are, at rank 0; the others have none.
-        common: the content of `common.pt`, at rank 0.
-    """
-
-    def __init__(self, writer: FileSystemWriterAsync, index: Metadata | None) -> None:
-        self._writer = writer
-        self._buckets = writer.write_buckets or []
-        self.index = index
-        self.common: bytes | None = None
-
-    def copy_to_host(self) -> None:
-        """Wait until no tensor is on the GPU any more."""
-        self._buckets = FileSystemWriterAsync.preload_tensors(self._buckets, non_blocking=True)
-        self._writer.write_buckets = None
-
-    def write(self) -> _Written:
-        """Write this rank's files, which are on disk when this returns. Raises OSError."""
-        results, checksums = [], {}
-        for path, name, (objects, tensors) in self._buckets:
-            assert not objects  # see `_sharded_state`
-            with _ChecksummedFile(Path(path)) as file:
-                results += [self._write_tensor(file, name, item, tensor) for item, tensor in tensors]
-                checksums[name] = file.checksum()
-        if self.common is not None:
-            with _ChecksummedFile(Path(self._writer.checkpoint_dir) / COMMON) as file:
-                file.write(self.common)
-                checksums[COMMON] = file.checksum()
-        return _Written(results, checksums)
-
-    def write_index(self, results: list[list[WriteResult]]) -> None:
-        """Write the index, and `metadata.json` last: this rank is 0 and `results` are those of all. Raises OSError."""
-        assert self.index is not None
-        vars(self.index).pop("all_local_plans", None)  # as long as the index itself, and nothing here reads it
-        self._writer.finish(self.index, results)
-        save_config(CheckpointingConfig("torch_dist", 1), str(self._writer.checkpoint_dir))
-
-    def _write_tensor(self, file: io.BufferedWriter, name: str, item: WriteItem, tensor: torch.Tensor) -> WriteResult:
-        return _write_item(
-            self._writer.transforms, file, tensor, item, name, serialization_format=SerializationFormat.TORCH_SAVE
-        )
-
-
-class _ChecksummedFile(io.BufferedWriter):
-    """A file that is written from its start to its end, and its CRC-32."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "w"))
-        self._crc = 0
-
-    def write(self, content: Any) -> int:
-        self._crc = zlib.crc32(content, self._crc)
-        return super().write(content)
-
-    def checksum(self) -> FileChecksum:
-        """Return the checksum of the bytes written, all of which are on disk then. Raises OSError."""
-        self.flush()
-        os.fsync(self.fileno())
-        return FileChecksum(self.tell(), self._crc)
-
-
 class MegatronSave:
     """A checkpoint that is being written, at one rank: a `PendingSave`."""
 
-    def __init__(self, plan: _Plan, dims: ParallelDims, *, background: bool) -> None:
+    def __init__(self, plan: WritePlan, dims: ParallelDims, *, background: bool) -> None:
         self._dims = dims
-        self._plan: _Plan | None = plan  # keeps the host's copy of the tensors until it is written
+        self._plan: WritePlan | None = plan  # keeps the host's copy of the tensors until it is written
         self._writing = ForkedCall(plan.write) if background else FinishedCall(plan.write)
 
     def done(self) -> bool:
@@ -151,14 +64,15 @@ class MegatronSave:
         """
         plan, self._plan = self._plan, None
         assert plan is not None
-        written, failure = _Written([], {}), None
+        written, failure = Written([], {}), None
         try:
             written = self._writing.result()
         except OSError as error:
             failure = error
         outcomes: list[Any] | None = [None] * self._dims.world_size if self._dims.rank == 0 else None
-        dist.gather_object((written.results, failure), outcomes)
-        Agreement().call_on_main(lambda: _complete(plan, outcomes or []))
+        with no_garbage_collection():  # which would look through hundreds of thousands of objects time and again
+            dist.gather_object((plan.items, written.results, failure), outcomes)
+            Agreement().call_on_main(lambda: _complete(plan, outcomes or []))
         return written.checksums
 
     def abandon(self) -> None:
@@ -178,7 +92,7 @@ def start_save(
     """Begin to write the state at the time of the call. A collective: all ranks call it.
 
     GPU tensors are copied to the host before this returns. What is in the host's memory then is written by a forked
-    copy of the process, and not changed by what this one does.
+    copy of the process, and not changed by what this one does. The ranks exchange nothing but the directory's fate.
 
     Args:
         directory: on storage that all ranks share; created, and must be empty.
@@ -190,21 +104,12 @@ def start_save(
     """
     Agreement().call_on_main(lambda: create_directory(directory))
     model_state = _model_state(model, dims)
-    state = {"model": model_state, "optimizer": {_UPDATES: optimizer.updates}, RUN: asdict(run)}
-    if moments := state_to_save(optimizer.megatron, model_state):  # an empty entry would be a difference between ranks
-        state["optimizer"]["state"] = moments
-    tensors, common = save_preprocess(state)
-    if filesystem_async._results_queue is None:
-        # Megatron's plan comes with a queue between its writing processes, kept by yet another process that would
-        # outlive a killed rank.
-        filesystem_async._results_queue = queue.Queue()
-    plan: _Plan = _PlanOnly("torch_dist", 1, thread_count=1).async_save(tensors, directory)
-    if dims.rank == 0:
-        content = io.BytesIO()
-        torch.save(common, content)
-        plan.common = content.getvalue()
-    plan.copy_to_host()
-    return MegatronSave(plan, dims, background=background)
+    moments = state_to_save(optimizer.megatron, model_state)
+    apply_factories(model_state)
+    replicated = [*nested_values(model_state), *moments.replicated]
+    tensors = [*share_of(first_copies(replicated), dims.dp_cp_group), *first_copies(moments.own)]
+    common = {"optimizer": {_UPDATES: optimizer.updates}, RUN: asdict(run)} if dims.rank == 0 else None
+    return MegatronSave(WritePlan(directory, tensors, common), dims, background=background)
 
 
 def load_checkpoint(
@@ -302,11 +207,10 @@ def _stored_names(directory: Path, identity: dict[str, Any]) -> tuple[set[str], 
     return set(read_index(directory / INDEX).state_dict_metadata), LORA in run.identity
 
 
-def _read(directory: Path, wanted: dict[int, dict[str, Sharded]]) -> dict[int, dict[str, torch.Tensor]]:
+def _read(directory: Path, wanted: list[ShardedTensor]) -> None:
+    """Read blocks of the checkpoint's tensors into the memory that they describe. A collective."""
     # Not every rank reads every parameter, and Megatron would miss the others.
-    loaded = dist_checkpointing.load({"wanted": wanted}, str(directory), validate_access_integrity=False)
-    tensors: dict[int, dict[str, torch.Tensor]] = loaded.get("wanted", {})
-    return tensors
+    dist_checkpointing.load({"wanted": wanted}, str(directory), validate_access_integrity=False)
 
 
 def _errno(error: BaseException) -> int | None:
@@ -350,13 +254,13 @@ def check_fit(directory: Path, run: EngineState, identity: dict[str, Any]) -> No
         raise ValueError(f"{directory} does not fit this run: {'; '.join(differing)}")
 
 
-def _complete(plan: _Plan, outcomes: list[tuple[list[WriteResult], OSError | None]]) -> None:
+def _complete(plan: WritePlan, outcomes: list[tuple[list[WriteItem], list[WriteResult], OSError | None]]) -> None:
     """Write the index of what all ranks have written. Raises OSError: they have not, or the index cannot be written."""
-    failures = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
+    failures = {rank: error for rank, (*_, error) in enumerate(outcomes) if error is not None}
     if failures:
         raise _joined_error(failures)
     try:
-        plan.write_index([results for results, _ in outcomes])
+        plan.write_index([items for items, *_ in outcomes], [results for _, results, _ in outcomes])
     except OSError:
         raise
     except Exception as error:  # of any kind: the other ranks wait for this one's answer

@@ -19,7 +19,6 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -28,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.megatron.host_moments import offload_moments
-from dash_dist.megatron.optimizer_state import save_with_padding, set_updates, start_torch_adam
+from dash_dist.megatron.optimizer_state import set_updates, start_torch_adam
 from dash_dist.megatron.trainable import LearningRates
 
 
@@ -175,10 +174,10 @@ class Optimizer:
             parameters = frozenset(parameter for parameter, own in learning_rates.items() if own == lr)
             predicate = ParamPredicate(name=f"lr {lr}", fn=parameters.__contains__)
             overrides[ParamKey(predicate=predicate)] = own_schedule(config, lr)
-        self.megatron: MegatronOptimizer = get_megatron_optimizer(megatron_config, [model], overrides)
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(
+            megatron_config, [model], overrides, use_gloo_process_groups=False
+        )
         for part in self.megatron.chained_optimizers:
-            if isinstance(part, DistributedOptimizer):
-                save_with_padding(part)
             if isinstance(part.optimizer, torch.optim.AdamW):
                 if config.offload_moments:
                     offload_moments(part.optimizer, config.offload_moments)

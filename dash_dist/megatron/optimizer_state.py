@@ -6,10 +6,15 @@ Megatron-core's own format names the parameter groups, and stacks the layers, al
 one names parameters alone: what a run trains may change between the checkpoint and its resume.
 
     optimizer.state.exp_avg.NAME    and exp_avg_sq; `param` or `fp32_param`, the float32 weights beside bfloat16 ones
+
+A distributed optimizer cuts its flat buffers into equal parts, and so a parameter between any two of its elements. Such
+a part is a few rectangular blocks of the parameter. The checkpoint holds these as they are: no rank needs another's.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
@@ -24,47 +29,64 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import nn
 
+from dash_dist.megatron.blocks import blocks_of
+
 _PREFIX = "optimizer.state"
 _LAYERS = re.compile(r"(?<=\.layers\.)")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
-Named = dict[nn.Parameter, Sharded]
+Named: TypeAlias = dict[nn.Parameter, ShardedTensor | ShardedTensorFactory]
+
+
+@dataclass(frozen=True)
+class StateToSave:
+    """State of the optimizer at one rank, in blocks of tensors of the checkpoint.
+
+    Attributes:
+        own: that no other rank of DP x CP has.
+        replicated: that all ranks of DP x CP have, in the same order.
+    """
+
+    own: list[ShardedTensor]
+    replicated: list[ShardedTensor]
 
 
 @dataclass(frozen=True)
 class _Owned:
-    """State of one parameter at this rank.
+    """State of one parameter that this rank's optimizer works on.
 
     Attributes:
         parameter: the model's.
-        tensors: state by its name in the checkpoint, as the optimizer works on it.
-        part: elements of the flattened parameter that `tensors` hold; None for all of it.
+        tensors: consecutive elements of the flattened state, by its name in the checkpoint.
+        start: the first of these elements.
+        replicated: True if the other ranks of DP x CP have the same.
     """
 
     parameter: nn.Parameter
     tensors: dict[str, torch.Tensor]
-    part: slice | None = None
+    start: int = 0
+    replicated: bool = True
 
 
-def state_to_save(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[int, dict[str, Sharded]]:
-    """Return the tensors of all trained parameters. A collective over DP x CP for a distributed optimizer.
+def state_to_save(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> StateToSave:
+    """Describe the state of all trained parameters, without a copy of it. Local.
 
     Args:
         model_state: the model's `sharded_state_dict`.
     """
     named = _by_parameter(model_state)
-    return {
-        index: {key: _renamed(named[one.parameter], key, tensor) for key, tensor in one.tensors.items()}
-        for index, one in enumerate(_whole_states(optimizer))
-    }
+    found = StateToSave([], [])
+    for one in _owned_states(optimizer):
+        blocks = found.replicated if one.replicated else found.own
+        blocks += [block for key, tensor in one.tensors.items() for block in _blocks(one, named, key, tensor)]
+    return found
 
 
 def load_state(
     optimizer: MegatronOptimizer,
     model_state: dict[str, Any],
     stored: AbstractSet[str],
-    read: Callable[[dict[int, dict[str, Sharded]]], dict[int, dict[str, torch.Tensor]]],
+    read: Callable[[list[ShardedTensor]], None],
 ) -> tuple[int, set[str]]:
     """Take the state of the trained parameters that a checkpoint has, and start that of the others anew.
 
@@ -73,31 +95,27 @@ def load_state(
     Args:
         model_state: the model's `sharded_state_dict`.
         stored: names of the tensors in the checkpoint.
-        read: reads the tensors described. A collective.
+        read: reads the blocks described into their tensors. A collective.
 
     Returns:
         The number of this rank's parameters whose state was read, and the names of those without one.
     """
     optimizer.reload_model_params()
     named = _by_parameter(model_state)
-    owned: dict[int, _Owned] = {}
-    wanted: dict[int, dict[str, Sharded]] = {}
+    wanted: list[ShardedTensor] = []
     fresh: set[str] = set()
-    for index, one in enumerate(_owned_states(optimizer)):
+    known = 0
+    for one in _owned_states(optimizer):
         for moment in MOMENTS:
             one.tensors[moment].zero_()
-        sharded = named[one.parameter]
-        names = _tensor_names(sharded, MOMENTS[0])
+        names = {_tensor_name(shard, MOMENTS[0]) for shard, _ in _shards_of(named[one.parameter])}
         if not names <= stored:
             fresh |= names
             continue
-        owned[index] = one
-        wanted[index] = {key: _renamed(sharded, key, _whole(one, tensor)) for key, tensor in one.tensors.items()}
-    for index, tensors in read(wanted).items():
-        one = owned[index]
-        for key, tensor in tensors.items():
-            one.tensors[key].copy_(tensor if one.part is None else tensor.flatten()[one.part])
-    return len(owned), fresh
+        known += 1
+        wanted += [block for key, tensor in one.tensors.items() for block in _blocks(one, named, key, tensor)]
+    read(wanted)
+    return known, fresh
 
 
 def start_torch_adam(adam: torch.optim.AdamW) -> None:
@@ -124,52 +142,6 @@ def set_updates(optimizer: MegatronOptimizer, updates: int) -> None:
                 group["step"] = updates
 
 
-def save_with_padding(optimizer: DistributedOptimizer) -> None:
-    """Let a distributed optimizer of several buckets save each parameter's state, and not its neighbour's.
-
-    Tied embeddings on several pipeline stages get a bucket of their own. Megatron gathers the buckets' content without
-    the padding at their ends, and then looks for the parameters where they are with it.
-    """
-    gather = optimizer.get_parameter_state_dp_zero
-
-    def gather_with_padding(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
-        state = gather(*args, **kwargs)
-        if state is not None:
-            for index, buffer in enumerate(optimizer.buffers):
-                for tensors in state[index].values():
-                    for name, tensor in tensors.items():
-                        if isinstance(tensor, torch.Tensor):
-                            tensors[name] = pad(tensor, buffer)
-        return state
-
-    def pad(tensor: torch.Tensor, buffer: Any) -> torch.Tensor:
-        if len(buffer.buckets) == 1:
-            return tensor
-        padded = tensor.new_zeros(buffer.numel)
-        pieces = tensor.split([bucket.numel_unpadded for bucket in buffer.buckets])
-        for bucket, piece in zip(buffer.buckets, pieces, strict=True):
-            padded[bucket.offset : bucket.offset + piece.numel()] = piece
-        return padded
-
-    optimizer.get_parameter_state_dp_zero = gather_with_padding
-
-
-def _whole_states(optimizer: MegatronOptimizer) -> Iterator[_Owned]:
-    """State of whole parameters to save; of a distributed optimizer, at the first rank of DP x CP alone."""
-    for part in optimizer.chained_optimizers:
-        if not isinstance(part, DistributedOptimizer):
-            yield from _states_of(part)
-            continue
-        gathered = part.get_parameter_state_dp_zero(use_gloo_comm=True)
-        if gathered is None:
-            continue
-        for index, buffer in enumerate(part.buffers):
-            (tensors,) = gathered[index].values()
-            for parameter, (start, end, _) in buffer.param_index_map.items():
-                keys = ("param", *MOMENTS)
-                yield _Owned(parameter, {key: tensors[key][start:end].view(parameter.shape) for key in keys})
-
-
 def _owned_states(optimizer: MegatronOptimizer) -> Iterator[_Owned]:
     """State that this rank's optimizer works on."""
     for part in optimizer.chained_optimizers:
@@ -182,7 +154,7 @@ def _states_of(part: MegatronOptimizer) -> Iterator[_Owned]:
             tensors = part._get_main_param_and_optimizer_states(parameter)
             inside = part._get_model_param_range_map(parameter)["param"]
             kept = {key: tensors[key].detach() for key in ("param", *MOMENTS)}
-            yield _Owned(parameter, kept, slice(inside.start, inside.end))
+            yield _Owned(parameter, kept, inside.start, replicated=False)
         return
     state = part.optimizer.state
     if isinstance(part, Float16OptimizerWithFloat16Params):
@@ -198,44 +170,46 @@ def _states_of(part: MegatronOptimizer) -> Iterator[_Owned]:
             yield _Owned(parameter, {key: state[parameter][key] for key in MOMENTS})
 
 
-def _whole(one: _Owned, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the whole parameter's shape to read into; the optimizer's own where it has all of it."""
-    return tensor if one.part is None else torch.empty(one.parameter.shape, dtype=torch.float32)
+def _blocks(one: _Owned, named: Named, key: str, tensor: torch.Tensor) -> Iterator[ShardedTensor]:
+    """State `key` of a parameter as blocks of tensors of the checkpoint; their data are views of `tensor`."""
+    flat = tensor.view(-1)
+    end = one.start + len(flat)
+    for shard, first in _shards_of(named[one.parameter]):
+        taken = max(one.start - first, 0)
+        for offsets, sizes in blocks_of(shard.local_shape, taken, min(end - first, math.prod(shard.local_shape))):
+            place, taken = first + taken - one.start, taken + math.prod(sizes)
+            yield replace(
+                shard,
+                key=_tensor_name(shard, key),
+                data=flat[place : place + math.prod(sizes)].view(sizes),
+                dtype=tensor.dtype,
+                local_shape=sizes,
+                global_offset=tuple(map(operator.add, shard.global_offset, offsets)),
+                axis_fragmentations=None,  # no regular grid
+            )
 
 
 def _by_parameter(model_state: dict[str, Any]) -> Named:
-    return {sharded.data: _apart(sharded) for sharded in nested_values(model_state)}
+    return {sharded.data: sharded for sharded in nested_values(model_state)}
 
 
-def _renamed(sharded: Sharded, key: str, tensor: torch.Tensor) -> Sharded:
-    name = f"{_PREFIX}.{key}.{sharded.key}"
-    if isinstance(sharded, ShardedTensorFactory):
-        return replace(sharded, key=name, data=tensor)
-    return replace(sharded, key=name, data=tensor, dtype=tensor.dtype)
-
-
-def _tensor_names(sharded: Sharded, key: str) -> set[str]:
-    """Names that the state `key` of a parameter has in a checkpoint."""
-    renamed = _renamed(sharded, key, sharded.data.detach())
-    if isinstance(renamed, ShardedTensor):
-        return {renamed.key}
-    return {one.key for one in nested_values(renamed.build())}
-
-
-def _apart(sharded: Sharded) -> Sharded:
-    """The same tensor with its layer in its name rather than in its first dimension."""
+def _shards_of(sharded: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[ShardedTensor, int]]:
+    """Shards of which this rank's parameter is made, and where each begins in the flattened parameter."""
     if isinstance(sharded, ShardedTensor):
-        return _without_layers(sharded)
+        yield _without_layers(sharded), 0
+        return
+    built = replace(sharded, data=torch.empty(sharded.data.shape, device="meta")).build()
+    for shard in nested_values(built):  # SwiGLU's halves
+        assert shard.data.is_contiguous()
+        yield _without_layers(shard), shard.data.storage_offset()
 
-    def build(*arguments: Any) -> Any:
-        built = sharded.build_fn(*arguments)
-        assert isinstance(built, list)  # of SwiGLU's halves
-        return [_without_layers(one) for one in built]
 
-    return replace(sharded, build_fn=build)
+def _tensor_name(shard: ShardedTensor, key: str) -> str:
+    return f"{_PREFIX}.{key}.{shard.key}"
 
 
 def _without_layers(sharded: ShardedTensor) -> ShardedTensor:
+    """The same place, with the layer in the tensor's name rather than in its first dimension."""
     if not sharded.prepend_axis_num:
         return sharded
     assert sharded.prepend_axis_num == 1
@@ -245,6 +219,6 @@ def _without_layers(sharded: ShardedTensor) -> ShardedTensor:
         key=_LAYERS.sub(f"{layer}.", sharded.key, count=1),
         global_shape=sharded.global_shape[1:],
         global_offset=sharded.global_offset[1:],
-        axis_fragmentations=sharded.axis_fragmentations[1:],
+        axis_fragmentations=None,
         prepend_axis_num=0,
     )

@@ -68,6 +68,7 @@ class ParallelDims:
                 pipeline_model_parallel_size=parallel.pipeline,
                 context_parallel_size=parallel.context,
                 distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
+                create_gloo_process_groups=False,  # they serve Megatron-core's own checkpoints alone
             )
         except ValueError:
             if owns_process_group:

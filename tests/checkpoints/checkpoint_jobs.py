@@ -15,9 +15,9 @@ from unittest import mock
 from dash_dist.config.file import load_config
 from dash_dist.distributed.agreement import ControlGroup
 from dash_dist.errors import CheckpointError
-from dash_dist.megatron.checkpoint import _Plan
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.megatron.write_plan import WritePlan
 from dash_dist.run.state import RunState
 from dash_dist.training.checkpoints import CheckpointManager
 from tests.support.attempts import attempt
@@ -35,14 +35,14 @@ def runs_to_damage(config: Path) -> None:
 def dies_while_it_saves(config: Path, folder: Path) -> None:
     """Train until killed while the second checkpoint is half written."""
     half_written = folder / "half_written"
-    write = _Plan.write
+    write = WritePlan.write
 
     def write_half(plan):
         if not (folder / "first_is_written").exists():
             written = write(plan)
             (folder / "first_is_written").touch()
             return written
-        with open(plan._buckets[0][0], "wb") as file:
+        with open(plan.path, "wb") as file:
             file.write(b"half of a file")
         half_written.write_text(str(os.getpid()))
         time.sleep(1000)
@@ -55,7 +55,7 @@ def dies_while_it_saves(config: Path, folder: Path) -> None:
         return train_step(engine, micro_batches)
 
     with (
-        mock.patch.object(_Plan, "write", write_half),
+        mock.patch.object(WritePlan, "write", write_half),
         mock.patch.object(MegatronEngine, "train_step", train_step_until_then),
     ):
         attempt(config, "run.name=killed", "parallel.context=1", "training.steps=100000", "checkpoint.interval=2")
@@ -66,8 +66,7 @@ def saves_that_fail(folder: Path) -> list[str]:
 
     Rank 1 alone cannot write its file; then rank 0 alone cannot write the index; then a save succeeds ("").
     """
-    # Context-parallel ranks hold the same weights, which rank 0 writes; a pipeline stage has its own.
-    config = load_config(folder / "tiny.yaml", ["parallel.context=1", "parallel.pipeline=2"])
+    config = load_config(folder / "tiny.yaml", ["parallel.context=2"])
     dims = ParallelDims.initialise(config.parallel, timeout=config.training.distributed_timeout)
     told = []
     try:
@@ -99,7 +98,7 @@ def saves_that_fail(folder: Path) -> list[str]:
             told.append(save())
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard_limit))
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), ".metadata")
-            with mock.patch.object(_Plan, "write_index", side_effect=full):
+            with mock.patch.object(WritePlan, "write_index", side_effect=full):
                 told.append(save())
             told.append(save())
     finally:

@@ -140,10 +140,10 @@ def test_the_copy_dies_with_a_killed_process() -> None:
 def test_an_index_that_cannot_be_made_is_an_error_of_every_rank() -> None:
     """Rank 0 makes it alone, while the others wait for its word; what goes wrong there need be no OSError."""
 
-    def write_index(results: list[list[object]]) -> None:
+    def write_index(items: list[list[object]], results: list[list[object]]) -> None:
         raise KeyError("planner")
 
-    plan = SimpleNamespace(write=lambda: SimpleNamespace(results=[], checksums={}), write_index=write_index)
+    plan = SimpleNamespace(items=[], write=lambda: SimpleNamespace(results=[], checksums={}), write_index=write_index)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         dims = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))

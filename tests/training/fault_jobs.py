@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from dash_dist.data.stream import DataStream
 from dash_dist.engine.protocol import StepResult
-from dash_dist.megatron.checkpoint import _Plan
 from dash_dist.megatron.engine import MegatronEngine
+from dash_dist.megatron.write_plan import WritePlan
 from dash_dist.run.requests import Command, Request
 from dash_dist.training.faults.skipped import SkippedBatches, SkipRecord
 from tests.support.attempts import Outcome, attempt
@@ -148,8 +148,8 @@ def runs_with_other_faults(config: Path, folder: Path) -> dict[str, FaultyRun]:
     def slow(real: Steps) -> Steps:
         return lambda engine, micro_batches: (time.sleep(0.4), real(engine, micro_batches))[1]
 
-    write = _Plan.write
-    with mock.patch.object(_Plan, "write", write_at_first_never):
+    write = WritePlan.write
+    with mock.patch.object(WritePlan, "write", write_at_first_never):
         outcomes["stuck save"] = faulty_run(
             config, "run.name=stuck", *small, "training.steps=16", "faults.save_timeout_seconds=3", train_step=slow
         )
