@@ -79,7 +79,7 @@ def smallest_change(
 ) -> str | None:
     """Return the settings of the smallest change that fits; None: no single change does.
 
-    Recomputation comes first, in the way that is fastest where it recomputes as few layers as fit; then the other
+    Shards of the residual stream come first, which cost no time. Then comes recomputation, in the way that is fastest where it recomputes as few layers as fit; then the other
     trades of time for memory; then context, tensor and pipeline parallelism in place of data parallelism, each doubled
     until it fits; then both.
     """
@@ -94,6 +94,10 @@ def smallest_change(
         found = foretell(asked, candidate, machine, assumptions, vocab_size=vocab_size)
         return found if found.fits and _is_accepted(_with_layout(changed, found.layout), gpus=machine.gpus) else None
 
+    if layout.tensor > layout.sequence_shards:
+        found = fitted(replace(layout, sequence_parallel=True), config)
+        if found is not None:
+            return _changes(layout, found.layout)
     shard = config.training.sequence_length // layout.context
     ways = [found for way in recomputed_more(layout) if (found := fitted(way, config)) is not None]
     if ways:
@@ -195,8 +199,6 @@ def memory_settings(layout: Layout, shard: int) -> list[Layout]:
         shard: tokens of a sequence at a rank; tiles that are not shorter change nothing.
     """
     tried = []
-    if layout.tensor > layout.sequence_shards:
-        tried.append(replace(layout, sequence_parallel=True))
     own = layout.recompute.of_layers(None)
     for way in (own, *more_than(own)):
         if not way.whole:

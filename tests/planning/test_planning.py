@@ -169,31 +169,31 @@ def test_where_nothing_fits_it_says_what_is_missing_and_what_would_do() -> None:
 @pytest.mark.parametrize(
     ("recompute", "modules", "memory", "change"),
     [
-        ("none", None, 79.2, "parallel.recompute=selective parallel.recompute_layers=24"),
+        ("none", None, 50.0, "parallel.recompute=selective parallel.recompute_layers=26"),
         (
             "none",
             None,
-            100.0,
-            "parallel.recompute=selective parallel.recompute_modules=[mlp] parallel.recompute_layers=29",
+            79.2,
+            "parallel.recompute=selective parallel.recompute_modules=[mlp] parallel.recompute_layers=16",
         ),
         (
             "selective",
             ("mlp",),
-            79.2,
-            "parallel.recompute=selective parallel.recompute_modules=null parallel.recompute_layers=24",
+            50.0,
+            "parallel.recompute=selective parallel.recompute_modules=null parallel.recompute_layers=26",
         ),
         (
             "selective",
             ("projections",),
             35.0,
-            "parallel.recompute=selective parallel.recompute_modules=null parallel.mlp_tile_tokens=16384 "
-            "parallel.offload_activations=1.0",
+            "parallel.recompute=selective parallel.recompute_modules=null parallel.recompute_layers=29 "
+            "parallel.mlp_tile_tokens=16384 parallel.offload_activations=1.0",
         ),
         (
             "none",
             None,
-            35.0,
-            "parallel.recompute=selective parallel.mlp_tile_tokens=16384 parallel.offload_activations=1.0",
+            30.0,
+            "parallel.recompute=full parallel.mlp_tile_tokens=16384 parallel.offload_activations=1.0",
         ),
     ],
 )
