@@ -79,9 +79,9 @@ def smallest_change(
 ) -> str | None:
     """Return the settings of the smallest change that fits; None: no single change does.
 
-    Shards of the residual stream come first, which cost no time. Then comes recomputation, in the way that is fastest where it recomputes as few layers as fit; then the other
-    trades of time for memory; then context, tensor and pipeline parallelism in place of data parallelism, each doubled
-    until it fits; then both.
+    Shards of the residual stream come first, which cost no time. Then comes recomputation, in the way that is fastest
+    where it recomputes as few layers as fit; then the other trades of time for memory; then context, tensor and
+    pipeline parallelism in place of data parallelism, each doubled until it fits; then both.
     """
     # A run that is out of memory although the plan has some left needs more than the plan's smallest number.
     short = predict(config, layout, machine, assumptions, vocab_size=vocab_size).is_tight
@@ -95,9 +95,11 @@ def smallest_change(
         return found if found.fits and _is_accepted(_with_layout(changed, found.layout), gpus=machine.gpus) else None
 
     if layout.tensor > layout.sequence_shards:
-        found = fitted(replace(layout, sequence_parallel=True), config)
-        if found is not None:
-            return _changes(layout, found.layout)
+        split = replace(layout, sequence_parallel=True)
+        asked = _with_layout(config, split)
+        of_shards = predict(asked, split, machine, assumptions, vocab_size=vocab_size)
+        if of_shards.fits and _is_accepted(asked, gpus=machine.gpus):
+            return _changes(layout, split)
     shard = config.training.sequence_length // layout.context
     ways = [found for way in recomputed_more(layout) if (found := fitted(way, config)) is not None]
     if ways:
