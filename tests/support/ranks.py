@@ -68,7 +68,7 @@ def run_ranks(
     job: str,
     world_size: int,
     *arguments: Any,
-    time_limit: float = 240.0,
+    time_limit: float = 420.0,
     cpu_only: bool = False,
     dying: Collection[int] = (),
 ) -> list[Any]:
