@@ -131,6 +131,7 @@ def _routed(tokens: int) -> tuple[Queries, KeyRows, TileShape, AttentionSpec]:
     return Queries(inputs.q, grid, summaries, routing), keys, tile, spec
 
 
+@pytest.mark.slow
 def test_links_are_what_was_selected(by_links: None) -> None:
     """In both orders, each token's as many as routing has counted."""
     queries, keys, tile, spec = _routed(9 * C + 5)
@@ -156,6 +157,7 @@ def test_links_are_what_was_selected(by_links: None) -> None:
             assert ((slots >= begins) & (slots < begins + earlier[segment // n // kv_heads, local, head])).all()
 
 
+@pytest.mark.slow
 def test_where_links_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, _, tile, spec = _routed(9 * C)
     assert linked_slabs(queries, tile) is None, "too few tokens"

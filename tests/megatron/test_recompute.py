@@ -156,6 +156,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.slow
 def test_no_product_is_computed_again_whose_output_nobody_reads() -> None:
     cases = {name: case for name, (case, _) in PRODUCTS.items()}
     (found,) = run_ranks("tests.megatron.recompute_jobs:products_of_a_step", 1, cases, cpu_only=True)
