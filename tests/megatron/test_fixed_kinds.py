@@ -61,14 +61,19 @@ def test_step_equals_one_process(measured: dict[str, list[Measured]], name: str)
     assert_same(found, wanted, relative=1e-5)
 
 
+def density_of(top_chunks: int) -> float:
+    """Density of a sequence of the tests whose tokens select as many chunks, or all there are."""
+    chunks = SEQUENCE_LENGTH // CHUNK_SIZE
+    return float(torch.arange(1, chunks + 1).clamp(max=top_chunks).sum() / (chunks * (chunks + 1) / 2))
+
+
 @pytest.mark.parametrize("name", [*ALONE, *ON_TWO])
 def test_both_layers_have_statistics(measured: dict[str, list[Measured]], name: str) -> None:
     for rank in measured[name]:
         assert len(rank.density) == len(rank.selected) == len(rank.maps) == 2
         if not name.startswith("packed"):
-            chunks = SEQUENCE_LENGTH // CHUNK_SIZE
-            selected = torch.arange(1, chunks + 1).clamp(max=TOP_CHUNKS).sum() / (chunks * (chunks + 1) / 2)
-            assert rank.density[1] == pytest.approx(float(selected))
+            selected = density_of(TOP_CHUNKS)
+            assert rank.density[1] == pytest.approx(selected)
 
 
 def test_transformers_has_no_such_layers(tmp_path: Path) -> None:

@@ -4,17 +4,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 
 from dash_dist.checkpoints.export import export_weights
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.selection import NSAConfig
 from dash_dist.models.nsa import nsa_parameters
+from tests.megatron.test_fixed_kinds import density_of
 from tests.megatron.test_layouts import assert_same, joined, measured_steps
 from tests.support.models import (
     CHUNK_SIZE,
     MODEL,
-    SEQUENCE_LENGTH,
     SEQUENCES,
     STEPS_BEFORE_SAVE,
     Case,
@@ -88,11 +87,10 @@ def test_both_layers_have_statistics(measured: dict[str, list[Measured]], name: 
     for rank in measured[name]:
         assert len(rank.density) == len(rank.selected) == len(rank.maps) == 2
         if not name.startswith("packed"):
-            chunks = SEQUENCE_LENGTH // CHUNK_SIZE
-            selected = torch.arange(1, chunks + 1).clamp(max=TOP_CHUNKS).sum() / (chunks * (chunks + 1) / 2)
-            assert rank.density[1] == pytest.approx(float(selected))
+            selected = density_of(TOP_CHUNKS)
+            assert rank.density[1] == pytest.approx(selected)
             selected_of_map, available_of_map = rank.maps[1]
-            assert float(selected_of_map.sum() / available_of_map.sum()) == pytest.approx(float(selected))
+            assert float(selected_of_map.sum() / available_of_map.sum()) == pytest.approx(selected)
 
 
 def test_a_run_continues_from_its_checkpoint_at_other_layouts(tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ def _run(case: Case, tokens: int, folder: Path, seconds: float, shape: str | Non
     profile = read_profile(out)
     if profile is None:
         raise RuntimeError(f"no profile in {out}")
-    found = settings(case, tokens, folder)
-    length, parallel = found["training"]["sequence_length"], ParallelConfig(**found["parallel"])
+    length = case.tokens or tokens
+    parallel = ParallelConfig(**settings(case, tokens, folder)["parallel"])
     floor = SHAPES[case.shape].floor_seconds(
         length // case.gpus,
         recomputed=parallel.recomputed,
