@@ -33,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a pytest whose test ids pytest-xdist cannot mark: it would ignore the groups in silence."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
+        raise pytest.UsageError(f"pytest-xdist does not group tests with pytest {pytest.__version__}: see pyproject.toml")
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the cache of the session, at the controller."""
     if not hasattr(config, "workerinput"):
