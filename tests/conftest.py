@@ -38,7 +38,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Refuse a pytest whose test ids pytest-xdist cannot mark: it would ignore the groups in silence."""
     grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
     if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
-        raise pytest.UsageError(f"pytest-xdist does not group tests with pytest {pytest.__version__}: see pyproject.toml")
+        raise pytest.UsageError(
+            f"pytest-xdist does not group tests with pytest {pytest.__version__}: see pyproject.toml"
+        )
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

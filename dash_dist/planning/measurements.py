@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 from dash_dist.config.file import load_config, to_yaml
 from dash_dist.config.run import RunConfig
 from dash_dist.errors import ConfigError
+from dash_dist.run.curves import read_curves
 
 WARMUP_STEPS = 3
 """Steps at the beginning that compile kernels and fill the allocator: not counted."""
@@ -68,7 +68,7 @@ def measure_run(folder: Path, *, gpu: str | None = None) -> Measurement:
     last one that was reached counts.
     """
     run = load_config(folder / "config.yaml")
-    curves = _curves(folder / "tensorboard")
+    curves = read_curves(folder)
     seconds, routed = curves.get("perf/step_seconds", {}), curves.get("routing/density/layer_0", {})
     stage = run.stage_at(max(seconds, default=1) - 1)
     config, begin = stage.config, stage.first_step + WARMUP_STEPS
@@ -109,18 +109,3 @@ def read_measurements(path: Path) -> list[Measurement]:
         return [Measurement(**one) for one in content]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} holds no measurements of runs: {error}") from None
-
-
-def _curves(folder: Path) -> dict[str, dict[int, float]]:
-    """tag -> step -> value."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} does not exist: --calibrate takes the folder of a run that logged to TensorBoard")
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: dict(_scalars(events, tag)) for tag in events.Tags()["scalars"]}
-
-
-def _scalars(events: Any, tag: str) -> Iterator[tuple[int, float]]:
-    for scalar in events.Scalars(tag):
-        yield scalar.step, scalar.value

@@ -7,7 +7,7 @@ import torch
 
 from tests.support.models import Case
 
-STEPS = 12
+STEPS = 6
 STEPS_BEFORE_SAVE = 3
 STEPS_AFTER_LOAD = 3
 

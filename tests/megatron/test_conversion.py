@@ -16,7 +16,7 @@ from tests.support.ranks import run_ranks
 JOBS = "tests.megatron.conversion_jobs"
 QUERY = {"parameters": [{"match": "*.summary_query"}]}
 OUTPUT = {"conversion": "output"}
-ALONE = Case(micro_batch_size=2)
+ALONE = Case()
 STEPS = 6
 LAYOUTS = {
     "recompute": dataclasses.replace(ALONE, recompute="full"),

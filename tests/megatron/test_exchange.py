@@ -12,14 +12,12 @@ DENSE_ROUTING = 1e-3  # the routing scale at which every token selects every chu
 SHARP_ROUTING = 100.0
 ON_TWO = {
     "ring": Case(context=2, exchange="ring"),
-    "allgather": Case(context=2, exchange="allgather", micro_batch_size=2),
+    "allgather": Case(context=2, exchange="allgather"),
     "selective": Case(context=2, exchange="selective", routing_scale=SHARP_ROUTING),
     "selective, contiguous": Case(
         context=2, exchange="selective", layout="contiguous", routing_scale=SHARP_ROUTING, micro_batch_size=4
     ),
-    "selective, recompute": Case(
-        context=2, exchange="selective", recompute="full", micro_batch_size=2, routing_scale=SHARP_ROUTING
-    ),
+    "selective, recompute": Case(context=2, exchange="selective", recompute="full", routing_scale=SHARP_ROUTING),
     "allgather, recompute": Case(context=2, exchange="allgather", recompute="full"),
     "dense routing": Case(context=2, exchange="selective", routing_scale=DENSE_ROUTING),
     "dense routing, contiguous": Case(

@@ -29,7 +29,7 @@ ALONE = {
     "topk, recompute": dataclasses.replace(TOPK, recompute="full"),
 }
 ON_TWO = {
-    "topk, cp 2": dataclasses.replace(TOPK, context=2, micro_batch_size=2),
+    "topk, cp 2": dataclasses.replace(TOPK, context=2),
     "topk, cp 2, recompute": dataclasses.replace(TOPK, context=2, recompute="full"),
     "topk, tp 2": dataclasses.replace(TOPK, tensor=2),
     "topk, pp 2": dataclasses.replace(TOPK, pipeline=2),

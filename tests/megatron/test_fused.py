@@ -13,10 +13,10 @@ from tests.support.models import Case, Measured
 from tests.support.ranks import run_ranks
 
 ALONE = {
-    "batch of two": Case(micro_batch_size=2),
+    "batch of two": Case(),
     "tied": Case(micro_batch_size=4, tie_embeddings=True),
-    "olmo": Case(micro_batch_size=2, family="olmo2"),
-    "norms of queries and keys": Case(micro_batch_size=2, family="qwen3"),
+    "olmo": Case(family="olmo2"),
+    "norms of queries and keys": Case(family="qwen3"),
     "recompute": Case(micro_batch_size=4, recompute="full"),
 }
 ON_TWO = {
@@ -53,7 +53,7 @@ def test_kernels_give_the_step_of_pytorch(name: str, measured: dict[str, list[tu
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_step_on_a_gpu(family: Literal["llama", "qwen3"]) -> None:
     """In bfloat16, as trained: near the step in PyTorch, and the same bits again."""
-    case = Case(micro_batch_size=2, family=family)
+    case = Case(family=family)
     plain, fused, again = (
         run_ranks("tests.megatron.megatron_jobs:measure_step", 1, dataclasses.replace(case, fused_kernels=kernels))
         for kernels in (False, True, True)

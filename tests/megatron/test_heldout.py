@@ -11,12 +11,12 @@ pytestmark = pytest.mark.slow
 ALONE = {
     "whole": Case(micro_batch_size=4),
     "recompute": Case(recompute="full"),
-    "logits in pieces": Case(micro_batch_size=2, logits_per_piece=2 * 64 * 24),
+    "logits in pieces": Case(logits_per_piece=2 * 64 * 24),
     "packed": Case(packed=True),
 }
 ON_TWO = {
     "tp 2": Case(tensor=2),
-    "cp 2": Case(context=2, micro_batch_size=2),
+    "cp 2": Case(context=2),
     "cp 2, contiguous": Case(context=2, layout="contiguous"),
     "pp 2": Case(pipeline=2),
     "dp 2": Case(),

@@ -10,7 +10,7 @@ from dash_dist.config.parallel import ParallelConfig
 from tests.support.models import Case
 from tests.support.ranks import run_ranks
 
-CASE = Case(micro_batch_size=2, distributed_optimizer=True, grad_clip=0.5)
+CASE = Case(distributed_optimizer=True, grad_clip=0.5)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ ALONE = {
     "window, recompute": dataclasses.replace(WINDOW, recompute="full"),
 }
 ON_TWO = {
-    "window, cp 2": dataclasses.replace(WINDOW, context=2, micro_batch_size=2),
+    "window, cp 2": dataclasses.replace(WINDOW, context=2),
     "window, cp 2, recompute": dataclasses.replace(WINDOW, context=2, recompute="full"),
     "window, tp 2": dataclasses.replace(WINDOW, tensor=2),
     "window, pp 2": dataclasses.replace(WINDOW, pipeline=2),

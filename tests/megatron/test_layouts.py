@@ -24,18 +24,19 @@ TIED = dataclasses.replace(REFERENCE, tie_embeddings=True)
 ALONE = {
     "reference": REFERENCE,
     "tied": TIED,
-    "four micro-batches": Case(),
+    "two micro-batches": Case(),
+    "four micro-batches": Case(micro_batch_size=1),
     "recompute": Case(recompute="full"),
-    "logits in pieces": Case(micro_batch_size=2, logits_per_piece=2 * 64 * 24),
+    "logits in pieces": Case(logits_per_piece=2 * 64 * 24),
     "packed": Case(packed=True),
     "packed, recompute": Case(packed=True, recompute="full"),
 }
 ON_TWO = {
-    "cp 2": Case(context=2, micro_batch_size=2),
+    "cp 2": Case(context=2),
     "cp 2, contiguous, allgather": Case(context=2, layout="contiguous", exchange="allgather"),
     "cp 2, recompute": Case(context=2, recompute="full"),
     "tp 2": Case(tensor=2),
-    "tp 2, logits in pieces": Case(tensor=2, micro_batch_size=2, logits_per_piece=2 * 32 * 24),
+    "tp 2, logits in pieces": Case(tensor=2, logits_per_piece=2 * 32 * 24),
     "pp 2": Case(pipeline=2),
     "pp 2, tied": Case(pipeline=2, tie_embeddings=True),
     "dp 2": Case(),
@@ -47,13 +48,13 @@ ON_TWO = {
     "packed, cp 2, contiguous, recompute": Case(packed=True, context=2, layout="contiguous", recompute="full"),
 }
 ON_FOUR = {
-    "tp 2, cp 2": Case(tensor=2, context=2, micro_batch_size=2),
+    "tp 2, cp 2": Case(tensor=2, context=2),
     "cp 2, pp 2": Case(context=2, pipeline=2),
     "packed, tp 2, pp 2, recompute": Case(packed=True, tensor=2, pipeline=2, recompute="full"),
     "packed, tp 2, cp 2": Case(packed=True, tensor=2, context=2),
     "packed, cp 2, pp 2, recompute": Case(packed=True, context=2, pipeline=2, recompute="full"),
 }
-OVERLAP = Case(overlap_gradients=True, grad_clip=0.5)
+OVERLAP = Case(overlap_gradients=True, grad_clip=0.5, micro_batch_size=1)
 OVERLAPPED_ON_FOUR = {
     "cp 2, dp 2": dataclasses.replace(OVERLAP, context=2),
     "tp 2, dp 2, sharded": dataclasses.replace(OVERLAP, tensor=2, distributed_optimizer=True),
@@ -62,7 +63,7 @@ OVERLAPPED_ON_FOUR = {
         OVERLAP, recompute="selective", recompute_modules=("projections",), mlp_tile_tokens=48
     ),
 }
-SAVED = Case(micro_batch_size=2, distributed_optimizer=True, grad_clip=0.5)
+SAVED = Case(distributed_optimizer=True, grad_clip=0.5)
 SAVED_ON_TWO = {
     "cp 2": dataclasses.replace(SAVED, context=2),
     "pp 2": dataclasses.replace(SAVED, pipeline=2),
@@ -189,7 +190,7 @@ def test_routing_statistics_cover_all_ranks(measured: dict[str, list[Measured]],
         assert len(rank.density) == 2
         assert all(0.1 < density < 1.0 for density in rank.density)
         dp_size = 1 + max(rank.ranks["dp"] for rank in measured[name])
-        sequences = (ALONE | ON_TWO | ON_FOUR)[name].micro_batch_size * dp_size
+        sequences = (ALONE | ON_TWO | ON_FOUR)[name].sequences_at_once * dp_size
         for selected in rank.selected:
             assert len(selected) == SEQUENCE_LENGTH // CHUNK_SIZE + 1
             assert sum(selected) == sequences * SEQUENCE_LENGTH * 2  # KV heads
@@ -219,7 +220,7 @@ def test_selection_maps_hold_what_the_layers_selected(measured: dict[str, list[M
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tp 2", "pp 2", "cp 2, contiguous, allgather", "cp 2, recompute", "cp 2, pp 2"])
 def test_selection_maps_do_not_depend_on_the_layout(measured: dict[str, list[Measured]], name: str) -> None:
-    alone = measured["four micro-batches"][0].maps  # the same last micro-batch
+    alone = measured["two micro-batches"][0].maps  # the same last micro-batch
     for (selected, available), (selected_alone, available_alone) in zip(measured[name][0].maps, alone, strict=True):
         assert torch.equal(available, available_alone)
         assert (selected - selected_alone).abs().sum() <= 1e-3 * selected_alone.sum()  # sums in another order

@@ -19,14 +19,13 @@ from tests.support.ranks import run_ranks
 JOBS = "tests.megatron.lora_jobs"
 LORA = {"rank": 4, "alpha": 8.0, "lr": 2e-2}
 SOME = {"linears": ["o_proj", "v_proj", "up_proj"], "rank": 2, "alpha": 6.0}
-ALONE = Case(micro_batch_size=2, grad_clip=0.5)
-ONE_EACH = dataclasses.replace(ALONE, micro_batch_size=1)
+ALONE = Case(grad_clip=0.5)
 ON_TWO = {
-    "tp": dataclasses.replace(ONE_EACH, tensor=2),
-    "tp, recompute": dataclasses.replace(ONE_EACH, tensor=2, recompute="full"),
-    "cp": dataclasses.replace(ONE_EACH, context=2),
-    "cp, selective": dataclasses.replace(ONE_EACH, context=2, recompute="selective"),
-    "pp, distributed": dataclasses.replace(ONE_EACH, pipeline=2, distributed_optimizer=True),
+    "tp": dataclasses.replace(ALONE, tensor=2),
+    "tp, recompute": dataclasses.replace(ALONE, tensor=2, recompute="full"),
+    "cp": dataclasses.replace(ALONE, context=2),
+    "cp, selective": dataclasses.replace(ALONE, context=2, recompute="selective"),
+    "pp, distributed": dataclasses.replace(ALONE, pipeline=2, distributed_optimizer=True),
 }
 STEPS = 3
 

@@ -30,12 +30,10 @@ ALONE = {
     "nsa": dataclasses.replace(NSA, micro_batch_size=SEQUENCES),
     "packed": PACKED,
     "nsa, recompute": dataclasses.replace(NSA, recompute="full"),
-    "nsa, recompute projections": dataclasses.replace(
-        NSA, recompute="selective", recompute_modules=("projections",), micro_batch_size=2
-    ),
+    "nsa, recompute projections": dataclasses.replace(NSA, recompute="selective", recompute_modules=("projections",)),
 }
 ON_TWO = {
-    "nsa, cp 2": dataclasses.replace(NSA, context=2, micro_batch_size=2),
+    "nsa, cp 2": dataclasses.replace(NSA, context=2),
     "nsa, cp 2, contiguous, ring": dataclasses.replace(NSA, context=2, layout="contiguous", exchange="ring"),
     "nsa, cp 2, recompute": dataclasses.replace(NSA, context=2, recompute="full"),
     "nsa, tp 2": dataclasses.replace(NSA, tensor=2),
@@ -47,7 +45,7 @@ ON_TWO = {
 }
 QWEN = {"qwen": dataclasses.replace(NSA, family="qwen3")}
 QWEN_ON_TWO = {"qwen, tp 2": dataclasses.replace(NSA, family="qwen3", tensor=2)}
-SAVED = dataclasses.replace(NSA, micro_batch_size=2, distributed_optimizer=True, grad_clip=0.5)
+SAVED = dataclasses.replace(NSA, distributed_optimizer=True, grad_clip=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from tests.support.ranks import run_ranks
 
 FULL = Case(recompute="full")
 ALONE = {
-    "alone": FULL,
-    "alone, batch": dataclasses.replace(FULL, micro_batch_size=2),
-    "alone, selective": dataclasses.replace(FULL, recompute="selective", micro_batch_size=2),
+    "alone": dataclasses.replace(FULL, micro_batch_size=1),
+    "alone, batch": FULL,
+    "alone, selective": dataclasses.replace(FULL, recompute="selective"),
     "alone, three layers": dataclasses.replace(FULL, recompute_layers=3),
     "alone, tiled": dataclasses.replace(FULL, mlp_tile_tokens=24),
 }

@@ -12,16 +12,16 @@ from tests.support.ranks import run_ranks
 WINDOW = Case(kind=("window", "dash"), window=37)
 DENSE = Case(kind=("dash", "dense"))
 ALONE = {
-    "alone": Case(),
-    "two sequences": Case(micro_batch_size=2),
+    "alone": Case(micro_batch_size=1),
+    "two sequences": Case(),
     "packed": Case(packed=True),
     "dense": DENSE,
     "packed dense": dataclasses.replace(DENSE, packed=True),
-    "window": dataclasses.replace(WINDOW, micro_batch_size=2),
+    "window": dataclasses.replace(WINDOW),
     "olmo": dataclasses.replace(WINDOW, family="olmo2"),
 }
 ON_TWO = {
-    "cp 2": Case(context=2, exchange="selective", micro_batch_size=2),
+    "cp 2": Case(context=2, exchange="selective"),
     "cp 2, ring": Case(context=2, exchange="ring"),
     "cp 2, allgather": Case(context=2, exchange="allgather"),
     "packed, cp 2": Case(packed=True, context=2),
@@ -97,7 +97,7 @@ def test_kernels_of_the_attention_run_once_where_their_output_is_kept() -> None:
         for way in ("none", "full", "selective")
     }
     (calls,) = run_ranks("tests.megatron.recompute_jobs:calls_of_a_step", 1, cases, cpu_only=True)
-    once, layers = SEQUENCES, 2
+    once, layers = SEQUENCES // Case().micro_batch_size, 2
     stages = ("summarize", "route", "attend", "key_gradient")
     plain = dict.fromkeys(stages, layers * once)
     for way in ("none", "selective", "projections", "mlp"):
@@ -169,7 +169,8 @@ def test_ranks_do_not_sum_again_what_nobody_reads() -> None:
     cases = {name: dataclasses.replace(WAYS[name], **split) for name in ("none", "full", "projections", "mlp")}
     found, _ = run_ranks("tests.megatron.recompute_jobs:sums_of_a_step", 2, cases, cpu_only=True)
     assert found["projections"] == found["mlp"] == found["none"]
-    assert found["full"] == found["none"] + 2 * SEQUENCES  # one in each layer, after the attention
+    # One in each layer, after the attention.
+    assert found["full"] == found["none"] + 2 * SEQUENCES // Case().micro_batch_size
 
 
 def test_who_reads_what_was_left_out_gets_nan() -> None:

@@ -13,7 +13,7 @@ from dash_dist.checkpoints.pickles import INDEX, FileSection, read_index
 from tests.support.models import Case
 from tests.support.ranks import run_ranks
 
-SHARDED = Case(micro_batch_size=2, distributed_optimizer=True)
+SHARDED = Case(distributed_optimizer=True)
 BUCKETS = replace(SHARDED, overlap_gradients=True)
 TIED = replace(SHARDED, tie_embeddings=True)
 ALONE = {"alone": SHARDED, "alone, tied": TIED, "alone, whole": replace(SHARDED, distributed_optimizer=False)}

@@ -13,7 +13,7 @@ from tests.support.models import MODEL, SEQUENCE_LENGTH, SEQUENCES, VOCAB_SIZE, 
 from tests.support.ranks import run_ranks
 
 JOBS = "tests.megatron.trainable_jobs"
-ALONE = Case(micro_batch_size=2, grad_clip=0.5)
+ALONE = Case(grad_clip=0.5)
 QUERY = [{"match": "*summary_query", "lr": 4e-2}]
 MIXED = [*QUERY, {"match": "decoder.layers.1.self_attention.*"}]
 FIRST_LAYER = [{"match": "decoder.layers.0.mlp.*", "lr": 5e-3}]
@@ -33,13 +33,13 @@ RECOMPUTED = [
     *((name, way) for name in ("query", "first layer") for way in RECOMPUTE if way != "full"),
 ]
 LAYOUTS = {
-    "cp, distributed": dataclasses.replace(ONE_EACH, context=2, distributed_optimizer=True),
-    "tp": dataclasses.replace(ONE_EACH, tensor=2),
+    "cp, distributed": dataclasses.replace(ALONE, context=2, distributed_optimizer=True),
+    "tp": dataclasses.replace(ALONE, tensor=2),
     "dp": ONE_EACH,
     "dp, distributed": dataclasses.replace(ONE_EACH, distributed_optimizer=True),
-    "pp, distributed": dataclasses.replace(ONE_EACH, pipeline=2, distributed_optimizer=True),
-    "pp, recompute": dataclasses.replace(ONE_EACH, pipeline=2, recompute="full"),
-    "pp, tied": dataclasses.replace(ONE_EACH, pipeline=2, tie_embeddings=True),
+    "pp, distributed": dataclasses.replace(ALONE, pipeline=2, distributed_optimizer=True),
+    "pp, recompute": dataclasses.replace(ALONE, pipeline=2, recompute="full"),
+    "pp, tied": dataclasses.replace(ALONE, pipeline=2, tie_embeddings=True),
 }
 
 
@@ -150,7 +150,7 @@ def test_recomputation_trains_what_a_frozen_embedding_precedes(alone: dict[str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_resume_continues_exactly_at_another_layout(tmp_path, distributed: bool) -> None:
-    two = dataclasses.replace(ALONE, micro_batch_size=1, pipeline=2, distributed_optimizer=distributed)
+    two = dataclasses.replace(ALONE, pipeline=2, distributed_optimizer=distributed)
     one = dataclasses.replace(ALONE, distributed_optimizer=distributed)
     for patterns, folder in ((QUERY, tmp_path / "query"), (FIRST_LAYER, tmp_path / "first")):
         saved = run_ranks(f"{JOBS}:save", 2, two, patterns, folder, 2, cpu_only=True)
@@ -165,7 +165,7 @@ def test_a_resume_continues_exactly_at_another_layout(tmp_path, distributed: boo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [ALONE, dataclasses.replace(ONE_EACH, tensor=2), ONE_EACH], ids=["1", "tp 2", "dp 2"])
+@pytest.mark.parametrize("case", [ALONE, dataclasses.replace(ALONE, tensor=2), ONE_EACH], ids=["1", "tp 2", "dp 2"])
 def test_a_resume_with_other_parameters_keeps_the_state_of_those_in_both(tmp_path, case: Case) -> None:
     world = 1 if case == ALONE else 2
     everything = run_ranks(f"{JOBS}:save", world, case, None, tmp_path / "all", 2, cpu_only=True)

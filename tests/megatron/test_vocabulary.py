@@ -11,7 +11,7 @@ from tests.support.models import Case, Measured
 from tests.support.ranks import run_ranks
 
 # 64 rows. Over four ranks the last holds 2 tokens of 50, and none of 40.
-UNTIED = Case(micro_batch_size=2)
+UNTIED = Case()
 IN_PIECES = dataclasses.replace(UNTIED, logits_per_piece=2 * 16 * 24)
 TIED = dataclasses.replace(UNTIED, tie_embeddings=True)
 CASES = {

@@ -41,7 +41,7 @@ class Case:
     context: int = 1
     pipeline: int = 1
     sequence_parallel: bool | None = None
-    micro_batch_size: int = 1
+    micro_batch_size: int = 2  # of packed sequences, 1
     tie_embeddings: bool = False
     distributed_optimizer: bool = False
     grad_clip: float | None = None
@@ -65,6 +65,10 @@ class Case:
     infllmv2: InfLLMv2Config | None = None
     nsa: NSAConfig | None = None
     packed: bool = False  # documents of DOCUMENTS in each sequence
+
+    @property
+    def sequences_at_once(self) -> int:
+        return 1 if self.packed else self.micro_batch_size
 
 
 @dataclass

@@ -24,8 +24,8 @@ from typing import Any
 from dash_dist.planning import GPUS, Assumptions, Prediction
 from dash_dist.planning.calibration import GIB, Calibration, fit, predict_measured
 from dash_dist.planning.measurements import Measurement, measure_run, read_measurements
-
-ROOT = Path(__file__).resolve().parents[3]
+from tools.benchmarks.common.environment import ROOT
+from tools.benchmarks.common.launch import run_command
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _measure(case: Case, folder: Path, gpu: str, timeout: float) -> Measurement:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.gpus}"]
-    command += ["-m", "dash_dist.cli", "train", str(ROOT / "configs/plan_check.yaml"), *case.overrides.split()]
-    command += [f"run.name={case.name}", f"run.directory={folder}"]
-    done = subprocess.run(command, cwd=ROOT, timeout=timeout, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"exit status {done.returncode}: {done.stderr[-2000:]}")
+    arguments = ["train", str(ROOT / "configs/plan_check.yaml"), *case.overrides.split()]
+    run_command([*arguments, f"run.name={case.name}", f"run.directory={folder}"], gpus=case.gpus, seconds=timeout)
     shutil.rmtree(folder / case.name / "checkpoints", ignore_errors=True)
     return measure_run(folder / case.name, gpu=gpu)
 

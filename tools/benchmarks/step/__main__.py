@@ -22,7 +22,8 @@ import typer
 
 from dash_dist.config.parallel import RECOMPUTE_MODULES, ParallelConfig
 from dash_dist.run.profile import Profile, read_profile
-from tools.benchmarks.common.environment import ROOT, describe_environment
+from tools.benchmarks.common.environment import describe_environment
+from tools.benchmarks.common.launch import run_command, run_python
 from tools.benchmarks.step.cases import CASES, SHAPES, STEPS, Case, settings, write
 from tools.benchmarks.step.table import as_markdown
 
@@ -70,9 +71,8 @@ def _record(record: dict[str, Any], name: str, measure: Callable[[], dict[str, A
 def _run(case: Case, tokens: int, folder: Path, seconds: float, shape: str | None) -> dict[str, Any]:
     case = Case(case.name, shape or case.shape, case.gpus, case.tokens, case.changes)
     config = write(case, tokens, folder)
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.gpus}"]
     out = folder / f"{config.stem}_profile"
-    _call([*command, "-m", "dash_dist.cli", "profile", str(config), "--steps", str(STEPS), "--out", str(out)], seconds)
+    run_command(["profile", str(config), "--steps", str(STEPS), "--out", str(out)], gpus=case.gpus, seconds=seconds)
     profile = read_profile(out)
     if profile is None:
         raise RuntimeError(f"no profile in {out}")
@@ -94,7 +94,7 @@ def _parts(profile: Profile) -> dict[str, float]:
 
 
 def _peer(shape: str, tokens: int, seconds: float) -> dict[str, Any]:
-    found = json.loads(_call(["-m", f"{_PROGRAM}.peer", shape, str(tokens)], seconds).splitlines()[-1])
+    found = json.loads(run_python(["-m", f"{_PROGRAM}.peer", shape, str(tokens)], seconds=seconds).splitlines()[-1])
     floor = SHAPES[shape].floor_seconds(tokens, recomputed=RECOMPUTE_MODULES)
     row = {"name": _PEER, "shape": shape, "gpus": 1, "tokens": tokens, "density": None}
     return row | _speed(tokens, found["step_seconds"], found["allocated_gib"], floor) | {"is_peer": True}
@@ -108,25 +108,6 @@ def _speed(tokens: int, step_seconds: float, allocated_gib: float | None, floor:
         "allocated_gib": allocated_gib,
         "floor_seconds": floor,
     }
-
-
-def _call(arguments: list[str], seconds: float) -> str:
-    """Return the output of a Python program. One that takes longer is asked to end first, for torchrun's ranks."""
-    with subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            out, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            try:
-                process.communicate(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise
-    if process.returncode:
-        raise RuntimeError(f"exit status {process.returncode}: {errors[-1500:] or out[-1500:]}")
-    return out
 
 
 def _write(record: dict[str, Any], out: Path) -> None:
