@@ -6,12 +6,15 @@ Knows configurations; does not know how runs are started or measured.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from dash_dist.config.run import RunConfig
+from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.prediction import executed_products
 
 VOCABULARY = 128_256
 STEPS = 3
@@ -30,25 +33,6 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-
-    @property
-    def weights_of_projections(self) -> int:
-        return self.layers * self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-
-    @property
-    def weights_of_mlps(self) -> int:
-        return self.layers * 3 * self.hidden * self.ffn
-
-    def floor_seconds(self, tokens: int, *, recomputed: Collection[str] = (), output_products: int = 3) -> float:
-        """Seconds of a step's matrix products on one GPU at `MATRIX_FLOPS`, those of attention left out.
-
-        Args:
-            recomputed: parts of the layers whose forward pass is computed a second time.
-            output_products: those of the output layer, forward and backward.
-        """
-        products = (3 + ("projections" in recomputed)) * self.weights_of_projections
-        products += (3 + ("mlp" in recomputed)) * self.weights_of_mlps
-        return 2.0 * tokens * (products + output_products * VOCABULARY * self.hidden) / MATRIX_FLOPS
 
 
 SHAPES = {
@@ -115,6 +99,16 @@ def settings(case: Case, tokens: int, folder: Path) -> dict[str, Any]:
     for section, values in case.changes.items():
         merged[section] |= values
     return merged
+
+
+def floor_seconds(config: RunConfig, gpus: int) -> float:
+    """Seconds of a step's matrix products on each GPU at `MATRIX_FLOPS`, those of attention left out.
+
+    The planner counts the products, recomputed ones included.
+    """
+    layout = Layout.of(config, gpus)
+    sizes = Sizes.of(config, layout, vocab_size=VOCABULARY)
+    return executed_products(sizes, layout, fused=config.parallel.fused_kernels) / MATRIX_FLOPS
 
 
 def write(case: Case, tokens: int, folder: Path) -> Path:
