@@ -20,7 +20,6 @@ _PATCHED_MODULES = (
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.distributed.param_and_grad_buffer",
-    "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.optimizer.optimizer",
     "megatron.core.pipeline_parallel.p2p_communication",
@@ -41,15 +40,15 @@ def run_megatron_on_cpu() -> None:
 
     - `torch.cuda.current_device()` is the CPU: buffers of gradients, pipeline messages and gathered shards of the
       sequence, the optimizer's state and the checkpoint's error flag are allocated there. `device="cuda"`
-      likewise, in the token counter of the pipeline schedules, the gradient norm and the optimizers' scale.
+      likewise, in the token counter of the pipeline schedules and the optimizers' scale.
     - `torch.cuda.synchronize()` does nothing, in pipeline messages and the checkpoint writer: the CPU has no
       queue.
     - The CUDA random state (`get_rng_state`, `manual_seed`, and Megatron's own get and set) is a constant:
       nothing draws from it, since weights are initialised by `weights.initialise_weights` and there is no
       dropout; full activation recomputation saves and restores it all the same.
     - Parameters answer `.type()` with the CUDA type's name, and `.cuda()` with themselves, for as long as one
-      of the functions in which Megatron-core asks runs: the distributed optimizer's constructor, gradient
-      clipping, and the copy of tied embeddings to the last pipeline stage.
+      of the functions in which Megatron-core asks runs: the distributed optimizer's constructor, and the copy
+      of tied embeddings to the last pipeline stage.
     """
     if torch.cuda.is_available():
         return
@@ -57,7 +56,6 @@ def run_megatron_on_cpu() -> None:
     if isinstance(modules[0].torch, _TorchOnCpu):
         return
     from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
 
@@ -70,8 +68,6 @@ def run_megatron_on_cpu() -> None:
     DistributedOptimizer.__init__ = _seen_as_cuda(DistributedOptimizer.__init__)
     setup = LanguageModule.setup_embeddings_and_output_layer
     LanguageModule.setup_embeddings_and_output_layer = _seen_as_cuda(setup)
-    clip_grads.clip_grad_by_total_norm_fp32 = _seen_as_cuda(clip_grads.clip_grad_by_total_norm_fp32)
-    optimizer.clip_grad_by_total_norm_fp32 = clip_grads.clip_grad_by_total_norm_fp32
 
 
 def _ignore(*_args: Any, **_kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 
 from dash_dist.errors import RankError
 from dash_dist.megatron.host_memory import LEFT_FREE, available_host_bytes
+from dash_dist.megatron.torch_adam import no_updates
 
 PIECE = 2**26
 """Numbers that are updated at a time: half a gigabyte of moments on the device."""
@@ -32,19 +33,19 @@ def offload_moments(adam: torch.optim.AdamW, share: float) -> None:
     Raises:
         RankError: the host has too little memory left.
     """
-    parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
+    parameters = {parameter: group for group in adam.param_groups for parameter in group["params"]}
     wanted = share * sum(parameter.numel() for parameter in parameters)
-    away: dict[torch.Tensor, None] = {}
+    away: dict[torch.Tensor, dict[str, Any]] = {}
     numbers = size = 0
-    for parameter in parameters:
+    for parameter, group in parameters.items():
         if numbers >= wanted:
             break
         numbers += parameter.numel()
         size += len(_MOMENTS) * pinned_bytes(parameter.numel() * torch.float32.itemsize)
-        away[parameter] = None
+        away[parameter] = group
     _check(size)
-    for parameter in away:
-        adam.state[parameter] = {"step": torch.tensor(0.0)} | {
+    for parameter, group in away.items():
+        adam.state[parameter] = {"step": no_updates(parameter, group)} | {
             name: torch.zeros(parameter.shape, dtype=torch.float32, pin_memory=parameter.is_cuda) for name in _MOMENTS
         }
     step = adam.step
@@ -86,6 +87,7 @@ def _update(parameter: torch.Tensor, state: dict[str, torch.Tensor], group: dict
             [here[1]],
             [],
             [state["step"].copy_(before)],  # it is counted once, not once a piece
+            fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -5,29 +5,28 @@ Knows parameters and steps. Does not know the model's function.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-    clip_grads,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.megatron.host_moments import offload_moments
-from dash_dist.megatron.optimizer_state import set_updates, start_torch_adam
+from dash_dist.megatron.optimizer_state import set_updates
+from dash_dist.megatron.torch_adam import fuse, start_torch_adam
 from dash_dist.megatron.trainable import LearningRates
 
 
@@ -155,6 +154,7 @@ class Optimizer:
         learning_rates: LearningRates,
     ) -> None:
         self._grad_clip = config.grad_clip
+        self._device = next(model.parameters()).device
         megatron_config = MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -179,6 +179,7 @@ class Optimizer:
         )
         for part in self.megatron.chained_optimizers:
             if isinstance(part.optimizer, torch.optim.AdamW):
+                fuse(part.optimizer)
                 if config.offload_moments:
                     offload_moments(part.optimizer, config.offload_moments)
                 start_torch_adam(part.optimizer)
@@ -211,15 +212,18 @@ class Optimizer:
             The global gradient norm before clipping.
         """
         self.megatron.prepare_grads()
-        return float(self.megatron.get_grad_norm())
+        # Megatron-core's own norm makes the host wait for the device once a parameter, without Apex.
+        parts = self.megatron.chained_optimizers
+        gradients = [gradient for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+        squared = get_total_norm(gradients).to(self._device).square()
+        dist.all_reduce(squared, group=self.megatron.get_grad_stats_parallel_group())
+        return math.sqrt(squared.item())
 
     def update(self, grad_norm: float) -> None:
         """Clip the prepared gradients to the configured norm and update the weights."""
-        if self._grad_clip is not None:
-            for part in self.megatron.chained_optimizers:
-                parameters = part.get_parameters()
-                if parameters:
-                    clip_grads.clip_grad_by_total_norm_fp32(parameters, self._grad_clip, grad_norm)
+        if self._grad_clip is not None and grad_norm > self._grad_clip:
+            parameters = [parameter for part in self.megatron.chained_optimizers for parameter in part.get_parameters()]
+            clip_grads_with_norm_(parameters, self._grad_clip, torch.full((), grad_norm, device=self._device))
         self.megatron.step_with_ready_grads()
         self.updates += 1
 

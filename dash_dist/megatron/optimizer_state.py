@@ -118,19 +118,6 @@ def load_state(
     return known, fresh
 
 
-def start_torch_adam(adam: torch.optim.AdamW) -> None:
-    """Create the state that torch would create in the first step, where there is none: it is saved and loaded."""
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            if parameter in adam.state:
-                continue
-            adam.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
-
-
 def set_updates(optimizer: MegatronOptimizer, updates: int) -> None:
     """Set the number of updates by which AdamW corrects its moments' bias."""
     for part in optimizer.chained_optimizers:

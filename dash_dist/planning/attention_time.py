@@ -6,13 +6,13 @@ With P = pairs of a query head's token and an available chunk, S = those selecte
 one of its tokens selected them, R = rows (token and query head), all of one rank, an H200 takes
 
     route      ROUTE_ROW x R + (ROUTE_PAIR + ROUTE_DENSITY x density) x P
-    attend     ATTEND x W
-    queries    QUERIES x W
+    attend     ATTEND_ROW x R + ATTEND x W
+    queries    QUERIES_ROW x R + QUERIES x W
     keys       KEYS x S + KEYS_PAIR x P / (query heads of a KV head)
     window     WINDOW_FORWARD, WINDOW_BACKWARD x R x the tokens that a token attends to
 
-at head_dim 128 and chunks of 64; of the others, `_head_factor`. Long sequences are slower per pair: K and V no longer
-stay in the cache, see `_length_factor`.
+at head_dim 128 and chunks of 64; products of the others take `_head_factor`, routing is bound by its scores. Long
+sequences are slower per pair: K and V no longer stay in the cache, see `_length_factor`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.layouts import Sizes
 from dash_dist.planning.selection import tile_efficiency
 
-# Fitted to docs/results/h200_64k.json, four rows: (32, 2) and (32, 8) heads, density 0.05 and 0.25, T = 65536; each of
-# its stages is met within 12 %. Routing beyond T = 65536: cp_2xh200.json and cp_2xh200_long.json.
+# Fitted by least squares of the relative errors to docs/results/h100_64k_gathered.json, whose H100 takes 1.02 of an
+# H200's time: (32, 2) and (32, 8) heads, density 0.05, 0.25 and 1, T = 65536. Each stage is met within 10 %. ROUTE_ROW
+# needs several lengths, and is from cp_2xh200.json and cp_2xh200_long.json.
 ROUTE_ROW = 0.65e-9
-ROUTE_PAIR = 1.8e-12
-ROUTE_DENSITY = 5.8e-12
+ROUTE_PAIR = 1.92e-12
+ROUTE_DENSITY = 2.88e-12
 ROUTE_DENSEST = 0.55
-"""Routing does not grow beyond this density: all chunks are listed (h100_64k.json at density 1)."""
-ATTEND = 0.0887e-9
-QUERIES = 0.115e-9
-KEYS = 0.215e-9
-KEYS_PAIR = 0.025e-9
+"""Routing does not grow beyond this density: all chunks are listed (density 1)."""
+ATTEND_ROW = 0.487e-9
+ATTEND = 0.0627e-9
+QUERIES_ROW = 0.897e-9
+QUERIES = 0.0844e-9
+KEYS = 0.154e-9
+KEYS_PAIR = 0.0188e-9
 # `torch.nn.attention.varlen` of PyTorch 2.11 on one H200, T = 65536, (32, 8) heads, window 4096: 14.9 and 36.6 ms.
 WINDOW_FORWARD = 1.8e-12
 WINDOW_BACKWARD = 4.4e-12
@@ -46,7 +49,7 @@ BACKWARD_OTHERS = 0.02
 _LENGTHS = ((2**16, 1.0, 1.0), (2**17, 1.03, 1.04), (2**18, 1.06, 1.06), (2**19, 1.165, 1.09), (2**20, 1.29, 1.13))
 _HEAD_DIM, _CHUNK = 128, 64
 _FIXED_SHARE = 0.35
-"""Of a pair's time that does not depend on the head dim: assumed, the products are the rest."""
+"""Of a pair's time that does not depend on the head dim. Assumed; heads of 64 agree (docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,14 @@ def attention_time(sizes: Sizes, assumptions: Assumptions, *, sequence_length: i
     pairs = rows * sizes.chunks_per_token
     selected = assumptions.density * pairs
     walked = selected / tile_efficiency(sizes.tile_tokens, assumptions)
-    per_pair = _head_factor(sizes) * sizes.chunk_size / _CHUNK
+    scale = _head_factor(sizes) * sizes.chunk_size / _CHUNK
     forward_length, backward_length = _length_factor(min(sizes.document, sequence_length))
     density = min(assumptions.density, ROUTE_DENSEST)
-    queries, keys = QUERIES * walked, KEYS * selected + KEYS_PAIR * pairs / sizes.group
+    products = QUERIES * walked + KEYS * selected + KEYS_PAIR * pairs / sizes.group
     return AttentionTime(
-        route=ROUTE_ROW * rows + (ROUTE_PAIR + ROUTE_DENSITY * density) * pairs * _head_factor(sizes),
-        attend=ATTEND * walked * per_pair * forward_length,
-        backward=(queries + keys) * per_pair * backward_length * (1 + BACKWARD_OTHERS),
+        route=ROUTE_ROW * rows + (ROUTE_PAIR + ROUTE_DENSITY * density) * pairs,
+        attend=ATTEND_ROW * rows + ATTEND * walked * scale * forward_length,
+        backward=(QUERIES_ROW * rows + products * scale * backward_length) * (1 + BACKWARD_OTHERS),
     )
 
 

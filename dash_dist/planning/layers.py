@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from dash_dist.config.attention import PIECES_PER_RANK, AttentionConfig, Kind
 from dash_dist.config.run import RunConfig
@@ -20,6 +21,8 @@ from dash_dist.planning.recompute import Recompute
 from dash_dist.planning.step import imbalance
 from dash_dist.planning.traffic import NO_EXCHANGE, ExchangePlan, plan_exchange, plan_halo
 from dash_kernels.selection import STRIDE
+
+Layer = TypeVar("Layer")
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def of_stage(layers: tuple[LayerPlan, ...], layout: Layout, stage: int) -> tuple
     return layers[stage * count : (stage + 1) * count]
 
 
-def by_recomputation(layers: Sequence[LayerPlan], layout: Layout) -> list[tuple[Layout, Sequence[LayerPlan]]]:
+def by_recomputation(layers: Sequence[Layer], layout: Layout) -> list[tuple[Layout, Sequence[Layer]]]:
     """Split a stage's layers into those that are recomputed and those that are not, either with its own layout."""
     recompute = layout.recompute
     first = len(layers) if recompute.layers is None else recompute.layers

@@ -75,10 +75,9 @@ def stage_memory(
     """
     of_optimizer = numbers.trained // layout.weight_replicas if distributed_optimizer else numbers.trained
     base, saved, moments = _activations(sizes, layout, stage, layers)
-    # AdamW's for-each form takes the square roots of all second moments at once, when no activation is left.
+    # No activation is left, and the update of moments on the device works in place.
     away = round(offload_moments * of_optimizer)
-    temporary = (of_optimizer - away) * FP32 + offload.update_bytes(away)
-    step = activations.Moment("optimizer step", activations=temporary, freed=saved)
+    step = activations.Moment("optimizer step", activations=offload.update_bytes(away), freed=saved)
     fullest = max([*moments, step], key=lambda moment: moment.total)
     held = base + saved + fullest.activations - fullest.freed + assumptions.memory_offset
     in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)

@@ -91,8 +91,8 @@ def exposed_copies(sizes: Sizes, layout: Layout, stage: int, layer_seconds: floa
 
 
 def update_bytes(numbers: int) -> int:
-    """Return the temporary bytes of an update from the host: moments of two pieces, one on its way, and a root."""
-    return min(numbers, PIECE) * (2 * 2 + 1) * FP32
+    """Return the temporary bytes of an update from the host: moments of two pieces, one of them on its way."""
+    return min(numbers, PIECE) * 2 * 2 * FP32
 
 
 def moments_seconds(numbers: int, rate: float) -> float:

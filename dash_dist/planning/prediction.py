@@ -239,9 +239,21 @@ def _time(
     return time + optimizer_time(numbers, of_optimizer, pace)
 
 
+def executed_products(sizes: Sizes, layout: Layout, *, fused: bool) -> float:
+    """Operations of a step's matrix products on a rank of the last pipeline stage, those of attention left out.
+
+    Args:
+        fused: the output layer computes the gradients of a piece of the loss at once.
+    """
+    parts = by_recomputation(range(sizes.layers), layout)
+    products = sum((3 * layer_matmul(sizes) + recomputed_matmul(sizes, part)) * len(of_part) for part, of_part in parts)
+    output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * output_passes(sizes, fused=fused)
+    return (products + output) * sizes.micro_batches
+
+
 def _executed(sizes: Sizes, layout: Layout, layers: tuple[LayerPlan, ...]) -> float:
     """Operations of a rank of the last pipeline stage; the tiles' waste is not counted."""
-    attention = products = 0.0
+    attention = 0.0
     for part, of_part in by_recomputation(of_stage(layers, layout, layout.pipeline - 1), layout):
         passes = 2 if part.recompute.attention else 1
         for layer in of_part:
@@ -250,6 +262,4 @@ def _executed(sizes: Sizes, layout: Layout, layers: tuple[LayerPlan, ...]) -> fl
             # Stage 3 is two products forward, and seven backward: three for the queries, four for the keys; flash
             # kernels, which windows take, have five.
             attention += selected * (passes + (3.5 if layer.routed else 2.5)) + routed * 3
-        products += (3 * layer_matmul(sizes) + recomputed_matmul(sizes, part)) * len(of_part)
-    output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * output_passes(sizes, fused=is_fused(layout))
-    return (products + attention + output) * sizes.micro_batches
+    return attention * sizes.micro_batches + executed_products(sizes, layout, fused=is_fused(layout))

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from dash_dist.errors import RankError
-from dash_dist.megatron import host_moments
+from dash_dist.megatron import host_moments, torch_adam
 from tests.megatron.megatron_jobs import engine_of, train
 from tests.support.models import Case
 
@@ -22,7 +22,7 @@ PIECE = 100  # smaller than most parameters, and no divisor of theirs
 
 def train_save_and_resume(case: Case, folder: Path) -> dict[str, Any]:
     """Losses and weights of five steps with moments on the device, on the host, and partly there; after a checkpoint
-    from the host's moments, of the rest of the steps by each of the others."""
+    from the host's moments, of the rest of the steps by each of the others; from the device's, by a fused update."""
     seen: dict[str, Any] = {}
     with (
         mock.patch.object(host_moments, "PIECE", PIECE),
@@ -41,6 +41,9 @@ def train_save_and_resume(case: Case, folder: Path) -> dict[str, Any]:
             with engine_of(one) as engine:
                 engine.load(folder / f"{saved}")
                 seen[f"resumed {saved} {share}"] = train(engine, one, 2), _weights(engine)
+    with mock.patch.object(torch_adam, "FUSED_ON", ("cpu",)), engine_of(case) as engine:
+        engine.load(folder / "0.0")
+        seen["resumed fused"] = train(engine, case, 2), _weights(engine)
     return seen
 
 

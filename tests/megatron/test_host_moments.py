@@ -31,6 +31,11 @@ def test_runs_and_resumes_are_bit_for_bit_those_of_the_device(tmp_path: Path, ra
             others, found = seen[name]
             assert others == losses[3:], name
             assert all(torch.equal(one, other) for one, other in zip(found, weights, strict=True))
+        others, found = seen["resumed fused"]
+        assert others == pytest.approx(losses[3:], rel=1e-5)
+        for one, other in zip(found, weights, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert not all(torch.equal(one, other) for one, other in zip(found, weights, strict=True))
 
 
 def test_too_little_host_memory_is_an_error() -> None:

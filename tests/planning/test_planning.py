@@ -193,7 +193,8 @@ def test_where_nothing_fits_it_says_what_is_missing_and_what_would_do() -> None:
             "none",
             None,
             30.0,
-            "parallel.recompute=full parallel.mlp_tile_tokens=16384 parallel.offload_activations=1.0",
+            "parallel.recompute=full parallel.recompute_layers=30 parallel.mlp_tile_tokens=16384 "
+            "parallel.offload_activations=1.0",
         ),
     ],
 )

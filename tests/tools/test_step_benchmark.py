@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dash_dist.config.file import load_config
-from tools.benchmarks.step.cases import CASES, MATRIX_FLOPS, SHAPES, VOCABULARY, Case, write
+from tools.benchmarks.common.shapes import SHAPES
+from tools.benchmarks.step.cases import CASES, MATRIX_FLOPS, VOCABULARY, Case, floor_seconds, write
 from tools.benchmarks.step.table import as_markdown
 
 
@@ -21,15 +22,22 @@ def test_every_case_is_a_configuration(case: Case, tmp_path: Path) -> None:
             assert getattr(getattr(config, section), name) == value
 
 
-def test_the_floor_counts_each_product() -> None:
-    shape = SHAPES["8b"]
-    layers = shape.weights_of_projections + shape.weights_of_mlps
-    assert layers == pytest.approx(6.98e9, rel=1e-3)  # Llama-3-8B without its embeddings
-    once = shape.floor_seconds(1000)
-    assert once == pytest.approx(6 * 1000 * (layers + VOCABULARY * 4096) / MATRIX_FLOPS)
-    for parts, weights in ((["mlp"], shape.weights_of_mlps), (["projections", "mlp"], layers)):
-        again = shape.floor_seconds(1000, recomputed=parts)
-        assert again - once == pytest.approx(2 * 1000 * weights / MATRIX_FLOPS)
+@pytest.mark.parametrize(
+    ("name", "again", "output"),
+    [
+        ("fused", "qkv o gate up", 3),  # the last matrix of a layer is not multiplied again
+        ("fused, only the MLP again", "gate up", 3),
+        ("fused, all again", "qkv o gate up", 3),
+        ("pytorch, all again", "qkv o gate up", 4),
+    ],
+)
+def test_the_floor_counts_each_product_that_is_multiplied(name: str, again: str, output: int, tmp_path: Path) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    weights = {"qkv": 2048 * 48 * 64, "o": 32 * 64 * 2048} | dict.fromkeys(("gate", "up", "down"), 2048 * 8192)
+    products = 16 * (3 * sum(weights.values()) + sum(weights[linear] for linear in again.split()))
+    products += output * VOCABULARY * 2048
+    found = floor_seconds(load_config(write(case, 131_072, tmp_path)), case.gpus)
+    assert found == pytest.approx(2 * 131_072 * products / MATRIX_FLOPS)
 
 
 def test_the_table_compares_with_the_peer_of_the_same_shape() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tools.benchmarks.step.cases import SHAPES
+from tools.benchmarks.common.shapes import SHAPES
 
 STEPS = 12
 SAVES_EVERY = 6
@@ -58,18 +58,9 @@ CASES = (
 
 def settings(case: Case, shape: str, tokens: int, folder: Path) -> dict[str, Any]:
     """A run's configuration: weights of one seed, bytes of Python's library, two sequences a step."""
-    sizes = SHAPES[shape]
     run: dict[str, Any] = {
         "run": {"name": case.name.replace(", ", "_").replace(" ", "_"), "directory": str(folder / "runs")},
-        "model": {
-            "num_layers": sizes.layers,
-            "hidden_size": sizes.hidden,
-            "ffn_hidden_size": sizes.ffn,
-            "num_attention_heads": sizes.heads,
-            "num_kv_heads": sizes.kv_heads,
-            "head_dim": sizes.head_dim,
-            "tie_embeddings": True,
-        },
+        "model": SHAPES[shape].section(),
         "attention": {"routing_scale": 32},  # at 1 an untrained model selects every chunk
         "parallel": {"recompute": "selective", "context": 1},
         "data": {"source": "stdlib", "tokenizer": "bytes", "cache": str(folder / "tokens")},

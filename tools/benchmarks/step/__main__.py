@@ -20,11 +20,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from dash_dist.config.parallel import RECOMPUTE_MODULES, ParallelConfig
+from dash_dist.config.file import load_config
 from dash_dist.run.profile import Profile, read_profile
 from tools.benchmarks.common.environment import describe_environment
 from tools.benchmarks.common.launch import run_command, run_python
-from tools.benchmarks.step.cases import CASES, SHAPES, STEPS, Case, settings, write
+from tools.benchmarks.step.cases import CASES, STEPS, Case, floor_seconds, write
 from tools.benchmarks.step.table import as_markdown
 
 _PROGRAM = "tools.benchmarks.step"
@@ -77,15 +77,11 @@ def _run(case: Case, tokens: int, folder: Path, seconds: float, shape: str | Non
     if profile is None:
         raise RuntimeError(f"no profile in {out}")
     length = case.tokens or tokens
-    parallel = ParallelConfig(**settings(case, tokens, folder)["parallel"])
-    floor = SHAPES[case.shape].floor_seconds(
-        length // case.gpus,
-        recomputed=parallel.recomputed,
-        output_products=3 if parallel.fused_kernels else 4,
-    )
     row = {"name": case.name, "shape": case.shape, "gpus": case.gpus, "tokens": length, "density": profile.density}
-    speed = _speed(length // case.gpus, profile.step_seconds, profile.memory.get("allocated_peak_gib"), floor)
-    return row | speed | {"parts": _parts(profile), "profiled_seconds": profile.profiled_seconds, "is_peer": False}
+    speed = _speed(length // case.gpus, profile.step_seconds, profile.memory.get("allocated_peak_gib"))
+    of_profile = {"parts": _parts(profile), "profiled_seconds": profile.profiled_seconds}
+    floor = {"floor_seconds": floor_seconds(load_config(config), case.gpus)}
+    return row | speed | floor | of_profile | {"is_peer": False}
 
 
 def _parts(profile: Profile) -> dict[str, float]:
@@ -95,18 +91,16 @@ def _parts(profile: Profile) -> dict[str, float]:
 
 def _peer(shape: str, tokens: int, seconds: float) -> dict[str, Any]:
     found = json.loads(run_python(["-m", f"{_PROGRAM}.peer", shape, str(tokens)], seconds=seconds).splitlines()[-1])
-    floor = SHAPES[shape].floor_seconds(tokens, recomputed=RECOMPUTE_MODULES)
     row = {"name": _PEER, "shape": shape, "gpus": 1, "tokens": tokens, "density": None}
-    return row | _speed(tokens, found["step_seconds"], found["allocated_gib"], floor) | {"is_peer": True}
+    return row | _speed(tokens, found["step_seconds"], found["allocated_gib"]) | {"is_peer": True}
 
 
-def _speed(tokens: int, step_seconds: float, allocated_gib: float | None, floor: float) -> dict[str, Any]:
+def _speed(tokens: int, step_seconds: float, allocated_gib: float | None) -> dict[str, Any]:
     """Return the measurements of a step of so many tokens a GPU."""
     return {
         "step_seconds": step_seconds,
         "tokens_per_second": tokens / step_seconds,
         "allocated_gib": allocated_gib,
-        "floor_seconds": floor,
     }
 
 

@@ -1,4 +1,4 @@
-"""Runs of the step benchmark: shapes of models, and the settings that differ between runs of one shape.
+"""Runs of the step benchmark: the settings that differ between runs of one shape.
 
 Knows configurations; does not know how runs are started or measured.
 """
@@ -6,57 +6,22 @@ Knows configurations; does not know how runs are started or measured.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dash_dist.config.run import RunConfig
+from dash_dist.planning.layouts import Layout, Sizes
+from dash_dist.planning.prediction import executed_products
+from tools.benchmarks.common.shapes import SHAPES
+
 VOCABULARY = 128_256
 STEPS = 3
 """Steps that are timed, and profiled after that."""
 MATRIX_FLOPS = 700e12
 """Sustained rate of matrix products on Hopper, from which a step's floor is computed."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model with one embedding for input and output."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def weights_of_projections(self) -> int:
-        return self.layers * self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-
-    @property
-    def weights_of_mlps(self) -> int:
-        return self.layers * 3 * self.hidden * self.ffn
-
-    def floor_seconds(self, tokens: int, *, recomputed: Collection[str] = (), output_products: int = 3) -> float:
-        """Seconds of a step's matrix products on one GPU at `MATRIX_FLOPS`, those of attention left out.
-
-        Args:
-            recomputed: parts of the layers whose forward pass is computed a second time.
-            output_products: those of the output layer, forward and backward.
-        """
-        products = (3 + ("projections" in recomputed)) * self.weights_of_projections
-        products += (3 + ("mlp" in recomputed)) * self.weights_of_mlps
-        return 2.0 * tokens * (products + output_products * VOCABULARY * self.hidden) / MATRIX_FLOPS
-
-
-SHAPES = {
-    "1b": Shape(layers=16, hidden=2048, ffn=8192, heads=32, kv_heads=8, head_dim=64),
-    "8b": Shape(layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128),
-    # Of tests of the benchmark.
-    "tiny": Shape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16),
-}
 
 
 @dataclass(frozen=True)
@@ -90,19 +55,9 @@ CASES = (
 
 def settings(case: Case, tokens: int, folder: Path) -> dict[str, Any]:
     """A run's configuration: random weights, text of Python's library as bytes, the whole vocabulary."""
-    shape = SHAPES[case.shape]
     run: dict[str, dict[str, Any]] = {
         "run": {"name": case.name.replace(", ", "_").replace(" ", "_"), "directory": str(folder / "runs")},
-        "model": {
-            "num_layers": shape.layers,
-            "hidden_size": shape.hidden,
-            "ffn_hidden_size": shape.ffn,
-            "num_attention_heads": shape.heads,
-            "num_kv_heads": shape.kv_heads,
-            "head_dim": shape.head_dim,
-            "vocab_size": VOCABULARY,
-            "tie_embeddings": True,
-        },
+        "model": SHAPES[case.shape].section() | {"vocab_size": VOCABULARY},
         "attention": {"routing_scale": 32},  # at 1 an untrained model selects every chunk
         "parallel": {"recompute": "full", "context": 1},
         "data": {"source": "stdlib", "tokenizer": "bytes", "cache": str(folder / "tokens")},
@@ -115,6 +70,16 @@ def settings(case: Case, tokens: int, folder: Path) -> dict[str, Any]:
     for section, values in case.changes.items():
         merged[section] |= values
     return merged
+
+
+def floor_seconds(config: RunConfig, gpus: int) -> float:
+    """Seconds of a step's matrix products on each GPU at `MATRIX_FLOPS`, those of attention left out.
+
+    The planner counts the products, recomputed ones included.
+    """
+    layout = Layout.of(config, gpus)
+    sizes = Sizes.of(config, layout, vocab_size=VOCABULARY)
+    return executed_products(sizes, layout, fused=config.parallel.fused_kernels) / MATRIX_FLOPS
 
 
 def write(case: Case, tokens: int, folder: Path) -> Path:

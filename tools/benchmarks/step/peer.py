@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tools.benchmarks.step.cases import SHAPES, VOCABULARY, Shape
+from tools.benchmarks.common.shapes import SHAPES, Shape
+from tools.benchmarks.step.cases import VOCABULARY
 
 WARMUP_STEPS, STEPS = 2, 3
 
