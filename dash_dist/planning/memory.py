@@ -12,7 +12,7 @@ from dash_dist.planning import activations, loss, offload
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.layers import LayerPlan, by_recomputation
 from dash_dist.planning.layouts import Layout, Sizes
-from dash_dist.planning.parameters import StageNumbers
+from dash_dist.planning.sharding import State
 from dash_dist.planning.traffic import BF16, FP32
 
 GIB = 2**30
@@ -25,9 +25,7 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        weights: bfloat16; trained ones in Megatron-core's buffer.
-        gradients: float32, in another buffer, of trained weights.
-        optimizer: float32 copies and two moments of trained weights; this rank's part with the distributed optimizer.
+        weights, gradients, optimizer: see `State`.
         activations: what is saved for the backward pass of every micro-batch in flight, and what comes and goes.
         attention: work space of the attention, where the fullest moment is one of the attention.
         communication: K, V and gradients of other ranks, likewise.
@@ -64,20 +62,18 @@ def stage_memory(
     layers: Sequence[LayerPlan],
     assumptions: Assumptions,
     *,
-    numbers: StageNumbers,
-    distributed_optimizer: bool,
+    state: State,
     offload_moments: float = 0.0,
 ) -> Memory:
-    """Predict the memory of a rank of pipeline stage `stage` with these layers, which hold `numbers`.
+    """Predict the memory of a rank of pipeline stage `stage` with these layers, which keeps `state`.
 
     Args:
         offload_moments: `OptimizerConfig.offload_moments`.
     """
-    of_optimizer = numbers.trained // layout.weight_replicas if distributed_optimizer else numbers.trained
     base, saved, moments = _activations(sizes, layout, stage, layers)
     # No activation is left, and the update of moments on the device works in place.
-    away = round(offload_moments * of_optimizer)
-    step = activations.Moment("optimizer step", activations=offload.update_bytes(away), freed=saved)
+    away = round(offload_moments * state.numbers)
+    step = activations.Moment("optimizer step", activations=offload.update_bytes(away) + state.update, freed=saved)
     fullest = max([*moments, step], key=lambda moment: moment.total)
     held = base + saved + fullest.activations - fullest.freed + assumptions.memory_offset
     in_flight = micro_batches_in_flight(layout, stage, sizes.micro_batches)
@@ -85,9 +81,9 @@ def stage_memory(
     working = held + fullest.attention + fullest.exchange
     reserve = (assumptions.context_gib + assumptions.nccl_gib * several) * GIB + assumptions.fragmentation * working
     return Memory(
-        weights=numbers.weights * BF16,
-        gradients=numbers.trained * FP32,
-        optimizer=(3 * of_optimizer - 2 * away) * FP32,
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer - 2 * away * FP32,
         activations=held,
         attention=fullest.attention,
         communication=fullest.exchange,

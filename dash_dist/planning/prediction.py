@@ -20,8 +20,9 @@ from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.loss import is_fused, loss_time, output_passes
 from dash_dist.planning.memory import Memory, stage_memory
 from dash_dist.planning.offload import exposed_copies, moments_seconds
-from dash_dist.planning.parameters import stage_numbers
+from dash_dist.planning.parameters import layer_weights, stage_numbers
 from dash_dist.planning.recompute import Recompute
+from dash_dist.planning.sharding import Sharding
 from dash_dist.planning.step import (
     Pace,
     StepTime,
@@ -33,7 +34,7 @@ from dash_dist.planning.step import (
     recomputed_matmul,
     sums_again,
 )
-from dash_dist.planning.traffic import BF16, FP32, Bytes, ExchangePlan, all_reduce
+from dash_dist.planning.traffic import BF16, Bytes, ExchangePlan, all_reduce
 
 TIGHT = 0.95
 """Part of a device's memory above which a run warns of its plan."""
@@ -99,7 +100,7 @@ def predict(
     """
     sizes = Sizes.of(config, layout, vocab_size=vocab_size, document_length=assumptions.document_length)
     layers = plan_layers(config, sizes, layout, machine, assumptions)
-    distributed = config.parallel.distributed_optimizer
+    sharding = Sharding.of(config)
     numbers = {
         stage: stage_numbers(
             sizes,
@@ -107,11 +108,13 @@ def predict(
             stage=stage,
             replicas=layout.weight_replicas,
             tie_embeddings=config.model.tie_embeddings,
-            distributed_optimizer=distributed,
+            distributed_optimizer=sharding.buffers,
             trainable=config.trainable,
         )
         for stage in (0, layout.pipeline - 1)
     }
+    largest = max(sum(weight.numbers for weight in layer_weights(sizes, 0)), sizes.vocab * sizes.hidden)
+    states = {stage: sharding.state(count, layout, largest_layer=largest) for stage, count in numbers.items()}
     memory = tuple(
         stage_memory(
             sizes,
@@ -119,17 +122,18 @@ def predict(
             stage,
             of_stage(layers, layout, stage),
             assumptions,
-            numbers=count,
-            distributed_optimizer=distributed,
+            state=state,
             offload_moments=config.optimizer.offload_moments,
         )
-        for stage, count in numbers.items()
+        for stage, state in states.items()
     )
     most = max(count.trained for count in numbers.values())
-    sent = _bytes(sizes, layout, machine, layers, most, distributed=distributed)
+    whole = max(count.weights for count in numbers.values())
+    sent = _bytes(sizes, layout, machine, layers)
+    sent["gradients"] = sharding.sent(most, whole, layout, machine, micro_batches=sizes.micro_batches)
     pace = Pace(machine, assumptions)
-    time = _time(sizes, layout, pace, layers, sent, most, distributed=distributed)
-    of_optimizer = most // layout.weight_replicas if distributed else most
+    of_optimizer = max(state.numbers for state in states.values())
+    time = _time(sizes, layout, pace, layers, sent) + optimizer_time(most, of_optimizer, pace)
     away = round(config.optimizer.offload_moments * of_optimizer)
     time += StepTime(offload=moments_seconds(away, machine.gpu.host_rate))
     tokens = config.training.tokens_per_step
@@ -154,17 +158,11 @@ def predict(
     )
 
 
-def _bytes(
-    sizes: Sizes, layout: Layout, machine: Machine, layers: Sequence[LayerPlan], numbers: int, *, distributed: bool
-) -> dict[str, Bytes]:
-    """Return the bytes of a step by purpose, of the busiest stage."""
+def _bytes(sizes: Sizes, layout: Layout, machine: Machine, layers: Sequence[LayerPlan]) -> dict[str, Bytes]:
+    """Return the bytes of a step by purpose, of the busiest stage; those for gradients come from the sharding."""
     one = all_reduce(sizes.tokens * sizes.hidden * BF16, layout.tensor, 1, machine)
     # Shards of the sequence that a projection multiplied are gathered again for the gradients of its weights.
     of_layer = 4 if sizes.sequence_shards == 1 else 5
-    stride = layout.tensor
-    reduced = all_reduce(numbers * FP32, layout.weight_replicas, stride, machine)
-    if distributed:  # gradients go home by half an all-reduce, weights are gathered by the other half, in bfloat16
-        reduced = reduced * (0.5 * (1 + BF16 / FP32))
     pipeline = Bytes()
     if layout.pipeline > 1:
         sends = 2 * input_of_layer(sizes) * sizes.micro_batches
@@ -184,7 +182,6 @@ def _bytes(
         "summaries": max(summaries, key=_total) * sizes.micro_batches,
         "tensor": one * (sums * sizes.micro_batches),
         "pipeline": pipeline,
-        "gradients": reduced,
     }
 
 
@@ -205,9 +202,6 @@ def _time(
     pace: Pace,
     layers: tuple[LayerPlan, ...],
     sent: dict[str, Bytes],
-    numbers: int,
-    *,
-    distributed: bool,
 ) -> StepTime:
     one = all_reduce(sizes.tokens * sizes.hidden * BF16, layout.tensor, 1, pace.machine)
     by_kind = {layer.kind: layer for layer in layers}
@@ -235,8 +229,7 @@ def _time(
         time = time + StepTime(bubble=others, pipeline=sends)
     if layout.weight_replicas > 1:
         time = time + StepTime(reduction=pace.reduce(sent["gradients"]))
-    of_optimizer = numbers // layout.weight_replicas if distributed else numbers
-    return time + optimizer_time(numbers, of_optimizer, pace)
+    return time
 
 
 def executed_products(sizes: Sizes, layout: Layout, *, fused: bool) -> float:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from dash_dist.config.deepspeed import check_engine
 from dash_dist.config.run import RunConfig
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.hardware import Machine
@@ -118,6 +119,8 @@ def _is_possible(config: RunConfig, tensor: int, pipeline: int, context: int, gp
     attention = config.attention.model_copy(update={"ranks_per_node": None})
     try:
         config.model_copy(update={"parallel": parallel, "attention": attention}).check_world_size(gpus)
+        if config.engine == "deepspeed":
+            check_engine(parallel, config.deepspeed)
     except ValueError:
         return False
     return True

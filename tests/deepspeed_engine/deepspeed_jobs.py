@@ -39,6 +39,14 @@ from tests.support.models import CHUNK_SIZE, MODEL, ROUTING_SCALE, SEQUENCE_LENG
 
 NEXT_TOKENS_AT = torch.tensor([[0, 1, 63, 127], [5, 5, 100, 31], [126, 16, 15, 0]])
 
+# Small buckets and no parameter that stays whole: a model this small would never be cut otherwise.
+SMALL = {
+    "reduce_bucket_size": 4000,
+    "allgather_bucket_size": 4000,
+    "stage3_param_persistence_threshold": 100,
+    "sub_group_size": 5000,
+}
+
 
 @contextmanager
 def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
@@ -81,11 +89,8 @@ def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
             if run.zero_stage is None:
                 yield MegatronEngine(**arguments)
             else:
-                # Small buckets and no parameter that stays whole: a model this small would never be cut otherwise.
                 file = folder / f"zero{run.zero_stage}_{dims.rank}.json"
-                zero = {"stage": run.zero_stage, "reduce_bucket_size": 4000, "allgather_bucket_size": 4000}
-                zero |= {"stage3_param_persistence_threshold": 100, "sub_group_size": 5000}
-                file.write_text(json.dumps({"zero_optimization": zero}))
+                file.write_text(json.dumps({"zero_optimization": {"stage": run.zero_stage, **SMALL}}))
                 yield DeepSpeedEngine(deepspeed=DeepSpeedSection(file=file), **arguments)
         finally:
             dims.close()

@@ -125,7 +125,7 @@ def test_the_run_is_that_of_engine_megatron(seen, name):
         if run.case.context > 1:
             assert rank.sent_bytes > 0
     assert len(expected.losses) == run.steps - (run.bad_step is not None)
-    assert expected.losses[-1] < expected.losses[0]
+    assert min(expected.losses[1:]) < expected.losses[0]
 
 
 @pytest.mark.parametrize("name", [name for name, run in (REFERENCES | ON_TWO | ON_FOUR).items() if run.bad_step])

@@ -60,7 +60,7 @@ def batches(run: Run, seed: int, dp_rank: int, dp_size: int) -> list[Batch]:
     tokens, labels = (torch.randint(VOCAB_SIZE, (SEQUENCES, run.length), generator=generator) for _ in range(2))
     counted = torch.rand(SEQUENCES, run.length, generator=generator) < torch.linspace(0.2, 1.0, run.length)
     found = []
-    for rows in torch.arange(dp_rank, SEQUENCES, dp_size).split(run.case.micro_batch_size):
+    for rows in torch.arange(dp_rank, SEQUENCES, dp_size).split(run.case.sequences_at_once):
         borders = None
         if run.case.packed:
             first = CHUNK_SIZE * (1 + int(rows[0]) % 3)

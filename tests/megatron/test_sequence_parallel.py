@@ -30,18 +30,14 @@ ON_TWO = {
     "batch of three, tied, in pieces": Run(
         changed(micro_batch_size=3, tie_embeddings=True, logits_per_piece=PIECES), ODD
     ),
-    "batch of two, in pieces": Run(changed(micro_batch_size=2, logits_per_piece=PIECES), ODD),
-    "norms of queries and keys, biases": Run(
-        changed(family="qwen3", micro_batch_size=2), ODD, (("attention_bias", True),)
-    ),
-    "norms after, norms over all heads": Run(changed(family="olmo2", micro_batch_size=2), ODD),
+    "batch of two, in pieces": Run(changed(logits_per_piece=PIECES), ODD),
+    "norms of queries and keys, biases": Run(changed(family="qwen3"), ODD, (("attention_bias", True),)),
+    "norms after, norms over all heads": Run(changed(family="olmo2"), ODD),
     "norms after, recompute, tiled": Run(changed(family="olmo2", recompute="full", mlp_tile_tokens=23), ODD),
-    "selective": Run(changed(recompute="selective", micro_batch_size=2), ODD),
+    "selective": Run(changed(recompute="selective"), ODD),
     "projections": Run(changed(recompute="selective", recompute_modules=("projections",)), ODD),
     "mlp": Run(changed(recompute="selective", recompute_modules=("mlp",)), ODD),
-    "recompute, offload, tiled": Run(
-        changed(recompute="full", offload_activations=1.0, mlp_tile_tokens=30, micro_batch_size=2), ODD
-    ),
+    "recompute, offload, tiled": Run(changed(recompute="full", offload_activations=1.0, mlp_tile_tokens=30), ODD),
     "window and dense, without positions": Run(
         changed(kind=("window", "dense"), window=20), ODD, (("layers_without_positions", (1,)),)
     ),
@@ -64,7 +60,7 @@ ON_TWO = {
     ),
 }
 ON_FOUR = {
-    "cp": Run(changed(context=2, micro_batch_size=2), TWICE),
+    "cp": Run(changed(context=2), TWICE),
     "cp, contiguous, whole sequences": Run(changed(context=2, layout="contiguous", sequence_parallel=False), TWICE),
     "cp, packed, tied, recompute": Run(
         changed(context=2, packed=True, tie_embeddings=True, recompute="full", logits_per_piece=PIECES), TWICE
@@ -73,7 +69,7 @@ ON_FOUR = {
         changed(context=2, family="olmo2", kind=("window", "dash"), window=20, recompute="selective"), TWICE
     ),
     "cp, topk, lora": Run(changed(context=2, kind="topk", top_chunks=3), TWICE, (), (("lora", {"rank": 3}),)),
-    "pp": Run(changed(pipeline=2, micro_batch_size=2), ODD),
+    "pp": Run(changed(pipeline=2), ODD),
     "pp, tied, recompute, offload, tiled": Run(
         changed(pipeline=2, tie_embeddings=True, recompute="full", offload_activations=1.0, mlp_tile_tokens=30), ODD
     ),
@@ -147,7 +143,7 @@ def test_evaluation_and_next_tokens_are_those_of_one_process() -> None:
 
 @pytest.mark.slow
 def test_checkpoints_continue_with_and_without(tmp_path: Path) -> None:
-    case = changed(distributed_optimizer=True, micro_batch_size=2, family="qwen3")
+    case = changed(distributed_optimizer=True, family="qwen3")
     whole = dataclasses.replace(case, sequence_parallel=False)
     saved = run_ranks(
         "tests.megatron.megatron_jobs:train_and_save", 2, {"shards": case, "whole": whole}, tmp_path, cpu_only=True
