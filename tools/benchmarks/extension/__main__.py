@@ -20,7 +20,6 @@ import torch
 import typer
 import yaml
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dash_dist.checkpoints.commands import export
 from dash_dist.checkpoints.folders import visible_checkpoints
@@ -29,6 +28,7 @@ from dash_dist.evaluation.command import Options, evaluate
 from dash_dist.hf.command import generate
 from dash_dist.importing.command import import_model
 from dash_dist.training.run import train
+from tools.benchmarks.common.curves import curves_of
 from tools.benchmarks.common.environment import describe_environment
 from tools.benchmarks.extension.corpus import write_code, write_questions
 from tools.benchmarks.extension.recipes import SIZES, Settings, Size, extension, from_scratch, untrained
@@ -94,7 +94,7 @@ class _Experiment:
         path = self._folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
         summary = train(load_config(path))
-        curves = _curves(self._folder / "runs" / name)
+        curves = curves_of(self._folder / "runs" / name)
         self._record["runs"][name] = {
             "tokens": summary.tokens,
             "last_loss": summary.last_loss,
@@ -150,11 +150,6 @@ class _Experiment:
         self._out.parent.mkdir(parents=True, exist_ok=True)
         self._out.write_text(json.dumps(self._record, indent=1) + "\n")
         self._out.with_suffix(".md").write_text(as_markdown(self._record))
-
-
-def _curves(run: Path) -> dict[str, dict[int, float]]:
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {tag: {one.step: one.value for one in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 if __name__ == "__main__":
