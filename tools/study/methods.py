@@ -35,7 +35,7 @@ def methods(size: Size) -> dict[str, Method]:
     found = [_method("dense", size, {"kind": "dense"})]
     found += [_dash(f"dash-{scale:g}", size, routing_scale=scale) for scale in size.scales]
     found += [_fixed(kind, size, budget) for kind in FIXED for budget in size.budgets]
-    found += [_dash(f"sigma-{sigma:g}", size, prior_sigma=sigma) for sigma in (1.0, 4.0, 1e6)]
+    found += [_dash(f"sigma-{sigma:.0f}", size, prior_sigma=sigma) for sigma in (1.0, 4.0, 1e6)]
     found += [_dash(f"alpha-{alpha:g}", size, alpha=alpha) for alpha in (1.25, 2.0)]
     found += [_dash(f"chunk-{chunk}", size, chunk_size=chunk) for chunk in other_chunks(size)]
     warmup = {"steps": max(1, size.tasks.steps // 4)}
