@@ -9,7 +9,9 @@ Knows options; does not know how a model is measured.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,7 @@ import torch
 import typer
 
 from dash_dist.errors import RunError
+from dash_dist.extras import require_extra
 from tools.benchmarks.common.environment import ROOT, describe_environment
 from tools.study.cells import Deadline, OutOfTime, identity_of, measure
 from tools.study.parts import Part, cells, parts
@@ -35,7 +38,7 @@ Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 @app.command()
 def run(
     out: Out = _OUT,
-    folder: Annotated[Path, typer.Option(help="Folder for texts, tokens and runs.")] = Path("study"),
+    folder: Annotated[Path, typer.Option(help="Folder for texts, tokens and runs.")] = Path("build/study"),
     size: Annotated[str, typer.Option(help="gpu, or cpu to try the program out.")] = "gpu",
     part: Annotated[list[str], typer.Option(help="Part of the study; may be repeated. Default: all.")] = [],  # noqa: B006
     method: Annotated[list[str], typer.Option(help="Method; may be repeated. Default: those of the part.")] = [],  # noqa: B006
@@ -79,16 +82,28 @@ def run(
 @app.command()
 def table(out: Out = _OUT) -> None:
     """Print the results as tables, mean and spread over the seeds."""
-    print(as_markdown(list(Results(out))), end="")
+    with _as_message():
+        print(as_markdown(list(Results(out))), end="")
 
 
 @app.command()
 def plot(out: Out = _OUT) -> None:
     """Draw the results of each part into OUT/PART.png."""
-    from tools.study.plot import plot_parts  # needs matplotlib, which machines with GPUs may lack
+    with _as_message():
+        require_extra("report", "plot")  # machines with GPUs may lack it
+        from tools.study.plot import plot_parts
 
-    for path in plot_parts(out, list(Results(out))):
-        print(path)
+        for path in plot_parts(out, list(Results(out))):
+            print(path)
+
+
+@contextlib.contextmanager
+def _as_message() -> Iterator[None]:
+    """Show what a user can mend without a traceback."""
+    try:
+        yield
+    except (ValueError, RunError) as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _chosen(names: list[str], only: list[str], size: Size) -> list[Part]:
