@@ -18,14 +18,14 @@ from dash_dist.planning.traffic import BF16, FP32, Bytes, all_reduce
 
 @dataclass(frozen=True)
 class State:
-    """What a rank keeps between the passes.
+    """Bytes that a rank keeps between the passes.
 
     Attributes:
         numbers: trained ones in this rank's optimizer state.
-        weights: bytes; bfloat16. At ZeRO stage 3 the rank's part, and whole ones that are gathered at a time.
-        gradients: bytes, in float32, with the bucket in which DeepSpeed reduces them.
-        optimizer: bytes of the float32 copy and of two moments.
-        update: bytes that come and go in the update.
+        weights: in bfloat16. At ZeRO stage 3 the rank's part, and whole ones that are gathered at a time.
+        gradients: in float32, with the bucket in which DeepSpeed reduces them.
+        optimizer: the float32 copy and two moments.
+        update: more that comes and goes in the update.
     """
 
     numbers: int
@@ -37,7 +37,7 @@ class State:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How an engine shards over the ranks that hold the same weights.
+    """Rules by which an engine shards over the ranks that hold the same weights.
 
     Attributes:
         optimizer: float32 copies and moments are sharded.
@@ -55,7 +55,7 @@ class Sharding:
 
     @property
     def buffers(self) -> bool:
-        """Whether weights and gradients lie in Megatron-core's padded buffers of the distributed optimizer."""
+        """True where weights and gradients lie in the padded buffers of Megatron-core's distributed optimizer."""
         return self.optimizer and self.zero is None
 
     def state(self, numbers: StageNumbers, layout: Layout, *, largest_layer: int) -> State:

@@ -41,7 +41,7 @@ def test_every_stage_keeps_less_and_sends_as_it_reduces() -> None:
     assert one.gradients > two.gradients == three.gradients
     assert one.weights == two.weights > three.weights
     sent = [prediction.sent["gradients"].nvlink for prediction in of_stages]
-    # Bytes of a number: 8 and 2 of gathered weights in a step; 4 in a micro-batch, and 2; 4 and twice 2 in a micro-batch.
+    # Bytes of a number: in a step 8, and 2 of gathered weights; 4 a micro-batch, and 2; 4 and twice 2 a micro-batch.
     micro_batches = config.training.global_batch_size
     assert sent[0] / sent[1] == pytest.approx((8 + 2) / (4 * micro_batches + 2), rel=1e-3)
     assert sent[2] / sent[1] == pytest.approx((4 + 4) * micro_batches / (4 * micro_batches + 2), rel=1e-3)

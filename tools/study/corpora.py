@@ -1,0 +1,91 @@
+"""Files of the texts that the study's models are trained on.
+
+Knows folders and formats; does not know models. Texts of a task are conversations: the data section counts answers in
+the loss by its chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from tools.benchmarks.extension.corpus import write_code
+from tools.study.sizes import Settings, Size
+from tools.study.tasks import TASKS
+from tools.study.text import Text
+
+_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
+    "{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
+)
+_TRAINING, _HELD_OUT = "train", "heldout"
+_CODE = "code"
+
+
+def held_out_text(task: str, size: Size, length: int, index: int) -> Text:
+    """Return text `index` of those that test a task at a length; none of them is trained on."""
+    return _text(task, size, _HELD_OUT, length, index)
+
+
+def write_corpus(folder: Path, corpus: str, size: Size) -> str:
+    """Write the texts of a corpus that are not there yet; returns a digest of all.
+
+    Args:
+        corpus: see `Part`.
+    """
+    if corpus in TASKS:
+        _write_task(folder / corpus, corpus, size)
+        files = [folder / corpus / _file(length) for length in size.texts]
+    else:
+        files = [folder / _CODE / f"{part}.jsonl" for part in (_TRAINING, _HELD_OUT)]
+        if not all(file.is_file() for file in files):
+            unfinished = folder / f"{_CODE}.unfinished"
+            write_code(unfinished, document=4 * max(size.code_lengths.values()), megabytes=size.megabytes)
+            unfinished.rename(folder / _CODE)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def task_data(folder: Path, corpus: str, size: Size) -> Settings:
+    """Return the section `data:` of a task, without its order and cache."""
+    rows = {"rows": "messages", "chat_template": str(folder / corpus / "template.jinja"), "weight": 1.0}
+    sources = [
+        {"label": f"{length} tokens", "paths": str(folder / corpus / _file(length)), **rows} for length in size.texts
+    ]
+    return {"sources": sources, "documents": "separate"}
+
+
+def code_data(folder: Path) -> tuple[Settings, Settings]:
+    """Return the section `data:` of code, without its order and cache, and that of the packages held out."""
+    training, held_out = (
+        {"source": "files", "paths": str(folder / _CODE / f"{part}.jsonl"), "documents": "joined"}
+        for part in (_TRAINING, _HELD_OUT)
+    )
+    return training, held_out
+
+
+def _write_task(folder: Path, task: str, size: Size) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "template.jinja").write_text(_TEMPLATE)
+    for length, count in size.texts.items():
+        path = folder / _file(length)
+        if path.is_file():
+            continue
+        unfinished = path.with_suffix(".unfinished")
+        with unfinished.open("w") as file:
+            for index in range(count):
+                text = _text(task, size, _TRAINING, length, index)
+                file.write(json.dumps({"messages": text.messages}) + "\n")
+        unfinished.rename(path)
+
+
+def _file(length: int) -> str:
+    return f"{length}.jsonl"
+
+
+def _text(task: str, size: Size, part: str, length: int, index: int) -> Text:
+    seed = f"{part}/{task}/{length}/{index}"
+    return TASKS[task].text(seed, length=length, planned=size.trained_length, cell=size.chunk_size)

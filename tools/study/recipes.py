@@ -1,0 +1,78 @@
+"""The configuration of a cell's run.
+
+Knows sections of a configuration; does not know results.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tools.study.corpora import code_data, task_data
+from tools.study.methods import methods
+from tools.study.parts import Cell
+from tools.study.sizes import Settings, Size, Training
+from tools.study.tasks import TASKS
+
+_EDGES = (1024, 4096, 8192, 16384)
+"""Ends of the buckets of positions."""
+
+
+def settings_of(cell: Cell, size: Size, folder: Path) -> Settings:
+    """Return the configuration of a cell whose texts and runs are in `folder`."""
+    of_task = cell.corpus in TASKS
+    training = size.tasks if of_task else size.language
+    settings = {
+        "run": {"name": cell.run, "directory": str(folder / "runs"), "seed": cell.seed},
+        "attention": methods(size)[cell.method].attention,
+        "optimizer": _optimizer(training),
+        "checkpoint": {"interval": max(1, training.steps // 4), "keep": 1, "asynchronous": False},
+        "logging": {
+            "interval": max(1, training.steps // 50),
+            "routing_interval": max(1, training.steps // 10),
+            "heat_map_layers": [],
+        },
+    }
+    rest = _task(cell, size, folder) if of_task else _language(cell, size, folder)
+    rest["data"] |= {"cache": str(folder / "tokens"), "shuffle_seed": cell.seed}
+    return settings | rest
+
+
+def _task(cell: Cell, size: Size, folder: Path) -> Settings:
+    training = size.tasks
+    # Every other layer has no positions, so that texts longer than the trained ones can be read at all.
+    without = list(range(1, training.model["num_layers"], 2))
+    return {
+        "model": {
+            **training.model,
+            "family": "smollm3",
+            "layers_without_positions": without,
+            "tie_embeddings": True,
+        },
+        "data": task_data(folder, cell.corpus, size),
+        "training": {"steps": training.steps, "sequence_length": training.tokens},
+    }
+
+
+def _language(cell: Cell, size: Size, folder: Path) -> Settings:
+    training, length = size.language, size.code_lengths[cell.corpus]
+    data, held_out = code_data(folder)
+    return {
+        "model": {**training.model, "rotary_base": 5e5, "tie_embeddings": True},
+        "data": data,
+        "training": {
+            "steps": training.steps,
+            "sequence_length": length,
+            "global_batch_size": max(1, training.tokens // length),
+            "micro_batch_size": max(1, training.tokens // length),
+        },
+        "evaluation": {
+            "interval": 1_000_000,
+            "sequences": size.sequences,
+            "buckets": [edge for edge in _EDGES if edge < length],
+            "data": held_out,
+        },
+    }
+
+
+def _optimizer(training: Training) -> Settings:
+    return {"lr": training.lr, "min_lr": training.lr / 10, "warmup_steps": max(1, training.steps // 20)}

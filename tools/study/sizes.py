@@ -1,0 +1,144 @@
+"""Sizes of the study's models and texts: for one GPU, and for a trial on a CPU.
+
+Knows numbers; does not know methods or tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One kind of training.
+
+    Attributes:
+        model: section `model:` of a configuration, without positions.
+        tokens: of a step.
+        lr: largest learning rate; it decays to a tenth.
+    """
+
+    model: Settings
+    tokens: int
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of one study.
+
+    Attributes:
+        chunk_size: of all methods but those that name another; also symbols of a cell in the texts of the tasks.
+        texts: of each task for training, their number by length in tokens. Each length has the same share of the
+            tokens: short ones teach a task, long ones are what is asked.
+        lengths: tokens at which a task is tested, longer than trained ones too.
+        samples: texts of each length.
+        budgets: chunks that the methods with a fixed number select, ascending; the second one is of all parts.
+        scales: routing scales of DashAttention; the first and the third one are of all parts.
+        code_lengths: tokens of a sequence of code, by part of the language models.
+        sequences: held-out sequences of code.
+        megabytes: of code for training.
+        processes: that tokenise.
+    """
+
+    tasks: Training
+    language: Training
+    chunk_size: int
+    texts: dict[int, int]
+    lengths: tuple[int, ...]
+    samples: int
+    budgets: tuple[int, ...]
+    scales: tuple[float, ...]
+    code_lengths: dict[str, int]
+    sequences: int
+    megabytes: float
+    processes: int
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens of the longest text of a task in training."""
+        return max(self.texts)
+
+
+SIZES = {
+    "gpu": Size(
+        tasks=Training(
+            model={
+                "num_layers": 4,
+                "hidden_size": 256,
+                "ffn_hidden_size": 768,
+                "num_attention_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 64,
+            },
+            tokens=65536,
+            steps=1000,
+            lr=2e-3,
+        ),
+        language=Training(
+            model={
+                "num_layers": 8,
+                "hidden_size": 512,
+                "ffn_hidden_size": 1536,
+                "num_attention_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 128,
+            },
+            tokens=65536,
+            steps=600,
+            lr=2e-3,
+        ),
+        chunk_size=64,
+        texts={512: 4096, 1024: 2048, 2048: 1024, 4096: 1024, 8192: 1024},
+        lengths=(1024, 8192, 16384, 32768, 65536),
+        samples=16,
+        budgets=(4, 8, 16, 32),
+        scales=(1.0, 2.0, 4.0, 8.0),
+        code_lengths={"code-8k": 8192, "code-32k": 32768},
+        sequences=32,
+        megabytes=60,
+        processes=8,
+    ),
+    "cpu": Size(
+        tasks=Training(
+            model={
+                "num_layers": 2,
+                "hidden_size": 32,
+                "ffn_hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 16,
+            },
+            tokens=512,
+            steps=4,
+            lr=2e-3,
+        ),
+        language=Training(
+            model={
+                "num_layers": 2,
+                "hidden_size": 32,
+                "ffn_hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 16,
+            },
+            tokens=1024,
+            steps=3,
+            lr=2e-3,
+        ),
+        chunk_size=32,
+        texts={256: 8, 512: 8},
+        lengths=(512, 768),
+        samples=2,
+        budgets=(4, 6),
+        scales=(1.0, 2.0, 4.0),
+        code_lengths={"code-8k": 512, "code-32k": 1024},
+        sequences=2,
+        megabytes=0.2,
+        processes=1,
+    ),
+}
