@@ -391,6 +391,6 @@ def _within(place: tuple[str | int, ...], error: ValidationError) -> list[InitEr
 def _is_encodable(path: str) -> bool:
     try:
         os.fsencode(path)
-    except UnicodeEncodeError:  # half of a surrogate pair, which YAML can spell
+    except UnicodeEncodeError:  # half of a surrogate pair, of a caller in Python
         return False
     return True

@@ -74,7 +74,16 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return value
 
 
+def _construct_str(loader: _Loader, node: yaml.ScalarNode) -> str:
+    value = loader.construct_yaml_str(node)
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        message = "half of a surrogate pair, which is no character"
+        raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+    return value
+
+
 _Loader.add_constructor("tag:yaml.org,2002:seq", _construct_tuple)
+_Loader.add_constructor("tag:yaml.org,2002:str", _construct_str)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 # PyYAML follows YAML 1.1, where an exponent needs a point and a sign; people write 1e-3 and 3e8.
 _Loader.add_implicit_resolver(
