@@ -91,7 +91,7 @@ def run_rank_processes(arguments: Sequence[str], world_size: int, *, seconds: fl
 
 
 def run_command(
-    command: Sequence[str], environment: dict[str, str], *, seconds: float = 150
+    command: Sequence[str], environment: dict[str, str], *, seconds: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run a launcher, and end it with all its children after `seconds`."""
     process = subprocess.Popen(
