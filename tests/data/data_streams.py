@@ -14,6 +14,7 @@ from dash_dist.data.tokenizer import ByteTokenizer
 
 # From one byte to many windows of the lengths the tests use.
 LENGTHS = (1, 70, 3, 15, 16, 17, 200, 2, 31, 64, 5)
+FORMATS = ("text", "jsonl", "parquet", "hub")
 CHUNK_SIZE = 4
 TEXTS = [f"{i:x}" * length for i, length in enumerate(LENGTHS)]
 END = ByteTokenizer.end_of_document

@@ -1,6 +1,5 @@
-"""Batches and the position in the data: the same global batches whatever the ranks, and after any stop."""
+"""Batches: a pure function of the configuration, the same global batches whatever the ranks."""
 
-import gzip
 import itertools
 import json
 import os
@@ -10,35 +9,38 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dash_dist.config.data import DataConfig
 from dash_dist.data.tokenizer import ByteTokenizer
-from tests.data.chat_templates import lines_of
 from tests.data.data_streams import (
     CHUNK_SIZE,
     END,
+    FORMATS,
     TEXTS,
     build,
     build_ranks,
     files,
     global_steps,
     inputs,
-    join_all,
-    json_lines,
     resume,
     saved,
     steps,
     text_of,
     tokens_in_order,
 )
-
-FORMATS = ("text", "jsonl", "parquet", "hub")
+from tests.data.stream_sources import (
+    LAYOUTS,
+    ROW_KINDS,
+    TEXT_KINDS,
+    bytes_of,
+    config_of,
+    counts_of,
+    sources_of,
+    windows_that_count,
+)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -93,123 +95,6 @@ def test_documents_longer_than_a_sequence_are_split_or_dropped(corpus, long_docu
     for letter, length in read.items():
         assert counts[letter] / 5 == pytest.approx(length, rel=0.3)
     assert stream.skipped_documents == (0 if long_documents == "split" else 10)
-
-
-def has_text(source: tuple[str, list[str], int]) -> bool:
-    # Named: hypothesis parses the source of a lambda, which Python 3.11.7 can fail (python/cpython#106905).
-    return any(source[1])
-
-
-# Sources of JSON Lines, text files or tables, the documents of each, and their suffix.
-TEXT_KINDS = ["text", "text.gz", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
-ROW_KINDS = ["completions.jsonl", "completions.parquet", "messages.jsonl", "messages.parquet"]
-
-
-def sources_of(kinds: list[str]) -> st.SearchStrategy:
-    return st.lists(
-        st.tuples(
-            st.sampled_from(kinds),
-            st.lists(
-                st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=40), min_size=1, max_size=9
-            ),
-            st.integers(1, 4),
-        ).filter(has_text),
-        min_size=1,
-        max_size=3,
-    )
-
-
-LAYOUTS = st.sampled_from([(1, 1, 1), (2, 1, 1), (2, 2, 1), (3, 3, 1), (4, 2, 2), (4, 4, 1), (6, 2, 3), (4, 1, 4)])
-"""Global batch, data-parallel size, micro-batch."""
-
-
-def write_source(folder: Path, kind: str, texts: list[str], per_file: int) -> None:
-    """Write the texts below `folder`, in the order of their files' names; several a file where the format can."""
-    folder.mkdir()
-
-    def write(name: str, content: bytes) -> None:
-        if kind.endswith(".gz"):
-            content = gzip.compress(content)
-        if kind.endswith(".zst"):
-            content = pa.Codec("zstd").compress(content, asbytes=True)
-        (folder / name).write_bytes(content)
-
-    suffix = kind.removeprefix("text") if kind.startswith("text") else f".{kind}"
-    for part in range(0, len(texts), 1 if kind.startswith("text") else per_file):
-        rows, name = texts[part : part + per_file], f"{part:03d}{suffix}"
-        if kind in ROW_KINDS:
-            write_rows(folder / name.replace(kind, kind.partition(".")[2]), kind, rows)
-        elif kind.startswith("text"):
-            write(name, texts[part].encode())
-        elif kind.startswith("jsonl"):
-            write(name, json_lines(*rows))
-        else:
-            pq.write_table(pa.table({"text": rows}), folder / name, row_group_size=2)
-
-
-def write_rows(path: Path, kind: str, texts: list[str]) -> None:
-    """Write rows whose first half is a prompt; an empty text is an empty row."""
-    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
-    if kind.startswith("completions"):
-        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in halves]
-    else:
-        turns = [list(zip(("user", "assistant"), half, strict=True)) if any(half) else [] for half in halves]
-        rows = [{"messages": [{"role": role, "content": content} for role, content in talk]} for talk in turns]
-    if path.suffix == ".jsonl":
-        path.write_bytes(lines_of(*rows))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
-
-
-def config_of(root: Path, sources: list, **options) -> DataConfig:
-    for number, (kind, texts, per_file) in enumerate(sources):
-        write_source(root / f"{number}", kind, texts, per_file)
-    (root / "contents.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-    given: list[dict] = [{"paths": [str(root / f"{number}")]} for number in range(len(sources))]
-    for one, (kind, *_) in zip(given, sources, strict=True):
-        if kind in ROW_KINDS:
-            one["rows"] = kind.partition(".")[0]
-        if kind.startswith("messages"):
-            one["chat_template"] = root / "contents.jinja"
-    if len(given) == 1:
-        return DataConfig(source="files", **given[0], **options)
-    return DataConfig(sources=[{**one, "weight": number + 1} for number, one in enumerate(given)], **options)
-
-
-def bytes_of(sources: list) -> list[list[bytes]]:
-    """The documents as tokens: those of UTF-8 without a byte order mark at the start of a file."""
-
-    def encoded(kind: str, text: str) -> bytes:
-        return (text.removeprefix("\ufeff") if kind.startswith("text") else text).encode()
-
-    return [[encoded(kind, text) for text in texts] for kind, texts, _ in sources]
-
-
-def counts_of(sources: list) -> list[list[list[bool]]]:
-    """Which tokens of the documents count in the loss, the end of the document included."""
-
-    def counts(kind: str, text: str) -> list[bool]:
-        size, prompt = len(text.encode()), len(text[: len(text) // 2].encode())
-        if kind not in ROW_KINDS:
-            return [True] * (size + 1)
-        return [False] * prompt + [True] * (size - prompt) + [kind.startswith("completions")]
-
-    # A mark at the start of a file is not part of its text.
-    return [
-        [counts(kind, text.removeprefix("\ufeff") if kind.startswith("text") else text) for text in texts]
-        for kind, texts, _ in sources
-    ]
-
-
-def windows_that_count(counts: list[bool], start: int, size: int, number: int) -> list[int]:
-    """Where the global batches of `size` tokens begin that are not passed over."""
-    found: list[int] = []
-    while len(found) < number:
-        assert start + size < len(counts)
-        if any(counts[start + 1 : start + size + 1]):
-            found.append(start)
-        start += size
-    return found
 
 
 MANY = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -304,59 +189,12 @@ def test_every_document_is_read_once_in_each_epoch(sources, batch, documents):
             assert sum(counts.values()) - drawn in (0, 1)
 
 
-@pytest.mark.parametrize("documents", ["joined", "separate"])
-def test_a_run_that_is_stopped_after_every_step(corpus, documents):
-    config = corpus("jsonl", documents=documents)
-    expected = global_steps([build(config)], 12)
-    state = saved(build(config))
-    for number, rows in enumerate(expected):
-        size, micro = [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)][number % 5]
-        ranks = build_ranks(config, size, micro=micro if documents == "joined" else 1)
-        for rank in ranks:
-            assert rank.load_state_dict(state) == []
-        assert global_steps(ranks, 1) == [rows]
-        state = saved(ranks[-1])
-    assert state["sources"][0]["epoch"] >= 1
-
-
-@pytest.mark.parametrize(("shards", "row_group"), [(3, 7), (1, 40)])
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_hub_datasets_resume_exactly_at_every_step(tmp_path, shards, row_group, batch):
-    """hub_resume_two_rows.py: several rows of the global batch at one rank."""
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    for shard in range(shards):
-        texts = [f"{shard}-{row:02d} " * 4 for row in range(40)]
-        pq.write_table(pa.table({"text": texts}), folder / f"train-{shard}.parquet", row_group_size=row_group)
-    config = DataConfig(source="hub", name=str(folder))
-    options = {"length": 64, "batch": batch}
-    stream = build(config, **options)
-    states, expected = [], []
-    for _ in range(120 // batch):
-        states.append(saved(stream))
-        expected += global_steps([stream], 1)
-    another = build(config, **options)
-    for step in range(len(states)):
-        following = expected[step : step + 2]
-        # A new run at some, which costs more; any stream can take any position.
-        resumed = build(config, **options) if step % 40 == 1 else another
-        assert resumed.load_state_dict(states[step]) == []
-        assert global_steps([resumed], len(following)) == following
-
-
 def test_shuffling_reorders_the_documents_of_each_epoch(corpus):
     texts = [chr(ord("a") + i) for i in range(20)]
     stream = build(corpus("jsonl", texts, shuffle_seed=3), length=40, batch=1)
     first, second = text_of(stream, 1), text_of(stream, 1)
     assert sorted(first) == sorted(second) == texts
     assert len({first, second, "".join(texts)}) == 3
-
-
-def test_the_position_stays_small_inside_a_long_document(corpus):
-    stream = build(corpus("text", ["x" * 3_000_000, "y" * 3_000_000]), length=1024, batch=2)
-    for _ in range(50):
-        stream.next_step()
-    assert len(json.dumps(stream.state_dict())) < 1000
 
 
 @pytest.mark.slow
@@ -381,134 +219,6 @@ def test_batches_do_not_depend_on_the_hash_seed(corpus):
         for seed in ("1", "2")
     ]
     assert json.loads(outputs[0]) == json.loads(outputs[1])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"shuffle_seed": 1}, "shuffle_seed 0, this run has 1"),
-        ({"documents": "separate"}, "documents joined, this run has separate"),
-        ({"special_tokens": True}, "special_tokens False, this run has True"),
-        ({}, "tokenizer bytes, this run has other"),
-    ],
-)
-def test_a_position_in_another_order_is_refused(corpus, change, message):
-    config = corpus("text")
-    state = saved(build(config))
-    tokenizer = ByteTokenizer()
-    if not change:
-        tokenizer.fingerprint = "other"
-    with pytest.raises(ValueError, match=message):
-        resume(config.model_copy(update=change), state, tokenizer=tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("change", "note"),
-    [
-        ({"shuffle_seed": 1}, "data.shuffle_seed was 0 and is 1: the documents are read from the beginning"),
-        ({"documents": "separate"}, "data.documents was joined and is separate: the documents are read from the"),
-    ],
-)
-def test_a_new_stage_may_read_in_another_order(corpus, change, note):
-    config = corpus("text")
-    stream = build(config)
-    stream.next_step()
-    config = config.model_copy(update=change)
-    begun = build(config)
-    (found,) = begun.load_state_dict(saved(stream), new_stage=True)
-    assert found.startswith(note)
-    assert global_steps([begun], 2) == global_steps([build(config)], 2)
-
-
-def test_a_new_stage_continues_the_sources_that_both_read(corpus):
-    common, other = corpus("text"), corpus("jsonl")
-    stream = build(common)
-    expected = global_steps([stream], 2)[1]
-    alone = build(common)
-    alone.next_step()
-    state = saved(alone)
-    same = build(common)
-    assert same.load_state_dict(state, new_stage=True) == []
-    assert global_steps([same], 1) == [expected]
-    elsewhere = build(other)
-    notes = elsewhere.load_state_dict(state, new_stage=True)
-    assert [note.split(" ", 2)[-1].rsplit(" ", 2)[-2:] for note in notes] == [["is", "new"], ["longer", "read"]]
-    assert global_steps([elsewhere], 1) == global_steps([build(other)], 1)
-
-
-def test_a_position_of_an_earlier_version_is_refused(corpus):
-    config = corpus("text")
-    with pytest.raises(ValueError, match="is of version 1, and this one reads 2: continue with the version of dash"):
-        resume(config, {"rows": {}})
-
-
-def test_a_moved_corpus_is_the_same_corpus(corpus, tmp_path):
-    config = corpus("jsonl")
-    stream = build(config)
-    stream.next_step()
-    state = saved(stream)
-    (tmp_path / "jsonl").rename(tmp_path / "elsewhere")
-    resumed, notes = resume(config.model_copy(update={"paths": (str(tmp_path / "elsewhere"),)}), state)
-    assert notes == []
-    assert global_steps([resumed], 3) == global_steps([stream], 3)
-
-
-@pytest.mark.parametrize("file_format", FORMATS)
-def test_changed_documents_are_refused_or_accepted_and_told(corpus, tmp_path, file_format):
-    config = corpus(file_format, [f"document {i:02d}" for i in range(12)])
-    stream = build(config)
-    first = join_all(stream.next_step()[:1])
-    state = saved(stream)
-    path = min((tmp_path / file_format).iterdir())
-    if path.suffix == ".parquet":
-        table = pa.table({"text": ["document xx", *[f"document {i:02d}" for i in range(1, 4)]], "id": range(4)})
-        pq.write_table(table, path, row_group_size=3)
-    else:
-        path.write_bytes(path.read_bytes().replace(b"document 00", b"document xx"))
-    title = config.all_sources[0].title
-    with pytest.raises(ValueError, match=rf"1 documents of {title} have changed .* \(the first is number 0\): restore"):
-        resume(config, state)
-    accepting = config.model_copy(update={"accept_changes": True})
-    resumed, notes = resume(accepting, state)
-    assert notes == [
-        f"1 documents of {title} have changed since the checkpoint (the first is number 0): "
-        "continuing with them as they are now"
-    ]
-    text = text_of(resumed, 6)
-    assert "document xx" in text
-    assert "document 00" not in text
-    for number in range(1, 12):
-        assert f"{number:02d}" in text
-    assert first
-
-
-def test_another_number_of_documents_begins_a_new_epoch(corpus, tmp_path):
-    config = corpus("jsonl", [f"{i:02d}" for i in range(8)])
-    stream = build(config, batch=1)
-    stream.next_step()
-    state = saved(stream)
-    (tmp_path / "jsonl" / "9.jsonl").write_bytes(json_lines("08", "09"))
-    with pytest.raises(ValueError, match=r"had 8 documents at the checkpoint and has 10: restore them, or set data"):
-        resume(config, state, batch=1)
-    resumed, notes = resume(config.model_copy(update={"accept_changes": True}), state, batch=1)
-    assert notes == [f"{config.paths[0]} had 8 documents at the checkpoint and has 10: a new epoch begins"]
-    assert saved(resumed)["sources"][0]["epoch"] == 1
-    assert sorted(text_of(resumed, 2)[:20]) == sorted("".join(f"{i:02d}" for i in range(10)))
-
-
-@pytest.mark.parametrize("documents", ["joined", "separate"])
-def test_a_document_that_became_shorter_than_what_was_read_of_it_is_left(corpus, tmp_path, documents):
-    config = corpus("text", ["a" * 200, "b" * 5], documents=documents, shuffle_seed=None, accept_changes=True)
-    stream = build(config, batch=1)
-    for _ in range(6):
-        stream.next_step()
-    state = saved(stream)
-    assert state["waiting"][0] == [0, 0, 96]
-    (tmp_path / "text" / "000.txt").write_text("A" * 90)
-    resumed, notes = resume(config, state, batch=1)
-    assert "1 documents of" in notes[0]
-    (batch,) = resumed.next_step()
-    assert batch.tokens[0, :5].tolist() == [ord("b")] * 5
 
 
 @pytest.mark.parametrize(
