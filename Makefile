@@ -1,13 +1,13 @@
 # make demo      train configs/demo.yaml through Ray on this machine
 # make test      lint, types and fast tests
 # make test-all  the same, then the tests left out of it: `slow`, `ray`, `browser` and `gpu`
-# make newest    fast tests in .venv-newest, with the newest megatron-core, torch and Triton that pyproject.toml allows
+# make newest    fast tests with the newest megatron-core and torch that pyproject.toml allows, in .venv-newest (Python 3.12)
 # make docs      the site into site/, in strict mode
 # make storm     32 faults against a run on a Ray cluster of this machine, compared with an undisturbed one (docs/storm.md)
 # make wheels    both distributables into dist/
 #
 # Each creates .venv if missing and installs what it needs, pinned by requirements.lock, which `newest` follows but for those
-# three. They honour PYTHON=, the interpreter that the environment is made from, and ARGS=, key=value overrides or pytest
+# two and Triton. They honour PYTHON=, the interpreter that the environment is made from, and ARGS=, key=value overrides or pytest
 # arguments.
 
 PYTHON ?= python3
