@@ -1,12 +1,14 @@
 # make demo      train configs/demo.yaml through Ray on this machine
 # make test      lint, types and fast tests
 # make test-all  the same, then the tests left out of it: `slow`, `ray`, `browser` and `gpu`
+# make newest    fast tests with the newest megatron-core and torch that pyproject.toml allows, in .venv-newest (Python 3.12)
 # make docs      the site into site/, in strict mode
 # make storm     32 faults against a run on a Ray cluster of this machine, compared with an undisturbed one (docs/storm.md)
 # make wheels    both distributables into dist/
 #
-# Each creates .venv if missing and installs what it needs, pinned by requirements.lock. They honour PYTHON=, the interpreter
-# that .venv is made from, and ARGS=, key=value overrides or pytest arguments.
+# Each creates .venv if missing and installs what it needs, pinned by requirements.lock, which `newest` follows but for those
+# two and Triton. They honour PYTHON=, the interpreter that the environment is made from, and ARGS=, key=value overrides or pytest
+# arguments.
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +24,7 @@ LINTED := dash_dist kernels launch tests tools
 GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 DEMO_OVERRIDES = $(if $(filter 1,$(GPUS)),parallel.context=1)
 
-.PHONY: demo test test-all test-rest lint docs storm wheels
+.PHONY: demo test test-all test-rest newest lint docs storm wheels
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -41,6 +43,14 @@ test-all: test
 test-rest: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not ($(FAST)) and not ray" $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -m ray $(ARGS) || [ $$? -eq 5 ]
+
+# Its own environment, whose lock is made anew each time: pip then upgrades what has a newer release.
+newest:
+	$(PYTHON) -m venv .venv-newest
+	grep -vE '^(megatron-core|torch|triton)==' requirements.lock > .venv-newest/requirements.lock
+	.venv-newest/bin/pip install --disable-pip-version-check --upgrade -c .venv-newest/requirements.lock \
+		megatron-core torch -e kernels -e '.[dev]'
+	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "$(FAST)" $(ARGS) || [ $$? -eq 5 ]
 
 storm: $(INSTALLED_DEV)
 	$(BIN)/python -m tests.storm --faults 32 $(ARGS)

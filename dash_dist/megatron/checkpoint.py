@@ -183,8 +183,10 @@ def _at_every_rank(directory: Path, load: Callable[[], T]) -> T:
     failure: tuple[str, int | None] | None = None
     try:
         found = load()
-    except CheckpointException as error:  # of all ranks' reading, raised at every one; is not an Exception
-        text = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items()) or str(error)
+    except CheckpointException as error:  # is not an Exception
+        # All ranks raise one of all ranks' reading. Since 0.18, Megatron-core has each rank read alone as its rank 0.
+        own = dist.get_rank()
+        text = "; ".join(f"rank {rank or own}: {reason[0]}" for rank, reason in error.failures.items()) or str(error)
         failure = text, next((_errno(reason[0]) for reason in error.failures.values()), None)
     except Exception as error:  # a checkpoint whose inside is not what Megatron expects fails in many ways
         failure = f"{type(error).__name__}: {error}", _errno(error)

@@ -41,8 +41,8 @@ def run_megatron_on_cpu() -> None:
     - `torch.cuda.current_device()` is the CPU: buffers of gradients, pipeline messages and gathered shards of the
       sequence, the optimizer's state and the checkpoint's error flag are allocated there. `device="cuda"`
       likewise, in the token counter of the pipeline schedules and the optimizers' scale.
-    - `torch.cuda.synchronize()` does nothing, in pipeline messages and the checkpoint writer: the CPU has no
-      queue.
+    - `torch.cuda.synchronize()` does nothing, in pipeline messages and the checkpoint writer, and
+      `torch.cuda.current_stream()` is None, in the reduction of gradients: the CPU has no queue.
     - The CUDA random state (`get_rng_state`, `manual_seed`, and Megatron's own get and set) is a constant:
       nothing draws from it, since weights are initialised by `weights.initialise_weights` and there is no
       dropout; full activation recomputation saves and restores it all the same.
@@ -86,6 +86,7 @@ class _TorchOnCpu:
             **{
                 **vars(torch.cuda),
                 "current_device": lambda: _CPU,
+                "current_stream": _ignore,
                 "synchronize": _ignore,
                 "manual_seed": _ignore,
                 "get_rng_state": _constant_rng_state,

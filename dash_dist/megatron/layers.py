@@ -39,17 +39,18 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig, *, fused: bool) -
     Args:
         fused: take the kernels of `dash_dist.megatron.fused`.
     """
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.module = RecomputableLayer
     norm = norm_module(fused)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.mlp.submodules.activation_func = ModuleSpec(SwiGLU, params={"fused": fused})
+    of_mlp = _parts(layer.submodules.mlp)
+    of_mlp.activation_func = ModuleSpec(SwiGLU, params={"fused": fused})
     of_attention = layer.submodules.self_attention
     of_attention.submodules.core_attention = functools.partial(DashCoreAttention, attention=attention)
-    if model.qk_norm:
+    if model.qk_norm and not model.qk_norm_over_heads:
         of_attention.submodules.q_layernorm = of_attention.submodules.k_layernorm = norm
     if not model.norms_after:  # otherwise a norm reads what these return
-        layer.submodules.mlp.submodules.linear_fc2 = ModuleSpec(LastLinear, params={"part": "mlp"})
+        of_mlp.linear_fc2 = ModuleSpec(LastLinear, params={"part": "mlp"})
         of_attention.submodules.linear_proj = ModuleSpec(LastLinear, params={"part": "projections"})
     if model.norms_after:
         layer.module = PostNormLayer
@@ -57,14 +58,20 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig, *, fused: bool) -
         layer.submodules.input_layernorm = IdentityOp
         layer.submodules.pre_mlp_layernorm = IdentityOp
     if model.qk_norm_over_heads:
-        for name, heads in {"q": model.num_attention_heads, "k": model.num_kv_heads}.items():
-            setattr(of_attention.submodules, f"{name}_layernorm", ModuleSpec(AllHeadsNorm, params={"heads": heads}))
+        heads = {"q_layernorm": model.num_attention_heads, "k_layernorm": model.num_kv_heads}
+        norms = {name: functools.partial(AllHeadsNorm, heads=number) for name, number in heads.items()}
+        of_attention.params = {**of_attention.params, "norms": norms}
     of_attention.module = RotarySelfAttention
     if model.windows_unscaled:
         kinds = attention.kinds(model.num_layers)
         unscaled = frozenset(layer for layer, kind in enumerate(kinds) if kind == "window")
         of_attention.params = {**of_attention.params, "unscaled": unscaled}
     return layer
+
+
+def _parts(module: Any) -> Any:
+    """Return the parts of a module that a specification describes; since 0.18, Megatron-core gives a partial call."""
+    return module.keywords["submodules"] if isinstance(module, functools.partial) else module.submodules
 
 
 class PostNormLayer(RecomputableLayer):

@@ -5,6 +5,7 @@ Knows the order of a layer's tensors; does not know the kinds of attention, nor 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class RotarySelfAttention(SelfAttention):
 
     Args:
         unscaled: layers, from 0 in the whole model, that take the second kind of angles; see `ShardRotaryEmbedding`.
+        norms: makers of `q_layernorm` and `k_layernorm` where `config.qk_layernorm` is False; since 0.18, Megatron-core
+            refuses them in a specification.
     """
 
     def __init__(
@@ -32,9 +35,13 @@ class RotarySelfAttention(SelfAttention):
         *args: Any,
         layer_number: int,
         unscaled: frozenset[int] = frozenset(),
+        norms: Mapping[str, Callable[..., torch.nn.Module]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, *args, layer_number=layer_number, **kwargs)
+        for name, norm in (norms or {}).items():
+            made = norm(config=config, hidden_size=self.hidden_size_per_attention_head, eps=config.layernorm_epsilon)
+            setattr(self, name, made)
         self._kind_of_angles = int(layer_number - 1 in unscaled)
         self._has_positions = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
 

@@ -29,14 +29,13 @@ Half = Callable[[torch.Tensor], torch.Tensor]
 class TiledLayer(TransformerLayer):
     """A layer whose MLP works on `mlp_tile_tokens` of a rank's tokens at a time, or on all of them.
 
-    Neither inference contexts nor padding masks are passed on: no run has them.
+    Arguments beside the hidden states are not passed on: no run has inference contexts or padding masks, and only
+    mixtures of experts read packed documents.
     """
 
     config: LayerConfig
 
-    def _forward_mlp(
-        self, hidden_states: torch.Tensor, inference_context: None = None, padding_mask: None = None
-    ) -> torch.Tensor:
+    def _forward_mlp(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         half: Half = super()._forward_mlp
         rows = self.rows_of_tile(hidden_states)
         if rows is None:

@@ -1,7 +1,7 @@
 """The weights of one rank: which tensors, how many numbers, and Megatron-core's buffers around them.
 
-Knows `dash_dist.megatron.model`'s parameters and how `_ParamAndGradBuffer` (megatron-core 0.16,
-`distributed/param_and_grad_buffer.py`) lays them out. Does not know bytes.
+Knows `dash_dist.megatron.model`'s parameters and how `_ParamAndGradBuffer` lays them out (megatron-core 0.16 to 0.19,
+`distributed/param_and_grad_buffer.py` and `optimizer/param_layout.py`). Does not know bytes.
 """
 
 from __future__ import annotations

@@ -104,14 +104,14 @@ def test_versions_that_are_not_supported(site, monkeypatch):
     def version(name):
         if name in ("ray", "safetensors"):
             raise importlib.metadata.PackageNotFoundError(name)
-        return {"megatron-core": "0.17.1", "deepspeed": "0.18.2"}.get(name) or real(name)
+        return {"megatron-core": "0.20.0", "deepspeed": "0.18.2"}.get(name) or real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = packages.versions(site)
     findings = {one.name: one for one in found if one.status is Status.FAILURE}
     assert findings.keys() == {"megatron-core", "safetensors", "deepspeed"}
-    assert "0.17.1 is installed, supported are <0.17,>=0.16.1" in findings["megatron-core"].text
-    assert "pip install 'megatron-core<0.17,>=0.16.1'" in findings["megatron-core"].advice
+    assert "0.20.0 is installed, supported are <0.20,>=0.16.1" in findings["megatron-core"].text
+    assert "pip install 'megatron-core<0.20,>=0.16.1'" in findings["megatron-core"].advice
     assert "not installed" in findings["safetensors"].text
     assert "pip install 'deepspeed<0.20,>=0.19'" in findings["deepspeed"].advice
     (missing,) = [one for one in found if one.status is Status.SKIPPED]

@@ -5,6 +5,7 @@ The test process itself does not import this: it would load Megatron-core.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint import FileSystemReader
 
 from dash_dist.config.model import ModelConfig
 from dash_dist.megatron import checkpoint
@@ -98,6 +100,20 @@ def load_and_save(steps: list[tuple[str, str, Case]], folder: Path) -> list[tupl
             seen.append((sum(block.data.nbytes for block in wanted), _state_bytes(engine)))
             engine.start_save(folder / target, background=True).finish()
     return seen
+
+
+def load_where_a_rank_cannot_read(case: Case, folder: Path, rank: int) -> OSError | None:
+    """Return the error of loading a checkpoint whose files rank `rank` alone cannot read."""
+    with engine_of(case, model=MODEL) as engine, ExitStack() as stack:
+        engine.start_save(folder, background=False).finish()
+        if dist.get_rank() == rank:
+            failure = OSError(errno.EIO, "Input/output error")
+            stack.enter_context(mock.patch.object(FileSystemReader, "read_data", side_effect=failure))
+        try:
+            engine.load(folder)
+        except OSError as error:
+            return error
+    return None
 
 
 def _state_bytes(engine: MegatronEngine) -> int:

@@ -1,5 +1,6 @@
 """Every rank saves and reads its own state alone, and a checkpoint is the same whatever layout wrote it."""
 
+import errno
 import io
 import operator
 from dataclasses import replace
@@ -68,6 +69,14 @@ def test_a_rank_writes_its_share_and_gets_nothing_of_the_others(tmp_path: Path) 
         assert (first.in_rows + second.in_rows > 0) == case.distributed_optimizer, name
     for name in ON_TWO:
         assert stored(tmp_path / name)  # complete
+
+
+def test_the_rank_that_cannot_read_a_checkpoint_is_named_at_every_rank(tmp_path: Path) -> None:
+    job = "tests.megatron.saves_jobs:load_where_a_rank_cannot_read"
+    for error in run_ranks(job, 2, SHARDED, tmp_path / "checkpoint", 1, cpu_only=True):
+        assert error is not None
+        assert error.errno == errno.EIO
+        assert "cannot be read: rank 1: [Errno 5] Input/output error" in str(error)
 
 
 @pytest.mark.slow
