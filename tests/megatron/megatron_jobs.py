@@ -266,7 +266,7 @@ def errors_and_skips(folder: Path) -> dict[str, Any]:
         except Exception as error:
             seen[name] = f"{type(error).__name__}: {error}"
 
-    case = Case(context=2, grad_clip=1.0, distributed_optimizer=True)
+    case = Case(context=2, micro_batch_size=1, grad_clip=1.0, distributed_optimizer=True)
     with engine_of(case) as engine:
         rank = engine.dims.rank
         good = micro_batches(0, engine.dims, case)
