@@ -127,7 +127,7 @@ class RunConfig(Section):
         if warmup >= self.optimizer.steps_of_decay(self.training.steps):
             end = f"training.steps = {self.training.steps}" if decay is None else f"optimizer.decay_steps = {decay}"
             if decay is None and (start := self.optimizer.schedule_start):
-                end = f"the {self.training.steps - start} steps after step {start}"
+                end = f"the {self.training.steps - start} steps after optimizer.schedule_start = {start}"
             remedy = "train longer" if decay is None else "decay longer"
             raise ValueError(
                 f"optimizer.warmup_steps = {warmup} is not below {end}: lower it, to 0 if need be, or {remedy}"
