@@ -68,15 +68,13 @@ class Sharding:
         own = numbers.trained // replicas if self.optimizer else numbers.trained
         weights, gradients, update = numbers.weights * BF16, numbers.trained * FP32, 0
         if self.zero is not None:
-            # Gathered and reduced in bfloat16, with a copy in float32 at stages 2 and 3. Stage 2 keeps no bucket, and
-            # has its whole share of gradients twice in the update.
-            gradients += min(self.zero.reduce_bucket_size, numbers.trained) * FP32
             if self.zero.stage >= 2:
-                gradients -= (numbers.trained - own) * FP32
-                update = min(own, self.zero.sub_group_size if self.zero.stage == 3 else own) * FP32
+                gradients = update = own * FP32  # the update takes a copy of the rank's gradients
             if self.zero.stage == 3:
+                update = min(own, self.zero.sub_group_size) * FP32
                 whole = max(largest_layer, self.zero.stage3_max_live_parameters or 0)
                 weights = (numbers.weights // replicas + min(numbers.weights, whole)) * BF16
+            gradients += min(self.zero.reduce_bucket_size, numbers.trained) * FP32
         return State(own, weights, gradients, 3 * own * FP32, update)
 
     def sent(self, trained: int, weights: int, layout: Layout, machine: Machine, *, micro_batches: int) -> Bytes:

@@ -46,7 +46,6 @@ def _task(cell: Cell, size: Size, folder: Path) -> Settings:
             **training.model,
             "family": "smollm3",
             "layers_without_positions": without,
-            "tie_embeddings": True,
         },
         "data": task_data(folder, cell.corpus, size),
         "training": {"steps": training.steps, "sequence_length": training.tokens},
@@ -57,7 +56,7 @@ def _language(cell: Cell, size: Size, folder: Path) -> Settings:
     training, length = size.language, size.code_lengths[cell.corpus]
     data, held_out = code_data(folder)
     return {
-        "model": {**training.model, "rotary_base": 5e5, "tie_embeddings": True},
+        "model": {**training.model, "rotary_base": 5e5},
         "data": data,
         "training": {
             "steps": training.steps,

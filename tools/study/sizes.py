@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tools.benchmarks.common.shapes import Shape
+
 Settings = dict[str, Any]
 
 
@@ -67,27 +69,13 @@ class Size:
 SIZES = {
     "gpu": Size(
         tasks=Training(
-            model={
-                "num_layers": 4,
-                "hidden_size": 256,
-                "ffn_hidden_size": 768,
-                "num_attention_heads": 4,
-                "num_kv_heads": 2,
-                "head_dim": 64,
-            },
+            model=Shape(layers=4, hidden=256, ffn=768, heads=4, kv_heads=2, head_dim=64).section(),
             tokens=65536,
             steps=1000,
             lr=2e-3,
         ),
         language=Training(
-            model={
-                "num_layers": 8,
-                "hidden_size": 512,
-                "ffn_hidden_size": 1536,
-                "num_attention_heads": 4,
-                "num_kv_heads": 2,
-                "head_dim": 128,
-            },
+            model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
             tokens=65536,
             steps=600,
             lr=2e-3,
@@ -105,27 +93,13 @@ SIZES = {
     ),
     "cpu": Size(
         tasks=Training(
-            model={
-                "num_layers": 2,
-                "hidden_size": 32,
-                "ffn_hidden_size": 64,
-                "num_attention_heads": 4,
-                "num_kv_heads": 2,
-                "head_dim": 16,
-            },
+            model=Shape(layers=2, hidden=32, ffn=64, heads=4, kv_heads=2, head_dim=16).section(),
             tokens=512,
             steps=4,
             lr=2e-3,
         ),
         language=Training(
-            model={
-                "num_layers": 2,
-                "hidden_size": 32,
-                "ffn_hidden_size": 64,
-                "num_attention_heads": 4,
-                "num_kv_heads": 2,
-                "head_dim": 16,
-            },
+            model=Shape(layers=2, hidden=32, ffn=64, heads=4, kv_heads=2, head_dim=16).section(),
             tokens=1024,
             steps=3,
             lr=2e-3,

@@ -1,4 +1,4 @@
-"""Sizes of the models whose steps are measured.
+"""Sizes of the models that benchmarks and the study make.
 
 Knows sizes; does not know runs.
 """

@@ -5,13 +5,11 @@ Knows configurations; does not know how runs are started or measured.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tools.benchmarks.common.configurations import changed, run_section, write_configuration
 from tools.benchmarks.common.shapes import SHAPES
 
 STEPS = 12
@@ -59,7 +57,7 @@ CASES = (
 def settings(case: Case, shape: str, tokens: int, folder: Path) -> dict[str, Any]:
     """A run's configuration: weights of one seed, bytes of Python's library, two sequences a step."""
     run: dict[str, Any] = {
-        "run": {"name": case.name.replace(", ", "_").replace(" ", "_"), "directory": str(folder / "runs")},
+        "run": run_section(case.name, folder),
         "model": SHAPES[shape].section(),
         "attention": {"routing_scale": 32},  # at 1 an untrained model selects every chunk
         "parallel": {"recompute": "selective", "context": 1},
@@ -69,15 +67,9 @@ def settings(case: Case, shape: str, tokens: int, folder: Path) -> dict[str, Any
         "checkpoint": {"interval": SAVES_EVERY if case.saves else 10_000},
         "logging": {"interval": 1, "routing_interval": 10_000},
     }
-    merged = copy.deepcopy(run)
-    for key, value in case.changes.items():
-        merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
-    return merged
+    return changed(run, case.changes)
 
 
 def write(case: Case, shape: str, tokens: int, folder: Path) -> Path:
     """Write a case's configuration into `folder`; returns the file."""
-    content = settings(case, shape, tokens, folder)
-    path = folder / f"{content['run']['name']}.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    return write_configuration(settings(case, shape, tokens, folder), folder)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.benchmarks.common.shapes import Shape
+
 Settings = dict[str, Any]
 
 
@@ -38,14 +40,7 @@ class Size:
 
 SIZES = {
     "gpu": Size(
-        model={
-            "num_layers": 8,
-            "hidden_size": 512,
-            "ffn_hidden_size": 1536,
-            "num_attention_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 128,
-        },
+        model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
         chunk_size=64,
         lengths=(8192, 32768, 65536),
         steps=(500, 40, 40),
@@ -56,14 +51,7 @@ SIZES = {
         micro_batch=4,
     ),
     "cpu": Size(
-        model={
-            "num_layers": 2,
-            "hidden_size": 64,
-            "ffn_hidden_size": 128,
-            "num_attention_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 16,
-        },
+        model=Shape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16).section(),
         chunk_size=16,
         lengths=(512, 1024, 2048),
         steps=(6, 3, 3),
@@ -118,7 +106,7 @@ def _common(size: Size, folder: Path, name: str) -> Settings:
     return copy.deepcopy(
         {
             "run": {"name": name, "directory": str(folder / "runs")},
-            "model": {**size.model, "rotary_base": _BASES[0], "tie_embeddings": True},
+            "model": {**size.model, "rotary_base": _BASES[0]},
             "attention": {"chunk_size": size.chunk_size},
             "data": {
                 "sources": documents("train.jsonl"),

@@ -5,16 +5,14 @@ Knows configurations; does not know how runs are started or measured.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dash_dist.config.run import RunConfig
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.prediction import executed_products
+from tools.benchmarks.common.configurations import changed, run_section, write_configuration
 from tools.benchmarks.common.shapes import SHAPES
 
 VOCABULARY = 128_256
@@ -56,7 +54,7 @@ CASES = (
 def settings(case: Case, tokens: int, folder: Path) -> dict[str, Any]:
     """A run's configuration: random weights, text of Python's library as bytes, the whole vocabulary."""
     run: dict[str, dict[str, Any]] = {
-        "run": {"name": case.name.replace(", ", "_").replace(" ", "_"), "directory": str(folder / "runs")},
+        "run": run_section(case.name, folder),
         "model": SHAPES[case.shape].section() | {"vocab_size": VOCABULARY},
         "attention": {"routing_scale": 32},  # at 1 an untrained model selects every chunk
         "parallel": {"recompute": "full", "context": 1},
@@ -66,10 +64,7 @@ def settings(case: Case, tokens: int, folder: Path) -> dict[str, Any]:
         "checkpoint": {"interval": 10_000},
         "logging": {"interval": 1, "routing_interval": 10_000},
     }
-    merged = copy.deepcopy(run)
-    for section, values in case.changes.items():
-        merged[section] |= values
-    return merged
+    return changed(run, case.changes)
 
 
 def floor_seconds(config: RunConfig, gpus: int) -> float:
@@ -84,7 +79,4 @@ def floor_seconds(config: RunConfig, gpus: int) -> float:
 
 def write(case: Case, tokens: int, folder: Path) -> Path:
     """Write a case's configuration into `folder`; returns the file."""
-    content = settings(case, tokens, folder)
-    path = folder / f"{content['run']['name']}.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    return write_configuration(settings(case, tokens, folder), folder)
