@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dash_dist.data.columns import DamagedDocument
+from dash_dist.data.files import standard_library_files
 from dash_dist.data.readers import FileRange, name_of, read_documents
 from tests.data.data_streams import build, documents_of, files, json_lines
 
@@ -285,3 +287,12 @@ def test_a_late_byte_that_is_not_utf8_damages_the_whole_text(tmp_path):
     assert documents_of(files(tmp_path)) == ["fine"]
     (told,) = build(files(tmp_path))._corpus.damage
     assert "a.txt: 'utf-8' codec" in told
+
+
+def test_the_standard_library_has_no_tests_and_nothing_that_was_installed():
+    paths = standard_library_files()
+    root = Path(sysconfig.get_path("stdlib"))
+    assert paths == sorted(paths)
+    assert {str(root / "ast.py"), str(root / "json" / "decoder.py")} <= set(paths)
+    parts = {part for path in paths for part in Path(path).relative_to(root).parts}
+    assert not parts & {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
