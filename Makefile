@@ -1,6 +1,7 @@
 # make demo      train configs/demo.yaml through Ray on this machine
 # make test      lint, types and fast tests
-# make test-all  the same, then the tests left out of it: `slow`, `ray`, `browser` and `gpu`
+# make test-rest what CI runs after it: `slow`, `ray`, `browser` and `gpu`, but not `exhaustive`
+# make test-all  all tests, those marked `exhaustive` too: before a release
 # make newest    fast tests with the newest megatron-core and torch that pyproject.toml allows, in .venv-newest (Python 3.12)
 # make docs      the site into site/, in strict mode
 # make storm     32 faults against a run on a Ray cluster of this machine, compared with an undisturbed one (docs/storm.md)
@@ -24,7 +25,7 @@ LINTED := dash_dist kernels launch tests tools
 GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 DEMO_OVERRIDES = $(if $(filter 1,$(GPUS)),parallel.context=1)
 
-.PHONY: demo test test-all test-rest newest lint docs storm wheels
+.PHONY: demo test test-rest test-all newest lint docs storm wheels
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -36,12 +37,13 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "$(FAST)" $(ARGS) || [ $$? -eq 5 ]
 
 test-all: test
-	$(MAKE) test-rest
+	$(MAKE) test-rest REST="not ($(FAST))"
 
 # Tests that start Ray clusters come last, with the machine to themselves: five nodes on two busy cores exceed the time that
 # Ray allows for a start.
+REST := not ($(FAST)) and not exhaustive
 test-rest: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not ($(FAST)) and not ray" $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "($(REST)) and not ray" $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -m ray $(ARGS) || [ $$? -eq 5 ]
 
 # Its own environment, whose lock is made anew each time: pip then upgrades what has a newer release.

@@ -2,11 +2,12 @@
 
 import pytest
 
+from tests.support.cases import exhaustive
 from tests.support.ranks import run_ranks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", exhaustive([2, 4], [2]))
 def test_every_exchange_equals_the_reference(size: int) -> None:
     for found in run_ranks("tests.context_parallel.selection_jobs:parity", size, cpu_only=True):
         assert len(found) >= 3 * 3 * 3 * 4

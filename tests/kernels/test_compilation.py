@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.cases import exhaustive
+
 pytestmark = pytest.mark.slow
 
 SHARED_MEMORY_OF_HOPPER = 232_448  # bytes per program
@@ -85,24 +87,24 @@ def compile_kernels(shape: str, cache: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("shape", "variants"),
-    [
-        ("model", {SPECIALISED.get(name, name): count for name, count in OF_EVERY_CALL.items()}),
-        ("group of 16", {SPECIALISED.get(name, name): count for name, count in OF_A_WHOLE_PART.items()}),
-        ("float16", OF_A_WHOLE_PART),
-        ("padded", OF_EVERY_CALL),
-        ("largest", OF_A_WHOLE_PART),
-        ("largest float32", OF_A_WHOLE_PART),
-        ("linked", OF_EVERY_LINKED_CALL),
-        ("linked, padded", OF_A_WHOLE_LINKED_PART),
-        ("listed", OF_LISTS),
-    ],
-)
-def test_every_kernel_compiles_and_fits(shape: str, variants: dict[str, int], tmp_path: Path) -> None:
+VARIANTS = {
+    "model": {SPECIALISED.get(name, name): count for name, count in OF_EVERY_CALL.items()},
+    "group of 16": {SPECIALISED.get(name, name): count for name, count in OF_A_WHOLE_PART.items()},
+    "float16": OF_A_WHOLE_PART,
+    "padded": OF_EVERY_CALL,
+    "largest": OF_A_WHOLE_PART,
+    "largest float32": OF_A_WHOLE_PART,
+    "linked": OF_EVERY_LINKED_CALL,
+    "linked, padded": OF_A_WHOLE_LINKED_PART,
+    "listed": OF_LISTS,
+}
+
+
+@pytest.mark.parametrize("shape", exhaustive(VARIANTS, {"group of 16", "padded", "largest float32", "linked, padded"}))
+def test_every_kernel_compiles_and_fits(shape: str, tmp_path: Path) -> None:
     kernels = compile_kernels(shape, tmp_path)
     names = [kernel["kernel"] for kernel in kernels]
-    assert {name: names.count(name) for name in names} == variants
+    assert {name: names.count(name) for name in names} == VARIANTS[shape]
     too_large = {kernel["kernel"]: kernel["shared"] for kernel in kernels if kernel["shared"] > SHARED_MEMORY_OF_HOPPER}
     assert not too_large
     if shape in ("model", "group of 16", "float16", "linked", "listed"):  # the kernels were tuned for it

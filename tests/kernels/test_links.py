@@ -17,6 +17,7 @@ from dash_kernels.triton.reached import tile_efficiency, walked
 from dash_kernels.triton.tiles import TileShape
 from tests.kernels import test_parts, test_selection
 from tests.kernels.attention_inputs import DEVICE, assert_close, clear_inputs, output_and_gradients, random_inputs
+from tests.support.cases import exhaustive
 
 C = 16
 # (group, head_dim, chunk_size, prior_sigma, tokens, KV heads, dtype, tolerance)
@@ -75,7 +76,7 @@ def test_equals_the_reference(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prior_sigma", [None, 1.5])
+@pytest.mark.parametrize("prior_sigma", exhaustive([None, 1.5], [None]))
 def test_documents_and_batches(prior_sigma: float | None, by_links: None, launched: list[Slab]) -> None:
     """Documents of incomplete chunks and of one token; sequences of a batch."""
     call: dict[str, Any] = {"chunk_size": C, "prior_sigma": prior_sigma, "routing_scale": 2.0}

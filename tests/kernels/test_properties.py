@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dash_kernels import dash_attention, reference_dash_attention
 from tests.kernels.attention_inputs import DEVICE, assert_near, output_and_gradients, random_inputs, selection_margin
+from tests.support.cases import exhaustive
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +69,9 @@ def cases(draw: st.DrawFn, alphas: tuple[float, ...]) -> Case:
     )
 
 
-@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
-def test_equals_the_reference(precision: Precision) -> None:
+@pytest.mark.parametrize("name", exhaustive(PRECISIONS, ["triton float16"]))
+def test_equals_the_reference(name: str) -> None:
+    precision = PRECISIONS[name]
 
     @settings(
         deadline=None,

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from dash_dist.run.events import EventLog
+from tests.support.cases import exhaustive
 from tests.support.ranks import free_port
 from tests.support.runs import cpu_environment, losses, run_command, write_config
 
@@ -64,7 +65,7 @@ def test_deepspeed_gives_the_losses_of_torchrun(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+@pytest.mark.parametrize("script", exhaustive(["torchrun.sh", "deepspeed.sh"], ["torchrun.sh"]))
 def test_on_one_machine_the_launchers_listen_on_loopback_only(folder, tmp_path, script):
     command = [str(ROOT / "launch" / script), str(folder / "tiny.yaml"), *overrides(f"listening_{script}")]
     environment = {"PATH": PATH, "NPROC": "2", "MASTER_PORT": str(free_port()), "TMPDIR": str(tmp_path)}

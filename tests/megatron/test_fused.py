@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.megatron.test_layouts import assert_same, joined
+from tests.support.cases import asked, exhaustive
 from tests.support.models import Case, Measured
 from tests.support.ranks import run_ranks
 
-# The interpreter takes half a minute for each.
+# The interpreter takes up to half a minute for each.
 ALONE = {
     "tied, recompute": Case(tie_embeddings=True, recompute="full"),
     "olmo": Case(family="olmo2"),
@@ -25,10 +26,11 @@ ON_TWO = {
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, list[tuple[Measured, Measured]]]:
+def measured(request: pytest.FixtureRequest) -> dict[str, list[tuple[Measured, Measured]]]:
     """Case -> of each rank, the step in PyTorch and in kernels."""
-    by_case = {}
-    for cases, ranks in ((ALONE, 1), (ON_TWO, 2)):
+    by_case, names = {}, asked(request, "name")
+    for of_ranks, ranks in ((ALONE, 1), (ON_TWO, 2)):
+        cases = {name: case for name, case in of_ranks.items() if name in names}
         with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):  # where tests have a GPU, it is not set
             found = run_ranks("tests.megatron.fused_jobs:measure_both", ranks, cases, cpu_only=True)
         by_case |= {name: [of_rank[name] for of_rank in found] for name in cases}
@@ -36,7 +38,7 @@ def measured() -> dict[str, list[tuple[Measured, Measured]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*ALONE, *ON_TWO])
+@pytest.mark.parametrize("name", exhaustive([*ALONE, *ON_TWO], {"tied, recompute", "olmo", "tp, in pieces"}))
 def test_kernels_give_the_step_of_pytorch(name: str, measured: dict[str, list[tuple[Measured, Measured]]]) -> None:
     plain, fused = ([pair[i] for pair in measured[name]] for i in (0, 1))
     for before, after in zip(plain, fused, strict=True):

@@ -9,6 +9,7 @@ import torch
 from dash_dist.config.trainable import TrainableSection
 from dash_dist.models.table import parameter_table
 from tests.megatron.test_layouts import assert_same, joined
+from tests.support.cases import asked, exhaustive
 from tests.support.models import MODEL, SEQUENCE_LENGTH, SEQUENCES, VOCAB_SIZE, Case
 from tests.support.ranks import run_ranks
 
@@ -51,6 +52,14 @@ PAIRS = [
     ("last layer", "cp, distributed"),
     ("last layer", "dp, distributed"),
 ]
+EXHAUSTIVE = [
+    ("mixed", "dp"),
+    ("query", "dp"),
+    ("first layer", "tp"),
+    ("last layer", "cp, distributed"),
+    ("last layer", "dp, distributed"),
+    *((sets, "pp, tied") for sets in ("query", "first layer")),
+]
 
 
 def assert_same_weights(actual: list[Any], expected: list[Any], *, relative: float) -> None:
@@ -80,8 +89,9 @@ def alone() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def on_two() -> dict[str, list[Any]]:
-    cases = {f"{sets}, {name}": (LAYOUTS[name], SETS[sets]) for sets, name in PAIRS}
+def on_two(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
+    pairs = asked(request, "pair")
+    cases = {f"{sets}, {name}": (LAYOUTS[name], SETS[sets]) for sets, name in PAIRS if (sets, name) in pairs}
     ranks = run_ranks(f"{JOBS}:run_all", 2, cases, STEPS, cpu_only=True)
     return {name: [rank[name] for rank in ranks] for name in cases}
 
@@ -138,10 +148,11 @@ def test_learning_rates_of_groups_follow_one_schedule(alone: dict[str, Any]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sets", "name"), PAIRS)
+@pytest.mark.parametrize("pair", exhaustive(PAIRS, EXHAUSTIVE), ids="-".join)
 def test_every_layout_trains_the_same(
-    alone: dict[str, Any], on_two: dict[str, list[Any]], sets: str, name: str
+    alone: dict[str, Any], on_two: dict[str, list[Any]], pair: tuple[str, str]
 ) -> None:
+    sets, name = pair
     reference = alone[f"{sets}, tied" if "tied" in name else sets]
     ranks = on_two[f"{sets}, {name}"]
     for rank in ranks:

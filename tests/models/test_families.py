@@ -11,9 +11,20 @@ from dash_dist.config.model import ModelConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.models.hugging_face import model_from, read_config, windows_of
 from tests.models.tiny_models import CASES, SHAPE, logits_in_transformers, save_tiny_model, tokens
+from tests.support.cases import exhaustive
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
+
+ONE_OF_EACH = (
+    "llama, tied, llama3",
+    "mistral, dynamic",
+    "qwen2, yarn",
+    "qwen3, windows by layer",
+    "smollm3",
+    "olmo3, yarn in full layers, tied",
+)
+OTHERS = tuple(name for name in CASES if name not in ONE_OF_EACH)
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +51,16 @@ def test_logits_equal_those_of_transformers(saved: Any) -> None:
         assert difference(found[name], wanted[name]) < 1e-5, name
 
 
-def test_trained_over_ranks_and_exported(saved: Any, tmp_path: Path) -> None:
-    models, before = saved
+@pytest.mark.parametrize("names", exhaustive([ONE_OF_EACH, OTHERS], [OTHERS]), ids=lambda names: f"{len(names)} models")
+def test_trained_over_ranks_and_exported(saved: Any, tmp_path: Path, names: tuple[str, ...]) -> None:
+    models, before = {name: saved[0][name] for name in names}, saved[1]
     parallel = ParallelConfig(tensor=2, context=2)
     ranks = run_ranks("tests.models.model_jobs:train_and_save", 4, models, parallel, tmp_path, cpu_only=True)
     (alone,) = run_ranks(
         "tests.models.model_jobs:train_and_save", 1, models, ParallelConfig(), tmp_path / "alone", cpu_only=True
     )
     for rank in ranks:
-        for name in CASES:
+        for name in names:
             assert rank[name] == pytest.approx(alone[name], rel=1e-5), name
     (trained,) = run_ranks("tests.models.model_jobs:load_and_read", 1, models, tmp_path, cpu_only=True)
     for name, model in models.items():

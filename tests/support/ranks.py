@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib
 import itertools
-import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
@@ -23,19 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
-@functools.cache
-def _context() -> Any:
-    """Select how processes start.
-
-    A fork of a server that has imported the slow libraries starts in one second instead of ten. Those libraries
-    initialise CUDA, which does not survive a fork: with CUDA, each process starts by itself.
-    """
-    if torch.cuda.is_available():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dash_dist.context_parallel", "dash_dist.megatron.engine"])
-    return context
+from tests.support.processes import fast_context
 
 
 def backend_for(world_size: int) -> str:
@@ -85,7 +72,7 @@ def run_ranks(
     # The store lives here: a port that is free before rank 0 listens may be taken when it does.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world_size > 1 else None
     port = 0 if store is None else store.port
-    context = _context()
+    context = fast_context()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
         context.Process(target=_rank, args=(pipes[rank][1], job, rank, world_size, port, cpu_only, arguments))

@@ -7,13 +7,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.support.processes import PythonProcess
 from tests.support.ranks import free_port
 
 TINY = {
@@ -35,7 +35,7 @@ TINY = {
         "distributed_timeout_seconds": 60,
     },
     "checkpoint": {"interval": 10},
-    "logging": {"interval": 1, "routing_interval": 5},
+    "logging": {"interval": 1, "routing_interval": 5, "heat_map_layers": []},  # a map takes as long as two steps
 }
 
 
@@ -53,13 +53,13 @@ def cpu_environment(changes: dict[str, str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def rank_processes(arguments: Sequence[str], world_size: int) -> Iterator[list[subprocess.Popen[str]]]:
+def rank_processes(arguments: Sequence[str], world_size: int) -> Iterator[list[PythonProcess]]:
     """Run `python ARGUMENTS` as every rank of a world, and kill all ranks on exit from the context."""
     port = free_port()
     processes = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env=cpu_environment(
+        PythonProcess(
+            arguments,
+            cpu_environment(
                 {
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
@@ -69,9 +69,6 @@ def rank_processes(arguments: Sequence[str], world_size: int) -> Iterator[list[s
                     "OMP_NUM_THREADS": "1",
                 }
             ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank in range(world_size)
     ]

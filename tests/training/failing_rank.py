@@ -18,6 +18,7 @@ from dash_dist.megatron.optimizer import Optimizer
 from dash_dist.training.run import train
 
 STEP = 3
+PATIENCE = 4.0  # seconds; a run's own is longer than a test should wait
 PLACES = {
     "forward": (DashCoreAttention, "forward"),
     "backward": (DashCoreAttention, "forward"),
@@ -29,7 +30,8 @@ PLACES = {
 def main(rank: str, phase: str, kind: str, config: str, *overrides: str) -> None:
     begun: list[int] = []
     owner, name = PLACES[phase]
-    real, real_step, real_exit = getattr(owner, name), MegatronEngine.train_step, FirstFailure.__exit__
+    real, real_step = getattr(owner, name), MegatronEngine.train_step
+    initialise, real_exit = FirstFailure.__init__, FirstFailure.__exit__
 
     def fail(*_: object) -> None:
         if kind == "memory":
@@ -49,13 +51,17 @@ def main(rank: str, phase: str, kind: str, config: str, *overrides: str) -> None
         begun.append(engine.step + 1)
         return real_step(engine, micro_batches)
 
+    def enter(context, **options):
+        initialise(context, **{**options, "patience": PATIENCE})
+
     def leave(context, *error):
         real_exit(context, *error)
         if kind == "stuck" and os.environ["RANK"] == rank:
             time.sleep(120)  # as a process that waits in NCCL
 
     setattr(owner, name, call)
-    MegatronEngine.train_step, FirstFailure.__exit__ = train_step, leave
+    MegatronEngine.train_step = train_step
+    FirstFailure.__init__, FirstFailure.__exit__ = enter, leave
     run_app(lambda: train(load_config(config, overrides)))
 
 

@@ -14,7 +14,7 @@ from tests.support.attempts import Outcome, attempt
 
 def runs(config: Path, evaluation: list[str]) -> dict[str, Outcome]:
     def run(name: str, *overrides: str) -> Outcome:
-        return attempt(config, f"run.name={name}", "training.steps=5", "logging.heat_map_layers=[]", *overrides)
+        return attempt(config, f"run.name={name}", "training.steps=5", *overrides)
 
     outcomes = {
         "without": run("without"),

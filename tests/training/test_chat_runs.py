@@ -42,7 +42,6 @@ def outcomes(folder):
         "data.source=stdlib",
         "training.steps=4",
         "training.global_batch_size=4",
-        "logging.heat_map_layers=[]",
         "evaluation.interval=4",
         "evaluation.sequences=4",
         f"evaluation.data={{source: files, paths: [{folder / 'held.jsonl'}], {chats}}}",

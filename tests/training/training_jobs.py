@@ -45,8 +45,8 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
     }
 
     with mock.patch.dict(sys.modules, {"matplotlib": None}):
-        outcomes["no matplotlib"] = alone("undrawn")
-        outcomes["no maps"] = alone("without_maps", "logging.heat_map_layers=[]")
+        outcomes["no matplotlib"] = alone("undrawn", "logging.heat_map_layers=null")
+        outcomes["no maps"] = alone("without_maps")
 
     def diverged(engine, micro_batches):
         return StepResult(loss=math.nan, grad_norm=math.nan, learning_rate=1e-3, tokens=512, skipped=True)
