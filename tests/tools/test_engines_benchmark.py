@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dash_dist.config.file import load_config
-from tools.benchmarks.engines.__main__ import _saves
+from dash_dist.config.file import load_config, to_yaml
+from dash_dist.planning.measurements import Measurement
+from tools.benchmarks.engines.__main__ import _planned_gib, _saves
 from tools.benchmarks.engines.cases import CASES, SAVES_EVERY, STEPS, Case, write
 from tools.benchmarks.engines.table import as_markdown
 
@@ -18,8 +19,18 @@ def test_every_case_is_a_configuration_of_the_same_steps(case: Case, tmp_path: P
     assert ranks in (case.gpus, 1)
     assert config.training == first.training
     assert config.data == first.data
-    assert (config.engine == "deepspeed") == case.is_deepspeed
+    assert (config.engine == "deepspeed") == case.name.startswith("DeepSpeed")
     assert (config.checkpoint.interval < STEPS) == case.saves
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_has_a_planned_peak(case: Case, tmp_path: Path) -> None:
+    config = to_yaml(load_config(write(case, "1b", 32_768, tmp_path)))
+    measured = Measurement(case.name, config, case.gpus, "NVIDIA H200", 1, 1.0, None, None, 0.05)
+    planned = _planned_gib(measured, measured.gpu)
+    assert planned is not None
+    assert 5 < planned < 100
+    assert _planned_gib(measured, "another GPU") is None
 
 
 def test_a_save_is_compared_with_the_steps_before_it() -> None:

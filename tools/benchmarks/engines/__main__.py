@@ -74,7 +74,7 @@ def _run(case: Case, shape: str, tokens: int, folder: Path, seconds: float, gpu:
         "step_seconds": measurement.step_seconds,
         "tokens_per_second_per_gpu": 2 * tokens / case.gpus / measurement.step_seconds,
         "allocated_gib": measurement.allocated_gib,
-        "planned_gib": None if case.is_deepspeed else _planned_gib(measurement, gpu),
+        "planned_gib": _planned_gib(measurement, gpu),
         "density": measurement.density,
     }
     return row | (_saves(curves) if case.saves else {})

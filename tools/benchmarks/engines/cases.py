@@ -31,10 +31,6 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     saves: bool = False
 
-    @property
-    def is_deepspeed(self) -> bool:
-        return self.changes.get("engine") == "deepspeed"
-
 
 def _zero(stage: int) -> Case:
     changes = {"engine": "deepspeed", "deepspeed": {"zero_stage": stage}, "parallel": {"context": 2}}
