@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -30,6 +31,13 @@ def fast_context() -> Any:
         ["dash_dist.context_parallel", "dash_dist.megatron.engine", "dash_dist.training.run"]
     )
     return context
+
+
+def start_servers() -> None:
+    """Start the processes that serve all others of a session, which would else start with the first of them."""
+    if fast_context().get_start_method() == "forkserver":
+        forkserver.ensure_running()
+    resource_tracker.ensure_running()
 
 
 class PythonProcess:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.storm.processes import Family
+from tests.support.processes import start_servers
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,7 @@ def short_folder():
 @pytest.fixture(scope="module")
 def family():
     """Fail the module if its tests leave a process behind."""
+    start_servers()  # they stay
     family = Family()
     with family:
         yield family
