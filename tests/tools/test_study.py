@@ -64,8 +64,10 @@ def test_questions_have_the_answers_that_follow_from_the_facts(task: str, length
     begin = length - 1 - QUESTION * len(text.questions)
     pattern = r";(..)(\w)" if TASKS[task].distractors else r"[;:](..)(\w+)"
     facts = [(found.start(), found[1], found[2]) for found in re.finditer(pattern, text.text[:begin])]
-    assert len(facts) == sum(len(question.evidence) for question in text.questions)
     keys = Counter(key for _, key, _ in facts)
+    if task != "variables":  # half of the keys are asked for: else those not yet asked for would tell the last answers
+        assert len(keys) // 2 <= len(text.questions) <= (len(keys) + 1) // 2 + 1
+    assert sum(len(question.evidence) for question in text.questions) < 0.75 * len(facts)
     for number, question in enumerate(text.questions):
         sign, first, second, answer = text.text[begin + QUESTION * number :][:QUESTION]
         assert question.place == begin + QUESTION * number + 3

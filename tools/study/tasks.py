@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tools.study.text import QUESTION, SYMBOLS, Group, Haystack, Text, keys
+from tools.study.text import QUESTION, SYMBOLS, Group, Haystack, Text, asked_of, keys
 
 MakeGroup = Callable[[random.Random, Iterator[str], int], Group]
 
@@ -72,7 +72,7 @@ class Task:
         most = haystack.cells(length, 0) // 2 if self.apart else length
         possible = [one for one in self.difficulties if self.facts(one) <= most]
         for difficulty in itertools.cycle(possible):
-            questions = len(found) + 1
+            questions = asked_of(len(found) + 1)
             room = self.filled * haystack.per_cell * haystack.cells(length, questions)
             facts += self.facts(difficulty)
             if facts > room or questions * QUESTION * _MOST_QUESTIONS > length:

@@ -16,6 +16,8 @@ SYMBOLS = string.ascii_letters + string.digits
 FILLER = "."
 QUESTION = 4
 """Symbols of a question: sign, key of two, answer."""
+_GROUPS_PER_QUESTION = 2
+"""If all groups were asked for, a model could leave out the answers that were given: a small one learns only that."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,19 @@ class Haystack:
         return (length - 1 - questions * QUESTION) // self.cell
 
     def write(self, rng: random.Random, groups: Sequence[Group], length: int) -> Text:
-        """Write the facts of the groups at random places of `length` - 1 symbols, and their questions at the end.
+        """Write the facts of the groups at random places of `length` - 1 symbols, and questions for some at the end.
 
         A group that finds no places is left out. Facts that may share cells go anywhere.
         """
-        slots = {cell: self._slots(rng) for cell in range(self.cells(length, len(groups)))}
+        asked_keys = {group.key for group in rng.sample(groups, asked_of(len(groups)))}
+        slots = {cell: self._slots(rng) for cell in range(self.cells(length, len(asked_keys)))}
         placed: list[tuple[Group, list[int]]] = []
         for group in sorted(groups, key=lambda one: -len(one.facts)):
             if (places := self._places(rng, group, slots)) is not None:
                 placed.append((group, places))
         rng.shuffle(placed)
-        tail = "".join(f"{group.sign}{group.key}{group.answer}" for group, _ in placed)
+        asked = [(group, places) for group, places in placed if group.key in asked_keys]
+        tail = "".join(f"{group.sign}{group.key}{group.answer}" for group, _ in asked)
         body = self._filler(rng, length - 1 - len(tail))
         for group, places in placed:
             for place, fact in zip(places, group.facts, strict=True):
@@ -109,7 +113,7 @@ class Haystack:
         ends = itertools.count(len(body) + QUESTION - 1, QUESTION)
         questions = tuple(
             Question(end, group.answer, group.difficulty, self._ends(group, places))
-            for (group, places), end in zip(placed, ends, strict=False)
+            for (group, places), end in zip(asked, ends, strict=False)
         )
         return Text("".join(body) + tail, questions)
 
@@ -131,6 +135,11 @@ class Haystack:
 
     def _ends(self, group: Group, places: Sequence[int]) -> tuple[int, ...]:
         return tuple(place + len(fact) - 1 for place, fact in zip(places, group.facts, strict=True))
+
+
+def asked_of(groups: int) -> int:
+    """Return how many of a text's groups are asked for."""
+    return -(-groups // _GROUPS_PER_QUESTION)
 
 
 def keys(rng: random.Random) -> Iterator[str]:
