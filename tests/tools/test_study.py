@@ -83,6 +83,17 @@ def test_questions_have_the_answers_that_follow_from_the_facts(task: str, length
         assert {question.difficulty for question in text.questions} == set(TASKS[task].difficulties)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_first_texts_have_few_facts_and_many_questions(task: str) -> None:
+    texts = [TASKS[task].first_text(f"seed {number}") for number in range(50)]
+    assert {len(text.text) for text in texts} == {TASKS[task].first_length - 1}
+    questions = 2 if task == "frequent" else 8
+    assert all(len(text.questions) == questions and text.questions[-1].place == len(text.text) - 1 for text in texts)
+    assert len({text.text for text in texts}) == len(texts)
+    if task == "recall":
+        assert all(len(re.findall(r";..\w", text.text)) == 4 for text in texts)
+
+
 def test_no_fact_less_tells_which_value_is_missing() -> None:
     text = TASKS["missing"].text("some seed", length=8192, planned=PLANNED, cell=CELL)
     for question in text.questions:
@@ -106,7 +117,7 @@ def test_texts_depend_on_their_seed_and_those_held_out_are_others(tmp_path: Path
         for path in (tmp_path / "a" / "overwritten").glob("*.jsonl")
         for line in path.read_text().splitlines()
     }
-    assert len(trained) == sum(SIZE.texts.values())
+    assert len(trained) == SIZE.first_texts + sum(SIZE.texts.values())
     for length in SIZE.texts:
         for index in range(4):
             text = held_out_text("overwritten", SIZE, length, index)
@@ -119,9 +130,10 @@ def test_texts_depend_on_their_seed_and_those_held_out_are_others(tmp_path: Path
 def test_answers_alone_count_in_the_loss(tmp_path: Path) -> None:
     write_corpus(tmp_path, "recall", SIZE)
     settings = settings_of(Cell("recall", "recall", "dense", 0), SIZE, tmp_path)
-    corpus = prepare_here(loaded(settings, tmp_path).data, ByteTokenizer())
-    for (title, source), length in zip(corpus.sources.items(), SIZE.texts, strict=True):
-        rows = (tmp_path / "recall" / f"{length}.jsonl").read_text().splitlines()
+    first, texts = (prepare_here(data, ByteTokenizer()).sources for data in loaded(settings, tmp_path).all_data)
+    lengths = {"first": TASKS["recall"].first_length} | {str(length): length for length in SIZE.texts}
+    for (title, source), (name, length) in zip([*first.items(), *texts.items()], lengths.items(), strict=True):
+        rows = (tmp_path / "recall" / f"{name}.jsonl").read_text().splitlines()
         messages = [message for row in rows for message in json.loads(row)["messages"]]
         answers = [message for message in messages if message["role"] == "assistant"]
         assert source.record.loss_tokens == len(answers), title
@@ -227,7 +239,7 @@ def test_a_stopped_study_goes_on_and_measures_each_model_once(tmp_path: Path) ->
     records = list(Results(tmp_path / "out"))
     assert [found["method"] for found in records] == ["dash-1", "nsa-6"]
     for found in records:
-        assert list(found["training"]["loss"]) == ["1", "2", "3", "4"]
+        assert list(found["training"]["loss"]) == ["1", "2", "3", "4", "5", "6"]
         assert [score["length"] for score in found["scores"]][: len(SIZE.lengths)] == list(SIZE.lengths)
         for score in found["scores"]:
             assert sum(score["asked"].values()) > 20

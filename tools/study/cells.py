@@ -87,7 +87,8 @@ def measure(cell: Cell, size: Size, folder: Path, deadline: Deadline) -> Record:
     digest = write_corpus(folder, cell.corpus, size)
     config = _config(cell, size, folder)
     if size.processes > 1:
-        prepare(config.data, processes=size.processes, console=Console())
+        for data in config.all_data:
+            prepare(data, processes=size.processes, console=Console())
     deadline.check()
     summary = train(config, requests=deadline.command)
     if not summary.completed:

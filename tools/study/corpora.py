@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tools.benchmarks.extension.corpus import write_code
@@ -21,6 +22,7 @@ _TEMPLATE = (
 )
 _TRAINING, _HELD_OUT = "train", "heldout"
 _CODE = "code"
+_FIRST = "first.jsonl"
 
 
 def held_out_text(task: str, size: Size, length: int, index: int) -> Text:
@@ -36,7 +38,7 @@ def write_corpus(folder: Path, corpus: str, size: Size) -> str:
     """
     if corpus in TASKS:
         _write_task(folder / corpus, corpus, size)
-        files = [folder / corpus / _file(length) for length in size.texts]
+        files = [folder / corpus / name for name in (_FIRST, *map(_file, size.texts))]
     else:
         files = [folder / _CODE / f"{part}.jsonl" for part in (_TRAINING, _HELD_OUT)]
         if not all(file.is_file() for file in files):
@@ -51,11 +53,13 @@ def write_corpus(folder: Path, corpus: str, size: Size) -> str:
 
 def task_data(folder: Path, corpus: str, size: Size) -> Settings:
     """Return the section `data:` of a task, without its order and cache."""
-    rows = {"rows": "messages", "chat_template": str(folder / corpus / "template.jinja"), "weight": 1.0}
-    sources = [
-        {"label": f"{length} tokens", "paths": str(folder / corpus / _file(length)), **rows} for length in size.texts
-    ]
-    return {"sources": sources, "documents": "separate"}
+    names = {f"{length} tokens": _file(length) for length in size.texts}
+    return {"sources": _sources(folder / corpus, names), "documents": "separate"}
+
+
+def first_task_data(folder: Path, corpus: str) -> Settings:
+    """Return what is different in that section while a model is trained on a task's first texts."""
+    return {"sources": _sources(folder / corpus, {"first texts": _FIRST})}
 
 
 def code_data(folder: Path) -> tuple[Settings, Settings]:
@@ -70,16 +74,26 @@ def code_data(folder: Path) -> tuple[Settings, Settings]:
 def _write_task(folder: Path, task: str, size: Size) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "template.jinja").write_text(_TEMPLATE)
+    first = (TASKS[task].first_text(f"{_FIRST}/{task}/{index}") for index in range(size.first_texts))
+    _write_texts(folder / _FIRST, first)
     for length, count in size.texts.items():
-        path = folder / _file(length)
-        if path.is_file():
-            continue
-        unfinished = path.with_suffix(".unfinished")
-        with unfinished.open("w") as file:
-            for index in range(count):
-                text = _text(task, size, _TRAINING, length, index)
-                file.write(json.dumps({"messages": text.messages}) + "\n")
-        unfinished.rename(path)
+        texts = (_text(task, size, _TRAINING, length, index) for index in range(count))
+        _write_texts(folder / _file(length), texts)
+
+
+def _write_texts(path: Path, texts: Iterable[Text]) -> None:
+    """Write the texts, unless the file is there."""
+    if path.is_file():
+        return
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w") as file:
+        file.writelines(json.dumps({"messages": text.messages}) + "\n" for text in texts)
+    unfinished.rename(path)
+
+
+def _sources(folder: Path, names: dict[str, str]) -> list[Settings]:
+    rows = {"rows": "messages", "chat_template": str(folder / "template.jinja"), "weight": 1.0}
+    return [{"label": label, "paths": str(folder / name), **rows} for label, name in names.items()]
 
 
 def _file(length: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools.study.corpora import code_data, task_data
+from tools.study.corpora import code_data, first_task_data, task_data
 from tools.study.methods import methods
 from tools.study.parts import Cell
 from tools.study.sizes import Settings, Size, Training
@@ -48,7 +48,11 @@ def _task(cell: Cell, size: Size, folder: Path) -> Settings:
             "layers_without_positions": without,
         },
         "data": task_data(folder, cell.corpus, size),
-        "training": {"steps": training.steps, "sequence_length": training.tokens},
+        "training": {"sequence_length": training.tokens},
+        "stages": [
+            {"name": "first", "steps": size.first_steps, "data": first_task_data(folder, cell.corpus)},
+            {"name": "texts", "steps": training.steps},
+        ],
     }
 
 

@@ -35,8 +35,10 @@ class Size:
 
     Attributes:
         chunk_size: of all methods but those that name another; also symbols of a cell in the texts of the tasks.
-        texts: of each task for training, their number by length in tokens. Each length has the same share of the
-            tokens: short ones teach a task, long ones are what is asked.
+        first_steps: of a task's training, on short texts of few facts: with long ones a model does not begin to learn.
+        first_texts: their number.
+        texts: of each task for training after them, their number by length in tokens. Each length has the same share of
+            the tokens.
         lengths: tokens at which a task is tested, longer than trained ones too.
         samples: texts of each length.
         budgets: chunks that the methods with a fixed number select, ascending; the second one is of all parts.
@@ -50,6 +52,8 @@ class Size:
     tasks: Training
     language: Training
     chunk_size: int
+    first_steps: int
+    first_texts: int
     texts: dict[int, int]
     lengths: tuple[int, ...]
     samples: int
@@ -81,6 +85,8 @@ SIZES = {
             lr=2e-3,
         ),
         chunk_size=64,
+        first_steps=200,
+        first_texts=65536,
         texts={512: 4096, 1024: 2048, 2048: 1024, 4096: 1024, 8192: 1024},
         lengths=(1024, 8192, 16384, 32768, 65536),
         samples=16,
@@ -105,6 +111,8 @@ SIZES = {
             lr=2e-3,
         ),
         chunk_size=32,
+        first_steps=2,
+        first_texts=32,
         texts={256: 8, 512: 8},
         lengths=(512, 768),
         samples=2,

@@ -8,13 +8,15 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tools.study.text import QUESTION, SYMBOLS, Group, Haystack, Text, asked_of, keys
 
 MakeGroup = Callable[[random.Random, Iterator[str], int], Group]
 
 _SIGNS = "!#$%&*+<=>"
+_FIRST_CELL, _FIRST_GROUPS, _FIRST_DRAWS = 16, 4, 2
+"""Of the first texts: symbols of a cell, groups of facts at most, and questions for each."""
 _MOST_QUESTIONS = 4
 """Questions take at most one of so many symbols of a text."""
 
@@ -33,6 +35,7 @@ class Task:
         one_per_cell: a cell has one fact at the most.
         distractors: see `Haystack`.
         apart: see `Group`.
+        first_length: tokens of the texts that are trained on first: a few facts and questions, as short as they can be.
     """
 
     about: str
@@ -46,6 +49,14 @@ class Task:
     one_per_cell: bool = False
     distractors: bool = False
     apart: bool = True
+    first_length: int = 64
+
+    def first_text(self, seed: str) -> Text:
+        """Make a text to train on first: a few facts, each asked for any number of times."""
+        rng = random.Random(seed)
+        haystack = self._haystack(_FIRST_CELL)
+        groups = replace(self, filled=1.0)._groups(rng, haystack, self.first_length, most=_FIRST_GROUPS)
+        return haystack.write(rng, groups, self.first_length, draws=_FIRST_DRAWS * len(groups))
 
     def text(self, seed: str, *, length: int, planned: int, cell: int) -> Text:
         """Make the text of a seed.
@@ -59,19 +70,21 @@ class Task:
             ValueError: the length is too short for one question.
         """
         rng = random.Random(seed)
-        slots = cell // self.width
-        haystack = Haystack(cell, self.width, 1 if self.one_per_cell else slots, self.distractors)
+        haystack = self._haystack(cell)
         groups = self._groups(rng, haystack, min(length, planned))
         if not groups:
             raise ValueError(f"{min(length, planned)} tokens in cells of {cell} are too few: give twice as many")
         return haystack.write(rng, groups, length)
 
-    def _groups(self, rng: random.Random, haystack: Haystack, length: int) -> list[Group]:
-        """Make groups of every difficulty in turn, until the slots are filled as far as they may be."""
+    def _haystack(self, cell: int) -> Haystack:
+        return Haystack(cell, self.width, 1 if self.one_per_cell else cell // self.width, self.distractors)
+
+    def _groups(self, rng: random.Random, haystack: Haystack, length: int, *, most: int | None = None) -> list[Group]:
+        """Make groups of every difficulty in turn, until the slots are filled as far as they may be, or `most`."""
         names, found, facts = keys(rng), list[Group](), 0
-        most = haystack.cells(length, 0) // 2 if self.apart else length
-        possible = [one for one in self.difficulties if self.facts(one) <= most]
-        for difficulty in itertools.cycle(possible):
+        most_facts = haystack.cells(length, 0) // 2 if self.apart else length
+        possible = [one for one in self.difficulties if self.facts(one) <= most_facts]
+        for difficulty in itertools.islice(itertools.cycle(possible), most):
             questions = asked_of(len(found) + 1)
             room = self.filled * haystack.per_cell * haystack.cells(length, questions)
             facts += self.facts(difficulty)
@@ -144,6 +157,7 @@ TASKS = {
         filled=1.0,
         one_per_cell=True,
         distractors=True,
+        first_length=128,
     ),
     "missing": Task(
         "the one value that a key lacks: its facts, each in another chunk, are all needed",
@@ -153,6 +167,7 @@ TASKS = {
         lambda chunks: chunks,
         lambda chunks: 1 / (chunks + 1),
         filled=1 / 2,
+        first_length=128,
     ),
     "variables": Task(
         "the value that a name got through other names",
@@ -163,6 +178,7 @@ TASKS = {
         _blind,
         filled=1 / 4,
         width=5,
+        first_length=128,
     ),
     "overwritten": Task(
         "the last of the values that a key was given",
@@ -172,6 +188,7 @@ TASKS = {
         lambda writes: writes,
         _blind,
         filled=1 / 4,
+        first_length=128,
     ),
     "frequent": Task(
         "the value that a key has most often, from facts all over the text",
@@ -182,5 +199,6 @@ TASKS = {
         lambda _: 1 / _VALUES,
         filled=1 / 2,
         apart=False,
+        first_length=128,
     ),
 }

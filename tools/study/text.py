@@ -92,19 +92,25 @@ class Haystack:
         """Return the cells of a text of `length` tokens, the end of its document counted, before the questions."""
         return (length - 1 - questions * QUESTION) // self.cell
 
-    def write(self, rng: random.Random, groups: Sequence[Group], length: int) -> Text:
+    def write(self, rng: random.Random, groups: Sequence[Group], length: int, *, draws: int | None = None) -> Text:
         """Write the facts of the groups at random places of `length` - 1 symbols, and questions for some at the end.
 
         A group that finds no places is left out. Facts that may share cells go anywhere.
+
+        Args:
+            draws: questions, each about any group. By default, half of the groups are asked for, each once.
         """
         asked_keys = {group.key for group in rng.sample(groups, asked_of(len(groups)))}
-        slots = {cell: self._slots(rng) for cell in range(self.cells(length, len(asked_keys)))}
+        slots = {cell: self._slots(rng) for cell in range(self.cells(length, draws or len(asked_keys)))}
         placed: list[tuple[Group, list[int]]] = []
         for group in sorted(groups, key=lambda one: -len(one.facts)):
             if (places := self._places(rng, group, slots)) is not None:
                 placed.append((group, places))
         rng.shuffle(placed)
-        asked = [(group, places) for group, places in placed if group.key in asked_keys]
+        if draws is None:
+            asked = [(group, places) for group, places in placed if group.key in asked_keys]
+        else:
+            asked = rng.choices(placed, k=draws)
         tail = "".join(f"{group.sign}{group.key}{group.answer}" for group, _ in asked)
         body = self._filler(rng, length - 1 - len(tail))
         for group, places in placed:
