@@ -87,7 +87,7 @@ class _Experiment:
     def _write_text(self) -> None:
         size = self._size
         write_code(self._folder / "text", document=4 * size.lengths[0], megabytes=size.megabytes)
-        write_questions(self._folder / "questions.jsonl", size.questions)
+        write_questions(self._folder, size.questions)
 
     def _train(self, settings: Settings) -> None:
         name = settings["run"]["name"]

@@ -45,14 +45,21 @@ def write_code(folder: Path, *, document: int, megabytes: float) -> None:
                 written[part] += len(text)
 
 
-def write_questions(path: Path, documents: Mapping[int, int]) -> None:
+def write_questions(folder: Path, documents: Mapping[int, int]) -> None:
     """Write texts of the suite `retrieval`, each with its question and answer; their number by length in tokens."""
-    tokenizer, tasks = ByteTokenizer(), itertools.cycle(SUITES["retrieval"])
-    with path.open("w") as file:
-        for index, length in enumerate(length for length, count in documents.items() for _ in range(count)):
-            sample = make_sample(next(tasks), tokenizer, length=length, index=index, seed=_SEED_OF_TRAINING)
-            text = tokenizer.decode(np.concatenate([sample.prompt, sample.answer]))
-            file.write(json.dumps({"text": text}) + "\n")
+    tokenizer = ByteTokenizer()
+    for length, count in documents.items():
+        tasks = itertools.cycle(SUITES["retrieval"])
+        with (folder / questions_of(length)).open("w") as file:
+            for index in range(count):
+                sample = make_sample(next(tasks), tokenizer, length=length, index=index, seed=_SEED_OF_TRAINING)
+                text = tokenizer.decode(np.concatenate([sample.prompt, sample.answer]))
+                file.write(json.dumps({"text": text}) + "\n")
+
+
+def questions_of(length: int) -> str:
+    """Return the name of the file of questions of a length."""
+    return f"questions_{length}.jsonl"
 
 
 def _packages() -> list[Path]:

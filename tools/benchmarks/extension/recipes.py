@@ -6,11 +6,13 @@ Knows settings; does not know files of text or results.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.common.shapes import Shape
+from tools.benchmarks.extension.corpus import questions_of
 
 Settings = dict[str, Any]
 
@@ -22,8 +24,10 @@ class Size:
     Attributes:
         lengths: tokens of a sequence in training from scratch and in the two stages of the extension.
         steps: of each of the three.
-        questions: documents with a question, by length in tokens. A short one teaches as much as a long one, and the
-            same tokens hold many more of them.
+        first_steps: before those from scratch, on documents with a question of the shortest length alone. Half of the
+            tokens that are not a sentence known by heart are then an answer.
+        questions: documents with a question, by length in tokens, ascending. A short one teaches as much as a long
+            one, and the same tokens hold many more of them.
         tokens: of a global batch.
     """
 
@@ -31,11 +35,11 @@ class Size:
     chunk_size: int
     lengths: tuple[int, int, int]
     steps: tuple[int, int, int]
+    first_steps: int
     tokens: int
     heldout: int
     megabytes: float
     questions: dict[int, int]
-    micro_batch: int
 
 
 SIZES = {
@@ -44,22 +48,22 @@ SIZES = {
         chunk_size=64,
         lengths=(8192, 32768, 65536),
         steps=(500, 40, 40),
+        first_steps=150,
         tokens=131072,
         heldout=8,
         megabytes=60,
-        questions={384: 20_000, 512: 12_000, 1024: 6_000, 2048: 3_000, 4096: 1_000, 8192: 500, 32768: 64, 65536: 32},
-        micro_batch=4,
+        questions={384: 50_000, 512: 12_000, 1024: 6_000, 2048: 3_000, 4096: 1_000, 8192: 500, 32768: 64, 65536: 32},
     ),
     "cpu": Size(
         model=Shape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16).section(),
         chunk_size=16,
         lengths=(512, 1024, 2048),
         steps=(6, 3, 3),
+        first_steps=2,
         tokens=2048,
         heldout=2,
         megabytes=0.3,
         questions={384: 8, 512: 8, 1024: 4, 2048: 4},
-        micro_batch=1,
     ),
 }
 _BASES = (10_000.0, 500_000.0)
@@ -71,7 +75,12 @@ def from_scratch(size: Size, folder: Path) -> Settings:
     settings = _common(size, folder, "base")
     settings["attention"]["kind"] = "dense"
     settings["optimizer"] = {"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": max(1, size.steps[0] // 20)}
-    settings["training"] |= _training(size, 0)
+    settings["training"] |= _lengths(size, 0)
+    first = {"sources": [_questions(folder, [min(size.questions)], "short questions")]}
+    settings["stages"] = [
+        {"name": "questions", "steps": size.first_steps, "data": first},
+        {"name": f"{size.lengths[0]}", "steps": size.steps[0]},
+    ]
     return settings
 
 
@@ -99,17 +108,14 @@ def untrained(size: Size, folder: Path, weights: Path) -> Settings:
 
 
 def _common(size: Size, folder: Path, name: str) -> Settings:
-    def documents(part: str) -> list[Settings]:
-        code = {"source": "files", "paths": str(folder / "text" / part)}
-        return [code | {"weight": 0.5}, {"source": "files", "paths": str(folder / "questions.jsonl"), "weight": 0.5}]
-
+    code = {"source": "files", "paths": str(folder / "text" / "train.jsonl"), "weight": 0.5}
     return copy.deepcopy(
         {
             "run": {"name": name, "directory": str(folder / "runs")},
             "model": {**size.model, "rotary_base": _BASES[0]},
             "attention": {"chunk_size": size.chunk_size},
             "data": {
-                "sources": documents("train.jsonl"),
+                "sources": [code, _questions(folder, size.questions, "questions")],
                 "cache": str(folder / "tokens"),
                 "documents": "separate",
             },
@@ -126,15 +132,12 @@ def _common(size: Size, folder: Path, name: str) -> Settings:
     )
 
 
-def _training(size: Size, stage: int) -> Settings:
-    return _lengths(size, stage) | {"steps": size.steps[stage]}
+def _questions(folder: Path, lengths: Iterable[int], label: str) -> Settings:
+    """Return the source of documents with a question, of some lengths in tokens."""
+    paths = [str(folder / questions_of(length)) for length in lengths]
+    return {"label": label, "source": "files", "paths": paths, "weight": 0.5}
 
 
 def _lengths(size: Size, stage: int) -> Settings:
     length = size.lengths[stage]
-    rows = size.micro_batch if stage == 0 else 1
-    return {
-        "sequence_length": length,
-        "global_batch_size": max(rows, size.tokens // length),
-        "micro_batch_size": rows,
-    }
+    return {"sequence_length": length, "global_batch_size": max(1, size.tokens // length)}
