@@ -24,7 +24,6 @@ def write_config(folder):
     settings["training"] = {**TINY["training"], "sequence_length": LENGTH, "steps": 4}
     settings["model"] = {**TINY["model"], "init_std": 0.2}  # continuations of many different tokens
     settings["optimizer"] = {"lr": 1.0e-3, "warmup_steps": 1}
-    settings["logging"] = {"heat_map_layers": []}
     settings["checkpoint"] = {"interval": 2, "keep": 5}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings))

@@ -4,18 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from dash_dist.config.file import load_config
 from dash_dist.config.run import RunConfig
+from tools.benchmarks.common.configurations import write_configuration
 from tools.benchmarks.extension.corpus import questions_of, write_questions
 from tools.benchmarks.extension.recipes import SIZES, Settings, extension, from_scratch, untrained
 
 
 def loaded(settings: Settings, folder: Path) -> RunConfig:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return load_config(path)
+    return load_config(write_configuration(settings, folder))
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from dash_dist.config.file import load_config
 from dash_dist.config.run import RunConfig
@@ -19,6 +18,7 @@ from dash_dist.data.tokenizer import ByteTokenizer
 from dash_kernels import AttentionSpec
 from dash_kernels.selection import InfLLMv2, TopChunks
 from tests.support.runs import run_command
+from tools.benchmarks.common.configurations import write_configuration
 from tools.study.corpora import held_out_text, write_corpus
 from tools.study.methods import methods
 from tools.study.parts import Cell, cells, parts
@@ -141,9 +141,7 @@ def test_answers_alone_count_in_the_loss(tmp_path: Path) -> None:
 
 
 def loaded(settings: dict[str, Any], folder: Path) -> RunConfig:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return load_config(path)
+    return load_config(write_configuration(settings, folder))
 
 
 def test_every_method_has_a_configuration(tmp_path: Path) -> None:

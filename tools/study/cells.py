@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from dash_dist.config.file import load_config
@@ -24,6 +23,7 @@ from dash_dist.run.curves import read_curves
 from dash_dist.run.messages import RunSummary
 from dash_dist.run.requests import Command, Request
 from dash_dist.training.run import train
+from tools.benchmarks.common.configurations import write_configuration
 from tools.study.corpora import held_out_text, write_corpus
 from tools.study.methods import methods
 from tools.study.parts import Cell
@@ -100,10 +100,9 @@ def measure(cell: Cell, size: Size, folder: Path, deadline: Deadline) -> Record:
 
 
 def _config(cell: Cell, size: Size, folder: Path) -> RunConfig:
-    path = folder / "configs" / f"{cell.run}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(settings_of(cell, size, folder), sort_keys=False))
-    return load_config(path)
+    configs = folder / "configs"
+    configs.mkdir(parents=True, exist_ok=True)
+    return load_config(write_configuration(settings_of(cell, size, folder), configs))
 
 
 def _training(summary: RunSummary, config: RunConfig) -> dict[str, Any]:

@@ -100,26 +100,22 @@ class Haystack:
         Args:
             draws: questions, each about any group. By default, half of the groups are asked for, each once.
         """
-        asked_keys = {group.key for group in rng.sample(groups, asked_of(len(groups)))}
-        slots = {cell: self._slots(rng) for cell in range(self.cells(length, draws or len(asked_keys)))}
-        placed: list[tuple[Group, list[int]]] = []
+        asked = rng.sample(groups, asked_of(len(groups))) if draws is None else rng.choices(groups, k=draws)
+        slots = {cell: self._slots(rng) for cell in range(self.cells(length, len(asked)))}
+        places_of: dict[str, list[int]] = {}
         for group in sorted(groups, key=lambda one: -len(one.facts)):
             if (places := self._places(rng, group, slots)) is not None:
-                placed.append((group, places))
-        rng.shuffle(placed)
-        if draws is None:
-            asked = [(group, places) for group, places in placed if group.key in asked_keys]
-        else:
-            asked = rng.choices(placed, k=draws)
-        tail = "".join(f"{group.sign}{group.key}{group.answer}" for group, _ in asked)
+                places_of[group.key] = places
+        asked = [group for group in asked if group.key in places_of]
+        tail = "".join(f"{group.sign}{group.key}{group.answer}" for group in asked)
         body = self._filler(rng, length - 1 - len(tail))
-        for group, places in placed:
-            for place, fact in zip(places, group.facts, strict=True):
+        for group in (one for one in groups if one.key in places_of):
+            for place, fact in zip(places_of[group.key], group.facts, strict=True):
                 body[place : place + self.width] = fact.ljust(self.width, FILLER)
         ends = itertools.count(len(body) + QUESTION - 1, QUESTION)
         questions = tuple(
-            Question(end, group.answer, group.difficulty, self._ends(group, places))
-            for (group, places), end in zip(asked, ends, strict=False)
+            Question(end, group.answer, group.difficulty, self._ends(group, places_of[group.key]))
+            for group, end in zip(asked, ends, strict=False)
         )
         return Text("".join(body) + tail, questions)
 

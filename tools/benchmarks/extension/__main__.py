@@ -18,7 +18,6 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 
 from dash_dist.checkpoints.commands import export
@@ -29,6 +28,7 @@ from dash_dist.hf.command import generate
 from dash_dist.importing.command import import_model
 from dash_dist.run.curves import read_curves
 from dash_dist.training.run import train
+from tools.benchmarks.common.configurations import write_configuration
 from tools.benchmarks.common.environment import describe_environment
 from tools.benchmarks.extension.corpus import write_code, write_questions
 from tools.benchmarks.extension.recipes import SIZES, Settings, Size, extension, from_scratch, untrained
@@ -91,9 +91,7 @@ class _Experiment:
 
     def _train(self, settings: Settings) -> None:
         name = settings["run"]["name"]
-        path = self._folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        summary = train(load_config(path))
+        summary = train(load_config(write_configuration(settings, self._folder)))
         curves = read_curves(self._folder / "runs" / name)
         self._record["runs"][name] = {
             "tokens": summary.tokens,
