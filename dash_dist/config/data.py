@@ -195,6 +195,11 @@ class DataConfig(SourceConfig):
     shuffle_seed: int | None = Field(default=0, ge=0)
     """Seed of the order of the documents, which is new in each epoch; None reads them in the order of the files."""
 
+    cut_documents: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of the parts into which longer documents are cut. The parts are shuffled one by one, as documents are, so
+    that a batch has parts of many documents. Neither attention nor labels of separate documents cross from one part to
+    the next. None keeps documents whole."""
+
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> Self:
         if self.sources:
@@ -227,6 +232,8 @@ class DataConfig(SourceConfig):
             raise ValueError(f"data.length_buckets={list(self.length_buckets)} is not ascending: sort it")
         if self.shuffle_seed is None and any(one.length_weights for one in self.all_sources):
             raise ValueError("data.length_weights needs an order by chance: set data.shuffle_seed, or drop it")
+        if self.shuffle_seed is None and self.cut_documents is not None:
+            raise ValueError("data.cut_documents needs an order by chance: set data.shuffle_seed, or drop it")
         if self.documents == "joined":
             given = [
                 name

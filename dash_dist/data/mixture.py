@@ -14,19 +14,18 @@ import numpy as np
 from dash_dist.config.data import DataConfig
 from dash_dist.data.corpus import Corpus, TokenSource
 from dash_dist.data.order import DocumentOrder, groups_of
+from dash_dist.data.parts import LEAST_TOKENS, Part, Parts
 
 _BLOCK = 1024
-LEAST_TOKENS = 2
-"""Of a document that is read: one token to predict from, one to predict."""
 
 
 @dataclass(eq=False)
 class Waiting:
-    """A document that is not used up.
+    """A document, or a part of one, that is not used up.
 
     Attributes:
-        length: tokens, the end-of-document token included.
-        offset: tokens that are in earlier sequences.
+        length: tokens of the document up to its end or that of the part, the end-of-document token included.
+        offset: tokens of the document that are in earlier sequences or parts.
     """
 
     source: int
@@ -38,15 +37,19 @@ class Waiting:
 class SourceCursor:
     """The documents of one source without end, each once in every epoch unless it has another weight.
 
+    The parts of a long document come independently of each other, as documents do.
+
     Args:
-        longest: tokens of the longest document that is read; None is any.
+        longest: tokens of the longest document or part that is read; None is any.
         weights: `data.length_weights`.
+        cut: `data.cut_documents`.
 
     Attributes:
-        epoch, place: of the next document.
-        drawn: tokens of the documents so far.
+        parts: of all documents.
+        epoch, place: of the next document or part.
+        drawn: tokens of the documents and parts so far.
         skipped: documents passed over since they have no text or are damaged, again in each epoch.
-        dropped: documents passed over since they are longer than `longest`, again in each epoch.
+        dropped: documents and parts passed over since they are longer than `longest`, again in each epoch.
     """
 
     def __init__(
@@ -56,48 +59,48 @@ class SourceCursor:
         *,
         longest: int | None,
         weights: Mapping[int, float] = MappingProxyType({}),
+        cut: int | None = None,
     ) -> None:
-        self._source = source
-        self._order = DocumentOrder(source.lengths, seed, weights)
+        self.parts = Parts(source.lengths, cut)
+        self._order = DocumentOrder(self.parts, seed, weights)
         self._longest = longest
         self.epoch = self.place = self.drawn = self.skipped = self.dropped = 0
-        self._block: tuple[int, int, np.ndarray, np.ndarray] | None = None
-        readable = source.lengths >= LEAST_TOKENS
-        if not readable.any():
+        self._block: tuple[int, int, np.ndarray] | None = None
+        if not (source.lengths >= LEAST_TOKENS).any():
             raise ValueError(f"{source.record.description} has no document of at least {LEAST_TOKENS} tokens")
-        if longest is not None and not (readable & (source.lengths <= longest)).any():
+        if longest is not None and self.parts.shortest() > longest:
             raise ValueError(
                 f"{source.record.description} has no document that fits into a sequence, and data.long_documents "
                 "is drop: set it to split, or training.sequence_length higher"
             )
 
-    def draw(self) -> tuple[int, int]:
-        """Return number and length of the next document."""
+    def draw(self) -> Part:
+        """Return the next document or part."""
         while True:
-            document, length = self._next()
+            part = self._next()
+            length = part.stop - part.start
             if length < LEAST_TOKENS:
                 self.skipped += 1
             elif self._longest is not None and length > self._longest:
                 self.dropped += 1
             else:
                 self.drawn += length
-                return document, length
+                return part
 
-    def _next(self) -> tuple[int, int]:
+    def _next(self) -> Part:
         while self.place >= (places := self._order.places(self.epoch)):  # of small weights, none in some epochs
             self.epoch, self.place = self.epoch + 1, 0
         first = self.place - self.place % _BLOCK
         if self._block is None or self._block[:2] != (self.epoch, first):
-            documents = self._order.documents(self.epoch, first, min(first + _BLOCK, places))
-            self._block = self.epoch, first, documents, self._source.lengths[documents]
-        _, _, documents, lengths = self._block
-        index = self.place - first
+            numbers = self._order.parts(self.epoch, first, min(first + _BLOCK, places))
+            self._block = self.epoch, first, self.parts.bounds(numbers)
+        _, _, bounds = self._block
         self.place += 1
-        return int(documents[index]), int(lengths[index])
+        return Part(*bounds[self.place - 1 - first].tolist())
 
     @property
     def epochs(self) -> float:
-        """Passes over the documents, the current one as a fraction."""
+        """Passes over the documents, the current one as a fraction of its places."""
         return self.epoch + self.place / max(1, self._order.places(self.epoch))
 
     def state_dict(self) -> dict[str, int]:
@@ -146,11 +149,11 @@ class Mixture:
         self.shares = shares
 
     def next_document(self) -> Waiting:
-        """Draw the next document."""
+        """Draw the next document, or part of one."""
         source = 0
         if len(self.cursors) > 1:
             total = sum(cursor.drawn for cursor in self.cursors) + 1
             lacking = [share * total - cursor.drawn for share, cursor in zip(self.shares, self.cursors, strict=True)]
             source = lacking.index(max(lacking))
-        document, length = self.cursors[source].draw()
-        return Waiting(source, document, length)
+        part = self.cursors[source].draw()
+        return Waiting(source, part.document, part.stop, part.start)

@@ -1,4 +1,4 @@
-"""The order of documents: a permutation of each epoch that is a pure function of seed, epoch and place.
+"""The order of parts of documents: a permutation of each epoch that is a pure function of seed, epoch and place.
 
 Knows numbers; does not know documents. No order is ever stored: a Feistel network on the smallest even number of bits
 that holds n numbers permutes them, and follows its cycle until it is back in [0, n) (Black and Rogaway, "Ciphers with
@@ -9,37 +9,38 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dash_dist.data.parts import Parts
+
 _ROUNDS = 6
 
 
 class DocumentOrder:
-    """The documents of each epoch of one source in order.
+    """The documents of each epoch of one source in order, long ones as their parts.
 
-    With weights, a group of n documents that are about as long, of weight w, has n * w places in an epoch, rounded so
-    that none are lost over epochs. Its documents take them in turn, each once before any comes again.
+    With weights, a group of n parts whose documents are about as long, of weight w, has n * w places in an epoch,
+    rounded so that none are lost over epochs. Its parts take them in turn, each once before any comes again.
 
     Args:
-        lengths: int [documents], tokens of each.
         seed: None is the order of the documents, which has no weights.
         weights: least tokens of a group -> weight; documents that are shorter than all have weight 1.
     """
 
-    def __init__(self, lengths: np.ndarray, seed: int | None, weights: Mapping[int, float]) -> None:
-        self._documents = len(lengths)
+    def __init__(self, parts: Parts, seed: int | None, weights: Mapping[int, float]) -> None:
+        self._parts = len(parts)
         self._seed = seed
         self._groups: list[tuple[np.ndarray, float]] = []
         if weights:
-            group, of_group = groups_of(lengths, weights)
+            group, of_group = groups_of(parts.lengths_of_documents(), weights)
             self._groups = [(np.flatnonzero(group == number), weight) for number, weight in enumerate(of_group)]
 
     def places(self, epoch: int) -> int:
         """Return the number of places in an epoch."""
         if not self._groups:
-            return self._documents
+            return self._parts
         return sum(stop - start for start, stop in self._turns(epoch))
 
-    def documents(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Return the documents at places start to stop of an epoch, int64."""
+    def parts(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Return the numbers of the parts at places start to stop of an epoch, int64."""
         places = np.arange(start, stop)
         if self._seed is None:
             return places
@@ -48,19 +49,19 @@ class DocumentOrder:
             return places
         found = np.empty_like(places)
         first = 0
-        for (documents, _), (begin, end) in zip(self._groups, self._turns(epoch), strict=True):
+        for (parts, _), (begin, end) in zip(self._groups, self._turns(epoch), strict=True):
             mine = (places >= first) & (places < first + end - begin)
-            rounds, turns = np.divmod(begin + places[mine] - first, max(len(documents), 1))
+            rounds, turns = np.divmod(begin + places[mine] - first, max(len(parts), 1))
             order = np.empty_like(turns)
             for one in np.unique(rounds).tolist():
-                order[rounds == one] = permute(turns[rounds == one], len(documents), seed=self._seed, epoch=one)
-            found[mine] = documents[order]
+                order[rounds == one] = permute(turns[rounds == one], len(parts), seed=self._seed, epoch=one)
+            found[mine] = parts[order]
             first += end - begin
         return found
 
     def _turns(self, epoch: int) -> list[tuple[int, int]]:
         """Return the first and last + 1 turn of each group in an epoch, counted over all epochs."""
-        sizes = [len(documents) * weight for documents, weight in self._groups]
+        sizes = [len(parts) * weight for parts, weight in self._groups]
         return [(int(epoch * size), int((epoch + 1) * size)) for size in sizes]
 
 

@@ -15,8 +15,9 @@ import torch
 
 from dash_dist.config.data import DataConfig
 from dash_dist.data.corpus import Corpus, changed_documents
-from dash_dist.data.mixture import LEAST_TOKENS, Mixture, SourceCursor, Waiting, shares_of
+from dash_dist.data.mixture import Mixture, SourceCursor, Waiting, shares_of
 from dash_dist.data.packing import JoinedPacker, PackedSequence, Packer, Piece, SeparatePacker, count_inputs
+from dash_dist.data.parts import LEAST_TOKENS
 from dash_dist.data.prepare import prepare_here
 from dash_dist.data.sizes import check_sizes
 from dash_dist.data.tokenizer import Tokenizer
@@ -100,7 +101,7 @@ class DataStream:
         longest = sequence_length + 1 if drops else None
         self._weights = [dict(one.length_weights) for one in config.all_sources]
         self._cursors = [
-            SourceCursor(source, config.shuffle_seed, longest=longest, weights=weights)
+            SourceCursor(source, config.shuffle_seed, longest=longest, weights=weights, cut=config.cut_documents)
             for source, weights in zip(self._sources, self._weights, strict=True)
         ]
         mixture = Mixture(self._cursors, shares_of(config, corpus))
@@ -197,14 +198,21 @@ class DataStream:
                     "tokens": self._tokens[number],
                     **({"loss_tokens": self._loss_tokens[number]} if self._is_masked else {}),
                     "length_weights": _jsonable(self._weights[number]),
+                    "cut_documents": self._config.cut_documents,
+                    "parts": len(cursor.parts),
                     **cursor.state_dict(),
                 }
                 for number, ((title, source), share, cursor) in enumerate(
                     zip(self._corpus.sources.items(), self._shares, self._cursors, strict=True)
                 )
             ],
-            "waiting": [[one.source, one.document, one.offset] for one in self._packer.waiting],
+            "waiting": [self._save(one) for one in self._packer.waiting],
         }
+
+    def _save(self, one: Waiting) -> list[int]:
+        """Return numbers for a checkpoint: of a part its end too, which another cut in a later run leaves as it is."""
+        is_part = one.length < self._sources[one.source].lengths[one.document]
+        return [one.source, one.document, one.offset, *([one.length] if is_part else [])]
 
     def load_state_dict(self, state: Mapping[str, Any], *, new_stage: bool = False) -> list[str]:
         """Continue exactly where the run that saved `state` stopped; returns a sentence for each difference.
@@ -249,15 +257,11 @@ class DataStream:
             same_order, note = self._check_documents(state["corpus"], saved, source.record.title)
             if note:
                 notes.append(note)
-            weights = saved.get("length_weights", {}), _jsonable(self._weights[number])
-            if weights[0] != weights[1]:
-                notes.append(
-                    f"length_weights of {source.record.title} were {weights[0]} and are {weights[1]}: "
-                    "a new epoch begins"
-                )
             if not same_order:
                 anew.add(old)
-            if not same_order or weights[0] != weights[1]:
+            other_order = self._describe_other_order(saved, number)
+            notes += other_order
+            if not same_order or other_order:
                 saved = {**saved, "epoch": saved["epoch"] + 1, "place": 0}
             self._cursors[number].load_state_dict(saved)
             self._tokens[number] = saved["tokens"]
@@ -270,13 +274,27 @@ class DataStream:
             if not more and state["corpus"] == self._corpus.fingerprint:
                 notes.append(f"shares of the sources were {_percents(before)} and are {_percents(now)}")
         waiting = []
-        for old, document, offset in state["waiting"]:
+        for old, document, offset, *end in state["waiting"]:
             if old in number_of and old not in anew:
-                length = int(self._sources[number_of[old]].lengths[document])
+                length = min([int(self._sources[number_of[old]].lengths[document]), *end])
                 if length >= LEAST_TOKENS and offset < length:
                     waiting.append(Waiting(number_of[old], document, length, offset))
         self._packer.resume(waiting)
         return notes
+
+    def _describe_other_order(self, saved: Mapping[str, Any], number: int) -> list[str]:
+        """Return a sentence for each reason why the same documents of a source are in another order of parts."""
+        title, told = self._sources[number].record.title, []
+        weights = saved.get("length_weights", {}), _jsonable(self._weights[number])
+        if weights[0] != weights[1]:
+            told.append(f"length_weights of {title} were {weights[0]} and are {weights[1]}: a new epoch begins")
+        cut = saved.get("cut_documents"), self._config.cut_documents
+        parts = saved.get("parts", saved["documents"]), len(self._cursors[number].parts)
+        if cut[0] != cut[1]:
+            told.append(f"cut_documents of {title} was {cut[0]} and is {cut[1]}: a new epoch begins")
+        elif parts[0] != parts[1] and saved["documents"] == len(self._sources[number]):
+            told.append(f"documents of {title} had {parts[0]} parts and have {parts[1]}: a new epoch begins")
+        return told
 
     def _match(self, saved: list[Mapping[str, Any]], *, may_have_moved: bool) -> tuple[dict[int, int], list[str]]:
         """Return the number of each saved source in this run, and a sentence for each that is new or gone."""

@@ -59,6 +59,8 @@ from dash_dist.errors import ConfigError
         ({"length_weights": {0: 2}}, "greater than 0"),
         ({"length_weights": {4: 0}}, "greater than 0"),
         ({"length_weights": {4: 2}, "shuffle_seed": None}, "data.length_weights needs an order by chance"),
+        ({"cut_documents": 1}, "greater than or equal to 2"),
+        ({"cut_documents": 64, "shuffle_seed": None}, "data.cut_documents needs an order by chance: set data.shuffle"),
         (
             {"sources": [{"paths": "a"}], "length_weights": {4: 2}},
             "data.length_weights and data.sources are both given",
@@ -108,7 +110,7 @@ def test_a_resolved_config_can_be_read_back():
     for config in (
         DataConfig(),
         DataConfig(source="files", paths="a.jsonl", text_column="body", shuffle_seed=0),
-        DataConfig(source="hub", name="a/b", subset="en", revision="main"),
+        DataConfig(source="hub", name="a/b", subset="en", revision="main", cut_documents=4096),
         DataConfig(source="megatron", paths=["a", "b"], cache="folder", special_tokens=True),
         DataConfig(sources=[{**A, "epochs": 2}, {**B, "epochs": 0.5, "label": "x"}], damaged="stop"),
         DataConfig(sources=[A, B], temperature=2, documents="separate", length_buckets=[4, 8], shuffle_seed=None),

@@ -1,6 +1,8 @@
 """Streams over small corpora, and the sequences of their steps put together again."""
 
 import json
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,17 @@ END = ByteTokenizer.end_of_document
 
 def files(*paths: Any, **options: Any) -> DataConfig:
     return DataConfig(source="files", paths=tuple(str(path) for path in paths), **options)
+
+
+def source_of(lengths) -> SimpleNamespace:
+    """A source without files."""
+    lengths = np.array(lengths, dtype=np.int32)
+
+    class Source(SimpleNamespace):
+        def __len__(self) -> int:
+            return len(self.lengths)
+
+    return Source(lengths=lengths, record=SimpleNamespace(tokens=int(lengths.sum()), description="data.paths=[x]"))
 
 
 def json_lines(*texts: str) -> bytes:
@@ -115,28 +128,40 @@ def resume(config: DataConfig, state: dict[str, Any], **options: Any) -> tuple[D
     return stream, stream.load_state_dict(state)
 
 
-def tokens_in_order(
-    sources: list[list[bytes]], shares: list[float], count: int, *, seed: int | None
-) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """The plain reference of joined documents: at least `count` tokens, and (source, epoch, document) as drawn.
+def parts_of(lengths: Sequence[int], cut: int | None) -> list[tuple[int, int, int]]:
+    """The plain reference of cut documents: (document, start, stop) of the first part of each, then of the others."""
+    parts = []
+    for document, length in enumerate(lengths):
+        starts = list(range(0, length, cut or length or 1)) or [0]
+        if len(starts) > 1 and starts[-1] == length - 1:
+            del starts[-1]  # the last token joins the part before
+        parts += [(document, *bounds) for bounds in zip(starts, [*starts[1:], length], strict=True)]
+    return sorted(parts, key=lambda part: part[1] > 0)
 
-    The next document is of the source that lacks most of its share; each source is permuted in each epoch.
+
+def tokens_in_order(
+    sources: list[list[bytes]], shares: list[float], count: int, *, seed: int | None, cut: int | None = None
+) -> tuple[list[int], list[tuple[int, int, int, int]]]:
+    """The plain reference of joined documents: at least `count` tokens, and (source, document, start, stop) as drawn.
+
+    The next part is of the source that lacks most of its share; each source is permuted in each epoch.
     """
     tokens: list[int] = []
-    drawn: list[tuple[int, int, int]] = []
+    drawn: list[tuple[int, int, int, int]] = []
+    parts = [parts_of([len(document) + bool(document) for document in source], cut) for source in sources]
     places, given = [0] * len(sources), [0] * len(sources)
     while len(tokens) < count:
         total = sum(given) + 1
         lacking = [share * total - own for share, own in zip(shares, given, strict=True)]
         source = lacking.index(max(lacking))
-        document = b""
-        while not document:  # empty ones are passed over
-            epoch, place = divmod(places[source], len(sources[source]))
+        start = stop = 0
+        while start == stop:  # empty ones are passed over
+            epoch, place = divmod(places[source], len(parts[source]))
             if seed is not None:
-                place = int(permute(np.array([place]), len(sources[source]), seed=seed, epoch=epoch)[0])
-            document = sources[source][place]
+                place = int(permute(np.array([place]), len(parts[source]), seed=seed, epoch=epoch)[0])
+            document, start, stop = parts[source][place]
             places[source] += 1
-        drawn.append((source, epoch, place))
-        tokens += [*document, END]
-        given[source] += len(document) + 1
+        drawn.append((source, document, start, stop))
+        tokens += [*sources[source][document], END][start:stop]
+        given[source] += stop - start
     return tokens, drawn

@@ -10,18 +10,7 @@ from hypothesis import strategies as st
 
 from dash_dist.config.data import DataConfig
 from dash_dist.data.mixture import Mixture, SourceCursor, shares_of
-from tests.data.data_streams import END, build, files, inputs, json_lines, resume, saved, steps
-
-
-def source_of(lengths) -> SimpleNamespace:
-    """A source without files."""
-    lengths = np.array(lengths, dtype=np.int32)
-
-    class Source(SimpleNamespace):
-        def __len__(self) -> int:
-            return len(self.lengths)
-
-    return Source(lengths=lengths, record=SimpleNamespace(tokens=int(lengths.sum()), description="data.paths=[x]"))
+from tests.data.data_streams import END, build, files, inputs, json_lines, resume, saved, source_of, steps
 
 
 def lengths_of(rng: np.random.Generator, documents: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dash_dist.data.order import DocumentOrder, permute
+from dash_dist.data.parts import Parts
 
 
 def test_every_small_size_is_permuted():
@@ -57,23 +58,23 @@ def test_the_order_is_the_one_that_checkpoints_rely_on():
 
 def counts_of_epochs(order: DocumentOrder, documents: int, epochs: int) -> np.ndarray:
     """How often each document comes in each epoch, [epochs, documents]."""
-    found = [order.documents(epoch, 0, order.places(epoch)) for epoch in range(epochs)]
+    found = [order.parts(epoch, 0, order.places(epoch)) for epoch in range(epochs)]
     return np.array([np.bincount(one, minlength=documents) for one in found])
 
 
 def test_documents_without_weights_come_once_an_epoch_in_the_order_of_the_permutation():
-    order = DocumentOrder(np.arange(2, 52), 3, {})
+    order = DocumentOrder(Parts(np.arange(2, 52), None), 3, {})
     for epoch in range(3):
         expected = permute(np.arange(50), 50, seed=3, epoch=epoch)
-        np.testing.assert_array_equal(order.documents(epoch, 0, order.places(epoch)), expected)
-        np.testing.assert_array_equal(order.documents(epoch, 7, 20), expected[7:20])
-    assert DocumentOrder(np.arange(5), None, {}).documents(4, 1, 4).tolist() == [1, 2, 3]
+        np.testing.assert_array_equal(order.parts(epoch, 0, order.places(epoch)), expected)
+        np.testing.assert_array_equal(order.parts(epoch, 7, 20), expected[7:20])
+    assert DocumentOrder(Parts(np.arange(5), None), None, {}).parts(4, 1, 4).tolist() == [1, 2, 3]
 
 
 def test_documents_of_a_group_come_as_often_as_their_weight_says():
     lengths = np.array([10, 99, 100, 100, 250, 1000, 5] * 30)
     weights = {100: 2.0, 200: 0.5, 1000: 3.3}
-    order = DocumentOrder(lengths, 1, weights)
+    order = DocumentOrder(Parts(lengths, None), 1, weights)
     counts = counts_of_epochs(order, len(lengths), 10)
     assert (counts[:, lengths < 100] == 1).all()
     assert (counts[:, lengths == 100] == 2).all()
@@ -86,10 +87,10 @@ def test_documents_of_a_group_come_as_often_as_their_weight_says():
 
 def test_places_of_weighted_documents_are_a_pure_function():
     lengths = np.random.default_rng(0).integers(1, 100, size=200)
-    order = DocumentOrder(lengths, 7, {50: 1.7, 80: 0.01})
+    order = DocumentOrder(Parts(lengths, None), 7, {50: 1.7, 80: 0.01})
     for epoch in (0, 1, 9):
-        whole = order.documents(epoch, 0, order.places(epoch))
-        again = DocumentOrder(lengths, 7, {50: 1.7, 80: 0.01})
-        parts = [again.documents(epoch, start, start + 1) for start in range(len(whole))]
+        whole = order.parts(epoch, 0, order.places(epoch))
+        again = DocumentOrder(Parts(lengths, None), 7, {50: 1.7, 80: 0.01})
+        parts = [again.parts(epoch, start, start + 1) for start in range(len(whole))]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
-    assert not np.array_equal(order.documents(0, 0, 50), order.documents(1, 0, 50))
+    assert not np.array_equal(order.parts(0, 0, 50), order.parts(1, 0, 50))

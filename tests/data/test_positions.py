@@ -21,9 +21,10 @@ from tests.data.data_streams import (
 )
 
 
+@pytest.mark.parametrize("cut", [None, 15])
 @pytest.mark.parametrize("documents", ["joined", "separate"])
-def test_a_run_that_is_stopped_after_every_step(corpus, documents):
-    config = corpus("jsonl", documents=documents)
+def test_a_run_that_is_stopped_after_every_step(corpus, documents, cut):
+    config = corpus("jsonl", documents=documents, cut_documents=cut)
     expected = global_steps([build(config)], 12)
     state = saved(build(config))
     for number, rows in enumerate(expected):

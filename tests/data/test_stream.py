@@ -107,17 +107,18 @@ MANY = settings(deadline=None, max_examples=25, suppress_health_check=[HealthChe
     other=LAYOUTS,
     chunks=st.integers(1, 5),
     documents=st.sampled_from(["joined", "separate"]),
-    seed=st.sampled_from([None, 0, 2**63]),
+    order=st.sampled_from([(None, None), (0, None), (2**63, None), (0, 2), (2**63, 7), (0, 12)]),
     data=st.data(),
 )
-def test_batches_are_a_pure_function_of_the_configuration(sources, layout, other, chunks, documents, seed, data):
+def test_batches_are_a_pure_function_of_the_configuration(sources, layout, other, chunks, documents, order, data):
     if any(not any(texts) for texts in bytes_of(sources)):
         return
     (batch, size, micro), length, count = layout, chunks * CHUNK_SIZE, 6
+    seed, cut = order
     micro = micro if documents == "joined" else 1
     options = {"length": length, "batch": batch}
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(Path(folder), sources, documents=documents, shuffle_seed=seed)
+        config = config_of(Path(folder), sources, documents=documents, shuffle_seed=seed, cut_documents=cut)
         alone = build(config, **options)
         states, whole = [saved(alone)], []
         for _ in range(count):
@@ -138,10 +139,10 @@ def test_batches_are_a_pure_function_of_the_configuration(sources, layout, other
             other_batch, other_length = other[0], length + 3
             size, other_size = batch * length, other_batch * other_length
             expected, drawn = tokens_in_order(
-                bytes_of(sources), shares, (size + other_size) * count * 10 + 1000, seed=seed
+                bytes_of(sources), shares, (size + other_size) * count * 10 + 1000, seed=seed, cut=cut
             )
             counts_in = counts_of(sources)
-            counts = [one for source, _, document in drawn for one in counts_in[source][document]]
+            counts = [one for source, document, start, stop in drawn for one in counts_in[source][document][start:stop]]
             starts = windows_that_count(counts, 0, size, count)
             for step, start in zip(whole, starts, strict=True):
                 rows = [[token for row in step for token in row[part]] for part in range(3)]
