@@ -29,7 +29,7 @@ def _steps(model: ModelConfig, tokens: int, settings: dict[str, Any]) -> dict[st
     try:
         engine = MegatronEngine(
             model,
-            AttentionConfig(),
+            AttentionConfig(routing_scale=32.0),  # at 1 an untrained model selects all, and attention is the peak
             parallel,
             OptimizerConfig(lr=1e-3),
             dims=dims,

@@ -8,7 +8,7 @@ import pytest
 from dash_dist.config.file import load_config
 from dash_dist.config.run import RunConfig
 from tools.benchmarks.common.configurations import write_configuration
-from tools.benchmarks.extension.corpus import questions_of, write_questions
+from tools.benchmarks.extension.corpus import COPIES, questions_of, write_copies, write_questions
 from tools.benchmarks.extension.recipes import SIZES, Settings, extension, from_scratch, untrained
 
 
@@ -19,13 +19,15 @@ def loaded(settings: Settings, folder: Path) -> RunConfig:
 @pytest.mark.parametrize("name", SIZES)
 def test_every_run_is_a_configuration(name: str, tmp_path: Path) -> None:
     size = SIZES[name]
-    first, second = loaded(from_scratch(size, tmp_path), tmp_path).stage_list
-    assert (first.config.training.steps, second.config.training.steps) == (
+    stages = loaded(from_scratch(size, tmp_path), tmp_path).stage_list
+    assert [stage.config.training.steps for stage in stages] == [
         size.first_steps,
-        size.first_steps + size.steps[0],
-    )
-    # A run that continues in its second stage takes a source of the same label for the same documents.
-    assert {one.label for one in first.config.data.sources}.isdisjoint(one.label for one in second.config.data.sources)
+        2 * size.first_steps,
+        2 * size.first_steps + size.steps[0],
+    ]
+    # A run that continues in its next stage takes a source of the same label for the same documents.
+    labels = [one.title for stage in stages for one in stage.config.data.sources]
+    assert len(set(labels)) == len(labels)
     for kind in ("dash", "dense"):
         lengths = [
             stage.config.training.sequence_length
@@ -38,8 +40,15 @@ def test_every_run_is_a_configuration(name: str, tmp_path: Path) -> None:
 def test_documents_with_questions_have_their_length_and_end_with_an_answer(tmp_path: Path) -> None:
     write_questions(tmp_path, {384: 8, 1024: 4})
     for length, count in ((384, 8), (1024, 4)):
-        texts = [json.loads(line)["text"] for line in (tmp_path / questions_of(length)).read_text().splitlines()]
-        assert len(set(texts)) == count
-        for text in texts:
-            assert len(text.encode()) == length
-            assert text[-7:].isdigit()
+        rows = [json.loads(line) for line in (tmp_path / questions_of(length)).read_text().splitlines()]
+        assert len({row["prompt"] for row in rows}) == count
+        for row in rows:
+            assert len((row["prompt"] + row["completion"]).encode()) == length
+            assert row["completion"][-7:].isdigit()
+
+
+def test_copies_come_twice(tmp_path: Path) -> None:
+    write_copies(tmp_path, 20)
+    rows = [json.loads(line) for line in (tmp_path / COPIES).read_text().splitlines()]
+    assert len({row["prompt"] for row in rows}) == 20
+    assert all(row["prompt"] == row["completion"] for row in rows)

@@ -30,7 +30,7 @@ from dash_dist.run.curves import read_curves
 from dash_dist.training.run import train
 from tools.benchmarks.common.configurations import write_configuration
 from tools.benchmarks.common.environment import describe_environment
-from tools.benchmarks.extension.corpus import write_code, write_questions
+from tools.benchmarks.extension.corpus import write_code, write_copies, write_questions
 from tools.benchmarks.extension.recipes import SIZES, Settings, Size, extension, from_scratch, untrained
 from tools.benchmarks.extension.table import as_markdown
 
@@ -86,7 +86,8 @@ class _Experiment:
 
     def _write_text(self) -> None:
         size = self._size
-        write_code(self._folder / "text", document=4 * size.lengths[0], megabytes=size.megabytes)
+        write_code(self._folder / "text", document=size.lengths[-1], megabytes=size.megabytes)
+        write_copies(self._folder, size.copies)
         write_questions(self._folder, size.questions)
 
     def _train(self, settings: Settings) -> None:

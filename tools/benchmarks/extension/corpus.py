@@ -1,4 +1,4 @@
-"""Documents of the extension: code of the installed Python packages, and questions about facts hidden in long texts.
+"""Documents of the extension: code of the installed packages, copies, and questions about facts hidden in long texts.
 
 Knows files and lengths; does not know models.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+import string
 import sysconfig
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import numpy as np
 
 from dash_dist.data.tokenizer import ByteTokenizer
 from dash_dist.evaluation.samples import make_sample
@@ -20,7 +20,10 @@ from dash_dist.evaluation.suites import SUITES
 
 HELD_OUT_PACKAGES = 8
 """One package of so many is held out."""
+COPIES = "copies.jsonl"
+"""Name of the file of copies."""
 _LONGEST_FILE = 400_000
+_COPIED = 10, 63  # characters of a text that comes twice
 _SEED_OF_TRAINING = 1_000_000  # the evaluation's samples are of other seeds
 
 
@@ -45,6 +48,15 @@ def write_code(folder: Path, *, document: int, megabytes: float) -> None:
                 written[part] += len(text)
 
 
+def write_copies(folder: Path, count: int) -> None:
+    """Write texts that come twice, the second time to be predicted: what a model learns to look up a fact with."""
+    rng = random.Random(_SEED_OF_TRAINING)
+    with (folder / COPIES).open("w") as file:
+        for _ in range(count):
+            text = "".join(rng.choices(string.ascii_lowercase + string.digits + " ", k=rng.randint(*_COPIED)))
+            file.write(json.dumps({"prompt": text, "completion": text}) + "\n")
+
+
 def write_questions(folder: Path, documents: Mapping[int, int]) -> None:
     """Write texts of the suite `retrieval`, each with its question and answer; their number by length in tokens."""
     tokenizer = ByteTokenizer()
@@ -53,8 +65,8 @@ def write_questions(folder: Path, documents: Mapping[int, int]) -> None:
         with (folder / questions_of(length)).open("w") as file:
             for index in range(count):
                 sample = make_sample(next(tasks), tokenizer, length=length, index=index, seed=_SEED_OF_TRAINING)
-                text = tokenizer.decode(np.concatenate([sample.prompt, sample.answer]))
-                file.write(json.dumps({"text": text}) + "\n")
+                row = {"prompt": tokenizer.decode(sample.prompt), "completion": tokenizer.decode(sample.answer)}
+                file.write(json.dumps(row) + "\n")
 
 
 def questions_of(length: int) -> str:

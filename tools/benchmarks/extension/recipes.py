@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.common.shapes import Shape
-from tools.benchmarks.extension.corpus import questions_of
+from tools.benchmarks.extension.corpus import COPIES, questions_of
 
 Settings = dict[str, Any]
 
@@ -24,19 +24,22 @@ class Size:
     Attributes:
         lengths: tokens of a sequence in training from scratch and in the two stages of the extension.
         steps: of each of the three.
-        first_steps: before those from scratch, on documents with a question of the shortest length alone. Half of the
-            tokens that are not a sentence known by heart are then an answer.
-        questions: documents with a question, by length in tokens, ascending. A short one teaches as much as a long
-            one, and the same tokens hold many more of them.
-        tokens: of a global batch.
+        tokens: of a global batch of each of the three.
+        first_steps: on copies, and then on questions of the shortest length, before the first of the three. Models do
+            not begin to learn such questions without copies, in any number of steps that was tried.
+        first_tokens: of a global batch in both.
+        copies: documents of copies.
+        questions: documents with a question, by length in tokens, ascending.
     """
 
     model: Settings
     chunk_size: int
     lengths: tuple[int, int, int]
     steps: tuple[int, int, int]
+    tokens: tuple[int, int, int]
     first_steps: int
-    tokens: int
+    first_tokens: int
+    copies: int
     heldout: int
     megabytes: float
     questions: dict[int, int]
@@ -47,25 +50,41 @@ SIZES = {
         model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
         chunk_size=64,
         lengths=(8192, 32768, 65536),
-        steps=(500, 40, 40),
-        first_steps=150,
-        tokens=131072,
+        steps=(1600, 60, 60),
+        tokens=(65536, 131072, 131072),
+        first_steps=600,
+        first_tokens=8192,
+        copies=40_000,
         heldout=8,
         megabytes=60,
-        questions={384: 50_000, 512: 12_000, 1024: 6_000, 2048: 3_000, 4096: 1_000, 8192: 500, 32768: 64, 65536: 32},
+        questions={
+            384: 16_000,
+            512: 8_000,
+            1024: 4_000,
+            2048: 2_000,
+            4096: 1_000,
+            8192: 500,
+            16384: 200,
+            32768: 100,
+            65536: 50,
+        },
     ),
     "cpu": Size(
         model=Shape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16).section(),
         chunk_size=16,
         lengths=(512, 1024, 2048),
         steps=(6, 3, 3),
+        tokens=(2048, 2048, 2048),
         first_steps=2,
-        tokens=2048,
+        first_tokens=512,
+        copies=16,
         heldout=2,
         megabytes=0.3,
         questions={384: 8, 512: 8, 1024: 4, 2048: 4},
     ),
 }
+_MODEL = {"family": "qwen2", "attention_bias": True}
+"""With biases of queries and keys a head can attend by distance alone, which is how copying begins."""
 _BASES = (10_000.0, 500_000.0)
 """Base of the rotary positions from scratch and of the extension."""
 
@@ -74,13 +93,20 @@ def from_scratch(size: Size, folder: Path) -> Settings:
     """Dense attention at the first length, random weights."""
     settings = _common(size, folder, "base")
     settings["attention"]["kind"] = "dense"
-    settings["optimizer"] = {"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": max(1, size.steps[0] // 20)}
+    settings["optimizer"] = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": max(1, size.first_steps // 10)}
+    shortest, *longer = (length for length in size.questions if length <= size.lengths[0])
+    settings["data"] |= {"sources": _sources(folder, longer), "cut_documents": size.lengths[0]}
     settings["training"] |= _lengths(size, 0)
-    first = {"sources": [_questions(folder, [min(size.questions)], "short questions")]}
+    first = {"sequence_length": size.first_tokens, "global_batch_size": 1}
+    sources = {
+        "copies": _answers(folder, [COPIES], "copies"),
+        "questions": _answers(folder, [questions_of(shortest)], "short questions"),
+    }
     settings["stages"] = [
-        {"name": "questions", "steps": size.first_steps, "data": first},
-        {"name": f"{size.lengths[0]}", "steps": size.steps[0]},
+        {"name": name, "steps": size.first_steps, "training": first, "data": {"sources": [source]}}
+        for name, source in sources.items()
     ]
+    settings["stages"].append({"name": f"{size.lengths[0]}", "steps": size.steps[0]})
     return settings
 
 
@@ -89,6 +115,7 @@ def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
     settings = _common(size, folder, kind)
     settings["attention"]["kind"] = kind
     settings["model"] |= {"weights": str(weights), "rotary_base": _BASES[1]}
+    settings["data"]["sources"] = _sources(folder, [length for length in size.questions if length >= size.lengths[0]])
     settings["optimizer"] = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": max(1, size.steps[1] // 10)}
     settings["stages"] = [
         {"name": f"{size.lengths[stage]}", "steps": size.steps[stage], "training": _lengths(size, stage)}
@@ -108,17 +135,12 @@ def untrained(size: Size, folder: Path, weights: Path) -> Settings:
 
 
 def _common(size: Size, folder: Path, name: str) -> Settings:
-    code = {"source": "files", "paths": str(folder / "text" / "train.jsonl"), "weight": 0.5}
     return copy.deepcopy(
         {
             "run": {"name": name, "directory": str(folder / "runs")},
-            "model": {**size.model, "rotary_base": _BASES[0]},
+            "model": {**size.model, **_MODEL, "rotary_base": _BASES[0]},
             "attention": {"chunk_size": size.chunk_size},
-            "data": {
-                "sources": [code, _questions(folder, size.questions, "questions")],
-                "cache": str(folder / "tokens"),
-                "documents": "separate",
-            },
+            "data": {"cache": str(folder / "tokens"), "documents": "separate"},
             "training": {},
             "checkpoint": {"interval": 100_000, "asynchronous": False},
             "logging": {"interval": 10, "routing_interval": 20, "heat_map_layers": []},
@@ -132,12 +154,17 @@ def _common(size: Size, folder: Path, name: str) -> Settings:
     )
 
 
-def _questions(folder: Path, lengths: Iterable[int], label: str) -> Settings:
-    """Return the source of documents with a question, of some lengths in tokens."""
-    paths = [str(folder / questions_of(length)) for length in lengths]
-    return {"label": label, "source": "files", "paths": paths, "weight": 0.5}
+def _sources(folder: Path, lengths: Iterable[int]) -> list[Settings]:
+    """Return code, and questions of some lengths in tokens."""
+    code = {"source": "files", "paths": str(folder / "text" / "train.jsonl"), "weight": 0.6}
+    return [code, _answers(folder, map(questions_of, lengths), "questions") | {"weight": 0.4}]
+
+
+def _answers(folder: Path, names: Iterable[str], label: str) -> Settings:
+    """Return the source of documents of which the answers count."""
+    return {"label": label, "source": "files", "paths": [str(folder / name) for name in names], "rows": "completions"}
 
 
 def _lengths(size: Size, stage: int) -> Settings:
     length = size.lengths[stage]
-    return {"sequence_length": length, "global_batch_size": max(1, size.tokens // length)}
+    return {"sequence_length": length, "global_batch_size": max(1, size.tokens[stage] // length)}

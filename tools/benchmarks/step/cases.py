@@ -43,6 +43,7 @@ CASES = (
     Case("fused", changes=_SELECTIVE),
     Case("fused, denser", changes=_SELECTIVE | {"attention": {"routing_scale": 8}}),
     Case("fused, only the MLP again", changes={"parallel": {"recompute": "selective", "recompute_modules": ("mlp",)}}),
+    Case("fused, six layers again", changes={"parallel": {"recompute": "selective", "recompute_layers": 6}}),
     Case("fused, all again"),
     Case("pytorch, all again", changes={"parallel": {"fused_kernels": False}}),
     Case("dense, all again", changes={"attention": {"kind": "dense"}}),
