@@ -43,12 +43,15 @@ def test_documents_with_questions_have_their_length_and_end_with_an_answer(tmp_p
         rows = [json.loads(line) for line in (tmp_path / questions_of(length)).read_text().splitlines()]
         assert len({row["prompt"] for row in rows}) == count
         for row in rows:
-            assert len((row["prompt"] + row["completion"]).encode()) == length
+            assert len((row["prompt"] + row["completion"]).encode()) == length - 1
             assert row["completion"][-7:].isdigit()
 
 
-def test_copies_come_twice(tmp_path: Path) -> None:
-    write_copies(tmp_path, 20)
+def test_copies_fill_their_length_with_one_text(tmp_path: Path) -> None:
+    write_copies(tmp_path, 20, 64)
     rows = [json.loads(line) for line in (tmp_path / COPIES).read_text().splitlines()]
     assert len({row["prompt"] for row in rows}) == 20
-    assert all(row["prompt"] == row["completion"] for row in rows)
+    for row in rows:
+        text, period = row["prompt"] + row["completion"], len(row["prompt"])
+        assert len(text) == 63
+        assert text[period:] == text[: len(text) - period]

@@ -87,7 +87,7 @@ class _Experiment:
     def _write_text(self) -> None:
         size = self._size
         write_code(self._folder / "text", document=size.lengths[-1], megabytes=size.megabytes)
-        write_copies(self._folder, size.copies)
+        write_copies(self._folder, size.copies, size.copied)
         write_questions(self._folder, size.questions)
 
     def _train(self, settings: Settings) -> None:

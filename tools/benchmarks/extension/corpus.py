@@ -23,7 +23,7 @@ HELD_OUT_PACKAGES = 8
 COPIES = "copies.jsonl"
 """Name of the file of copies."""
 _LONGEST_FILE = 400_000
-_COPIED = 10, 63  # characters of a text that comes twice
+_LEAST_COPIED = 10  # characters
 _SEED_OF_TRAINING = 1_000_000  # the evaluation's samples are of other seeds
 
 
@@ -48,23 +48,36 @@ def write_code(folder: Path, *, document: int, megabytes: float) -> None:
                 written[part] += len(text)
 
 
-def write_copies(folder: Path, count: int) -> None:
-    """Write texts that come twice, the second time to be predicted: what a model learns to look up a fact with."""
+def write_copies(folder: Path, count: int, length: int) -> None:
+    """Write texts that come again and again, to be predicted from the second time on.
+
+    A model that can copy can learn to look up a fact.
+
+    Args:
+        length: tokens of a document, its end included.
+    """
     rng = random.Random(_SEED_OF_TRAINING)
     with (folder / COPIES).open("w") as file:
         for _ in range(count):
-            text = "".join(rng.choices(string.ascii_lowercase + string.digits + " ", k=rng.randint(*_COPIED)))
-            file.write(json.dumps({"prompt": text, "completion": text}) + "\n")
+            symbols = rng.choices(
+                string.ascii_lowercase + string.digits + " ", k=rng.randint(_LEAST_COPIED, length // 2)
+            )
+            text = "".join(itertools.islice(itertools.cycle(symbols), length - 1))
+            file.write(json.dumps({"prompt": text[: len(symbols)], "completion": text[len(symbols) :]}) + "\n")
 
 
 def write_questions(folder: Path, documents: Mapping[int, int]) -> None:
-    """Write texts of the suite `retrieval`, each with its question and answer; their number by length in tokens."""
+    """Write texts of the suite `retrieval`, each with its question and answer.
+
+    Args:
+        documents: their number by length in tokens, the end of a document included.
+    """
     tokenizer = ByteTokenizer()
     for length, count in documents.items():
         tasks = itertools.cycle(SUITES["retrieval"])
         with (folder / questions_of(length)).open("w") as file:
             for index in range(count):
-                sample = make_sample(next(tasks), tokenizer, length=length, index=index, seed=_SEED_OF_TRAINING)
+                sample = make_sample(next(tasks), tokenizer, length=length - 1, index=index, seed=_SEED_OF_TRAINING)
                 row = {"prompt": tokenizer.decode(sample.prompt), "completion": tokenizer.decode(sample.answer)}
                 file.write(json.dumps(row) + "\n")
 

@@ -25,10 +25,11 @@ class Size:
         lengths: tokens of a sequence in training from scratch and in the two stages of the extension.
         steps: of each of the three.
         tokens: of a global batch of each of the three.
-        first_steps: on copies, and then on questions of the shortest length, before the first of the three. Models do
-            not begin to learn such questions without copies, in any number of steps that was tried.
+        first_steps: on copies, and then on questions of the shortest length, before the first of the three. Without
+            copies, models did not begin to learn such questions in 400 steps of 65,536 tokens.
         first_tokens: of a global batch in both.
         copies: documents of copies.
+        copied: tokens of such a document.
         questions: documents with a question, by length in tokens, ascending.
     """
 
@@ -40,6 +41,7 @@ class Size:
     first_steps: int
     first_tokens: int
     copies: int
+    copied: int
     heldout: int
     megabytes: float
     questions: dict[int, int]
@@ -50,11 +52,12 @@ SIZES = {
         model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
         chunk_size=64,
         lengths=(8192, 32768, 65536),
-        steps=(1600, 60, 60),
+        steps=(900, 60, 60),
         tokens=(65536, 131072, 131072),
-        first_steps=600,
-        first_tokens=8192,
+        first_steps=1000,
+        first_tokens=12288,
         copies=40_000,
+        copied=128,
         heldout=8,
         megabytes=60,
         questions={
@@ -63,10 +66,10 @@ SIZES = {
             1024: 4_000,
             2048: 2_000,
             4096: 1_000,
-            8192: 500,
-            16384: 200,
-            32768: 100,
-            65536: 50,
+            8192: 400,
+            16384: 120,
+            32768: 60,
+            65536: 30,
         },
     ),
     "cpu": Size(
@@ -76,15 +79,14 @@ SIZES = {
         steps=(6, 3, 3),
         tokens=(2048, 2048, 2048),
         first_steps=2,
-        first_tokens=512,
+        first_tokens=768,
         copies=16,
-        heldout=2,
+        copied=64,
+        heldout=4,
         megabytes=0.3,
         questions={384: 8, 512: 8, 1024: 4, 2048: 4},
     ),
 }
-_MODEL = {"family": "qwen2", "attention_bias": True}
-"""With biases of queries and keys a head can attend by distance alone, which is how copying begins."""
 _BASES = (10_000.0, 500_000.0)
 """Base of the rotary positions from scratch and of the extension."""
 
@@ -95,19 +97,30 @@ def from_scratch(size: Size, folder: Path) -> Settings:
     settings["attention"]["kind"] = "dense"
     settings["optimizer"] = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": max(1, size.first_steps // 10)}
     shortest, *longer = (length for length in size.questions if length <= size.lengths[0])
-    settings["data"] |= {"sources": _sources(folder, longer), "cut_documents": size.lengths[0]}
-    settings["training"] |= _lengths(size, 0)
-    first = {"sequence_length": size.first_tokens, "global_batch_size": 1}
-    sources = {
-        "copies": _answers(folder, [COPIES], "copies"),
-        "questions": _answers(folder, [questions_of(shortest)], "short questions"),
+    settings["data"] |= {
+        "documents": "joined",
+        "sources": _sources(folder, longer),
+        "cut_documents": size.lengths[0],
     }
+    settings["training"] |= _batch(size.lengths[0], size.tokens[0]) | {"micro_batch_size": 4}
     settings["stages"] = [
-        {"name": name, "steps": size.first_steps, "training": first, "data": {"sources": [source]}}
-        for name, source in sources.items()
+        _first(size, folder, "copies", size.copied, COPIES),
+        _first(size, folder, "questions", shortest, questions_of(shortest)),
     ]
     settings["stages"].append({"name": f"{size.lengths[0]}", "steps": size.steps[0]})
     return settings
+
+
+def _first(size: Size, folder: Path, name: str, length: int, file: str) -> Settings:
+    """Return a stage on the documents of a file, which have a sequence each."""
+    batch = _batch(length, size.first_tokens)
+    return {
+        "name": name,
+        "steps": size.first_steps,
+        "training": batch | {"micro_batch_size": batch["global_batch_size"]},
+        "evaluation": {"sequences": batch["global_batch_size"]},
+        "data": {"sources": [_answers(folder, [file], f"first {name}")]},
+    }
 
 
 def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
@@ -118,7 +131,11 @@ def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
     settings["data"]["sources"] = _sources(folder, [length for length in size.questions if length >= size.lengths[0]])
     settings["optimizer"] = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": max(1, size.steps[1] // 10)}
     settings["stages"] = [
-        {"name": f"{size.lengths[stage]}", "steps": size.steps[stage], "training": _lengths(size, stage)}
+        {
+            "name": f"{size.lengths[stage]}",
+            "steps": size.steps[stage],
+            "training": _batch(size.lengths[stage], size.tokens[stage]),
+        }
         for stage in (1, 2)
     ]
     return settings
@@ -130,7 +147,7 @@ def untrained(size: Size, folder: Path, weights: Path) -> Settings:
     del settings["stages"]
     settings["run"]["name"] = "untrained"
     settings["optimizer"] = {"lr": 1e-30}
-    settings["training"] |= _lengths(size, 2) | {"steps": 1}
+    settings["training"] |= _batch(size.lengths[2], size.tokens[2]) | {"steps": 1}
     return settings
 
 
@@ -138,7 +155,7 @@ def _common(size: Size, folder: Path, name: str) -> Settings:
     return copy.deepcopy(
         {
             "run": {"name": name, "directory": str(folder / "runs")},
-            "model": {**size.model, **_MODEL, "rotary_base": _BASES[0]},
+            "model": {**size.model, "tie_embeddings": False, "rotary_base": _BASES[0]},
             "attention": {"chunk_size": size.chunk_size},
             "data": {"cache": str(folder / "tokens"), "documents": "separate"},
             "training": {},
@@ -165,6 +182,5 @@ def _answers(folder: Path, names: Iterable[str], label: str) -> Settings:
     return {"label": label, "source": "files", "paths": [str(folder / name) for name in names], "rows": "completions"}
 
 
-def _lengths(size: Size, stage: int) -> Settings:
-    length = size.lengths[stage]
-    return {"sequence_length": length, "global_batch_size": max(1, size.tokens[stage] // length)}
+def _batch(length: int, tokens: int) -> Settings:
+    return {"sequence_length": length, "global_batch_size": max(1, tokens // length)}
