@@ -40,17 +40,24 @@ def settings_of(cell: Cell, size: Size, folder: Path) -> Settings:
 def _task(cell: Cell, size: Size, folder: Path) -> Settings:
     training = size.tasks
     # Every other layer has no positions, so that texts longer than the trained ones can be read at all.
+    # Copying is learned in a fraction of the steps where the output has a matrix of its own.
     without = list(range(1, training.model["num_layers"], 2))
     return {
         "model": {
             **training.model,
             "family": "smollm3",
+            "tie_embeddings": False,
             "layers_without_positions": without,
         },
         "data": task_data(folder, cell.corpus, size),
         "training": {"sequence_length": training.tokens},
         "stages": [
-            {"name": "first", "steps": size.first_steps, "data": first_task_data(folder, cell.corpus)},
+            {
+                "name": "first",
+                "steps": size.first_steps,
+                "training": {"sequence_length": size.first_tokens},
+                "data": first_task_data(folder, cell.corpus),
+            },
             {"name": "texts", "steps": training.steps},
         ],
     }
@@ -60,8 +67,8 @@ def _language(cell: Cell, size: Size, folder: Path) -> Settings:
     training, length = size.language, size.code_lengths[cell.corpus]
     data, held_out = code_data(folder)
     return {
-        "model": {**training.model, "rotary_base": 5e5},
-        "data": data,
+        "model": {**training.model, "tie_embeddings": False, "rotary_base": 5e5},
+        "data": {**data, "cut_documents": length},
         "training": {
             "steps": training.steps,
             "sequence_length": length,

@@ -36,6 +36,7 @@ class Size:
     Attributes:
         chunk_size: of all methods but those that name another; also symbols of a cell in the texts of the tasks.
         first_steps: of a task's training, on short texts of few facts: with long ones a model does not begin to learn.
+        first_tokens: of each of those steps; many small steps teach what few large ones do not.
         first_texts: their number.
         texts: of each task for training after them, their number by length in tokens. Each length has the same share of
             the tokens.
@@ -53,6 +54,7 @@ class Size:
     language: Training
     chunk_size: int
     first_steps: int
+    first_tokens: int
     first_texts: int
     texts: dict[int, int]
     lengths: tuple[int, ...]
@@ -82,10 +84,11 @@ SIZES = {
             model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
             tokens=65536,
             steps=600,
-            lr=2e-3,
+            lr=1e-3,
         ),
         chunk_size=64,
-        first_steps=200,
+        first_steps=1000,
+        first_tokens=8192,
         first_texts=65536,
         texts={512: 4096, 1024: 2048, 2048: 1024, 4096: 1024, 8192: 1024},
         lengths=(1024, 8192, 16384, 32768, 65536),
@@ -112,6 +115,7 @@ SIZES = {
         ),
         chunk_size=32,
         first_steps=2,
+        first_tokens=512,
         first_texts=32,
         texts={256: 8, 512: 8},
         lengths=(512, 768),

@@ -52,7 +52,7 @@ SIZES = {
         model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
         chunk_size=64,
         lengths=(8192, 32768, 65536),
-        steps=(900, 60, 60),
+        steps=(900, 50, 50),
         tokens=(65536, 131072, 131072),
         first_steps=1000,
         first_tokens=12288,
@@ -102,7 +102,7 @@ def from_scratch(size: Size, folder: Path) -> Settings:
         "sources": _sources(folder, longer),
         "cut_documents": size.lengths[0],
     }
-    settings["training"] |= _batch(size.lengths[0], size.tokens[0]) | {"micro_batch_size": 4}
+    settings["training"] |= _batch(size.lengths[0], size.tokens[0]) | {"micro_batch_size": size.heldout}
     settings["stages"] = [
         _first(size, folder, "copies", size.copied, COPIES),
         _first(size, folder, "questions", shortest, questions_of(shortest)),
