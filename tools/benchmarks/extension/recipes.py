@@ -102,7 +102,7 @@ def from_scratch(size: Size, folder: Path) -> Settings:
         "sources": _sources(folder, longer),
         "cut_documents": size.lengths[0],
     }
-    settings["training"] |= _batch(size.lengths[0], size.tokens[0]) | {"micro_batch_size": size.heldout}
+    settings["training"] |= _at_once(size.lengths[0], size.tokens[0])
     settings["stages"] = [
         _first(size, folder, "copies", size.copied, COPIES),
         _first(size, folder, "questions", shortest, questions_of(shortest)),
@@ -113,12 +113,12 @@ def from_scratch(size: Size, folder: Path) -> Settings:
 
 def _first(size: Size, folder: Path, name: str, length: int, file: str) -> Settings:
     """Return a stage on the documents of a file, which have a sequence each."""
-    batch = _batch(length, size.first_tokens)
+    batch = _at_once(length, size.first_tokens)
     return {
         "name": name,
         "steps": size.first_steps,
-        "training": batch | {"micro_batch_size": batch["global_batch_size"]},
-        "evaluation": {"sequences": batch["global_batch_size"]},
+        "training": batch,
+        "evaluation": {"sequences": batch["micro_batch_size"]},
         "data": {"sources": [_answers(folder, [file], f"first {name}")]},
     }
 
@@ -184,3 +184,9 @@ def _answers(folder: Path, names: Iterable[str], label: str) -> Settings:
 
 def _batch(length: int, tokens: int) -> Settings:
     return {"sequence_length": length, "global_batch_size": max(1, tokens // length)}
+
+
+def _at_once(length: int, tokens: int) -> Settings:
+    """Return the same, all sequences in one pass."""
+    batch = _batch(length, tokens)
+    return batch | {"micro_batch_size": batch["global_batch_size"]}
