@@ -11,17 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dash_kernels import AttentionSpec, ChunkGrid
+from dash_kernels import AttentionSpec
 
 _PRIOR_SIGMA = 1e6
 """Divides the rounding error of the mean of log P."""
-_LEAST_DOCUMENT = 2048
-"""Tokens of a document, on average, from which a call of torch for each costs less than the stages, which take all
-documents at once."""
-_OF_DOCUMENTS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Without cuDNN, which prepares itself anew for every length."""
 
 
 def dense_spec(*, chunk_size: int, softmax_scale: float | None = None) -> AttentionSpec:
@@ -31,41 +25,19 @@ def dense_spec(*, chunk_size: int, softmax_scale: float | None = None) -> Attent
     )
 
 
-def has_torch_kernels(documents: ChunkGrid | None) -> bool:
-    """Return whether `dense_attention_one_device` is the fast way for these documents; None is one sequence."""
-    return documents is None or documents.tokens >= _LEAST_DOCUMENT * len(documents.document_lengths())
-
-
 def dense_attention_one_device(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    summary_query: torch.Tensor,
-    spec: AttentionSpec,
-    documents: ChunkGrid | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, summary_query: torch.Tensor, spec: AttentionSpec
 ) -> torch.Tensor:
-    """Causal softmax attention of q [B, T, Hq, D], k and v [B, T, Hkv, D]; the gradient of summary_query is zeros.
-
-    Args:
-        documents: of the one sequence; attention stays within each.
-    """
-    if documents is None:
-        out = _causal(q, k, v, spec=spec)
-    else:
-        lengths = documents.document_lengths()
-        parts = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), v.split(lengths, dim=1), strict=True)
-        with sdpa_kernel(_OF_DOCUMENTS):
-            outputs = [_causal(*document, spec=spec) for document in parts]
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return with_zero_gradient(out, summary_query)
-
-
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, spec: AttentionSpec) -> torch.Tensor:
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    """Causal softmax attention of q [B, T, Hq, D], k and v [B, T, Hkv, D]; the gradient of summary_query is zeros."""
     out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=spec.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        is_causal=True,
+        scale=spec.softmax_scale,
+        enable_gqa=q.shape[2] != k.shape[2],
     )
-    return out.transpose(1, 2)
+    return with_zero_gradient(out.transpose(1, 2), summary_query)
 
 
 def with_zero_gradient(out: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dash_dist.context_parallel.dense import dense_attention_one_device, dense_spec, has_torch_kernels
+from dash_dist.context_parallel.dense import dense_attention_one_device, dense_spec
 from dash_dist.context_parallel.exchange import check_exchange
 from dash_dist.context_parallel.exchange_counters import Traffic
 from dash_dist.context_parallel.kept_output import KeptOutput, with_kept_output
@@ -34,8 +34,7 @@ class DashAttention(nn.Module):
     backward pass. With "full", the second pass takes the routing of the first one; with "selective" its output and
     all that the backward pass needs beside q, k and v. With `dense`, the attention selects every chunk and has no bias,
     and of the settings only chunk_size and softmax_scale count, and there is no routing to record; on one device whole
-    sequences and long documents take torch's own kernels. For `spec`, `settings` and the other arguments see
-    `dash_dist.dash_attention`.
+    sequences take torch's own kernels. For `spec`, `settings` and the other arguments see `dash_dist.dash_attention`.
     """
 
     def __init__(
@@ -88,9 +87,9 @@ class DashAttention(nn.Module):
         def attend(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, summary_query: torch.Tensor
         ) -> tuple[torch.Tensor, RoutingStatistics | None]:
-            if self.dense and self.cp_group is None and cu_seqlens is None and has_torch_kernels(chunks):
+            if self.dense and self.cp_group is None and cu_seqlens is None and chunks is None:
                 spec = self.spec.for_head_dim(q.shape[-1])
-                return dense_attention_one_device(q, k, v, summary_query, spec, chunks), None
+                return dense_attention_one_device(q, k, v, summary_query, spec), None
             found = dash_attention(
                 q,
                 k,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dash_dist.context_parallel import DashAttention, dash_attention
-from dash_dist.context_parallel.dense import dense_attention_one_device, dense_spec, has_torch_kernels
+from dash_dist.context_parallel.dense import dense_attention_one_device, dense_spec
 from dash_kernels import ChunkGrid
 
 _SMALLEST = 1e-12  # of a squared norm that divides
@@ -67,8 +67,8 @@ class Conversion:
         layer = self._attention
         spec = dense_spec(chunk_size=layer.spec.chunk_size, softmax_scale=layer.spec.softmax_scale)
         summary_query = layer.summary_query.detach()
-        if layer.cp_group is None and has_torch_kernels(chunks):
-            return dense_attention_one_device(q, k, v, summary_query, spec.for_head_dim(q.shape[-1]), chunks)
+        if layer.cp_group is None and chunks is None:
+            return dense_attention_one_device(q, k, v, summary_query, spec.for_head_dim(q.shape[-1]))
         out: torch.Tensor = dash_attention(
             q,
             k,

@@ -58,12 +58,6 @@ class ChunkGrid:
             self._complete_to[chunk_size] = bool((self.lengths == chunk_size).all())
         return self._complete_to[chunk_size]
 
-    def document_lengths(self) -> list[int]:
-        """Return the tokens of each document of a whole sequence."""
-        assert self.documents is not None, "a grid of keys"
-        lengths: list[int] = self.documents[self.ids == self.firsts].tolist()
-        return lengths
-
     def on(self, device: torch.device) -> torch.Tensor:
         """Rows ids, starts, lengths, firsts: int32 [4, slots] on a device, uploaded once."""
         if device not in self._on_device:

@@ -6,15 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dash_dist.context_parallel import DashAttention, dense
-from dash_kernels import ChunkGrid
+from dash_dist.context_parallel import DashAttention
 from tests.context_parallel.dense_jobs import CHUNK, inputs
 from tests.support.ranks import run_ranks
 
 
 def expected(documents: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
     """Output and gradients of torch's attention, each document by itself, in float64."""
-    q, k, v, grad = (tensor[:, : documents[-1][1]] for tensor in inputs())
+    q, k, v, grad = inputs()
     outputs = []
     for start, end in documents:
         parts = (tensor[:, start:end].transpose(1, 2) for tensor in (q, k, v))
@@ -42,20 +41,6 @@ def test_one_device(borders: tuple[int, ...] | None) -> None:
     edges = borders or (0, q.shape[1])
     assert_same(found, expected(list(itertools.pairwise(edges))))
     assert attention.routing is None  # there is none to record
-
-
-@pytest.mark.parametrize("borders", [(0, 64, 80, 192), (0, 192), (0, 16, 16, 112, 187)])
-@pytest.mark.parametrize("way", ["torch", "stages"])
-def test_separate_documents(monkeypatch: pytest.MonkeyPatch, way: str, borders: tuple[int, ...]) -> None:
-    monkeypatch.setattr(dense, "_LEAST_DOCUMENT", 1 if way == "torch" else 1 << 20)
-    chunks = ChunkGrid.packed(borders, CHUNK)
-    assert dense.has_torch_kernels(chunks) == (way == "torch")
-    q, k, v, grad = (tensor[:, : borders[-1]] for tensor in inputs())
-    attention = DashAttention(2, q.shape[-1], chunk_size=CHUNK, dense=True, dtype=torch.float64)
-    out = attention(q, k, v, chunks=chunks)
-    gradients = torch.autograd.grad(out, (q, k, v, attention.summary_query), grad)
-    found = dict(zip(("out", "q", "k", "v", "summary_query"), (out.detach(), *gradients), strict=True))
-    assert_same(found, expected(list(itertools.pairwise(borders))))
 
 
 @pytest.mark.parametrize("tokens", [192, 187])

@@ -1,6 +1,8 @@
 """The extension benchmark: configurations of its runs, and the documents with questions that they train on."""
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,8 @@ def loaded(settings: Settings, folder: Path) -> RunConfig:
 def test_every_run_is_a_configuration(name: str, tmp_path: Path) -> None:
     size = SIZES[name]
     stages = loaded(from_scratch(size, tmp_path), tmp_path).stage_list
-    assert [stage.config.training.steps for stage in stages] == [
-        size.first_steps,
-        2 * size.first_steps,
-        2 * size.first_steps + size.steps[0],
-    ]
+    steps = (size.first_steps, size.first_steps, size.question_steps, size.steps[0])
+    assert [stage.config.training.steps for stage in stages] == list(itertools.accumulate(steps))
     # A run that continues in its next stage takes a source of the same label for the same documents.
     labels = [one.title for stage in stages for one in stage.config.data.sources]
     assert len(set(labels)) == len(labels)
@@ -37,21 +36,37 @@ def test_every_run_is_a_configuration(name: str, tmp_path: Path) -> None:
     assert loaded(untrained(size, tmp_path, tmp_path), tmp_path).training.sequence_length == size.lengths[-1]
 
 
-def test_documents_with_questions_have_their_length_and_end_with_an_answer(tmp_path: Path) -> None:
-    write_questions(tmp_path, {384: 8, 1024: 4})
-    for length, count in ((384, 8), (1024, 4)):
-        rows = [json.loads(line) for line in (tmp_path / questions_of(length)).read_text().splitlines()]
-        assert len({row["prompt"] for row in rows}) == count
-        for row in rows:
-            assert len((row["prompt"] + row["completion"]).encode()) == length - 1
-            assert row["completion"][-7:].isdigit()
+def rows(file: Path) -> list[str]:
+    """Return the texts of a file of conversations, whose answers are in brackets."""
+    return [
+        "".join(f"[{turn['content']}]" if turn["role"] == "assistant" else turn["content"] for turn in row["messages"])
+        for row in map(json.loads, file.read_text().splitlines())
+    ]
+
+
+def test_questions_fill_their_length_and_have_their_answers_in_the_text(tmp_path: Path) -> None:
+    write_questions(tmp_path, {384: 16, 1024: 8})
+    for length, count in ((384, 16), (1024, 8)):
+        texts = rows(tmp_path / questions_of(length))
+        assert len(set(texts)) == count
+        for text in texts:
+            assert len(re.sub(r"[\[\]]", "", text)) == length - 1
+            for answer in re.findall(r"\[(.*?)\]", text):
+                assert all(f"is {number}." in text.replace("[", "") for number in answer.strip().split(", "))
+        asked = [re.findall(r"The number of (\w+) is\[ (\d+)\]", text) for text in texts[1::2]]
+        assert all(
+            f"The number of {name} is {number}." in text
+            for text, found in zip(texts[1::2], asked, strict=True)
+            for name, number in found
+        )
+        assert {len(found) for found in asked} == {max(1, (length - 1) // 160 // 2)}
 
 
 def test_copies_fill_their_length_with_one_text(tmp_path: Path) -> None:
     write_copies(tmp_path, 20, 64)
-    rows = [json.loads(line) for line in (tmp_path / COPIES).read_text().splitlines()]
-    assert len({row["prompt"] for row in rows}) == 20
-    for row in rows:
-        text, period = row["prompt"] + row["completion"], len(row["prompt"])
-        assert len(text) == 63
-        assert text[period:] == text[: len(text) - period]
+    texts = rows(tmp_path / COPIES)
+    assert len(set(texts)) == 20
+    for text in texts:
+        period, whole = text.index("["), re.sub(r"[\[\]]", "", text)
+        assert len(whole) == 63
+        assert whole[period:] == whole[: len(whole) - period]

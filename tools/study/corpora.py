@@ -11,15 +11,13 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from tools.benchmarks.common.conversations import source, write_template
 from tools.benchmarks.extension.corpus import write_code
 from tools.study.sizes import Settings, Size
 from tools.study.tasks import TASKS
 from tools.study.text import Text
 
-_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
-    "{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
-)
+_TEMPLATE = "template.jinja"
 _TRAINING, _HELD_OUT = "train", "heldout"
 _CODE = "code"
 _FIRST = "first.jsonl"
@@ -73,7 +71,7 @@ def code_data(folder: Path) -> tuple[Settings, Settings]:
 
 def _write_task(folder: Path, task: str, size: Size) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "template.jinja").write_text(_TEMPLATE)
+    write_template(folder / _TEMPLATE)
     first = (TASKS[task].first_text(f"{_FIRST}/{task}/{index}") for index in range(size.first_texts))
     _write_texts(folder / _FIRST, first)
     for length, count in size.texts.items():
@@ -92,8 +90,7 @@ def _write_texts(path: Path, texts: Iterable[Text]) -> None:
 
 
 def _sources(folder: Path, names: dict[str, str]) -> list[Settings]:
-    rows = {"rows": "messages", "chat_template": str(folder / "template.jinja"), "weight": 1.0}
-    return [{"label": label, "paths": str(folder / name), **rows} for label, name in names.items()]
+    return [source(label, [folder / name], folder / _TEMPLATE) | {"weight": 1.0} for label, name in names.items()]
 
 
 def _file(length: int) -> str:

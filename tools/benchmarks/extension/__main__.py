@@ -29,8 +29,9 @@ from dash_dist.importing.command import import_model
 from dash_dist.run.curves import read_curves
 from dash_dist.training.run import train
 from tools.benchmarks.common.configurations import write_configuration
+from tools.benchmarks.common.conversations import write_template
 from tools.benchmarks.common.environment import describe_environment
-from tools.benchmarks.extension.corpus import write_code, write_copies, write_questions
+from tools.benchmarks.extension.corpus import TEMPLATE, write_code, write_copies, write_questions
 from tools.benchmarks.extension.recipes import SIZES, Settings, Size, extension, from_scratch, untrained
 from tools.benchmarks.extension.table import as_markdown
 
@@ -85,10 +86,11 @@ class _Experiment:
         self._write()
 
     def _write_text(self) -> None:
-        size = self._size
-        write_code(self._folder / "text", document=size.lengths[-1], megabytes=size.megabytes)
-        write_copies(self._folder, size.copies, size.copied)
-        write_questions(self._folder, size.questions)
+        size, folder = self._size, self._folder
+        write_code(folder / "text", document=size.lengths[-1], megabytes=size.megabytes)
+        write_template(folder / TEMPLATE)
+        write_copies(folder, size.copies, size.copied)
+        write_questions(folder, size.questions)
 
     def _train(self, settings: Settings) -> None:
         name = settings["run"]["name"]

@@ -17,13 +17,18 @@ from pathlib import Path
 from dash_dist.data.tokenizer import ByteTokenizer
 from dash_dist.evaluation.samples import make_sample
 from dash_dist.evaluation.suites import SUITES
+from dash_dist.evaluation.words import Filler, invented_words
+from tools.benchmarks.common.conversations import Turn, as_messages
 
 HELD_OUT_PACKAGES = 8
 """One package of so many is held out."""
 COPIES = "copies.jsonl"
 """Name of the file of copies."""
+TEMPLATE = "template.jinja"
+"""Name of the chat template of copies and questions."""
 _LONGEST_FILE = 400_000
 _LEAST_COPIED = 10  # characters
+_LETTERS_OF_A_NAME = 160  # of a text, for each name with a number in it
 _SEED_OF_TRAINING = 1_000_000  # the evaluation's samples are of other seeds
 
 
@@ -63,11 +68,14 @@ def write_copies(folder: Path, count: int, length: int) -> None:
                 string.ascii_lowercase + string.digits + " ", k=rng.randint(_LEAST_COPIED, length // 2)
             )
             text = "".join(itertools.islice(itertools.cycle(symbols), length - 1))
-            file.write(json.dumps({"prompt": text[: len(symbols)], "completion": text[len(symbols) :]}) + "\n")
+            turn = Turn(text[: len(symbols)], text[len(symbols) :])
+            file.write(json.dumps({"messages": as_messages([turn])}) + "\n")
 
 
 def write_questions(folder: Path, documents: Mapping[int, int]) -> None:
-    """Write texts of the suite `retrieval`, each with its question and answer.
+    """Write texts with questions and answers: in turn one of the suite `retrieval`, and one with many questions.
+
+    A text of the suite has one question. Of the tokens of a long one so few are an answer that little is learned.
 
     Args:
         documents: their number by length in tokens, the end of a document included.
@@ -77,9 +85,36 @@ def write_questions(folder: Path, documents: Mapping[int, int]) -> None:
         tasks = itertools.cycle(SUITES["retrieval"])
         with (folder / questions_of(length)).open("w") as file:
             for index in range(count):
-                sample = make_sample(next(tasks), tokenizer, length=length - 1, index=index, seed=_SEED_OF_TRAINING)
-                row = {"prompt": tokenizer.decode(sample.prompt), "completion": tokenizer.decode(sample.answer)}
-                file.write(json.dumps(row) + "\n")
+                if index % 2:
+                    turns = list(_many_questions(random.Random(f"{length}/{index}"), length - 1))
+                else:
+                    sample = make_sample(next(tasks), tokenizer, length=length - 1, index=index, seed=_SEED_OF_TRAINING)
+                    turns = [Turn(tokenizer.decode(sample.prompt), tokenizer.decode(sample.answer))]
+                file.write(json.dumps({"messages": as_messages(turns)}) + "\n")
+
+
+def _many_questions(rng: random.Random, length: int) -> Iterator[Turn]:
+    """Yield the turns of a text of `length` letters, with the numbers of many names: half of them are asked for."""
+    names = invented_words(rng, max(2, length // _LETTERS_OF_A_NAME))
+    numbers = [str(rng.randint(1_000_000, 9_999_999)) for _ in names]
+    facts = [f"The number of {name} is {number}." for name, number in zip(names, numbers, strict=True)]
+    asked = rng.sample(range(len(names)), max(1, len(names) // 2))
+    questions = [Turn(f"\nThe number of {names[one]} is", f" {numbers[one]}") for one in asked]
+    introduction = "\nSome names have a number in this text.\n"
+    room = length - len(introduction) - sum(len(turn.question) + len(turn.answer) for turn in questions)
+    sentences, size = facts, sum(len(fact) + 1 for fact in facts) - 1
+    filler = Filler(rng)
+    for number in itertools.count(1):
+        sentence = filler.first(number)[-1]
+        if size + len(sentence) + 1 > room:
+            break
+        sentences, size = [*sentences, sentence], size + len(sentence) + 1
+    rng.shuffle(sentences)
+    text = introduction + " ".join(sentences)
+    lead_in = sentence[len(sentence) - (room - size) :] if room > size else ""
+    first, *others = questions
+    yield Turn(lead_in + text + first.question, first.answer)
+    yield from others
 
 
 def questions_of(length: int) -> str:

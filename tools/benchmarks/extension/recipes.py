@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.benchmarks.common.conversations import source
 from tools.benchmarks.common.shapes import Shape
-from tools.benchmarks.extension.corpus import COPIES, questions_of
+from tools.benchmarks.extension.corpus import COPIES, TEMPLATE, questions_of
 
 Settings = dict[str, Any]
 
@@ -28,6 +29,7 @@ class Size:
         first_steps: on copies, and then on questions of the shortest length, before the first of the three. Without
             copies, models did not begin to learn such questions in 400 steps of 65,536 tokens.
         first_tokens: of a global batch in both.
+        question_steps: on questions of all lengths up to the first, after them.
         copies: documents of copies.
         copied: tokens of such a document.
         questions: documents with a question, by length in tokens, ascending.
@@ -40,6 +42,7 @@ class Size:
     tokens: tuple[int, int, int]
     first_steps: int
     first_tokens: int
+    question_steps: int
     copies: int
     copied: int
     heldout: int
@@ -56,6 +59,7 @@ SIZES = {
         tokens=(65536, 131072, 131072),
         first_steps=1000,
         first_tokens=12288,
+        question_steps=300,
         copies=40_000,
         copied=128,
         heldout=8,
@@ -75,16 +79,17 @@ SIZES = {
     "cpu": Size(
         model=Shape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16).section(),
         chunk_size=16,
-        lengths=(512, 1024, 2048),
+        lengths=(1024, 2048, 4096),
         steps=(6, 3, 3),
-        tokens=(2048, 2048, 2048),
+        tokens=(4096, 4096, 4096),
         first_steps=2,
         first_tokens=768,
+        question_steps=2,
         copies=16,
         copied=64,
         heldout=4,
         megabytes=0.3,
-        questions={384: 8, 512: 8, 1024: 4, 2048: 4},
+        questions={384: 8, 512: 8, 1024: 4, 2048: 4, 4096: 2},
     ),
 }
 _BASES = (10_000.0, 500_000.0)
@@ -93,33 +98,36 @@ _BASES = (10_000.0, 500_000.0)
 
 def from_scratch(size: Size, folder: Path) -> Settings:
     """Dense attention at the first length, random weights."""
+    length, shortest = size.lengths[0], min(size.questions)
     settings = _common(size, folder, "base")
     settings["attention"]["kind"] = "dense"
-    settings["optimizer"] = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": max(1, size.first_steps // 10)}
-    shortest, *longer = (length for length in size.questions if length <= size.lengths[0])
-    settings["data"] |= {
-        "documents": "joined",
-        "sources": _sources(folder, longer),
-        "cut_documents": size.lengths[0],
-    }
-    settings["training"] |= _at_once(size.lengths[0], size.tokens[0])
+    settings["optimizer"] = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": max(1, size.steps[0] // 20)}
+    settings["training"] |= _batch(length, size.tokens[0], at_once=True)
+    # Joined documents that are long would mostly be cut where a sequence ends.
+    short = [one for one in size.questions if one <= length // 2]
+    settings["data"] |= {"sources": _code_and_questions(folder, short), "documents": "joined", "cut_documents": length}
+    questions = [questions_of(one) for one in size.questions if one <= length]
+    first, tokens = size.first_steps, size.first_tokens
+    short_questions, packed = [questions_of(shortest)], {"documents": "separate"}
     settings["stages"] = [
-        _first(size, folder, "copies", size.copied, COPIES),
-        _first(size, folder, "questions", shortest, questions_of(shortest)),
+        _answers(folder, "copies", first, [COPIES], _batch(size.copied, tokens, at_once=True)),
+        _answers(folder, "short", first, short_questions, _batch(shortest, tokens, at_once=True)),
+        _answers(folder, "questions", size.question_steps, questions, _batch(size.tokens[0], size.tokens[0]), packed),
+        {"name": f"{length}", "steps": size.steps[0]},
     ]
-    settings["stages"].append({"name": f"{size.lengths[0]}", "steps": size.steps[0]})
     return settings
 
 
-def _first(size: Size, folder: Path, name: str, length: int, file: str) -> Settings:
-    """Return a stage on the documents of a file, which have a sequence each."""
-    batch = _at_once(length, size.first_tokens)
+def _answers(
+    folder: Path, name: str, steps: int, files: Iterable[str], batch: Settings, data: Settings | None = None
+) -> Settings:
+    """Return a stage on documents of which the answers alone count."""
     return {
         "name": name,
-        "steps": size.first_steps,
+        "steps": steps,
         "training": batch,
+        "data": {"sources": [_questions(folder, files, f"{name} alone")], **(data or {})},
         "evaluation": {"sequences": batch["micro_batch_size"]},
-        "data": {"sources": [_answers(folder, [file], f"first {name}")]},
     }
 
 
@@ -128,7 +136,8 @@ def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
     settings = _common(size, folder, kind)
     settings["attention"]["kind"] = kind
     settings["model"] |= {"weights": str(weights), "rotary_base": _BASES[1]}
-    settings["data"]["sources"] = _sources(folder, [length for length in size.questions if length >= size.lengths[0]])
+    long = [length for length in size.questions if length >= size.lengths[0]]
+    settings["data"]["sources"] = _code_and_questions(folder, long)
     settings["optimizer"] = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": max(1, size.steps[1] // 10)}
     settings["stages"] = [
         {
@@ -171,22 +180,21 @@ def _common(size: Size, folder: Path, name: str) -> Settings:
     )
 
 
-def _sources(folder: Path, lengths: Iterable[int]) -> list[Settings]:
+def _code_and_questions(folder: Path, lengths: Iterable[int]) -> list[Settings]:
     """Return code, and questions of some lengths in tokens."""
-    code = {"source": "files", "paths": str(folder / "text" / "train.jsonl"), "weight": 0.6}
-    return [code, _answers(folder, map(questions_of, lengths), "questions") | {"weight": 0.4}]
+    code = {"source": "files", "paths": str(folder / "text" / "train.jsonl"), "weight": 0.5}
+    return [code, _questions(folder, map(questions_of, lengths), "questions") | {"weight": 0.5}]
 
 
-def _answers(folder: Path, names: Iterable[str], label: str) -> Settings:
-    """Return the source of documents of which the answers count."""
-    return {"label": label, "source": "files", "paths": [str(folder / name) for name in names], "rows": "completions"}
+def _questions(folder: Path, files: Iterable[str], label: str) -> Settings:
+    return source(label, [folder / name for name in files], folder / TEMPLATE)
 
 
-def _batch(length: int, tokens: int) -> Settings:
-    return {"sequence_length": length, "global_batch_size": max(1, tokens // length)}
-
-
-def _at_once(length: int, tokens: int) -> Settings:
-    """Return the same, all sequences in one pass."""
-    batch = _batch(length, tokens)
-    return batch | {"micro_batch_size": batch["global_batch_size"]}
+def _batch(length: int, tokens: int, *, at_once: bool = False) -> Settings:
+    """Return sizes of a batch; with `at_once`, all its sequences are in one pass."""
+    sequences = max(1, tokens // length)
+    return {
+        "sequence_length": length,
+        "global_batch_size": sequences,
+        "micro_batch_size": sequences if at_once else 1,
+    }
