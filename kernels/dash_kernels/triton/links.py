@@ -42,8 +42,8 @@ LINKS_OF_WORK = 512
 LEAST_TOKENS = 16_384
 """Below, the device would wait for the host, which must know the number of links, for longer than links save."""
 LEAST_EFFICIENCY = 0.0
-"""Tile efficiency up to which links are cheaper than walking the chunks that any token of a tile selected. Never, as
-long as no GPU has measured where (docs/kernel-log.md)."""
+"""Tile efficiency up to which links are cheaper than walking the chunks that any token of a tile selected. Never: they
+save less than the waits for their number cost (docs/kernel-log.md, Links)."""
 
 
 @dataclass(frozen=True)
