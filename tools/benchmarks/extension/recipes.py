@@ -32,6 +32,7 @@ class Size:
         question_steps: on questions of all lengths up to the first, after them.
         copies: documents of copies.
         copied: tokens of such a document.
+        heldout: tokens of the held-out text, the same at all lengths.
         questions: documents with a question, by length in tokens, ascending.
     """
 
@@ -62,7 +63,7 @@ SIZES = {
         question_steps=300,
         copies=40_000,
         copied=128,
-        heldout=8,
+        heldout=524_288,
         megabytes=60,
         questions={
             384: 16_000,
@@ -87,7 +88,7 @@ SIZES = {
         question_steps=2,
         copies=16,
         copied=64,
-        heldout=4,
+        heldout=4 * 4096,
         megabytes=0.3,
         questions={384: 8, 512: 8, 1024: 4, 2048: 4, 4096: 2},
     ),
@@ -103,6 +104,7 @@ def from_scratch(size: Size, folder: Path) -> Settings:
     settings["attention"]["kind"] = "dense"
     settings["optimizer"] = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": max(1, size.steps[0] // 20)}
     settings["training"] |= _batch(length, size.tokens[0], at_once=True)
+    settings["evaluation"]["sequences"] = size.heldout // length
     # Joined documents that are long would mostly be cut where a sequence ends.
     short = [one for one in size.questions if one <= length // 2]
     settings["data"] |= {"sources": _code_and_questions(folder, short), "documents": "joined", "cut_documents": length}
@@ -144,6 +146,7 @@ def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
             "name": f"{size.lengths[stage]}",
             "steps": size.steps[stage],
             "training": _batch(size.lengths[stage], size.tokens[stage]),
+            "evaluation": {"sequences": size.heldout // size.lengths[stage]},
         }
         for stage in (1, 2)
     ]
@@ -172,7 +175,7 @@ def _common(size: Size, folder: Path, name: str) -> Settings:
             "logging": {"interval": 10, "routing_interval": 20, "heat_map_layers": []},
             "evaluation": {
                 "interval": 100_000,
-                "sequences": size.heldout,
+                "sequences": size.heldout // size.lengths[-1],
                 "buckets": [],
                 "data": {"source": "files", "paths": str(folder / "text" / "heldout.jsonl"), "documents": "joined"},
             },

@@ -24,19 +24,29 @@ from tools.benchmarks.common.inputs import Inputs
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a model and of its training; `batch` sequences a step."""
+    """Sizes of a model and of its training.
+
+    Attributes:
+        short: tokens of the sequences that it learns the language from.
+        short_steps: on `short_tokens` of them each.
+        steps: on one long sequence each, after that.
+    """
 
     layers: int
     hidden: int
     ffn: int
     head_dim: int
+    short: int
+    short_tokens: int
+    short_steps: int
     steps: int
-    batch: int
 
 
 SIZES = {
-    "gpu": Size(layers=8, hidden=1024, ffn=2816, head_dim=128, steps=150, batch=4),
-    "cpu": Size(layers=2, hidden=64, ffn=128, head_dim=16, steps=2, batch=1),
+    "gpu": Size(
+        layers=8, hidden=1024, ffn=2816, head_dim=128, short=8192, short_tokens=65536, short_steps=600, steps=30
+    ),
+    "cpu": Size(layers=2, hidden=64, ffn=128, head_dim=16, short=256, short_tokens=512, short_steps=2, steps=2),
 }
 
 
@@ -49,8 +59,10 @@ class Layer:
 
 
 def settings(size: Size, folder: Path, text: Path, *, heads: tuple[int, int], tokens: int) -> dict[str, Any]:
-    """Return the configuration of a run: code as bytes, dense documents, routing of the last step alone recorded."""
+    """Return the configuration of a run: code as bytes, joined documents, routing of the last step alone recorded."""
     query_heads, kv_heads = heads
+    sequences = size.short_tokens // size.short
+    short = {"sequence_length": size.short, "global_batch_size": sequences, "micro_batch_size": sequences}
     return {
         "run": {"name": f"trained_{tokens}_{query_heads}_{kv_heads}", "directory": str(folder / "runs")},
         "model": {
@@ -61,11 +73,18 @@ def settings(size: Size, folder: Path, text: Path, *, heads: tuple[int, int], to
             "num_kv_heads": kv_heads,
             "head_dim": size.head_dim,
             "rotary_base": 5e5,
-            "tie_embeddings": True,
         },
         "data": {"source": "files", "paths": [str(text)], "tokenizer": "bytes", "cache": str(folder / "tokens")},
-        "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": min(20, size.steps // 2)},
-        "training": {"steps": size.steps, "sequence_length": tokens, "global_batch_size": size.batch},
+        "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": min(30, size.short_steps // 2)},
+        "training": {"sequence_length": tokens, "global_batch_size": 1},
+        "stages": [
+            {"name": "short", "steps": size.short_steps, "training": short, "data": {"cut_documents": size.short}},
+            {
+                "name": "long",
+                "steps": size.steps,
+                "optimizer": {"lr": 3e-4, "min_lr": 1e-4, "warmup_steps": min(5, size.steps // 2)},
+            },
+        ],
         "checkpoint": {"interval": 100_000},
         "logging": {"interval": 10, "routing_interval": 100_000},
     }
@@ -77,7 +96,8 @@ def train_and_capture(config: dict[str, Any], path: Path) -> tuple[float, list[L
     with _last_inputs() as calls:
         summary = train(load_config(path))
     assert summary.last_loss is not None  # a run that fails has raised
-    return summary.last_loss, [_layer(module, tensors) for module, tensors in calls.items()]
+    of_last_stage = list(calls.items())[-config["model"]["num_layers"] :]  # each stage has modules of its own
+    return summary.last_loss, [_layer(module, tensors) for module, tensors in of_last_stage]
 
 
 @contextlib.contextmanager
