@@ -117,7 +117,7 @@ def test_texts_depend_on_their_seed_and_those_held_out_are_others(tmp_path: Path
         for path in (tmp_path / "a" / "overwritten").glob("*.jsonl")
         for line in path.read_text().splitlines()
     }
-    assert len(trained) == SIZE.first_texts + sum(SIZE.texts.values())
+    assert len(trained) == SIZE.copies + SIZE.first_texts + sum(SIZE.texts.values())
     for length in SIZE.texts:
         for index in range(4):
             text = held_out_text("overwritten", SIZE, length, index)
@@ -130,13 +130,17 @@ def test_texts_depend_on_their_seed_and_those_held_out_are_others(tmp_path: Path
 def test_answers_alone_count_in_the_loss(tmp_path: Path) -> None:
     write_corpus(tmp_path, "recall", SIZE)
     settings = settings_of(Cell("recall", "recall", "dense", 0), SIZE, tmp_path)
-    first, texts = (prepare_here(data, ByteTokenizer()).sources for data in loaded(settings, tmp_path).all_data)
-    lengths = {"first": TASKS["recall"].first_length} | {str(length): length for length in SIZE.texts}
-    for (title, source), (name, length) in zip([*first.items(), *texts.items()], lengths.items(), strict=True):
+    copies, first, *_, texts = (
+        prepare_here(data, ByteTokenizer()).sources for data in loaded(settings, tmp_path).all_data
+    )
+    lengths = {"copies": SIZE.copied, "first": TASKS["recall"].first_length}
+    lengths |= {str(length): length for length in SIZE.texts}
+    sources = [*copies.items(), *first.items(), *texts.items()]
+    for (title, source), (name, length) in zip(sources, lengths.items(), strict=True):
         rows = (tmp_path / "recall" / f"{name}.jsonl").read_text().splitlines()
         messages = [message for row in rows for message in json.loads(row)["messages"]]
         answers = [message for message in messages if message["role"] == "assistant"]
-        assert source.record.loss_tokens == len(answers), title
+        assert source.record.loss_tokens == sum(len(answer["content"]) for answer in answers), title
         assert source.record.tokens == length * len(rows)
 
 
@@ -237,7 +241,7 @@ def test_a_stopped_study_goes_on_and_measures_each_model_once(tmp_path: Path) ->
     records = list(Results(tmp_path / "out"))
     assert [found["method"] for found in records] == ["dash-1", "nsa-6"]
     for found in records:
-        assert list(found["training"]["loss"]) == ["1", "2", "3", "4", "5", "6"]
+        assert list(found["training"]["loss"]) == [str(step) for step in range(1, SIZE.task_steps + 1)]
         assert [score["length"] for score in found["scores"]][: len(SIZE.lengths)] == list(SIZE.lengths)
         for score in found["scores"]:
             assert sum(score["asked"].values()) > 20

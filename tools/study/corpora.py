@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from tools.benchmarks.common.conversations import source, write_template
+from tools.benchmarks.common.conversations import as_messages, copies, source, write_template
 from tools.benchmarks.extension.corpus import write_code
 from tools.study.sizes import Settings, Size
 from tools.study.tasks import TASKS
@@ -20,7 +21,9 @@ from tools.study.text import Text
 _TEMPLATE = "template.jinja"
 _TRAINING, _HELD_OUT = "train", "heldout"
 _CODE = "code"
-_FIRST = "first.jsonl"
+_COPIES, _FIRST = "copies.jsonl", "first.jsonl"
+_CELLS = 8
+"""A text has at least so many cells."""
 
 
 def held_out_text(task: str, size: Size, length: int, index: int) -> Text:
@@ -36,7 +39,7 @@ def write_corpus(folder: Path, corpus: str, size: Size) -> str:
     """
     if corpus in TASKS:
         _write_task(folder / corpus, corpus, size)
-        files = [folder / corpus / name for name in (_FIRST, *map(_file, size.texts))]
+        files = [folder / corpus / name for name in (_COPIES, _FIRST, *map(_file, size.texts))]
     else:
         files = [folder / _CODE / f"{part}.jsonl" for part in (_TRAINING, _HELD_OUT)]
         if not all(file.is_file() for file in files):
@@ -49,15 +52,16 @@ def write_corpus(folder: Path, corpus: str, size: Size) -> str:
     return digest.hexdigest()[:16]
 
 
-def task_data(folder: Path, corpus: str, size: Size) -> Settings:
-    """Return the section `data:` of a task, without its order and cache."""
-    names = {f"{length} tokens": _file(length) for length in size.texts}
+def task_data(folder: Path, corpus: str, lengths: Iterable[int]) -> Settings:
+    """Return the section `data:` of a task with texts of some lengths, without its order and cache."""
+    names = {f"{length} tokens": _file(length) for length in lengths}
     return {"sources": _sources(folder / corpus, names), "documents": "separate"}
 
 
-def first_task_data(folder: Path, corpus: str) -> Settings:
-    """Return what is different in that section while a model is trained on a task's first texts."""
-    return {"sources": _sources(folder / corpus, {"first texts": _FIRST})}
+def first_data(folder: Path, corpus: str) -> dict[str, Settings]:
+    """Return what is different in that section in the stages before, by their names in order."""
+    files = {"copies": _COPIES, "first": _FIRST}
+    return {name: {"sources": _sources(folder / corpus, {name: file})} for name, file in files.items()}
 
 
 def code_data(folder: Path) -> tuple[Settings, Settings]:
@@ -72,20 +76,22 @@ def code_data(folder: Path) -> tuple[Settings, Settings]:
 def _write_task(folder: Path, task: str, size: Size) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_template(folder / _TEMPLATE)
+    turns = copies(random.Random(task), size.copies, size.copied)
+    _write_texts(folder / _COPIES, map(as_messages, ([turn] for turn in turns)))
     first = (TASKS[task].first_text(f"{_FIRST}/{task}/{index}") for index in range(size.first_texts))
-    _write_texts(folder / _FIRST, first)
+    _write_texts(folder / _FIRST, (text.messages for text in first))
     for length, count in size.texts.items():
         texts = (_text(task, size, _TRAINING, length, index) for index in range(count))
-        _write_texts(folder / _file(length), texts)
+        _write_texts(folder / _file(length), (text.messages for text in texts))
 
 
-def _write_texts(path: Path, texts: Iterable[Text]) -> None:
-    """Write the texts, unless the file is there."""
+def _write_texts(path: Path, texts: Iterable[list[dict[str, str]]]) -> None:
+    """Write the messages of texts, unless the file is there."""
     if path.is_file():
         return
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w") as file:
-        file.writelines(json.dumps({"messages": text.messages}) + "\n" for text in texts)
+        file.writelines(json.dumps({"messages": messages}) + "\n" for messages in texts)
     unfinished.rename(path)
 
 
@@ -99,4 +105,5 @@ def _file(length: int) -> str:
 
 def _text(task: str, size: Size, part: str, length: int, index: int) -> Text:
     seed = f"{part}/{task}/{length}/{index}"
-    return TASKS[task].text(seed, length=length, planned=size.trained_length, cell=size.chunk_size)
+    cell = min(size.chunk_size, length // _CELLS)
+    return TASKS[task].text(seed, length=length, planned=size.trained_length, cell=cell)

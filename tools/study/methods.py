@@ -38,7 +38,7 @@ def methods(size: Size) -> dict[str, Method]:
     found += [_dash(f"sigma-{sigma:.0f}", size, prior_sigma=sigma) for sigma in (1.0, 4.0, 1e6)]
     found += [_dash(f"alpha-{alpha:g}", size, alpha=alpha) for alpha in (1.25, 2.0)]
     found += [_dash(f"chunk-{chunk}", size, chunk_size=chunk) for chunk in other_chunks(size)]
-    warmup = {"steps": max(1, size.tasks.steps // 4)}
+    warmup = {"steps": size.steps_before_texts + max(1, len(size.texts) * size.tasks.steps // 4)}
     found += [_dash(f"warmup-from-{start:g}", size, routing_warmup={"start": start, **warmup}) for start in (0.1, 8.0)]
     return {one.name: one for one in found}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools.study.corpora import code_data, first_task_data, task_data
+from tools.study.corpora import code_data, first_data, task_data
 from tools.study.methods import methods
 from tools.study.parts import Cell
 from tools.study.sizes import Settings, Size, Training
@@ -15,20 +15,23 @@ from tools.study.tasks import TASKS
 
 _EDGES = (1024, 4096, 8192, 16384)
 """Ends of the buckets of positions."""
+_WARMUP = 30
+"""Steps of a stage in which its learning rate rises."""
 
 
 def settings_of(cell: Cell, size: Size, folder: Path) -> Settings:
     """Return the configuration of a cell whose texts and runs are in `folder`."""
     of_task = cell.corpus in TASKS
     training = size.tasks if of_task else size.language
+    steps = size.task_steps if of_task else training.steps
     settings = {
         "run": {"name": cell.run, "directory": str(folder / "runs"), "seed": cell.seed},
         "attention": methods(size)[cell.method].attention,
-        "optimizer": _optimizer(training),
-        "checkpoint": {"interval": max(1, training.steps // 4), "keep": 1, "asynchronous": False},
+        "optimizer": _optimizer(training, min(size.first_steps, training.steps)),
+        "checkpoint": {"interval": max(1, steps // 4), "keep": 1, "asynchronous": False},
         "logging": {
-            "interval": max(1, training.steps // 50),
-            "routing_interval": max(1, training.steps // 10),
+            "interval": max(1, steps // 50),
+            "routing_interval": max(1, steps // 10),
             "heat_map_layers": [],
         },
     }
@@ -39,28 +42,32 @@ def settings_of(cell: Cell, size: Size, folder: Path) -> Settings:
 
 def _task(cell: Cell, size: Size, folder: Path) -> Settings:
     training = size.tasks
-    # Every other layer has no positions, so that texts longer than the trained ones can be read at all.
-    # Copying is learned in a fraction of the steps where the output has a matrix of its own.
-    without = list(range(1, training.model["num_layers"], 2))
+    lengths = list(size.texts)
+    first = [
+        {"name": name, "steps": size.first_steps, "training": {"sequence_length": size.first_tokens}, "data": data}
+        for name, data in first_data(folder, cell.corpus).items()
+    ]
+    stages = [
+        {"name": f"{length}", "steps": training.steps, "data": _sources(folder, cell.corpus, lengths[: number + 1])}
+        for number, length in enumerate(lengths)
+    ]
     return {
         "model": {
             **training.model,
             "family": "smollm3",
+            # Without positions it can compare what is further apart than any two tokens of a trained text.
+            "layers_without_positions": [training.model["num_layers"] - 1],
+            # Copying is learned in a fraction of the steps where the output has a matrix of its own.
             "tie_embeddings": False,
-            "layers_without_positions": without,
         },
-        "data": task_data(folder, cell.corpus, size),
+        "data": task_data(folder, cell.corpus, lengths),
         "training": {"sequence_length": training.tokens},
-        "stages": [
-            {
-                "name": "first",
-                "steps": size.first_steps,
-                "training": {"sequence_length": size.first_tokens},
-                "data": first_task_data(folder, cell.corpus),
-            },
-            {"name": "texts", "steps": training.steps},
-        ],
+        "stages": [*first, *stages],
     }
+
+
+def _sources(folder: Path, corpus: str, lengths: list[int]) -> Settings:
+    return {"sources": task_data(folder, corpus, lengths)["sources"]}
 
 
 def _language(cell: Cell, size: Size, folder: Path) -> Settings:
@@ -84,5 +91,6 @@ def _language(cell: Cell, size: Size, folder: Path) -> Settings:
     }
 
 
-def _optimizer(training: Training) -> Settings:
-    return {"lr": training.lr, "min_lr": training.lr / 10, "warmup_steps": max(1, training.steps // 20)}
+def _optimizer(training: Training, steps: int) -> Settings:
+    """Return the section `optimizer:` of stages of so many steps and more."""
+    return {"lr": training.lr, "min_lr": training.lr / 10, "warmup_steps": min(_WARMUP, steps // 2)}

@@ -5,7 +5,10 @@ Knows the rows `messages` of the data section; does not know what is asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import random
+import string
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +17,8 @@ _TEMPLATE = (
     "{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
 )
 """The texts of the turns one after another, and nothing between them."""
+_COPIED = string.ascii_letters + string.digits + " "
+_LEAST_COPIED = 10
 
 
 class Turn(NamedTuple):
@@ -30,6 +35,20 @@ def as_messages(turns: Iterable[Turn]) -> list[dict[str, str]]:
         for turn in turns
         for role, content in (("user", turn.question), ("assistant", turn.answer))
     ]
+
+
+def copies(rng: random.Random, count: int, length: int) -> Iterator[Turn]:
+    """Yield texts that come again and again, to be predicted from the second time on.
+
+    A model that can copy can learn to look up a fact.
+
+    Args:
+        length: tokens of a document, its end included.
+    """
+    for _ in range(count):
+        symbols = rng.choices(_COPIED, k=rng.randint(_LEAST_COPIED, length // 2))
+        text = "".join(itertools.islice(itertools.cycle(symbols), length - 1))
+        yield Turn(text[: len(symbols)], text[len(symbols) :])
 
 
 def source(label: str, paths: Iterable[Path], template: Path) -> dict[str, Any]:

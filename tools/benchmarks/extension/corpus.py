@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import string
 import sysconfig
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from dash_dist.data.tokenizer import ByteTokenizer
 from dash_dist.evaluation.samples import make_sample
 from dash_dist.evaluation.suites import SUITES
 from dash_dist.evaluation.words import Filler, invented_words
-from tools.benchmarks.common.conversations import Turn, as_messages
+from tools.benchmarks.common.conversations import Turn, as_messages, copies
 
 HELD_OUT_PACKAGES = 8
 """One package of so many is held out."""
@@ -27,7 +26,6 @@ COPIES = "copies.jsonl"
 TEMPLATE = "template.jinja"
 """Name of the chat template of copies and questions."""
 _LONGEST_FILE = 400_000
-_LEAST_COPIED = 10  # characters
 _LETTERS_OF_A_NAME = 160  # of a text, for each name with a number in it
 _SEED_OF_TRAINING = 1_000_000  # the evaluation's samples are of other seeds
 
@@ -54,21 +52,13 @@ def write_code(folder: Path, *, document: int, megabytes: float) -> None:
 
 
 def write_copies(folder: Path, count: int, length: int) -> None:
-    """Write texts that come again and again, to be predicted from the second time on.
-
-    A model that can copy can learn to look up a fact.
+    """Write documents of copies.
 
     Args:
         length: tokens of a document, its end included.
     """
-    rng = random.Random(_SEED_OF_TRAINING)
     with (folder / COPIES).open("w") as file:
-        for _ in range(count):
-            symbols = rng.choices(
-                string.ascii_lowercase + string.digits + " ", k=rng.randint(_LEAST_COPIED, length // 2)
-            )
-            text = "".join(itertools.islice(itertools.cycle(symbols), length - 1))
-            turn = Turn(text[: len(symbols)], text[len(symbols) :])
+        for turn in copies(random.Random(_SEED_OF_TRAINING), count, length):
             file.write(json.dumps({"messages": as_messages([turn])}) + "\n")
 
 

@@ -63,7 +63,7 @@ SIZES = {
         question_steps=300,
         copies=40_000,
         copied=128,
-        heldout=524_288,
+        heldout=2_097_152,
         megabytes=60,
         questions={
             384: 16_000,
