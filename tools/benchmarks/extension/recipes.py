@@ -106,8 +106,8 @@ def from_scratch(size: Size, folder: Path) -> Settings:
     settings["training"] |= _batch(length, size.tokens[0], at_once=True)
     settings["evaluation"]["sequences"] = size.heldout // length
     # Joined documents that are long would mostly be cut where a sequence ends.
-    short = [one for one in size.questions if one <= length // 2]
-    settings["data"] |= {"sources": _code_and_questions(folder, short), "documents": "joined", "cut_documents": length}
+    sources = _code_and_questions(size, folder, 0, length // 2)
+    settings["data"] |= {"sources": sources, "documents": "joined", "cut_documents": length}
     questions = [questions_of(one) for one in size.questions if one <= length]
     first, tokens = size.first_steps, size.first_tokens
     short_questions, packed = [questions_of(shortest)], {"documents": "separate"}
@@ -138,17 +138,18 @@ def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
     settings = _common(size, folder, kind)
     settings["attention"]["kind"] = kind
     settings["model"] |= {"weights": str(weights), "rotary_base": _BASES[1]}
-    long = [length for length in size.questions if length >= size.lengths[0]]
-    settings["data"]["sources"] = _code_and_questions(folder, long)
     settings["optimizer"] = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": max(1, size.steps[1] // 10)}
+    first, *lengths = size.lengths
+    settings["data"]["sources"] = _code_and_questions(size, folder, first, lengths[-1])
     settings["stages"] = [
         {
-            "name": f"{size.lengths[stage]}",
-            "steps": size.steps[stage],
-            "training": _batch(size.lengths[stage], size.tokens[stage]),
-            "evaluation": {"sequences": size.heldout // size.lengths[stage]},
+            "name": f"{length}",
+            "steps": steps,
+            "training": _batch(length, tokens),
+            "data": {"sources": _code_and_questions(size, folder, first, length)},
+            "evaluation": {"sequences": size.heldout // length},
         }
-        for stage in (1, 2)
+        for length, steps, tokens in zip(lengths, size.steps[1:], size.tokens[1:], strict=True)
     ]
     return settings
 
@@ -183,10 +184,11 @@ def _common(size: Size, folder: Path, name: str) -> Settings:
     )
 
 
-def _code_and_questions(folder: Path, lengths: Iterable[int]) -> list[Settings]:
-    """Return code, and questions of some lengths in tokens."""
+def _code_and_questions(size: Size, folder: Path, shortest: int, longest: int) -> list[Settings]:
+    """Return code, and questions of the lengths from `shortest` to `longest`."""
     code = {"source": "files", "paths": str(folder / "text" / "train.jsonl"), "weight": 0.5}
-    return [code, _questions(folder, map(questions_of, lengths), "questions") | {"weight": 0.5}]
+    files = [questions_of(length) for length in size.questions if shortest <= length <= longest]
+    return [code, _questions(folder, files, f"questions to {longest}") | {"weight": 0.5}]
 
 
 def _questions(folder: Path, files: Iterable[str], label: str) -> Settings:
