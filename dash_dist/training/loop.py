@@ -61,6 +61,8 @@ class TrainingLoop:
         prepared = session.data[stage.number]
         with self._control.together("the run cannot start", ConfigError):
             self._data = prepared.stream(config, dims)
+        if (advice := prepared.advice(config)) is not None:
+            session.note(advice)
         self._evaluation = StageEvaluation(session, stage, prepared, dims, show=self._show_heldout)
         with self._control.together("the model cannot be built", ConfigError):
             vocab_size = config.model.embedded_tokens(prepared.tokenizer.vocab_size)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dash_dist.config.data import DataConfig
 from dash_dist.config.run import RunConfig, Stage
+from dash_dist.data.advice import advise
 from dash_dist.data.corpus import Corpus
 from dash_dist.data.prepare import prepare_together
 from dash_dist.data.sizes import check_sizes, sizes_of
@@ -34,6 +35,16 @@ class StageData:
         """Return this data-parallel rank's stream of a stage. Raises ValueError for sizes that do not fit."""
         return build_data_stream(
             config.data, tokenizer=self.tokenizer, corpus=self.corpus, **sizes_of(config, dims.dp_rank, dims.dp_size)
+        )
+
+    def advice(self, config: RunConfig) -> str | None:
+        """Return what to change in how a stage reads its documents; None if nothing."""
+        training = config.training
+        return advise(
+            config.data,
+            self.corpus,
+            sequence_length=training.sequence_length,
+            global_batch_size=training.global_batch_size,
         )
 
 
