@@ -37,12 +37,21 @@ _OBJECT_STORE_BYTES = 80 << 20
 
 
 class Node:
-    """One node: `process` is its `ray start --block`, the parent of its raylet and of Ray's other processes there."""
+    """One node: `process` is its `ray start --block`, the parent of its raylet and of Ray's other processes there.
 
-    def __init__(self, address: str, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    Args:
+        cpus: workers that it takes.
+        gpu: number of its GPU on this machine; None without one.
+    """
+
+    def __init__(
+        self, address: str, folder: Path, process: subprocess.Popen[bytes], *, cpus: int, gpu: int | None
+    ) -> None:
         self.address = address
         self.folder = folder
         self.process = process
+        self.cpus = cpus
+        self.gpu = gpu
 
     @property
     def log(self) -> Path:
@@ -114,7 +123,7 @@ class LocalCluster:
             f"--dashboard-port={dashboard_port}",
             f"--ray-client-server-port={free_port(head_address)}",  # cannot be turned off, and has a fixed default
         ]
-        self._start(head_address, 0, options)
+        self._start(head_address, options, cpus=0, gpu=None)
         return self
 
     def __exit__(
@@ -124,9 +133,14 @@ class LocalCluster:
             self._kill_all(node)
         self.nodes.clear()
 
-    def add_node(self, *, cpus: int) -> Node:
-        """Start another node and wait until it has joined. Raises StormError with its log if it does not."""
-        return self._start(self._next_address(), cpus, [f"--address={self.address}"])
+    def add_node(self, *, cpus: int, gpu: int | None = None) -> Node:
+        """Start another node and wait until it has joined. Raises StormError with its log if it does not.
+
+        Args:
+            cpus: workers that it takes; one for a node with a GPU.
+            gpu: number of its GPU on this machine; None without one.
+        """
+        return self._start(self._next_address(), [f"--address={self.address}"], cpus=cpus, gpu=gpu)
 
     def lose(self, node: Node, *, seconds: float = 60) -> list[str]:
         """Kill the raylet of a node. Its workers and Ray's other processes there must notice and end by themselves.
@@ -182,25 +196,18 @@ class LocalCluster:
         self._last_number += 1
         return f"127.0.0.{self._last_number}"
 
-    def _start(self, address: str, cpus: int, options: list[str]) -> Node:
+    def _start(self, address: str, options: list[str], *, cpus: int, gpu: int | None) -> Node:
         for attempt in range(1, _START_ATTEMPTS + 1):
             folder = self.folder / f"n{address.rpartition('.')[2]}"
             folder = folder.with_name(f"{folder.name}_{attempt}") if attempt > 1 else folder
             folder.mkdir()
-            command = [
-                *("ray", "start", "--block", "--log-style=record"),
-                *(f"--node-ip-address={address}", f"--temp-dir={folder}", f"--num-cpus={cpus}", "--num-gpus=0"),
-                f"--object-store-memory={_OBJECT_STORE_BYTES}",
-                *("--min-worker-port=0", "--max-worker-port=0"),  # any free port, not one range for all nodes
-                *(f"--{name}-port={free_port(address)}" for name in _AGENT_PORTS),
-                "--include-log-monitor=false",
-                *options,
-            ]
+            command = [*start_command(address, folder, cpus=cpus, gpu=gpu), *options]
+            environment = {**self.environment, **gpu_environment(gpu)}
             with (folder / "start.log").open("wb") as log:
                 process = subprocess.Popen(
-                    command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                 )
-            node = Node(address, folder, process)
+            node = Node(address, folder, process, cpus=cpus, gpu=gpu)
             while process.poll() is None:
                 if _STARTED in node.log.read_text(errors="replace"):
                     self.nodes.append(node)
@@ -214,6 +221,24 @@ class LocalCluster:
         processes = node.processes()
         end(lambda: [process for process in processes if alive(process)])
         node.process.wait(timeout=30)
+
+
+def start_command(address: str, folder: Path, *, cpus: int, gpu: int | None) -> list[str]:
+    """Return the part of a node's command that heads and other nodes share."""
+    return [
+        *("ray", "start", "--block", "--log-style=record"),
+        *(f"--node-ip-address={address}", f"--temp-dir={folder}", f"--num-cpus={cpus}"),
+        f"--num-gpus={0 if gpu is None else 1}",
+        f"--object-store-memory={_OBJECT_STORE_BYTES}",
+        *("--min-worker-port=0", "--max-worker-port=0"),  # any free port, not one range for all nodes
+        *(f"--{name}-port={free_port(address)}" for name in _AGENT_PORTS),
+        "--include-log-monitor=false",
+    ]
+
+
+def gpu_environment(gpu: int | None) -> dict[str, str]:
+    """Return the variables that show a node its GPU, from whose value Ray takes the name of the GPU."""
+    return {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
 
 
 def free_port(address: str) -> int:
