@@ -1,7 +1,7 @@
 """Injection of each fault from outside the run's processes.
 
 Knows how a fault is made; does not know when (`schedule.py` does). Each function makes one fault and returns its
-description. The run must have ranks.
+description. The run must have ranks. A fault inside a part of a step is a request to the rank's hook.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import psutil
 
 from tests.storm.cluster import LocalCluster, Node
 from tests.storm.processes import alive, tree
+from tests.storm.requests import Failure, Part
 from tests.storm.watch import RunWatch
 
 # Writes beyond this size fail while the disk is "full". It lies between the sizes of curve files and checkpoint files.
@@ -36,6 +37,13 @@ def stop_rank(watch: RunWatch, chance: random.Random) -> str:
     rank, process = _any_rank(watch, chance)
     process.send_signal(signal.SIGSTOP)
     return f"SIGSTOP to rank {rank}"
+
+
+def fail_in_part(watch: RunWatch, chance: random.Random, part: Part, failure: Failure) -> str:
+    """Ask a random rank to fail in a part of a step; `watch.requests` knows when it has."""
+    rank, _ = _any_rank(watch, chance)
+    watch.requests.ask(rank, part, failure)
+    return f"{'SIGKILL to' if failure == 'killed' else 'out of memory at'} rank {rank} in its {part}"
 
 
 def choose_node(cluster: LocalCluster, watch: RunWatch, chance: random.Random) -> Node:

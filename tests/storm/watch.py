@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dash_dist.run.events import Event, EventLog
 from tests.storm.errors import StormError
 from tests.storm.processes import alive
+from tests.storm.requests import RankRequests
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class RunWatch:
 
     def __init__(self, ranks: Path, run_directory: Path) -> None:
         self.run_directory = run_directory
+        self.requests = RankRequests(ranks)
         self._ranks = ranks
         self._offsets: dict[Path, int] = {}
         self.steps: list[RankStep] = []
