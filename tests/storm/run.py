@@ -50,6 +50,11 @@ class Patience:
         """Seconds without progress before a rank's watchdog ends it; longer than `answer`, as in real runs."""
         return 2 * self.answer
 
+    @property
+    def end(self) -> int:
+        """Seconds for all processes of a run to end that fails for good; a minute on a machine that is not busy."""
+        return max(60, 2 * self.answer)
+
 
 def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: Patience) -> RunFiles:
     """Write the configuration of a small run with CP=2, whose checkpoints are larger than its curves."""
@@ -84,7 +89,7 @@ def write_run(folder: Path, name: str, *, steps: int, interval: int, patience: P
 def start_run(
     cluster: LocalCluster, files: RunFiles, patience: Patience, *, workers: int, node_wait: float | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start the driver of a run as a child of this process.
+    """Start the driver of a run as a child of this process; a driver that follows another one continues its log.
 
     Args:
         node_wait: seconds that the run waits for a replacement before it continues with fewer nodes. The default gives
@@ -99,7 +104,7 @@ def start_run(
     }
     command = [sys.executable, str(ROOT / "launch" / "ray_train.py"), str(files.config)]
     command += [f"--{name}={value}" for name, value in options.items()]
-    with files.log.open("wb") as log:
+    with files.log.open("ab") as log:
         return subprocess.Popen(
             command,
             cwd=ROOT,

@@ -9,9 +9,10 @@ import json
 import math
 import os
 import random
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +22,16 @@ from dash_dist.data.tokenizer import load_tokenizer
 from tests.storm.cluster import LocalCluster
 from tests.storm.compare import Difference, compare_losses, compare_weights
 from tests.storm.errors import StormError
-from tests.storm.processes import Family
+from tests.storm.gpus import GpuMemory
+from tests.storm.processes import Family, tree
 from tests.storm.rank_hook.sitecustomize import crc
 from tests.storm.run import ROOT, Patience, RunFiles, finish_run, start_run, tail, write_run
-from tests.storm.schedule import Schedule, draw_schedule
+from tests.storm.schedule import FAULT_KINDS, FaultKind, Schedule, draw_schedule
 from tests.storm.trial import DRAIN_SECONDS, Outcome, Trial
 from tests.storm.watch import RunWatch
 
 # The run needs two. The ranks of a lost node move to the spare one, and the next spare joins meanwhile.
-NODES = 3
+CPU_NODES = 3
 
 # Time for a run's processes to end while the cluster continues.
 _END_SECONDS = 30.0
@@ -41,6 +43,7 @@ class Result:
 
     seed: int
     workers: int
+    gpus: int
     steps: int
     interval: int
     outcomes: list[Outcome]
@@ -54,11 +57,15 @@ class Storm:
     """A storm of `faults` faults drawn from `seed`, with all its files in `folder`.
 
     Args:
-        workers: ranks, 2 (CP=2) or 4 (CP=2 x DP=2); half of them on each of two nodes.
+        workers: ranks, 2 (CP=2) or 4 (CP=2 x DP=2); half of them on each of two nodes, or one on each GPU.
         step_seconds: minimum time of a step, so that a fault can hit it in the middle.
         interval: steps between checkpoints.
         fault_seconds: longest time to recover from a fault before the storm ends.
         say: receives progress messages.
+        kinds: of the faults; all if `faults` allows it.
+        gpus: GPUs of this machine, each that of a node: `workers`, or 0 for a run on CPUs. A lost node has no spare,
+            and the one that replaces it takes its GPU.
+        answer_seconds: time without an answer after which a rank counts as lost; None to measure this machine.
     """
 
     def __init__(
@@ -72,15 +79,23 @@ class Storm:
         interval: int,
         fault_seconds: float,
         say: Callable[[str], None],
+        kinds: Sequence[FaultKind] = FAULT_KINDS,
+        gpus: int = 0,
+        answer_seconds: int | None = None,
     ) -> None:
         self.schedule: Schedule = draw_schedule(
-            faults=faults, seed=seed, interval=interval, drain_steps=math.ceil(DRAIN_SECONDS / max(step_seconds, 0.05))
+            faults=faults,
+            seed=seed,
+            interval=interval,
+            drain_steps=math.ceil(DRAIN_SECONDS / max(step_seconds, 0.05)),
+            kinds=kinds,
         )
         self._folder = folder
         self._hook = folder / "ranks.json"
         self._seed = seed
         self._workers = workers
-        self._node_cpus = workers // 2
+        self._gpus = gpus
+        self._answer_seconds = answer_seconds
         self._step_seconds = step_seconds
         self._interval = interval
         self._fault_seconds = fault_seconds
@@ -90,16 +105,18 @@ class Storm:
     def run(self) -> Result:
         """Run the storm and return its result. Raises StormError."""
         family = Family()
+        memory = GpuMemory(self._gpus)
         with family, LocalCluster(self._folder, environment=node_environment(self._hook)) as cluster:
-            for _ in range(NODES):
-                cluster.add_node(cpus=self._node_cpus)
-            self._note(f"a head and {NODES} nodes of {self._node_cpus} CPUs are up")
+            for cpus, gpu in node_sizes(self._workers, self._gpus):
+                cluster.add_node(cpus=cpus, gpu=gpu)
+            self._note(f"a head and {len(cluster.nodes) - 1} nodes are up")
             undisturbed, patience = self._undisturbed(cluster)
             begun = time.monotonic()
-            watch, outcomes = self._disturbed(cluster, patience)
+            watch, outcomes = self._disturbed(cluster, patience, memory)
             storm_seconds = time.monotonic() - begun
         if family.strays:
             raise StormError("processes were left over:\n" + "\n".join(family.strays))
+        memory.check_free(seconds=_END_SECONDS)
         events = Counter[str](event.kind for event in watch.events())
         drawn = {kind: count for kind, count in watch.drawn_events().items() if count}
         if drawn != events:
@@ -107,6 +124,7 @@ class Storm:
         result = Result(
             seed=self._seed,
             workers=self._workers,
+            gpus=self._gpus,
             steps=self.schedule.steps,
             interval=self._interval,
             outcomes=outcomes,
@@ -132,13 +150,22 @@ class Storm:
         self._note(
             f"undisturbed: {self.schedule.steps} steps in {time.time() - started:.0f} s, the first after {first:.0f} s"
         )
-        return watch, Patience.after_start_of(first)
+        return watch, Patience(self._answer_seconds) if self._answer_seconds else Patience.after_start_of(first)
 
-    def _disturbed(self, cluster: LocalCluster, patience: Patience) -> tuple[RunWatch, list[Outcome]]:
+    def _disturbed(
+        self, cluster: LocalCluster, patience: Patience, memory: GpuMemory
+    ) -> tuple[RunWatch, list[Outcome]]:
         files, watch = self._prepare("storm", patience, step_seconds=self._step_seconds)
         chance = random.Random(f"{self._seed} faults")
         outcomes = []
-        driver = start_run(cluster, files, patience, workers=self._workers)
+
+        def start() -> subprocess.Popen[bytes]:
+            return start_run(cluster, files, patience, workers=self._workers)
+
+        def processes_of_run() -> set[int]:
+            return {process.pid for rank in watch.ranks().values() for process in tree(rank)}
+
+        driver = start()
         try:
             for fault in self.schedule.faults:
                 trial = Trial(
@@ -147,11 +174,14 @@ class Storm:
                     driver,
                     watch,
                     chance,
-                    node_cpus=self._node_cpus,
+                    start=start,
                     interval=self._interval,
                     seconds=self._fault_seconds,
+                    end_seconds=patience.end,
                 )
                 outcome = trial.run()
+                driver = trial.driver
+                memory.check_holders(processes_of_run, seconds=_END_SECONDS)
                 outcomes.append(outcome)
                 self._note(
                     f"{outcome.number:3} {outcome.kind} at step {outcome.step}: {outcome.what}; "
@@ -198,8 +228,16 @@ class Storm:
         self._say(f"{time.monotonic() - self._begun:6.0f} s  {text}")
 
 
+def node_sizes(workers: int, gpus: int) -> list[tuple[int, int | None]]:
+    """Return the CPUs of each node and the number of its GPU, None without one."""
+    return [(1, gpu) for gpu in range(gpus)] or [(workers // 2, None)] * CPU_NODES
+
+
 def node_environment(hook: Path) -> dict[str, str]:
-    """Return the environment of nodes and of their ranks, whose steps follow the settings in the file `hook`."""
+    """Return the environment of nodes and of their ranks, whose steps follow the settings in the file `hook`.
+
+    It hides all GPUs; a node with a GPU has its own value of that variable.
+    """
     path = [ROOT, ROOT / "kernels", Path(__file__).parent / "rank_hook"]
     return {
         "DASH_STORM": str(hook),

@@ -7,6 +7,7 @@ import pytest
 from tests.storm.cluster import gpu_environment, start_command
 from tests.storm.errors import StormError
 from tests.storm.gpus import GpuMemory, parse_holders, parse_used
+from tests.storm.storm import node_sizes
 
 
 @pytest.fixture
@@ -30,6 +31,11 @@ def test_a_node_sees_its_gpu_alone(tmp_path):
     assert gpu_environment(1) == {"CUDA_VISIBLE_DEVICES": "1"}
     assert "--num-gpus=0" in start_command("127.0.0.1", tmp_path, cpus=2, gpu=None)
     assert gpu_environment(None) == {}
+
+
+def test_each_gpu_has_a_node_and_there_is_no_spare():
+    assert node_sizes(2, 2) == [(1, 0), (1, 1)]
+    assert node_sizes(4, 0) == [(2, None)] * 3
 
 
 def test_the_output_of_nvidia_smi_is_read():

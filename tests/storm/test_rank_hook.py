@@ -18,6 +18,7 @@ from tests.storm.rank_hook.sitecustomize import PARTS, wrap_part
 from tests.storm.requests import Part, RankRequests
 from tests.storm.run import ROOT
 from tests.storm.storm import node_environment
+from tests.storm.trial import KILLED_IN, OUT_OF_MEMORY_IN
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def work(tmp_path, monkeypatch):
 
 
 def test_every_part_of_a_step_has_its_function():
-    assert set(PARTS) == set(get_args(Part))
+    assert set(PARTS) == set(get_args(Part)) == {*KILLED_IN.values(), *OUT_OF_MEMORY_IN.values()}
     for module, owner, method in PARTS.values():
         assert callable(getattr(getattr(importlib.import_module(module), owner), method))
 

@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from dash_dist.run.events import EventKind
 from tests.storm.cluster import LocalCluster, Node
 from tests.storm.errors import StormError
-from tests.storm.faults import FullDisk, choose_node, damage_checkpoint, kill_first_rank, kill_worker, stop_rank
+from tests.storm.faults import (
+    FullDisk,
+    choose_node,
+    damage_checkpoint,
+    fail_in_part,
+    kill_first_rank,
+    kill_worker,
+    stop_rank,
+)
+from tests.storm.processes import alive, describe, tree
+from tests.storm.requests import Failure, Part
 from tests.storm.schedule import Fault, FaultKind
 from tests.storm.watch import RunWatch, saved_step
 
@@ -42,6 +52,25 @@ _EVENTS: dict[FaultKind, EventKind] = {
     "disk_full": "save_failed",
     "nan_batch": "batch_skipped",
     "checkpoint_damaged": "checkpoint_damaged",
+    "killed_in_forward": "restart",
+    "killed_in_exchange": "restart",
+    "killed_in_optimizer": "restart",
+    "killed_in_save": "restart",
+    "out_of_memory_in_forward": "failed",
+    "out_of_memory_in_backward": "failed",
+    "out_of_memory_in_optimizer": "failed",
+}
+
+KILLED_IN: dict[FaultKind, Part] = {
+    "killed_in_forward": "forward",
+    "killed_in_exchange": "exchange",
+    "killed_in_optimizer": "optimizer",
+    "killed_in_save": "save",
+}
+OUT_OF_MEMORY_IN: dict[FaultKind, Part] = {
+    "out_of_memory_in_forward": "forward",
+    "out_of_memory_in_backward": "backward",
+    "out_of_memory_in_optimizer": "optimizer",
 }
 
 
@@ -55,8 +84,8 @@ class Outcome:
         event: event that the run logged for it.
         resumed_at: step of the checkpoint that the run resumed from; None if no rank was lost.
         lost_steps: steps that were done again.
-        recovery_seconds: seconds until the next step was done. For a full disk: from the release of space to the next
-            complete checkpoint.
+        recovery_seconds: seconds until the next step was done; where the run ends, its second start is included. For a
+            full disk: from the release of space to the next complete checkpoint.
     """
 
     number: int
@@ -75,10 +104,14 @@ class Trial:
     Args:
         fault: the fault to make.
         cluster, driver, watch: cluster, driver and observer of the run.
-        node_cpus: CPUs of a node that replaces a lost one.
+        start: starts another driver of the run.
         chance: source of the choices that the schedule leaves open.
         interval: steps between checkpoints.
         seconds: time limit to reach the fault's step, and again to recover.
+        end_seconds: time limit for all processes of a run that fails for good.
+
+    Attributes:
+        driver: of the run; another one after `run` where the run had to be started again.
     """
 
     def __init__(
@@ -89,18 +122,20 @@ class Trial:
         watch: RunWatch,
         chance: random.Random,
         *,
-        node_cpus: int,
+        start: Callable[[], subprocess.Popen[bytes]],
         interval: int,
         seconds: float,
+        end_seconds: float,
     ) -> None:
         self._fault = fault
         self._cluster = cluster
-        self._driver = driver
+        self.driver = driver
         self._watch = watch
         self._chance = chance
-        self._node_cpus = node_cpus
+        self._start = start
         self._interval = interval
         self._seconds = seconds
+        self._end_seconds = end_seconds
         self._event = _EVENTS[fault.kind]
         self._before: Counter[str] = Counter()
 
@@ -119,6 +154,8 @@ class Trial:
         self._before = Counter(event.kind for event in self._watch.events())
         if self._fault.kind == "disk_full":
             return self._full_disk()
+        if self._fault.kind in OUT_OF_MEMORY_IN:
+            return self._out_of_memory(OUT_OF_MEMORY_IN[self._fault.kind])
         return self._lost_ranks()
 
     def _nan_batch(self) -> Outcome:
@@ -158,6 +195,9 @@ class Trial:
             case "node_drained":
                 assert draining is not None
                 what = f"announced {DRAIN_SECONDS} s before: {self._lose_node(draining)}"
+            case kind if kind in KILLED_IN:
+                what, made = self._fail_in(KILLED_IN[kind], "killed")
+                good = self._watch.saved_steps()
             case "checkpoint_damaged":
                 what = kill_worker(self._watch, self._chance)
                 time.sleep(_SETTLE_SECONDS)
@@ -168,6 +208,50 @@ class Trial:
                 what = kill_worker(self._watch, self._chance)
         self._wait_for_event("restart")
         self._wait_for_event(self._event)
+        return self._recovered(what, made, old, good)
+
+    def _out_of_memory(self, part: Part) -> Outcome:
+        """Let memory run out at one rank, which ends the run for good; start it again, as a user would."""
+        ranks = self._watch.ranks()
+        processes = [one for rank in ranks.values() for one in tree(rank)]
+        what, made = self._fail_in(part, "out_of_memory")
+        deadline = made + self._end_seconds
+        while left := [one for one in processes if alive(one)]:
+            if time.time() > deadline:
+                raise StormError(f"{what}: after {self._end_seconds:.0f} s are left {[*map(describe, left)]}")
+            time.sleep(_POLL_SECONDS)
+        try:
+            status = self.driver.wait(timeout=max(0.0, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            raise StormError(f"{what}: the driver has not ended after {self._end_seconds:.0f} s") from None
+        ended = time.time()
+        if status == 0:
+            raise StormError(f"{what}: the driver ended with status 0")
+        events = self._watch.events()[self._before.total() :]
+        if [event.kind for event in events] != [self._event] or "out of memory" not in events[0].message:
+            raise StormError(f"{what}: one event {self._event} was to name it, and these came: {events}")
+        good = self._watch.saved_steps()
+        self.driver = self._start()
+        what = f"{what}; all ended after {ended - made:.0f} s, started again"
+        return self._recovered(what, made, frozenset(process.pid for process in ranks.values()), good)
+
+    def _fail_in(self, part: Part, failure: Failure) -> tuple[str, float]:
+        """Let a rank fail in a part of a step; returns the description and the time of the fault."""
+        what = fail_in_part(self._watch, self._chance, part, failure)
+        self._wait(lambda: self._watch.requests.obeyed_at() is not None, f"in the {part} of a step")
+        made = self._watch.requests.obeyed_at()
+        assert made is not None
+        return what, made
+
+    def _recovered(self, what: str, made: float, old: frozenset[int], good: list[int]) -> Outcome:
+        """Wait until the run has passed the step that it had reached.
+
+        Args:
+            made: time of the fault.
+            old: process ids of the ranks before it.
+            good: steps of the undamaged checkpoints at that time.
+        """
+        self._watch.refresh()  # the ranks went on until the fault, which may come steps after its request
         reached = max(one.step for one in self._watch.steps if one.pid in old)
         self._wait(
             lambda: any(one.step > reached for one in self._watch.steps_since(made, not_of=old)),
@@ -195,13 +279,13 @@ class Trial:
         return node
 
     def _lose_node(self, node: Node) -> str:
-        """Kill a node and add another one; the spare node continues meanwhile."""
+        """Kill a node and add another one, with its GPU; a spare node continues meanwhile."""
         ranks = {process.pid: rank for rank, process in self._watch.ranks().items()}
         held = sorted(ranks[process.pid] for process in node.processes() if process.pid in ranks)
         left = self._cluster.lose(node)
         if left:
             raise StormError(f"processes of the lost node {node.address} went on: {left}")
-        self._cluster.add_node(cpus=self._node_cpus)
+        self._cluster.add_node(cpus=node.cpus, gpu=node.gpu)
         return f"SIGKILL to the raylet of ranks {', '.join(map(str, held))}"
 
     def _wait_for_event(self, kind: EventKind) -> None:
@@ -213,8 +297,8 @@ class Trial:
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + self._seconds
         while not condition():
-            if self._driver.poll() is not None:
-                raise StormError(f"{self._fault}: the run ended with status {self._driver.returncode} and not {what}")
+            if self.driver.poll() is not None:
+                raise StormError(f"{self._fault}: the run ended with status {self.driver.returncode} and not {what}")
             if time.monotonic() > deadline:
                 raise StormError(f"{self._fault}: after {self._seconds:.0f} s not {what}")
             time.sleep(_POLL_SECONDS)
