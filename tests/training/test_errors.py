@@ -4,12 +4,14 @@ import errno
 import os
 import pickle
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from dash_dist.cluster.rank import result_of
-from dash_dist.errors import CheckpointError, ConfigError, RunError, retryable
+from dash_dist.errors import CheckpointError, ConfigError, RankError, RunError, retryable
+from dash_dist.run.attempts import AttemptRecord, last_attempt
 from dash_dist.run.events import EventLog
 from dash_dist.training.faults.lock import RunLock
 from dash_dist.training.faults.permanent import permanent_failures_recorded
@@ -93,6 +95,17 @@ def test_the_event_log_tells_of_what_will_not_pass(tmp_path, monkeypatch, error,
         with pytest.raises(type(error)), permanent_failures_recorded(tmp_path):
             raise error
     assert [(event.kind, event.message) for event in EventLog(tmp_path).read()] == [("failed", "x")] * told
+
+
+def test_a_rank_that_fails_alone_notes_the_end_of_the_attempt(tmp_path, monkeypatch):
+    """Otherwise the next start takes the attempt for one that was killed, and tells of a restart."""
+    monkeypatch.setenv("RANK", "1")
+    running = AttemptRecord(2, 0.0, "host", 1, 2, step=7)
+    running.write(tmp_path)
+    with pytest.raises(RankError), permanent_failures_recorded(tmp_path):
+        raise RankError("no memory")
+    assert [(event.kind, event.message) for event in EventLog(tmp_path).read()] == [("failed", "no memory")]
+    assert last_attempt(tmp_path) == replace(running, ended="error")
 
 
 def test_a_second_run_in_a_folder_leaves_nothing_in_the_log_of_the_first(tmp_path):
