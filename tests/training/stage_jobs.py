@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import yaml
-
 from dash_dist.engine.protocol import StepResult
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.run.requests import Command, Request, Requests
@@ -46,15 +44,10 @@ def runs_with_stages(staged: Path, plain: Path, gated: Path, folder: Path) -> di
         outcomes[f"stopped after {steps}"] = attempt(staged, name, requests=stop_after(steps))
         outcomes[f"continued after {steps}"] = attempt(staged, name)
     outcomes["again"] = attempt(staged, "run.name=whole")
-    strict = gated.with_name("strict.yaml")
-    strict.write_text(gated.read_text().replace("100.0", "0.5"))
+    strict = folder / "strict.yaml"
     outcomes["first gate missed"] = attempt(strict, "run.name=strict")
     outcomes["first gate missed again"] = attempt(strict, "run.name=strict")
-    misspelt = staged.with_name("misspelt.yaml")
-    config = yaml.safe_load(staged.read_text())
-    config["stages"][1]["trainable"] = {"parameters": [{"match": "*.summary_qery"}]}
-    misspelt.write_text(yaml.safe_dump(config))
-    outcomes["misspelt"] = attempt(misspelt, "run.name=misspelt")
+    outcomes["misspelt"] = attempt(folder / "misspelt.yaml", "run.name=misspelt")
     outcomes["gate missed"] = attempt(gated, "run.name=gated")
     outcomes["gate still missed"] = attempt(gated, "run.name=gated")
     return outcomes

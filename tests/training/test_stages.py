@@ -57,6 +57,11 @@ def gated(folder, staged):
 @pytest.fixture(scope="module")
 def outcomes(folder, staged, gated):
     plain = write_config(folder)
+    # Here and not at the ranks, of which one would read what another is writing.
+    (folder / "strict.yaml").write_text(gated.read_text().replace("100.0", "0.5"))
+    config = yaml.safe_load(staged.read_text())
+    config["stages"][1]["trainable"] = {"parameters": [{"match": "*.summary_qery"}]}
+    (folder / "misspelt.yaml").write_text(yaml.safe_dump(config))
     first, _ = run_ranks(
         "tests.training.stage_jobs:runs_with_stages", 2, staged, plain, gated, folder, cpu_only=True, time_limit=280
     )
