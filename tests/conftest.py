@@ -15,6 +15,9 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dash-dist-cache-")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # as many workers as cores: with threads of their own they would wait for each other
+
 TESTS = Path(__file__).parent
 WITH_DEADLINES = {"checkpoints", "doctor", "report", "training"}
 
