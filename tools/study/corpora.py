@@ -7,12 +7,11 @@ the loss by its chat template.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from tools.benchmarks.common.conversations import as_messages, copies, source, write_template
+from tools.benchmarks.common.conversations import as_messages, as_row, copies, source, write_template
 from tools.benchmarks.extension.corpus import write_code
 from tools.study.sizes import Settings, Size
 from tools.study.tasks import TASKS
@@ -91,7 +90,7 @@ def _write_texts(path: Path, texts: Iterable[list[dict[str, str]]]) -> None:
         return
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w") as file:
-        file.writelines(json.dumps({"messages": messages}) + "\n" for messages in texts)
+        file.writelines(map(as_row, texts))
     unfinished.rename(path)
 
 

@@ -48,7 +48,7 @@ def _task(cell: Cell, size: Size, folder: Path) -> Settings:
         for name, data in first_data(folder, cell.corpus).items()
     ]
     stages = [
-        {"name": f"{length}", "steps": training.steps, "data": _sources(folder, cell.corpus, lengths[: number + 1])}
+        {"name": f"{length}", "steps": training.steps, "data": task_data(folder, cell.corpus, lengths[: number + 1])}
         for number, length in enumerate(lengths)
     ]
     return {
@@ -64,10 +64,6 @@ def _task(cell: Cell, size: Size, folder: Path) -> Settings:
         "training": {"sequence_length": training.tokens},
         "stages": [*first, *stages],
     }
-
-
-def _sources(folder: Path, corpus: str, lengths: list[int]) -> Settings:
-    return {"sources": task_data(folder, corpus, lengths)["sources"]}
 
 
 def _language(cell: Cell, size: Size, folder: Path) -> Settings:

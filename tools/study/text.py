@@ -11,6 +11,8 @@ import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tools.benchmarks.common.conversations import Turn, as_messages
+
 SYMBOLS = string.ascii_letters + string.digits
 """Symbols of keys and values. Signs of facts and questions, and `FILLER`, are others."""
 FILLER = "."
@@ -65,11 +67,10 @@ class Text:
     def messages(self) -> list[dict[str, str]]:
         """The text as a conversation, of which the assistant says the answers."""
         places = [question.place for question in self.questions]
-        found = []
-        for begin, place in zip([0, *(place + 1 for place in places)], places, strict=False):
-            found.append({"role": "user", "content": self.text[begin:place]})
-            found.append({"role": "assistant", "content": self.text[place]})
-        return found
+        begins = [0, *(place + 1 for place in places)]
+        return as_messages(
+            Turn(self.text[begin:place], self.text[place]) for begin, place in zip(begins, places, strict=False)
+        )
 
 
 @dataclass(frozen=True)

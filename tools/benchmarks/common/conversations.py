@@ -6,6 +6,7 @@ Knows the rows `messages` of the data section; does not know what is asked.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import string
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,11 @@ def as_messages(turns: Iterable[Turn]) -> list[dict[str, str]]:
         for turn in turns
         for role, content in (("user", turn.question), ("assistant", turn.answer))
     ]
+
+
+def as_row(messages: list[dict[str, str]]) -> str:
+    """Return the line of a file of conversations."""
+    return json.dumps({"messages": messages}) + "\n"
 
 
 def copies(rng: random.Random, count: int, length: int) -> Iterator[Turn]:

@@ -17,7 +17,7 @@ from dash_dist.data.tokenizer import ByteTokenizer
 from dash_dist.evaluation.samples import make_sample
 from dash_dist.evaluation.suites import SUITES
 from dash_dist.evaluation.words import Filler, invented_words
-from tools.benchmarks.common.conversations import Turn, as_messages, copies
+from tools.benchmarks.common.conversations import Turn, as_messages, as_row, copies
 
 HELD_OUT_PACKAGES = 8
 """One package of so many is held out."""
@@ -59,7 +59,7 @@ def write_copies(folder: Path, count: int, length: int) -> None:
     """
     with (folder / COPIES).open("w") as file:
         for turn in copies(random.Random(_SEED_OF_TRAINING), count, length):
-            file.write(json.dumps({"messages": as_messages([turn])}) + "\n")
+            file.write(as_row(as_messages([turn])))
 
 
 def write_questions(folder: Path, documents: Mapping[int, int]) -> None:
@@ -80,7 +80,7 @@ def write_questions(folder: Path, documents: Mapping[int, int]) -> None:
                 else:
                     sample = make_sample(next(tasks), tokenizer, length=length - 1, index=index, seed=_SEED_OF_TRAINING)
                     turns = [Turn(tokenizer.decode(sample.prompt), tokenizer.decode(sample.answer))]
-                file.write(json.dumps({"messages": as_messages(turns)}) + "\n")
+                file.write(as_row(as_messages(turns)))
 
 
 def _many_questions(rng: random.Random, length: int) -> Iterator[Turn]:
