@@ -20,7 +20,7 @@ class CheckpointSection(Section):
         keep: number of latest checkpoints to keep.
         keep_every_hours: hours of wall time between older checkpoints that are kept permanently; None keeps none.
         asynchronous: train while a checkpoint is written. Needs host memory for the rank's part of weights and
-            optimizer state.
+            optimizer state, which stays allocated from the first step on.
     """
 
     interval: Positive = 500

@@ -31,6 +31,7 @@ from dash_dist.deepspeed_engine.slices import WEIGHT, OwnedSlice, needed_slices,
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.megatron.checkpoint import EngineState, check_fit, create_directory
+from dash_dist.megatron.host_copies import HostCopies
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.run.files import replace_text
 
@@ -48,22 +49,18 @@ class ZeroSave:
         slices: Sequence[OwnedSlice],
         index: dict[str, Any],
         dims: ParallelDims,
-        *,
-        background: bool,
+        copies: HostCopies | None,
     ) -> None:
         self._directory, self._index, self._dims = directory, index, dims
         self._checksums: dict[str, FileChecksum] = {}
         self._problem: OSError | None = None
-        # Copies: the optimizer continues while they are written.
-        tensors = {
-            f"{key}/{one.parameter}": tensor.to("cpu", copy=True)
-            for one in slices
-            for key, tensor in one.tensors.items()
-        }
+        tensors = _tensors_of(slices)
+        if copies is not None:  # the optimizer continues while they are written
+            tensors = dict(zip(tensors, copies.copy(list(tensors.values())), strict=True))
         # A daemon: a run that ends by an error does not wait for a checkpoint that cannot be completed.
         self._writer = threading.Thread(target=self._write, args=(tensors,), name="checkpoint", daemon=True)
         self._writer.start()
-        if not background:
+        if copies is None:
             self._writer.join()
 
     def done(self) -> bool:
@@ -116,17 +113,19 @@ def start_save(
     dims: ParallelDims,
     run: EngineState,
     *,
-    background: bool,
+    copies: HostCopies | None,
 ) -> ZeroSave:
     """Copy this rank's slices and begin to write them. A collective: all ranks call it.
 
     Args:
         directory: on storage that all ranks share; created, and must be empty.
         run: rank 0's is kept.
-        background: return when the copies are made; otherwise when they are written.
+        copies: memory for the copies, in use until the result has finished; None: this rank has written when this
+            returns.
 
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
+        RankError: this rank's host has too little memory for the copies.
     """
     agreement = Agreement()
     agreement.call_on_main(lambda: create_directory(directory))
@@ -142,7 +141,17 @@ def start_save(
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "slices": {_file_of(rank): of_rank for rank, of_rank in enumerate(places)},
     }
-    return ZeroSave(directory, slices, index, dims, background=background)
+    return ZeroSave(directory, slices, index, dims, copies)
+
+
+def prepare_save(model: nn.Module, optimizer: ZeroOptimizer, copies: HostCopies) -> None:
+    """Begin to allocate what `start_save` copies to; returns at once. Local."""
+    copies.prepare(list(_tensors_of(owned_slices(model, optimizer)).values()))
+
+
+def _tensors_of(slices: Sequence[OwnedSlice]) -> dict[str, torch.Tensor]:
+    """Return the tensors of this rank's file by name."""
+    return {f"{key}/{one.parameter}": tensor for one in slices for key, tensor in one.tensors.items()}
 
 
 def load_checkpoint(

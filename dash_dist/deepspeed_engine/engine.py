@@ -18,10 +18,11 @@ from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.trainable import TrainableSection
-from dash_dist.deepspeed_engine.checkpoint import ZeroSave, load_checkpoint, start_save
+from dash_dist.deepspeed_engine.checkpoint import ZeroSave, load_checkpoint, prepare_save, start_save
 from dash_dist.deepspeed_engine.zero import ZeroOptimizer
 from dash_dist.engine.batch import MicroBatch
 from dash_dist.engine.protocol import BucketLoss, StepResult
+from dash_dist.megatron.host_copies import HostCopies
 from dash_dist.megatron.loss import bucket_losses
 from dash_dist.megatron.parallel import ParallelDims
 from dash_dist.megatron.shard_batch import ShardBatch
@@ -83,6 +84,7 @@ class DeepSpeedEngine:
             total_steps=total_steps,
             learning_rates=self._trained.learning_rates,
         )
+        self._copies = HostCopies()
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Train on one global batch, see `Engine.train_step`."""
@@ -106,10 +108,14 @@ class DeepSpeedEngine:
         """Return the floating-point operations of a step, see `Engine.flops_per_step`."""
         return self._trained.flops_per_step(tokens, document_length=document_length, density=density)
 
+    def prepare_save(self) -> None:
+        """Begin to allocate what a save in the background needs, see `Engine.prepare_save`."""
+        prepare_save(self.model, self._zero, self._copies)
+
     def start_save(self, directory: Path, *, background: bool) -> ZeroSave:
         """Begin to write model, optimizer and step, see `Engine.start_save`."""
-        state = self._trained.state(self.step)
-        return start_save(Path(directory), self.model, self._zero, self.dims, state, background=background)
+        state, copies = self._trained.state(self.step), self._copies if background else None
+        return start_save(Path(directory), self.model, self._zero, self.dims, state, copies=copies)
 
     def load(self, directory: Path) -> list[str]:
         """Load a checkpoint, written at this ZeRO stage and these parallel sizes or others; see `Engine.load`."""

@@ -31,7 +31,11 @@ class PendingSave(Protocol):
 
 
 class Saveable(Protocol):
-    """The part of an engine that a checkpoint needs; both calls are collectives."""
+    """The part of an engine that a checkpoint needs. `start_save` and `load` are collectives."""
+
+    def prepare_save(self) -> None:
+        """Begin to allocate the host memory that `start_save` in the background needs; returns at once."""
+        ...
 
     def start_save(self, directory: Path, *, background: bool) -> PendingSave:
         """Begin to write model, optimizer and step as they are now; later steps do not change the files.

@@ -30,6 +30,7 @@ from dash_dist.checkpoints.pickles import INDEX, read_index
 from dash_dist.config.trainable import ADAPTERS
 from dash_dist.distributed.agreement import Agreement
 from dash_dist.garbage import no_garbage_collection
+from dash_dist.megatron.host_copies import HostCopies, is_written_by_gpu
 from dash_dist.megatron.model import DashGPTModel
 from dash_dist.megatron.optimizer import Optimizer
 from dash_dist.megatron.optimizer_state import load_state, state_to_save
@@ -87,7 +88,7 @@ def start_save(
     dims: ParallelDims,
     run: EngineState,
     *,
-    background: bool,
+    copies: HostCopies | None,
 ) -> MegatronSave:
     """Begin to write the state at the time of the call. A collective: all ranks call it.
 
@@ -97,19 +98,23 @@ def start_save(
     Args:
         directory: on storage that all ranks share; created, and must be empty.
         run: rank 0's is kept.
-        background: otherwise this rank has written when this returns.
+        copies: memory for the copies, in use until the result has finished; None: this rank has written when this
+            returns.
 
     Raises:
         OSError: at every rank: the directory cannot be created, or is not empty.
+        RankError: this rank's host has too little memory for the copies.
     """
     Agreement().call_on_main(lambda: create_directory(directory))
-    model_state = _model_state(model, dims)
-    moments = state_to_save(optimizer.megatron, model_state)
-    apply_factories(model_state)
-    replicated = [*nested_values(model_state), *moments.replicated]
-    tensors = [*share_of(first_copies(replicated), dims.dp_cp_group), *first_copies(moments.own)]
     common = {"optimizer": {_UPDATES: optimizer.updates}, RUN: asdict(run)} if dims.rank == 0 else None
-    return MegatronSave(WritePlan(directory, tensors, common), dims, background=background)
+    plan = WritePlan(directory, _tensors_to_write(model, optimizer, dims), common, copies)
+    return MegatronSave(plan, dims, background=copies is not None)
+
+
+def prepare_save(model: DashGPTModel, optimizer: Optimizer, dims: ParallelDims, copies: HostCopies) -> None:
+    """Begin to allocate what `start_save` copies to; returns at once. Local."""
+    tensors = [tensor.data for tensor in _tensors_to_write(model, optimizer, dims)]
+    copies.prepare([tensor for tensor in tensors if is_written_by_gpu(tensor)])
 
 
 def load_checkpoint(
@@ -161,6 +166,15 @@ def load_weights(directory: Path, model: DashGPTModel, dims: ParallelDims, ident
     adapted = Agreement().call_on_main(check)
     state = _at_every_rank(directory, lambda: _load_model(directory, model, dims, adapted=adapted))
     return EngineState(**state[RUN])
+
+
+def _tensors_to_write(model: DashGPTModel, optimizer: Optimizer, dims: ParallelDims) -> list[ShardedTensor]:
+    """Return the tensors that this rank writes, and no other one. Local."""
+    model_state = _model_state(model, dims)
+    moments = state_to_save(optimizer.megatron, model_state)
+    apply_factories(model_state)
+    replicated = [*nested_values(model_state), *moments.replicated]
+    return [*share_of(first_copies(replicated), dims.dp_cp_group), *first_copies(moments.own)]
 
 
 def _load_model(directory: Path, model: DashGPTModel, dims: ParallelDims, *, adapted: bool) -> dict[str, Any]:

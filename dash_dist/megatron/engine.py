@@ -24,7 +24,8 @@ from dash_dist.config.trainable import TrainableSection
 from dash_dist.engine.batch import MicroBatch
 from dash_dist.engine.protocol import BucketLoss, StepResult
 from dash_dist.engine.saveable import PendingSave
-from dash_dist.megatron.checkpoint import load_checkpoint, start_save
+from dash_dist.megatron.checkpoint import load_checkpoint, prepare_save, start_save
+from dash_dist.megatron.host_copies import HostCopies
 from dash_dist.megatron.loss import bucket_losses_of_batch, loss_of_batch
 from dash_dist.megatron.optimizer import Optimizer, wrap_model
 from dash_dist.megatron.parallel import ParallelDims
@@ -88,6 +89,7 @@ class MegatronEngine:
             learning_rates=self._trained.learning_rates,
         )
         self._forward_backward = get_forward_backward_func()
+        self._copies = HostCopies()
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Train on one global batch, see `Engine.train_step`."""
@@ -110,10 +112,14 @@ class MegatronEngine:
         """Return the floating-point operations of a step, see `Engine.flops_per_step`."""
         return self._trained.flops_per_step(tokens, document_length=document_length, density=density)
 
+    def prepare_save(self) -> None:
+        """Begin to allocate what a save in the background needs, see `Engine.prepare_save`."""
+        prepare_save(self.model, self._optimizer, self.dims, self._copies)
+
     def start_save(self, directory: Path, *, background: bool) -> PendingSave:
         """Begin to write model, optimizer and step, see `Engine.start_save`."""
-        state = self._trained.state(self.step)
-        return start_save(Path(directory), self.model, self._optimizer, self.dims, state, background=background)
+        state, copies = self._trained.state(self.step), self._copies if background else None
+        return start_save(Path(directory), self.model, self._optimizer, self.dims, state, copies=copies)
 
     def load(self, directory: Path) -> list[str]:
         """Load a checkpoint, see `Engine.load`; `distributed_optimizer` must be that of the checkpoint, too."""

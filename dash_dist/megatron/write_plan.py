@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from dash_dist.checkpoints.engine_state import COMMON
 from dash_dist.checkpoints.integrity import FileChecksum
+from dash_dist.megatron.host_copies import HostCopies, is_written_by_gpu
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,39 @@ class Written:
 class WritePlan:
     """Tensors that this rank writes.
 
-    Tensors on a GPU, and those in memory that a GPU writes to, are copied to the host when this is made. The others are
-    written as they are then by a process that is forked before they change.
-
     Args:
         directory: of the checkpoint.
         tensors: those that this rank writes, and no other one.
         common: everything else, at rank 0; the others have none.
+        copies: where tensors on a GPU, and those in memory that a GPU writes to, are copied when this is made; the others
+            are written as they are then by a process that is forked before they change. None: `write` is called before
+            any tensor changes, and brings one after another to the host.
+
+    Raises:
+        RankError: the host has too little memory for the copies.
 
     Attributes:
         path: this rank's file; without tensors, there is none.
         items: where in the checkpoint's tensors this rank's are.
     """
 
-    def __init__(self, directory: Path, tensors: Sequence[ShardedTensor], common: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        tensors: Sequence[ShardedTensor],
+        common: dict[str, Any] | None,
+        copies: HostCopies | None,
+    ) -> None:
         self._directory = directory
         self._common = common
         self._writer = _Writer(directory)
         self.path = directory / f"__{dist.get_rank()}_0{DEFAULT_SUFFIX}"
         self.items = [_item_of(tensor) for tensor in tensors]
-        self._tensors = _on_host([tensor.data.detach() for tensor in tensors])
+        self._tensors = [tensor.data.detach() for tensor in tensors]
+        if copies is not None:
+            changing = {index: one for index, one in enumerate(self._tensors) if is_written_by_gpu(one)}
+            for index, copied in zip(changing, copies.copy(list(changing.values())), strict=True):
+                self._tensors[index] = copied
 
     def write(self) -> Written:
         """Write this rank's files, which are on disk when this returns. Raises OSError."""
@@ -100,7 +114,7 @@ class WritePlan:
         return _write_item(
             self._writer.transforms,
             file,
-            _alone(tensor.view(item.tensor_data.chunk.sizes)),
+            _alone(tensor.cpu().view(item.tensor_data.chunk.sizes)),
             item,
             self.path.name,
             serialization_format=SerializationFormat.TORCH_SAVE,
@@ -212,17 +226,3 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
     first = tensor.storage_offset() * tensor.itemsize
     storage = tensor.untyped_storage()[first : first + tensor.nbytes]
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
-
-
-def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors in memory of the host that nothing but this process changes. No copy is made of those that are."""
-    on_host = []
-    for tensor in tensors:
-        if tensor.is_cuda:
-            tensor = tensor.to("cpu", non_blocking=True)
-        elif tensor.is_pinned():
-            tensor = tensor.clone()  # a GPU writes to it, and a forked process shares it
-        on_host.append(tensor)
-    if any(tensor.is_cuda for tensor in tensors):
-        torch.cuda.current_stream().synchronize()
-    return on_host

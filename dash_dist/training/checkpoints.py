@@ -112,6 +112,11 @@ class CheckpointManager:
         """
         return self._started is not None and not self._started.save.done()
 
+    def prepare(self, engine: Saveable) -> None:
+        """Begin to allocate what the first checkpoint of an engine needs, so that training does not wait for it. Local."""
+        if self._asynchronous:
+            engine.prepare_save()
+
     def start(self, state: RunState, engine: Saveable, data_state: Any) -> None:
         """Begin one checkpoint, which is complete when `finish` has returned.
 

@@ -186,6 +186,7 @@ class TrainingLoop:
             with self._saving():
                 self._saver.start(self._state, self._position.data_state)
                 self._saver.settle(self._state.step)
+        prepared = False
         while first <= self._state.step < steps:
             session.watchdog.beat()
             micro_batches = self._next_batches()
@@ -198,6 +199,9 @@ class TrainingLoop:
                 self._evaluate_if_due()
             else:
                 self._step(micro_batches)
+                if not prepared:  # what a step keeps in host memory is there now
+                    self._checkpoints.prepare(self._engine)
+                    prepared = True
             if self._saver.is_due(self._state):
                 with self._saving():
                     self._saver.start(self._state, self._position.data_state)

@@ -56,6 +56,8 @@ class FileEngine:
     disk_full: bool = False
     last: FileSave | None = None
 
+    def prepare_save(self) -> None: ...
+
     def start_save(self, directory: Path, *, background: bool) -> FileSave:
         directory.mkdir(exist_ok=True)
         self.last = FileSave(directory / f"rank_{dist.get_rank()}.json", self.value, self.disk_full)
