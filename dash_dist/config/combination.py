@@ -9,7 +9,7 @@ from dash_dist.config.attention import PIECES_PER_RANK, AttentionConfig
 from dash_dist.config.model import VOCAB_MULTIPLE, ModelConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.section import divisors, next_multiple
-from dash_kernels.limits import MAX_TRITON_HEAD_DIM
+from dash_kernels.limits import FP8_MULTIPLE, MAX_TRITON_HEAD_DIM
 
 
 def check_combination(
@@ -83,6 +83,8 @@ def check_combination(
             "parallel.offload_activations moves inputs that wait for a backward pass, and attention.conversion has "
             "none: set parallel.offload_activations to 0"
         )
+    if parallel.fp8_linears:
+        _check_fp8(model, parallel)
     _check_shards(parallel, sequence_length)
     pieces_per_rank = PIECES_PER_RANK[attention.layout]
     pieces = parallel.context * pieces_per_rank
@@ -103,6 +105,24 @@ def _check_shards(parallel: ParallelConfig, sequence_length: int) -> None:
             f"= {multiple}, over which parallel.sequence_parallel splits it: pad to "
             f"{next_multiple(sequence_length, multiple)}, or set parallel.sequence_parallel to false"
         )
+
+
+def _check_fp8(model: ModelConfig, parallel: ParallelConfig) -> None:
+    heads, kv_heads, tensor = model.num_attention_heads, model.num_kv_heads, parallel.tensor
+    widths = {
+        "hidden_size": model.hidden_size,
+        f"ffn_hidden_size / parallel.tensor {tensor}": model.ffn_hidden_size // tensor,
+        f"num_attention_heads x head_dim / parallel.tensor {tensor}": heads * model.resolved_head_dim // tensor,
+        f"(num_attention_heads + 2 x num_kv_heads) x head_dim / parallel.tensor {tensor}": (heads + 2 * kv_heads)
+        * model.resolved_head_dim
+        // tensor,
+    }
+    for name, width in widths.items():
+        if width % FP8_MULTIPLE:
+            raise ValueError(
+                f"{name} = {width} is not a multiple of {FP8_MULTIPLE}, which parallel.fp8_linears needs: change it, "
+                "or set parallel.fp8_linears to false"
+            )
 
 
 def _check_positions(model: ModelConfig, sequence_length: int) -> None:

@@ -53,6 +53,11 @@ class ParallelConfig(Section):
     fused_kernels: bool = Field(
         default=True, description="Liger's kernels for norms, SwiGLU and the loss on GPUs; false: PyTorch's operations"
     )
+    fp8_linears: bool = Field(
+        default=False,
+        description="multiply in FP8 in the decoder's linears, forward and for the gradients of their inputs; gradients "
+        "of weights, norms, attention and output layer stay in bfloat16. Needs compute capability 8.9",
+    )
     offload_activations: float = Field(
         default=0.0,
         ge=0.0,

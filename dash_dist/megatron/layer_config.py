@@ -19,12 +19,14 @@ class LayerConfig(TransformerConfig):
         recomputed_part: of a layer, where the rest of it is not recomputed.
         recomputed_layers: of each pipeline stage, its first ones; None: all.
         mlp_tile_tokens: tokens that each MLP works on at a time; None: all.
+        fp8_linears: products of linears are computed in FP8, see `dash_dist.megatron.fp8`.
     """
 
     attention_recompute: Recompute = "none"
     recomputed_part: RecomputeModule | None = None
     recomputed_layers: int | None = None
     mlp_tile_tokens: int | None = None
+    fp8_linears: bool = False
 
     @property
     def sequence_shards(self) -> int:

@@ -26,6 +26,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.megatron.core_attention import DashCoreAttention
+from dash_dist.megatron.fp8 import Fp8ColumnLinear, Fp8RowLinear, LastFp8Linear
 from dash_dist.megatron.fused import SwiGLU, norm_module
 from dash_dist.megatron.layer_config import LayerConfig
 from dash_dist.megatron.recompute import RecomputableLayer
@@ -33,11 +34,12 @@ from dash_dist.megatron.self_attention import RotarySelfAttention
 from dash_dist.megatron.unread import LastLinear
 
 
-def layer_spec(model: ModelConfig, attention: AttentionConfig, *, fused: bool) -> ModuleSpec:
+def layer_spec(model: ModelConfig, attention: AttentionConfig, *, fused: bool, fp8: bool) -> ModuleSpec:
     """Return the specification of every layer of the model; the kind of attention follows from its number.
 
     Args:
         fused: take the kernels of `dash_dist.megatron.fused`.
+        fp8: take the linears of `dash_dist.megatron.fp8`.
     """
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.module = RecomputableLayer
@@ -49,9 +51,13 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig, *, fused: bool) -
     of_attention.submodules.core_attention = functools.partial(DashCoreAttention, attention=attention)
     if model.qk_norm and not model.qk_norm_over_heads:
         of_attention.submodules.q_layernorm = of_attention.submodules.k_layernorm = norm
+    if fp8:
+        of_attention.submodules.linear_qkv = of_mlp.linear_fc1 = Fp8ColumnLinear
+        of_attention.submodules.linear_proj = of_mlp.linear_fc2 = Fp8RowLinear
     if not model.norms_after:  # otherwise a norm reads what these return
-        of_mlp.linear_fc2 = ModuleSpec(LastLinear, params={"part": "mlp"})
-        of_attention.submodules.linear_proj = ModuleSpec(LastLinear, params={"part": "projections"})
+        last = LastFp8Linear if fp8 else LastLinear
+        of_mlp.linear_fc2 = ModuleSpec(last, params={"part": "mlp"})
+        of_attention.submodules.linear_proj = ModuleSpec(last, params={"part": "projections"})
     if model.norms_after:
         layer.module = PostNormLayer
         layer.params = {**layer.params, "norm": norm}

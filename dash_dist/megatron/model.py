@@ -190,6 +190,7 @@ def transformer_config(
         deallocate_pipeline_outputs=True,
         cuda_graph_scope=[],
         mlp_tile_tokens=parallel.mlp_tile_tokens,
+        fp8_linears=parallel.fp8_linears,
         **recompute_settings(parallel),
     )
 
@@ -223,7 +224,7 @@ def build_model(
     layers = model.num_layers // dims.pp_size
     # The norm after the last layer is named here: Megatron's default is Apex's, where it is installed, which
     # has no RMSNorm.
-    layer = layer_spec(model, attention, fused=fused)
+    layer = layer_spec(model, attention, fused=fused, fp8=config.fp8_linears)
     block = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm_module(fused))
     stage = DashGPTModel(
         config,

@@ -29,6 +29,7 @@ from dash_dist.engine.step_timer import StepTimer
 from dash_dist.engine.telemetry import StepTelemetry
 from dash_dist.megatron.asked import AskedRows
 from dash_dist.megatron.conversion import check_trained, mean_loss
+from dash_dist.megatron.fp8 import check_device
 from dash_dist.megatron.lora import add_adapters
 from dash_dist.megatron.model import DashGPTModel, build_model, rotary_embedding, transformer_config
 from dash_dist.megatron.offload import ActivationOffload
@@ -88,6 +89,8 @@ class TrainedModel:
                 f"attention.backend=triton needs a CUDA GPU, and rank {dims.rank} is on {dims.device}: "
                 "set attention.backend to auto or eager"
             )
+        if parallel.fp8_linears:
+            check_device(dims.device)
         self.dims = dims
         self.sequence_length = sequence_length
         self._model_config = model

@@ -8,6 +8,7 @@ Knows autograd and Megatron-core's row-parallel linear; does not know layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,35 +65,46 @@ class LastLinear(RowParallelLinear):
         """
         if is_unread(self.config, self.part):
             group = self.tp_group if self.sequence_parallel else None
-            return _UnreadProduct.apply(input_, self.weight, group), self.bias
+            return _UnreadProduct.apply(input_, self.weight, group, self.gradient_of_input), self.bias
         found: tuple[torch.Tensor, torch.Tensor | None] = super().forward(input_)
         return found
+
+    def gradient_of_input(self, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Multiply the gradient of an output, [..., out], by the weight [out, in]; returns [..., in]."""
+        return gradient.matmul(weight)
 
 
 class _UnreadProduct(torch.autograd.Function):
     """Gradients of Megatron-core's linears, with and without a frozen weight.
 
     group: tensor-parallel ranks that the output is split over along the sequence; None where each has all of it.
+    of_input: gradient of the output and weight -> gradient of the input.
     """
 
     @staticmethod
-    def forward(ctx: Any, input_: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        input_: torch.Tensor,
+        weight: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        of_input: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
         ctx.save_for_backward(input_ if weight.requires_grad else None, weight)
-        ctx.group = group
+        ctx.group, ctx.of_input = group, of_input
         shards = 1 if group is None else group.size()
         return unread(input_, torch.Size((len(input_) // shards, *input_.shape[1:-1], len(weight))))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input_, weight = ctx.saved_tensors
         if ctx.group is not None:
             gradient = gather_from_sequence_parallel_region(gradient, group=ctx.group)
-        of_input = gradient.matmul(weight)
+        of_input = ctx.of_input(gradient, weight)
         if input_ is None:
-            return of_input, None, None
+            return of_input, None, None, None
         rows, inputs = prepare_input_tensors_for_wgrad_compute(gradient, input_)
-        return of_input, rows.t().matmul(inputs), None
+        return of_input, rows.t().matmul(inputs), None, None
 
 
 class _UnreadSum(torch.autograd.Function):

@@ -39,6 +39,7 @@ OF_EVERY_CALL = OF_A_WHOLE_PART | {
     "query_bits_kernel": 2,
     "key_gradient_kernel": 2,
     "turn_kernel": 3,
+    "cast_rows_kernel": 3,
 }
 # Lists are made by PyTorch.
 OF_LISTS = {name: count for name, count in OF_EVERY_CALL.items() if name != "route_kernel"}
@@ -66,6 +67,7 @@ OF_EVERY_LINKED_CALL = OF_A_WHOLE_LINKED_PART | {
     "add_linked_kernel": 4,
     "key_gradient_linked_kernel": 2,
     "turn_kernel": 3,
+    "cast_rows_kernel": 3,
 }
 # What is left of earlier parts at the last one: one product for 16 chunks of a tile, after all else.
 SHORT_LOOPS = {("add_linked_kernel", "BLOCKS=True IS_FIRST_PART=False IS_LAST_PART=True LISTED=False")}

@@ -85,6 +85,7 @@ def engine_of(
         overlap_gradients=case.overlap_gradients,
         fused_kernels=case.fused_kernels,
         mlp_tile_tokens=case.mlp_tile_tokens,
+        fp8_linears=case.fp8_linears,
         offload_activations=case.offload_activations,
     )
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))

@@ -49,6 +49,7 @@ class Case:
     recompute_modules: tuple[RecomputeModule, ...] | None = None
     recompute_layers: int | None = None
     mlp_tile_tokens: int | None = None
+    fp8_linears: bool = False
     offload_activations: float = 0.0
     offload_moments: float = 0.0
     overlap_gradients: bool = False  # in buckets of a few weights
