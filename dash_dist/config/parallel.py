@@ -55,8 +55,8 @@ class ParallelConfig(Section):
     )
     fp8_linears: bool = Field(
         default=False,
-        description="multiply in FP8 in the decoder's linears, forward and for the gradients of their inputs; gradients "
-        "of weights, norms, attention and output layer stay in bfloat16. Needs compute capability 8.9",
+        description="multiply in FP8 in the decoder's linears, forward and for the gradients of their inputs; the "
+        "gradients of weights, attention and output layer stay in bfloat16. Needs GPUs with FP8, as Hopper",
     )
     offload_activations: float = Field(
         default=0.0,

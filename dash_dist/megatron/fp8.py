@@ -1,13 +1,14 @@
-"""Linears whose forward product and input gradient are computed in FP8, as Megatron-core's column- and row-parallel ones.
+"""Linears of Megatron-core whose forward product and input gradient are computed in FP8.
 
-Tokens, output channels and gradients of tokens have a scale each (`dash_kernels.fp8`), found anew at every call. Weights
-stay as they are, and so does the product that gives their gradient: it is that of Megatron-core, with the same hooks.
-Knows tensor parallelism and shards of the sequence; does not know layers.
+Tokens, output channels and the gradients of tokens have a scale each (`dash_kernels.fp8`), found anew at every call.
+Weights stay as they are, and so does the product that gives their gradient: it is that of Megatron-core, with the same
+hooks. Knows tensor parallelism and shards of the sequence; does not know layers.
 
 E4M3 holds gradients as well: a scale for each token takes up the range between tokens, for which a scale for a whole
 tensor needs E5M2 with half the precision. The recipe is torchao's `ROWWISE_WITH_GW_HP`
-(https://docs.pytorch.org/ao/main/api_reference/generated/torchao.float8.Float8LinearRecipeName.html), but that the
-transposed weight has a scale for each input channel.
+(https://docs.pytorch.org/ao/main/api_reference/generated/torchao.float8.Float8LinearRecipeName.html), except that the
+transposed weight has a scale for each input channel. Casts of weights are not kept: an optimizer writes weights through
+buffers of its own, which no version counter shows, and casting again costs little (docs/performance.md).
 """
 
 from __future__ import annotations

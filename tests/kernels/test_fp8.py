@@ -131,7 +131,7 @@ def test_products_on_a_gpu_are_the_emulated_ones(tokens: int, outputs: int, inpu
     expected = a.numbers(torch.float64) @ b.numbers(torch.float64).t()  # [tokens, outputs]
     error = (found.double() - expected).norm(dim=1) / expected.norm(dim=1)
     # bfloat16 rounds by 2^-9; Hopper's units keep 14 bits of a sum.
-    assert error.max() < (2.0**-6 if fast else 2.0**-8)
+    assert error.max() < (2.0**-5 if fast else 2.0**-8)
     assert torch.equal(found, scaled_product(a, b, torch.bfloat16, fast=fast))
     emulated = emulated_product(a, b, torch.bfloat16).double()
     assert ((emulated - expected).norm(dim=1) / expected.norm(dim=1)).max() < 2.0**-8

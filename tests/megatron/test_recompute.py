@@ -20,6 +20,8 @@ ALONE = {
     "packed dense": dataclasses.replace(DENSE, packed=True),
     "window": dataclasses.replace(WINDOW),
     "olmo": dataclasses.replace(WINDOW, family="olmo2"),
+    "fp8": Case(fp8_linears=True),
+    "fp8 olmo": Case(fp8_linears=True, family="olmo2"),
 }
 ON_TWO = {
     "cp 2": Case(context=2, exchange="selective"),
@@ -31,6 +33,7 @@ ON_TWO = {
     "tp 2": Case(tensor=2),
     "pp 2": Case(pipeline=2),
     "packed, pp 2": Case(packed=True, pipeline=2),
+    "fp8, cp 2": Case(fp8_linears=True, context=2),
 }
 ON_FOUR = {"tp 2, cp 2": Case(tensor=2, context=2), "cp 2, pp 2": Case(context=2, pipeline=2)}
 LAYOUTS = ALONE | ON_TWO | ON_FOUR
@@ -46,7 +49,7 @@ IN_ONE_LAYER = {
     "selective, one layer": Case(recompute="selective", recompute_layers=1),
     "mlp, one layer": Case(recompute="selective", recompute_modules=("mlp",), recompute_layers=1),
 }
-LAYOUTS_OF_ONE_LAYER = ("packed", "olmo", "cp 2", "tp 2")
+LAYOUTS_OF_ONE_LAYER = ("packed", "olmo", "cp 2", "tp 2", "fp8")
 CASES = [
     *((layout, way) for layout in LAYOUTS for way in WAYS),
     *((layout, way) for layout in LAYOUTS_OF_ONE_LAYER for way in IN_ONE_LAYER),
@@ -55,7 +58,8 @@ CASES = [
 EXHAUSTIVE = [
     case
     for case in CASES
-    if case[1] in ("projections", "mlp", *IN_ONE_LAYER) and case[0] not in ("packed", "olmo", "cp 2", "tp 2, cp 2")
+    if case[1] in ("projections", "mlp", *IN_ONE_LAYER)
+    and case[0] not in ("packed", "olmo", "cp 2", "tp 2, cp 2", "fp8")
 ]
 FROZEN = {"parameters": [{"match": "*.mlp.linear_fc1.weight"}, {"match": "*layernorm.weight"}]}
 LORA = {"lora": {"rank": 4}}
@@ -124,7 +128,11 @@ def test_kernels_of_the_attention_run_once_where_their_output_is_kept() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [Case(), Case(tensor=2), Case(pipeline=2)], ids=["alone", "tp 2", "pp 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [Case(), Case(tensor=2), Case(pipeline=2), Case(fp8_linears=True)],
+    ids=["alone", "tp 2", "pp 2", "fp8"],
+)
 @pytest.mark.parametrize("trainable", [FROZEN, LORA], ids=["frozen", "lora"])
 def test_no_bit_of_the_gradients_changes_of_frozen_weights_and_adapters(
     trainable: dict[str, Any], layout: Case
@@ -163,6 +171,7 @@ PRODUCTS = {
     "mlp of one layer": (IN_ONE_LAYER["mlp, one layer"], (1, 1, 1.5, 1)),
     "tiled": (Case(mlp_tile_tokens=24), (1, 1, 2, 1)),
     "tiled, full": (Case(mlp_tile_tokens=24, recompute="full"), (2, 2, 2, 1)),
+    "fp8, full": (Case(fp8_linears=True, recompute="full"), (2, 2, 2, 1)),
     # A norm reads the outputs of the last linears.
     "olmo, full": (computed_by(OLMO, "full"), (2, 2, 2, 2)),
     "olmo, projections": (computed_by(OLMO, "projections"), (2, 2, 1, 1)),
