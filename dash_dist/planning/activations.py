@@ -163,11 +163,12 @@ class Moment:
         return self.activations + self.attention + self.exchange - self.freed
 
 
-def mlp_moment(sizes: Sizes) -> Moment:
+def mlp_moment(sizes: Sizes, casts: int = 0) -> Moment:
     """Gradients of SwiGLU: of the product and of both factors, where the product itself is freed; or of the product and
-    of the second matrix, with the gathered gradient of its output."""
+    of the second matrix, with the gathered gradient of its output. casts: bytes of `last_casts`, held before the
+    gradient of the matrix is computed."""
     half = sizes.tokens * sizes.ffn * BF16
-    gradients = max(2 * half, half + sizes.ffn * sizes.hidden * BF16 + gathered_stream(sizes))
+    gradients = max(2 * half, half + max(sizes.ffn * sizes.hidden * BF16, casts) + gathered_stream(sizes))
     return Moment("backward of an MLP", activations=input_of_layer(sizes) + gradients)
 
 

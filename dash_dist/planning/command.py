@@ -99,6 +99,11 @@ def run_plan(path: Path, overrides: list[str], options: Options, *, json_path: P
 def _plan(config: RunConfig, options: Options, calibration: Calibration | None) -> tuple[str, dict[str, Any]]:
     """Return the plan of one stage as a report and as JSON."""
     machine, assumptions = options.machine(), options.assumptions(calibration)
+    if config.parallel.fp8_linears and not machine.gpu.fp8:
+        raise ConfigError(
+            f"parallel.fp8_linears needs matrix units for FP8, and an {machine.gpu.name} has none: set "
+            f"parallel.fp8_linears=false, or --gpu to one of {', '.join(gpu.name for gpu in GPUS.values() if gpu.fp8)}"
+        )
     vocab_size = options.vocab_size or vocabulary_of(config)
     asked: Prediction | None = None
     refusal = None

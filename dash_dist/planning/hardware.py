@@ -24,6 +24,7 @@ class Gpu:
             on which they were not measured, the ratio of the peaks.
         host_rate: bytes/s between the GPU and pinned host memory, in one direction; assumed, 80 % of PCIe's 16 lanes.
         measured: the kernels were measured on it (docs/results).
+        fp8: it has matrix units for FP8, of twice the bfloat16 peak.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Gpu:
     attention_time: float
     measured: bool
     host_rate: float = 50e9
+    fp8: bool = True
 
 
 # Peaks: NVIDIA's data sheets of the SXM form (H100, H200, A100 80GB, B200: HGX B200), dense, without sparsity.
@@ -52,6 +54,7 @@ GPUS = {
             989 / 312,
             measured=False,
             host_rate=25e9,
+            fp8=False,
         ),
         Gpu("B200", 2250e12, 8.0e12, 178.0, NVLINK_SHARE * NVLINK_PUBLISHED["B200"], 989 / 2250, measured=False),
     )

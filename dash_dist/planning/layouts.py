@@ -30,6 +30,7 @@ class Layout:
     offload_activations: float = 0.0
     sequence_parallel: bool = True
     """Where tensor is above 1."""
+    fp8_linears: bool = False
 
     @property
     def gpus(self) -> int:
@@ -49,10 +50,11 @@ class Layout:
         exchange = f", {self.exchange}" if self.context > 1 else ""
         tiled = "" if self.mlp_tile_tokens is None else f", MLP tiles of {self.mlp_tile_tokens} tokens"
         offloaded = f", offload {self.offload_activations:g}" if self.offload_activations else ""
+        fp8 = ", FP8 linears" if self.fp8_linears else ""
         whole = ", whole sequences in TP" if self.tensor > self.sequence_shards else ""
         return (
             f"TP {self.tensor} x CP {self.context} x PP {self.pipeline} x DP {self.data}{exchange}, "
-            f"recompute {self.recompute}{tiled}{offloaded}{whole}"
+            f"recompute {self.recompute}{tiled}{offloaded}{whole}{fp8}"
         )
 
     @staticmethod
@@ -70,6 +72,7 @@ class Layout:
             mlp_tile_tokens=parallel.mlp_tile_tokens,
             offload_activations=parallel.offload_activations,
             sequence_parallel=parallel.sequence_parallel is not False,
+            fp8_linears=parallel.fp8_linears,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dash_dist.planning import activations, loss, offload
+from dash_dist.planning import activations, fp8, loss, offload
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.layers import LayerPlan, by_recomputation
 from dash_dist.planning.layouts import Layout, Sizes
@@ -137,9 +137,11 @@ def _kept_and_moments(sizes: Sizes, layout: Layout, layer: LayerPlan) -> tuple[i
     tiled = tile is not None
     kept = activations.kept_by_layer(sizes, kind, exchange, recompute, tiled=tiled)
     saved = activations.saved_by_layer(sizes, kind, exchange, tiled=tiled)
-    mlp, attention = activations.mlp_moment(sizes), activations.attention_moment(sizes, kind, exchange)
+    in_fp8 = layout.fp8_linears
+    mlp = activations.mlp_moment(sizes, fp8.last_casts(sizes, sizes.tokens) * in_fp8)
+    attention = activations.attention_moment(sizes, kind, exchange)
     if tile is not None:
-        mlp = offload.tiled_moment(sizes, tile)
+        mlp = offload.tiled_moment(sizes, tile, fp8.first_casts(sizes) * in_fp8)
         of_mlp = activations.saved_by_layer(sizes, kind, exchange).mlp
         attention = replace(attention, freed=attention.freed - of_mlp)
     # The part that is recomputed has no output; of a whole layer, its input is the one that was kept.

@@ -37,12 +37,13 @@ def runs_mlp_again(sizes: Sizes, layout: Layout) -> bool:
     return layout.recompute.mlp or tile_tokens(sizes, layout) is not None
 
 
-def tiled_moment(sizes: Sizes, tile: int) -> Moment:
+def tiled_moment(sizes: Sizes, tile: int, casts: int = 0) -> Moment:
     """Gradients of the half's output and input, a tile's tensors and their gradients, and weight gradients: sums in
-    float32, and a tile's. Of shards of the sequence, a tile's gathered gradient as well."""
+    float32, and a tile's. Of shards of the sequence, a tile's gathered gradient as well. casts: bytes of `first_casts`,
+    held before the gradient of the first matrix is computed."""
     stream = 3 * sizes.hidden // sizes.sequence_shards + (sizes.hidden if sizes.sequence_shards > 1 else 0)
     of_tile = tile * BF16 * (stream + 3 * sizes.ffn + 2 * sizes.ffn)
-    weights = mlp_weights(sizes) * (FP32 + BF16)
+    weights = mlp_weights(sizes) * FP32 + max(mlp_weights(sizes) * BF16, sizes.ffn * sizes.hidden * BF16 + casts)
     return Moment("backward of a tiled MLP", activations=2 * input_of_layer(sizes) + of_tile + weights)
 
 

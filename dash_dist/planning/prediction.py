@@ -28,6 +28,7 @@ from dash_dist.planning.step import (
     StepTime,
     embedding_time,
     exchange_passes,
+    fp8_matmul,
     layer_matmul,
     layer_time,
     optimizer_time,
@@ -242,6 +243,12 @@ def executed_products(sizes: Sizes, layout: Layout, *, fused: bool) -> float:
     products = sum((3 * layer_matmul(sizes) + recomputed_matmul(sizes, part)) * len(of_part) for part, of_part in parts)
     output = 2.0 * sizes.tokens * sizes.vocab * sizes.hidden * output_passes(sizes, fused=fused)
     return (products + output) * sizes.micro_batches
+
+
+def fp8_products(sizes: Sizes, layout: Layout) -> float:
+    """Operations of those products that a step computes in FP8."""
+    parts = by_recomputation(range(sizes.layers), layout)
+    return sum(fp8_matmul(sizes, part) * len(of_part) for part, of_part in parts) * sizes.micro_batches
 
 
 def _executed(sizes: Sizes, layout: Layout, layers: tuple[LayerPlan, ...]) -> float:

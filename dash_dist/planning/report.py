@@ -172,6 +172,9 @@ def _assumptions(
 ) -> list[str]:
     gpu = machine.gpu
     document = assumptions.document_length or config.training.sequence_length
+    in_fp8 = ""
+    if config.parallel.fp8_linears:
+        in_fp8 = f", those in FP8 {100 * assumptions.fp8_efficiency:.0f} % of twice the peak,"
     coverage = "from both" if assumptions.coverage is None else f"{assumptions.coverage:g}"
     kernels = "measured on it (docs/results)" if gpu.measured else "NOT measured on it: scaled from an H200 by peaks"
     lines = [
@@ -179,7 +182,7 @@ def _assumptions(
         f"{assumptions.independence:g} (0 correlated, 1 independent); coverage {coverage}; "
         f"a token's document has {document:,.0f} tokens; vocabulary {vocab_size:,}",
         f"{gpu.name}: {gpu.flops / 1e12:,.0f} TFLOP/s bf16 and {gpu.bandwidth / 1e12:.2f} TB/s (published), of which "
-        f"matrix products reach {100 * assumptions.matmul_efficiency:.0f} % and element-wise kernels "
+        f"matrix products reach {100 * assumptions.matmul_efficiency:.0f} %{in_fp8} and element-wise kernels "
         f"{100 * assumptions.memory_efficiency:.0f} %; attention: {kernels}",
         f"links, each direction and GPU: {gpu.nvlink / 1e9:.0f} GB/s in a node, {machine.network / 1e9:.0f} GB/s "
         f"between nodes; {machine.latency * 1e6:.0f} us a message; no collisions",

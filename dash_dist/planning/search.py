@@ -46,6 +46,7 @@ def layouts(config: RunConfig, machine: Machine) -> Iterator[Layout]:
                             config.parallel.mlp_tile_tokens,
                             config.parallel.offload_activations if recompute.whole else 0.0,
                             config.parallel.sequence_parallel is not False,
+                            config.parallel.fp8_linears,
                         )
 
 

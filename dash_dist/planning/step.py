@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from dash_dist.cost_model.exchange import exposed
 from dash_dist.planning.assumptions import Assumptions
 from dash_dist.planning.attention_time import AttentionTime
+from dash_dist.planning.fp8 import cast_bytes
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.offload import mlp_weights, runs_mlp_again, sum_of_tiles_bytes
@@ -95,9 +96,9 @@ class Pace:
     machine: Machine
     assumptions: Assumptions
 
-    def products(self, operations: float) -> float:
-        peak = self.machine.gpu.flops * self.assumptions.matmul_efficiency
-        return operations / peak * self.assumptions.dense_factor
+    def products(self, operations: float, *, fp8: bool = False) -> float:
+        efficiency = 2 * self.assumptions.fp8_efficiency if fp8 else self.assumptions.matmul_efficiency
+        return operations / (self.machine.gpu.flops * efficiency) * self.assumptions.dense_factor
 
     def elementwise(self, size: float) -> float:
         bandwidth = self.machine.gpu.bandwidth * self.assumptions.memory_efficiency
@@ -127,6 +128,11 @@ def recomputed_matmul(sizes: Sizes, layout: Layout) -> float:
     weights += mlp_weights(sizes) * 2 // 3 * runs_mlp_again(sizes, layout)
     weights += mlp_weights(sizes) // 3 * (sizes.norms_after and runs_mlp_again(sizes, layout))
     return 2.0 * sizes.tokens * weights
+
+
+def fp8_matmul(sizes: Sizes, layout: Layout) -> float:
+    """Operations of a layer's products in FP8, of one micro-batch: all but those of the weights' gradients."""
+    return (2 * layer_matmul(sizes) + recomputed_matmul(sizes, layout)) * layout.fp8_linears
 
 
 def sums_again(sizes: Sizes, layout: Layout) -> float:
@@ -164,18 +170,18 @@ def _widths(sizes: Sizes) -> dict[str, float]:
     }
 
 
-def _tensor_time(sizes: Sizes, pace: Pace, all_reduce: Bytes, *, forward: float) -> float:
+def _tensor_time(sizes: Sizes, pace: Pace, all_reduce: Bytes, *, forward: float, fp8: bool) -> float:
     """Return the exposed seconds of tensor parallelism in a layer, of which `forward` all-reduces are in forward
     passes."""
     one = pace.send(all_reduce, 2)
-    # Products of the projection and of the MLP's first matrix, each of whose two gradients takes as long.
-    products = [
-        pace.products(2.0 * sizes.tokens * sizes.hidden * width) for width in (sizes.q + 2 * sizes.kv, 2 * sizes.ffn)
-    ]
+    # Operations of the projection and of the MLP's first matrix, and of either of their gradients.
+    operations = [2.0 * sizes.tokens * sizes.hidden * width for width in (sizes.q + 2 * sizes.kv, 2 * sizes.ffn)]
+    of_weights = [pace.products(one) for one in operations]
     if sizes.sequence_shards == 1:
-        return one * forward + exposed([one] * 2, products)
+        return one * forward + exposed([one] * 2, of_weights)
+    of_inputs = [pace.products(one, fp8=fp8) for one in operations]
     half = one / 2
-    return one * forward + 2 * half + exposed([half] * 4, products * 2)
+    return one * forward + 2 * half + exposed([half] * 4, of_inputs + of_weights)
 
 
 def layer_time(
@@ -200,7 +206,8 @@ def layer_time(
     recompute = layout.recompute
     passes = 2 if recompute.attention else 1
     parts = recompute.projections + runs_mlp_again(sizes, layout)
-    matmul = pace.products(layer_matmul(sizes))
+    in_fp8 = fp8_matmul(sizes, layout)
+    products = layer_matmul(sizes) * (1 + _BACKWARD_OF_FORWARD) + recomputed_matmul(sizes, layout)
     widths = _widths(sizes)
     forward, backward = (
         pace.elementwise(BF16 * sizes.tokens * sum(_ELEMENTWISE[name][i] * width for name, width in widths.items()))
@@ -208,14 +215,15 @@ def layer_time(
     )
     weights = layer_matmul(sizes) / (2 * sizes.tokens)
     backward += pace.elementwise(_WEIGHT_GRADIENT * weights + sum_of_tiles_bytes(sizes, layout))
+    again = pace.elementwise(BF16 * sizes.tokens * _recomputed_numbers(sizes, layout) + cast_bytes(sizes, layout))
     computed = StepTime(
-        matmul=matmul * (1 + _BACKWARD_OF_FORWARD) + pace.products(recomputed_matmul(sizes, layout)),
+        matmul=pace.products(products - in_fp8) + pace.products(in_fp8, fp8=True),
         attention=route + stage3[0] * passes + stage3[1],
-        elementwise=forward + backward + pace.elementwise(BF16 * sizes.tokens * _recomputed_numbers(sizes, layout)),
+        elementwise=forward + backward + again,
     )
     tensor = 0.0
     if layout.tensor > 1:
-        tensor = _tensor_time(sizes, pace, all_reduce, forward=2 + sums_again(sizes, layout))
+        tensor = _tensor_time(sizes, pace, all_reduce, forward=2 + sums_again(sizes, layout), fp8=layout.fp8_linears)
     launched = pace.assumptions.host_seconds * (3 + parts / 2)
     waited = StepTime(tensor=tensor, exchange=_exchange_time(layout, pace, exchange, stage3))
     return computed + waited + StepTime(launch=max(0.0, launched - computed.total - waited.total))

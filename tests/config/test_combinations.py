@@ -52,6 +52,13 @@ def test_impossible_values_are_refused(config: Any, values: dict[str, Any], mess
             1024,
             "recompute_layers 4 is more than the 3 layers of a pipeline stage: set it to 3 or less, or to null",
         ),
+        (
+            {"tensor": 4, "fp8_linears": True},
+            {},
+            4,
+            1024,
+            r"ffn_hidden_size / parallel.tensor 4 = 24 is not a multiple of 16, .* set parallel.fp8_linears to false",
+        ),
         ({"pipeline": 4}, {}, 4, 1024, r"num_layers 6 .* set parallel.pipeline to one of \[1, 2, 3, 6\]"),
         ({"context": 8}, {}, 8, 100_000, "100000 is not a multiple of 2 x cp x chunk_size = 1024: pad to 100352"),
         (

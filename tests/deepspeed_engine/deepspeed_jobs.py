@@ -57,6 +57,7 @@ def engine_of(run: Run, folder: Path) -> Iterator[MegatronEngine]:
         recompute_modules=case.recompute_modules,
         recompute_layers=case.recompute_layers,
         mlp_tile_tokens=case.mlp_tile_tokens,
+        fp8_linears=case.fp8_linears,
         offload_activations=case.offload_activations,
     )
     dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=60))

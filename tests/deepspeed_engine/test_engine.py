@@ -27,6 +27,8 @@ REFERENCES = {
     "packed": Run(None, Case(packed=True), bad_step=BAD_STEP),
     "tied": Run(None, Case(tie_embeddings=True), steps=4),
     "bf16": Run(None, steps=4, bfloat16=True),
+    # Later steps differ by FP8 rounding, which a last bit decides.
+    "fp8": Run(None, Case(micro_batch_size=4, fp8_linears=True), steps=1),
     "windows": Run(None, Case(kind=("dash", "window"), window=37), steps=4),
 }
 NSA = Case(kind=("dash", "nsa"), top_chunks=4, nsa=NSAConfig(window=24))
@@ -48,6 +50,8 @@ ON_TWO = {
     "packed, zero 1, dp 2": Run(1, Case(packed=True), bad_step=BAD_STEP),
     "packed, zero 3, cp 2": Run(3, Case(packed=True, context=2), bad_step=BAD_STEP),
     "tied, zero 3, dp 2": Run(3, Case(tie_embeddings=True), steps=4),
+    "fp8, zero 3, cp 2, selective": Run(3, Case(context=2, recompute="selective", fp8_linears=True), steps=1),
+    "fp8, zero 1, dp 2": Run(1, Case(fp8_linears=True), steps=1),
     "windows, zero 3, cp 2": Run(3, Case(kind=("dash", "window"), window=37, context=2), steps=4),
     "nsa, zero 2, cp 2, selective": Run(2, dataclasses.replace(NSA, context=2, recompute="selective"), steps=4),
     "bf16, zero 1, dp 2": Run(1, steps=4, bfloat16=True),

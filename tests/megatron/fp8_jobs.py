@@ -49,7 +49,8 @@ def linears(case: Case, frozen: bool) -> dict[str, dict[str, torch.Tensor]]:
             names = ["x", *("bias" for _ in bias), *([] if frozen else ["weight"])]
             found[name] = {f"gradient of {of}": one for of, one in zip(names, gradients, strict=True)}
             found[name] |= {"weight": linear.weight.detach().clone(), "output": output.detach()}
-            found[name] |= {"bias": one.detach().clone() for one in bias}
+            if linear.bias is not None:
+                found[name]["bias"] = linear.bias.detach().clone()
     return found
 
 

@@ -115,6 +115,11 @@ def test_a_copy_within_the_gpu_reads_and_writes_and_one_to_the_host_does_not_rea
         ("indexing_backward_kernel", ("embedding",), "embedding"),
         ("triton_poi_fused_add_cos_sin_0", (), "pointwise"),
         ("triton_mystery", (), "other"),
+        ("cast_rows_kernel", ("mlp",), "fp8_casts"),
+        ("void at::native::elementwise_kernel<...>", ("fp8 cast", "mlp"), "fp8_casts"),
+        ("sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n", ("mlp",), "matmul"),
+        ("nvjet_sm90_qqtst_128x256_128x4_2x1_v_bz_TNN", ("mlp",), "matmul"),
+        ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<...>>", ("attention",), "matmul"),
     ],
 )
 def test_the_part_of_a_kernel(name, ranges, part):

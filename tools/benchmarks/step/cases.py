@@ -11,7 +11,7 @@ from typing import Any
 
 from dash_dist.config.run import RunConfig
 from dash_dist.planning.layouts import Layout, Sizes
-from dash_dist.planning.prediction import executed_products
+from dash_dist.planning.prediction import executed_products, fp8_products
 from tools.benchmarks.common.configurations import changed, run_section, write_configuration
 from tools.benchmarks.common.shapes import SHAPES
 
@@ -20,6 +20,8 @@ STEPS = 3
 """Steps that are timed, and profiled after that."""
 MATRIX_FLOPS = 700e12
 """Sustained rate of matrix products on Hopper, from which a step's floor is computed."""
+FP8_FLOPS = 2 * MATRIX_FLOPS
+"""That of products in FP8, by the ratio of the peaks; not measured."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ CASES = (
     Case("fused, denser", changes=_SELECTIVE | {"attention": {"routing_scale": 8}}),
     Case("fused, only the MLP again", changes={"parallel": {"recompute": "selective", "recompute_modules": ("mlp",)}}),
     Case("fused, six layers again", changes={"parallel": {"recompute": "selective", "recompute_layers": 6}}),
+    Case("fused, FP8", changes={"parallel": {"recompute": "selective", "fp8_linears": True}}),
+    Case(
+        "fused, six layers again, FP8",
+        changes={"parallel": {"recompute": "selective", "recompute_layers": 6, "fp8_linears": True}},
+    ),
     Case("fused, all again"),
     Case("pytorch, all again", changes={"parallel": {"fused_kernels": False}}),
     Case("dense, all again", changes={"attention": {"kind": "dense"}}),
@@ -69,13 +76,17 @@ def settings(case: Case, tokens: int, folder: Path) -> dict[str, Any]:
 
 
 def floor_seconds(config: RunConfig, gpus: int) -> float:
-    """Seconds of a step's matrix products on each GPU at `MATRIX_FLOPS`, those of attention left out.
+    """Seconds of a step's matrix products on each GPU at `MATRIX_FLOPS` and `FP8_FLOPS`, those of attention left out.
 
     The planner counts the products, recomputed ones included.
     """
     layout = Layout.of(config, gpus)
     sizes = Sizes.of(config, layout, vocab_size=VOCABULARY)
-    return executed_products(sizes, layout, fused=config.parallel.fused_kernels) / MATRIX_FLOPS
+    products, in_fp8 = (
+        executed_products(sizes, layout, fused=config.parallel.fused_kernels),
+        fp8_products(sizes, layout),
+    )
+    return (products - in_fp8) / MATRIX_FLOPS + in_fp8 / FP8_FLOPS
 
 
 def write(case: Case, tokens: int, folder: Path) -> Path:
