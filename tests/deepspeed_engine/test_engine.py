@@ -27,8 +27,7 @@ REFERENCES = {
     "packed": Run(None, Case(packed=True), bad_step=BAD_STEP),
     "tied": Run(None, Case(tie_embeddings=True), steps=4),
     "bf16": Run(None, steps=4, bfloat16=True),
-    # Later steps differ by FP8 rounding, which a last bit decides.
-    "fp8": Run(None, Case(micro_batch_size=4, fp8_linears=True), steps=1),
+    "fp8": Run(None, Case(micro_batch_size=4, fp8_linears=True), steps=2),
     "windows": Run(None, Case(kind=("dash", "window"), window=37), steps=4),
 }
 NSA = Case(kind=("dash", "nsa"), top_chunks=4, nsa=NSAConfig(window=24))
@@ -50,8 +49,8 @@ ON_TWO = {
     "packed, zero 1, dp 2": Run(1, Case(packed=True), bad_step=BAD_STEP),
     "packed, zero 3, cp 2": Run(3, Case(packed=True, context=2), bad_step=BAD_STEP),
     "tied, zero 3, dp 2": Run(3, Case(tie_embeddings=True), steps=4),
-    "fp8, zero 3, cp 2, selective": Run(3, Case(context=2, recompute="selective", fp8_linears=True), steps=1),
-    "fp8, zero 1, dp 2": Run(1, Case(fp8_linears=True), steps=1),
+    "fp8, zero 3, cp 2, selective": Run(3, Case(context=2, recompute="selective", fp8_linears=True), steps=2),
+    "fp8, zero 1, dp 2": Run(1, Case(fp8_linears=True), steps=2),
     "windows, zero 3, cp 2": Run(3, Case(kind=("dash", "window"), window=37, context=2), steps=4),
     "nsa, zero 2, cp 2, selective": Run(2, dataclasses.replace(NSA, context=2, recompute="selective"), steps=4),
     "bf16, zero 1, dp 2": Run(1, steps=4, bfloat16=True),
@@ -131,7 +130,8 @@ def test_selections_are_those_of_engine_megatron(seen):
 def test_the_run_is_that_of_engine_megatron(seen, name):
     run = (ALONE | ON_TWO | ON_FOUR)[name]
     (expected,) = seen.trained[name.split(",")[0]]
-    tolerance = 2e-2 if run.bfloat16 else 1e-5
+    # A last bit decides how a number is rounded to FP8, once weights differ by it.
+    tolerance = 2e-2 if run.bfloat16 else 1e-3 if run.case.fp8_linears else 1e-5
     for rank in seen.trained[name]:
         assert rank.losses == pytest.approx(expected.losses, rel=tolerance)
         assert rank.grad_norms == pytest.approx(expected.grad_norms, rel=10 * tolerance)
