@@ -14,15 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dash_kernels.limits import FP8_MULTIPLE
+from dash_kernels.limits import FP8_LARGEST, FP8_MULTIPLE, FP8_SMALLEST
 from dash_kernels.ranges import ranged
 from dash_kernels.spec import require
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0
-"""The largest number of E4M3, to which the largest number of a row is scaled."""
-SMALLEST = 2.0**-100
-"""The least number that a row is scaled by, so that a row of zeros has a scale, and no scale overflows."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,8 @@ def cast_rows(x: torch.Tensor) -> ScaledRows:
 
         return ScaledRows(*cast(x))
     wide = x.float()
-    largest = wide.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST)  # [M, 1]
-    return ScaledRows((wide * (LARGEST / largest)).to(E4M3), largest / LARGEST)
+    largest = wide.abs().amax(dim=1, keepdim=True).clamp(min=FP8_SMALLEST)  # [M, 1]
+    return ScaledRows((wide * (FP8_LARGEST / largest)).to(E4M3), largest / FP8_LARGEST)
 
 
 def scaled_product(a: ScaledRows, b: ScaledRows, dtype: torch.dtype, *, fast: bool) -> torch.Tensor:

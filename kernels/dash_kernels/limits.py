@@ -20,6 +20,10 @@ MAX_LINK_BYTES = 1024 * 2**20
 """Partial results, one per token, earlier chunk that it selected and query head, that are held at a time."""
 FP8_MULTIPLE = 16
 """Rows and columns of the second matrix of an FP8 product are multiples of this."""
+FP8_LARGEST = 448.0
+"""The largest number of E4M3, to which the largest number of a row is scaled."""
+FP8_SMALLEST = 2.0**-100
+"""The least number that a row is scaled by, so that a row of zeros has a scale, and no scale overflows."""
 TILE_ROWS = 64
 """Rows of a tile. Hopper: the rows of one warp group's matrix instruction."""
 

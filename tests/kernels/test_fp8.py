@@ -9,7 +9,8 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from dash_kernels.fp8 import LARGEST, SMALLEST, ScaledRows, cast_rows, emulated_product, scaled_product
+from dash_kernels.fp8 import ScaledRows, cast_rows, emulated_product, scaled_product
+from dash_kernels.limits import FP8_LARGEST, FP8_SMALLEST
 from tests.kernels.attention_inputs import DEVICE
 
 SHAPES = [(37, 48), (1, 16), (5, 2064), (3, 16_384 + 48), (2, 2 * 16_384)]  # the last ones are read twice
@@ -62,11 +63,11 @@ def test_the_kernel_gives_the_bits_of_pytorch(shape: tuple[int, int]) -> None:
 def test_numbers_are_rounded_to_the_nearest(shape: tuple[int, int]) -> None:
     x = matrix(*shape).double()
     cast = in_torch(x)
-    scales = x.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST
+    scales = x.abs().amax(dim=1, keepdim=True).clamp(min=FP8_SMALLEST) / FP8_LARGEST
     torch.testing.assert_close(cast.scales.double(), scales, rtol=1e-6, atol=0.0)
     bound = torch.maximum(2.0**-4 * x.abs(), 2.0**-10 * scales)
     assert ((cast.numbers(torch.float64) - x).abs() <= bound * (1 + 1e-5)).all()
-    assert (cast.values.float().abs().amax(dim=1) == LARGEST).sum() >= len(x) - 1  # but the row of zeros
+    assert (cast.values.float().abs().amax(dim=1) == FP8_LARGEST).sum() >= len(x) - 1  # but the row of zeros
 
 
 def test_rows_do_not_depend_on_each_other() -> None:

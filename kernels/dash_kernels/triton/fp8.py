@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dash_kernels.fp8 import E4M3, LARGEST, SMALLEST
+from dash_kernels.limits import FP8_LARGEST, FP8_SMALLEST
 
-_LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
+_LARGEST, _SMALLEST = tl.constexpr(FP8_LARGEST), tl.constexpr(FP8_SMALLEST)
 _WIDEST = 16_384
 """Columns that a program holds in registers; longer rows are read twice, the second time from the caches."""
 _PER_THREAD = 16
@@ -18,7 +18,7 @@ _MOST_WARPS = 16
 def cast(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return values and scales of the contiguous x [M, K], see `dash_kernels.fp8.cast_rows`."""
     rows, columns = x.shape
-    values = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     block = min(triton.next_power_of_2(columns), _WIDEST)
     warps = min(max(block // (32 * _PER_THREAD), 1), _MOST_WARPS)
