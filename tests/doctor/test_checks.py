@@ -19,20 +19,15 @@ import pytest
 import yaml
 
 from dash_dist.config.file import load_config
-from dash_dist.doctor import Finding, Site, Status
-from dash_dist.doctor.checks import configuration, gpu, host, links, network, packages, ray_cluster, storage
+from dash_dist.doctor import Site, Status
+from dash_dist.doctor.checks import configuration, host, network, packages, ray_cluster, storage
+from tests.doctor.findings import failed
 from tests.support.runs import write_config
 
 
 @pytest.fixture
 def site(tmp_path):
     return Site(ranks=2, gpus=0, directory=tmp_path / "runs")
-
-
-def failed(findings: list[Finding], advice: str, status: Status = Status.FAILURE) -> Finding:
-    (finding,) = [one for one in findings if one.status is status]
-    assert advice in finding.advice
-    return finding
 
 
 # host
@@ -132,76 +127,6 @@ def test_a_missing_extra_is_no_failure(site, monkeypatch):
     (finding,) = packages.imports(site)
     assert finding.status is Status.SKIPPED
     assert "dash-dist[ray]" in finding.text
-
-
-# GPUs: what nvidia-smi would print, by a program of its name
-
-
-@pytest.fixture
-def smi(tmp_path, monkeypatch):
-    def write(script: str) -> None:
-        program = tmp_path / "nvidia-smi"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    return write
-
-
-@pytest.fixture
-def no_cuda(monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def test_gpus_that_pytorch_cannot_use(site, smi, no_cuda):
-    smi('echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)"')
-    failed(gpu.devices(site), "Install a PyTorch build for CUDA")
-
-
-def test_no_gpu_is_no_failure(site, smi, no_cuda):
-    smi("exit 9")
-    (finding,) = gpu.devices(site)
-    assert (finding.status, finding.text) == (Status.SKIPPED, "no CUDA device")
-
-
-def test_a_driver_that_is_too_old(smi):
-    smi('echo "| NVIDIA-SMI 550.54  Driver Version: 550.54.14   CUDA Version: 12.4 |"')
-    assert gpu._driver("12.8").status is Status.OK
-    failed([gpu._driver("13.0")], "Update the driver")
-
-
-def test_errors_that_the_driver_counted(tmp_path, smi, monkeypatch):
-    site = Site(ranks=2, gpus=3, directory=tmp_path)
-    monkeypatch.setattr(gpu, "_xid_messages", lambda: [])
-    smi("printf '0, 0, No\\n1, 4, No\\n2, [N/A], [N/A]\\n'")
-    assert failed(gpu.errors(site), "nvidia-smi --gpu-reset -i 1").name == "GPU 1 memory"
-    smi("printf '0, 0, No\\n'")
-    monkeypatch.setattr(gpu, "_xid_messages", lambda: ["NVRM: Xid (PCI:0000:18:00): 79, GPU has fallen off the bus."])
-    assert "79, GPU has fallen" in failed(gpu.errors(site), "list of Xid errors", Status.WARNING).text
-
-
-@pytest.mark.parametrize(
-    ("cells", "expected"),
-    [
-        ("X NV18|NV18 X", ("18 NVLinks", 450.0)),
-        ("X NV4 SYS|NV4 X PIX|SYS PIX X", ("PCIe (PIX)", 20.0)),
-        ("X", None),
-    ],
-)
-def test_the_slowest_link_of_a_topology(cells, expected):
-    rows = cells.split("|")
-    names = [f"GPU{index}" for index in range(len(rows))]
-    lines = [f"{name} {row} SYS 0-15 0 N/A" for name, row in zip(names, rows, strict=True)]
-    matrix = "\n".join([" " + " ".join(names) + " NIC0 CPU Affinity", *lines, "NIC0 SYS SYS X"])
-    assert links.slowest_link(matrix) == expected
-
-
-def test_a_slow_link_is_a_warning(monkeypatch):
-    monkeypatch.setattr(links, "_slowest_link", lambda: ("18 NVLinks", 450.0))
-    failed([links._bandwidth("all-to-all", "NCCL", 100.0, gpu=True)], "nvidia-smi topo -m", Status.WARNING)
-    assert links._bandwidth("all-to-all", "NCCL", 300.0, gpu=True).status is Status.OK
 
 
 # storage

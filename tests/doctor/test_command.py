@@ -64,7 +64,7 @@ def test_a_healthy_machine(tmp_path):
     tried += ("directory seen by all ranks", "Ray", "Ray authentication", "tokenizer", f"storage of {runs}")
     for name in tried:
         assert found[name]["status"] in ("ok", "warning"), found[name]
-    for name in ("GPUs", "Triton kernels", "collectives (NCCL)", "CP on = CP off (NCCL)"):
+    for name in ("GPUs", "GPU clocks", "Triton cache", "Triton kernels", "collectives (NCCL)", "CP on = CP off (NCCL)"):
         assert (found[name]["status"], found[name]["text"]) == ("skipped", "no CUDA device")
     assert found["CP on = CP off (gloo)"]["value"] < 1e-10
     assert "0 failures" in output

@@ -1,4 +1,4 @@
-"""The GPUs of this machine: whether PyTorch sees them, computes right on them, and compiles for them.
+"""The GPUs of this machine: whether PyTorch sees them, computes right and fast on them, and compiles for them.
 
 Knows one device at a time; `links` knows what is between them.
 """
@@ -9,7 +9,10 @@ import shutil
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+from dash_dist.doctor.checks.storage import trial_folder
 from dash_dist.doctor.findings import Check, Finding, Where, failure, ok, skipped, warning
 from dash_dist.doctor.site import Site
 
@@ -17,6 +20,13 @@ _SMI_SECONDS = 15.0
 _MATMUL_SIZE = 1024
 _BUSY_SHARE = 0.1
 """Of a GPU's memory, in use before a run has begun."""
+_END_IT = "See with nvidia-smi which process uses it, and end it."
+_LEAST_CLOCK = 0.7
+"""Share of the highest clock. Some clouds set A100s to 0.78."""
+_CLOCK_SECONDS = 0.5
+"""A clock rises within this time of load."""
+_CACHE_BYTES = 2**20
+"""More than a compiled kernel."""
 
 
 def devices(site: Site) -> list[Finding]:
@@ -35,10 +45,8 @@ def devices(site: Site) -> list[Finding]:
                 "look whether CUDA_VISIBLE_DEVICES hides the GPUs.",
             )
         ]
-    findings = [_driver(torch.version.cuda)]
-    for index in range(torch.cuda.device_count()):
-        findings.append(_product(index))
-    return findings
+    visible = torch.cuda.device_count()
+    return [_driver(torch.version.cuda), *_unused(visible), *(_device(index) for index in range(visible))]
 
 
 def _driver(built_for: str | None) -> Finding:
@@ -52,11 +60,49 @@ def _driver(built_for: str | None) -> Finding:
     return ok("driver", text)
 
 
-def _product(index: int) -> Finding:
-    """Multiply matrices of small integers, which every dtype holds exactly."""
+def _unused(visible: int) -> list[Finding]:
+    """Report GPUs that the driver lists beyond the `visible` ones. Parts of a GPU (MIG) are not counted."""
+    listed = _smi("-L")
+    count = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))
+    if count <= visible or "MIG" in listed:
+        return []
+    text = f"nvidia-smi lists {count}, PyTorch can use {visible}"
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        advice = "Unset CUDA_VISIBLE_DEVICES, unless the other GPUs belong to somebody else."
+        return [warning("GPUs", f"{text}: CUDA_VISIBLE_DEVICES={chosen}", advice)]
+    advice = "Look for errors of the others with `nvidia-smi` and `dmesg | grep Xid`, and reboot the machine."
+    return [failure("GPUs", text, advice)]
+
+
+def _device(index: int) -> Finding:
+    """Check that a GPU computes right and that its memory is free."""
     import torch
 
     name = f"GPU {index}"
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+        wrong = _wrong_product(index)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        return failure(name, "too little memory is free for a product of two small matrices", _END_IT)
+    if wrong:
+        return failure(
+            name, wrong, "Take this GPU out of use and have it replaced; look for Xid errors with `dmesg | grep Xid`."
+        )
+    properties = torch.cuda.get_device_properties(index)
+    text = f"{properties.name}, {total / 2**30:.0f} GiB, compute capability {properties.major}.{properties.minor}"
+    in_use = 1.0 - free / total
+    if in_use > _BUSY_SHARE:
+        return warning(name, f"{text}; {in_use:.0%} of its memory is in use", _END_IT)
+    return ok(name, f"{text}; products right", total / 2**30, "GiB")
+
+
+def _wrong_product(index: int) -> str:
+    """Multiply matrices of small integers, which every dtype holds exactly; returns what is wrong, or ""."""
+    import torch
+
     size = _MATMUL_SIZE
     rows, columns = torch.arange(size)[:, None], torch.arange(size)[None, :]
     a, b = (rows + 2 * columns) % 5 - 2, (3 * rows + columns) % 7 - 3
@@ -66,25 +112,49 @@ def _product(index: int) -> Finding:
     for dtype in (torch.bfloat16, torch.float32):
         # Rounded once, from the exact sum: a bfloat16 result keeps fewer digits than the sums need.
         got = torch.mm(a.to(device, dtype), b.to(device, dtype)).float().cpu()
-        wanted = expected.to(dtype).float()
-        wrong = int((got != wanted).sum())
+        wrong = int((got != expected.to(dtype).float()).sum())
         if wrong:
-            return failure(
-                name,
-                f"a product of {size} x {size} integer matrices in {dtype} has {wrong} wrong entries",
-                "Take this GPU out of use and have it replaced; look for Xid errors with `dmesg | grep Xid`.",
-            )
-    memory = torch.cuda.mem_get_info(index)
-    properties = torch.cuda.get_device_properties(index)
-    text = f"{properties.name}, {memory[1] / 2**30:.0f} GiB, compute capability {properties.major}.{properties.minor}"
-    in_use = 1.0 - memory[0] / memory[1]
-    if in_use > _BUSY_SHARE:
-        return warning(
-            name,
-            f"{text}; {in_use:.0%} of its memory is in use",
-            "See with nvidia-smi which process uses it, and end it.",
+            return f"a product of {size} x {size} integer matrices in {dtype} has {wrong} wrong entries"
+    return ""
+
+
+def clocks(site: Site) -> list[Finding]:
+    """Check that a GPU with little to do runs near its highest clock: neither capped, nor hot, nor short of power."""
+    if site.gpus == 0:
+        return [skipped("GPU clocks", "no CUDA device")]
+    return [_clock(f"GPU {index} clock", _clocks_under_load(index)) for index in range(site.gpus)]
+
+
+def _clock(name: str, reading: str) -> Finding:
+    """Judge a line of nvidia-smi: the clock and the highest one, in MHz."""
+    found = re.fullmatch(r"(\d+), (\d+)", reading.strip())
+    if found is None:
+        return skipped(name, "nvidia-smi does not tell")
+    now, highest = int(found[1]), int(found[2])
+    text = f"{now} of at most {highest} MHz"
+    if now < _LEAST_CLOCK * highest:
+        advice = (
+            "`nvidia-smi -q -d CLOCK,PERFORMANCE` tells why: a cap (lift it with `nvidia-smi -rgc`), heat or power."
         )
-    return ok(name, f"{text}; products right", memory[1] / 2**30, "GiB")
+        return warning(name, text, advice, now, "MHz")
+    return ok(name, text, now, "MHz")
+
+
+def _clocks_under_load(index: int) -> str:
+    """Return nvidia-smi's line of the clocks while a GPU multiplies small matrices, which takes little power."""
+    import torch
+
+    device = torch.device("cuda", index)
+    a = torch.ones(_MATMUL_SIZE, _MATMUL_SIZE, device=device)
+    query = ("-i", f"GPU-{torch.cuda.get_device_properties(index).uuid}", "--query-gpu=clocks.sm,clocks.max.sm")
+    with ThreadPoolExecutor(1) as pool:
+        begun, asked = time.monotonic(), None
+        while asked is None or not asked.done():
+            torch.mm(a, a)
+            torch.cuda.synchronize(device)
+            if asked is None and time.monotonic() - begun > _CLOCK_SECONDS:
+                asked = pool.submit(_smi, *query, "--format=csv,noheader,nounits")
+        return asked.result()
 
 
 def errors(site: Site) -> list[Finding]:
@@ -124,6 +194,25 @@ def _xid_messages() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.strip() for line in done.stdout.splitlines() if "NVRM: Xid" in line]
+
+
+def triton_cache(site: Site) -> list[Finding]:
+    """Check the folder that Triton writes compiled kernels to and loads them from."""
+    name = "Triton cache"
+    if site.gpus == 0:
+        return [skipped(name, "no CUDA device")]
+    home = os.environ.get("TRITON_HOME") or Path.home()
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache")).absolute()
+    advice = "Set TRITON_CACHE_DIR to a folder on a local disk that this user may write to."
+    try:
+        with trial_folder(folder) as trial:
+            (trial / "kernel.so").write_bytes(bytes(_CACHE_BYTES))
+            cannot_load = os.statvfs(trial).f_flag & os.ST_NOEXEC
+    except OSError as error:
+        return [failure(name, f"{folder}: {error.strerror}", advice)]
+    if cannot_load:
+        return [failure(name, f"{folder} is mounted with noexec, and compiled kernels are loaded from it", advice)]
+    return [ok(name, f"{folder} can be written")]
 
 
 def kernels(site: Site) -> list[Finding]:
@@ -184,6 +273,8 @@ CHECKS = (
         "See whether `nvidia-smi` answers; if it hangs or shows ERR!, reboot the machine or reset the GPU.",
     ),
     Check("GPU errors", errors, Where.CHILD, "See whether `nvidia-smi` answers.", time_limit=40.0),
+    Check("GPU clocks", clocks, Where.CHILD, "See whether `nvidia-smi` answers."),
+    Check("Triton cache", triton_cache, Where.CHILD, "Set TRITON_CACHE_DIR to a folder on a local disk."),
     Check(
         "Triton kernels",
         kernels,

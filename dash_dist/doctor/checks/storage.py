@@ -35,7 +35,7 @@ def speed(site: Site) -> list[Finding]:
     """Write, flush and read back; then rename and flush a folder, as a checkpoint is published."""
     name = f"storage of {site.directory}"
     try:
-        with _trial_folder(site.directory) as folder:
+        with trial_folder(site.directory) as folder:
             return [*_write_and_read(name, folder), _publish(folder)]
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -148,7 +148,7 @@ def shared(site: Site) -> list[Finding]:
         place: Path | None = None
         if agreement.is_main:
             with contextlib.suppress(OSError):  # the ranks, which see no file, say so
-                folder = cleanup.enter_context(_trial_folder(site.directory))
+                folder = cleanup.enter_context(trial_folder(site.directory))
                 word = secrets.token_hex(8)
                 (folder / word).write_text(word)
                 place = folder / word
@@ -172,8 +172,11 @@ def _holds(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _trial_folder(directory: Path) -> Iterator[Path]:
-    """A folder in `directory`, which is made if need be; both are gone afterwards as if they had never been."""
+def trial_folder(directory: Path) -> Iterator[Path]:
+    """Make a folder in `directory`, which is made if need be; both are gone afterwards as if they had never been.
+
+    Raises OSError where that cannot be.
+    """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     try:
