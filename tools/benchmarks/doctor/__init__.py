@@ -1,0 +1,1 @@
+"""The doctor under faults made on purpose."""
