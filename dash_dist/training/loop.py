@@ -29,7 +29,7 @@ from dash_dist.training.saving import Saver
 from dash_dist.training.session import Session
 from dash_dist.training.stage_evaluation import StageEvaluation
 from dash_dist.training.telemetry.curves import Curves
-from dash_dist.training.telemetry.device import memory_used, peak_bf16_flops
+from dash_dist.training.telemetry.device import memory_used, peak_bf16_flops, wait_for_device
 from dash_dist.training.telemetry.metrics import HeldOutMetrics, MetricsWriter, StepMetrics
 from dash_dist.training.telemetry.recorder import Telemetry, over_ranks
 
@@ -252,13 +252,14 @@ class TrainingLoop:
             yield
 
     def _step(self, micro_batches: list[Batch]) -> None:
-        step, logging = self._state.step + 1, self._config.logging
-        at_an_end = step in (1, self._config.training.steps)
-        with_routing = at_an_end or step % logging.routing_interval == 0
-        logged = at_an_end or step % logging.interval == 0
+        step, logged = self._state.step + 1, self._is_logged(self._state.step + 1)
+        with_routing = self._is_at_an_end(step) or step % self._config.logging.routing_interval == 0
         self._engine.telemetry.record_routing = with_routing
         self._telemetry.before_step(step, logged=logged)
         result = self._position.train(micro_batches)
+        if logged or self._is_logged(step + 1):
+            # The device still updates the weights: in a logged step that counts, and in the one before not in the next.
+            wait_for_device(self._dims.device)
         seconds = self._pace.step(self._data.step_tokens)
         if not self._recovery.check(result):
             return
@@ -270,6 +271,12 @@ class TrainingLoop:
         self._telemetry.log_heat_maps(step)
         self._pace.exclude_since_step()
         self._evaluate_if_due()
+
+    def _is_at_an_end(self, step: int) -> bool:
+        return step in (1, self._config.training.steps)
+
+    def _is_logged(self, step: int) -> bool:
+        return self._is_at_an_end(step) or step % self._config.logging.interval == 0
 
     def _evaluate_if_due(self) -> None:
         """Compute the loss on the held-out sequences after the last step; not counted in the step time."""

@@ -1,10 +1,14 @@
 """Which steps are measured, and how the seconds of ranks become the curves'."""
 
+import sys
+
 import pytest
 
 from dash_dist.config.file import load_config
 from dash_dist.errors import ConfigError
 from dash_dist.training.telemetry.recorder import Telemetry, heat_map_layers, over_ranks
+from tests.support.runs import read_curves, run_command, write_config
+from tests.training import slow_device
 
 
 class Engine:
@@ -87,3 +91,13 @@ def test_layers_that_cannot_be_drawn_are_refused(layers, message):
     kinds = ["attention.kind=[window, dash]", "attention.window=128"]
     with pytest.raises(ConfigError, match=message):
         load_config("configs/demo.yaml", [f"logging.heat_map_layers={layers}", *kinds])
+
+
+def test_a_step_ends_when_its_device_has_updated_the_weights(tmp_path):
+    """A logged step has its own update, and not that of the step before it; other steps do not wait."""
+    changes = ["parallel.context=1", "training.steps=9", "logging.interval=4"]
+    done = run_command([sys.executable, slow_device.__file__, str(write_config(tmp_path)), *changes], {})
+    assert "waits: 6" in done.stdout, done.stdout  # after the steps 1, 3, 4, 7, 8 and 9
+    seconds = {one.step: one.value for one in read_curves(tmp_path / "runs" / "tiny").Scalars("perf/step_seconds")}
+    for step in (4, 8):
+        assert slow_device.SECONDS < seconds[step] < 2 * slow_device.SECONDS

@@ -28,6 +28,12 @@ def memory_used(device: torch.device) -> dict[str, float]:
     return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB}
 
 
+def wait_for_device(device: torch.device) -> None:
+    """Return once the device has done what it was given. A CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_bf16_flops(device: torch.device) -> float | None:
     """Return the published dense bf16 peak of the device in FLOP/s; None for CPUs and unlisted GPUs."""
     if device.type != "cuda":
