@@ -23,8 +23,8 @@ _ALIGNMENT = 512
 class HostCopies:
     """Memory for copies, allocated once and used again by every checkpoint.
 
-    Page-locked for a GPU, which then copies at the speed of its link; page-locking takes seconds, which `prepare` spends
-    in a thread. A forked process shares the memory: it sees what is copied there later, and no page is copied for it.
+    Page-locked for a GPU, which then copies at the speed of its link. Page-locking takes seconds, which `prepare`
+    spends in a thread. A forked process shares the memory: it sees what is copied there later, and no page is copied.
     """
 
     def __init__(self) -> None:
@@ -116,8 +116,8 @@ def _check(size: int) -> None:
         raise RankError(
             f"a checkpoint in the background needs {size / _GIB:.1f} GiB of host memory at this rank, and "
             f"{available / _GIB:.1f} GiB are available, of which {LEFT_FREE / _GIB:.0f} GiB stay free: set "
-            "checkpoint.asynchronous to false, shard the state over more ranks (parallel.distributed_optimizer), or give "
-            "the container or machine more memory"
+            "checkpoint.asynchronous to false, shard the state over more ranks (parallel.distributed_optimizer), or "
+            "give the container or machine more memory"
         )
 
 

@@ -56,9 +56,9 @@ class WritePlan:
         directory: of the checkpoint.
         tensors: those that this rank writes, and no other one.
         common: everything else, at rank 0; the others have none.
-        copies: where tensors on a GPU, and those in memory that a GPU writes to, are copied when this is made; the others
-            are written as they are then by a process that is forked before they change. None: `write` is called before
-            any tensor changes, and brings one after another to the host.
+        copies: where tensors on a GPU, and those in memory that a GPU writes to, are copied when this is made. The
+            others are written as they are then by a process that is forked before they change. None: `write` is called
+            before any tensor changes, and brings one after another to the host.
 
     Raises:
         RankError: the host has too little memory for the copies.

@@ -113,7 +113,7 @@ class CheckpointManager:
         return self._started is not None and not self._started.save.done()
 
     def prepare(self, engine: Saveable) -> None:
-        """Begin to allocate what the first checkpoint of an engine needs, so that training does not wait for it. Local."""
+        """Begin to allocate what an engine's first checkpoint needs, for which training would wait otherwise. Local."""
         if self._asynchronous:
             engine.prepare_save()
 

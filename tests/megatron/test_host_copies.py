@@ -35,7 +35,9 @@ def test_copies_are_equal_contiguous_and_stay_as_they_are(device):
     for tensor in tensors:
         tensor.zero_()
     for one, other in zip(found, expected, strict=True):
-        assert one.is_contiguous() and one.device.type == "cpu" and one.is_pinned() == (device == "cuda")
+        assert one.is_contiguous()
+        assert one.device.type == "cpu"
+        assert one.is_pinned() == (device == "cuda")
         assert torch.equal(one, other)
 
 
@@ -53,11 +55,13 @@ def test_memory_is_allocated_once_and_grows_when_it_must(device, monkeypatch):
     copies.prepare(tensors)
     copies.prepare(tensors)
     addresses = [[one.data_ptr() for one in copies.copy(tensors)] for _ in range(2)]
-    assert addresses[0] == addresses[1] and len(sizes) == 1
+    assert addresses[0] == addresses[1]
+    assert len(sizes) == 1
     more = [*tensors, torch.ones(5000, device=device)]
     assert torch.equal(copies.copy(more)[-1], torch.ones(5000))
-    assert len(sizes) == 2 and sizes[1] > sizes[0]
-    assert torch.equal(copies.copy(tensors)[0], tensors[0].cpu()) and len(sizes) == 2
+    assert sizes[0] < sizes[1]
+    assert torch.equal(copies.copy(tensors)[0], tensors[0].cpu())
+    assert len(sizes) == 2
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -73,7 +77,7 @@ def test_too_little_memory_is_refused_when_the_copies_are_made(monkeypatch):
     monkeypatch.setattr(host_copies, "available_host_bytes", lambda: available)
     copies, tensors = HostCopies(), tensors_on("cpu")
     copies.prepare(tensors)  # training goes on
-    with pytest.raises(RankError, match="checkpoint in the background needs .* set checkpoint.asynchronous to false"):
+    with pytest.raises(RankError, match=r"in the background needs .* set checkpoint\.asynchronous to false"):
         copies.copy(tensors)
     available = 2**40  # something else has ended
     assert torch.equal(copies.copy(tensors)[0], tensors[0])

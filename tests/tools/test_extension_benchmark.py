@@ -22,11 +22,11 @@ def loaded(settings: Settings, folder: Path) -> RunConfig:
 def test_every_run_is_a_configuration(name: str, tmp_path: Path) -> None:
     size = SIZES[name]
     stages = loaded(from_scratch(size, tmp_path), tmp_path).stage_list
-    steps = (size.first_steps, size.first_steps, size.question_steps, size.steps[0])
+    steps = (size.first_steps, size.first_steps, size.steps[0], size.question_steps)
     assert [stage.config.training.steps for stage in stages] == list(itertools.accumulate(steps))
     # A run that continues in its next stage takes a source of the same label for the same documents.
-    labels = [one.title for stage in stages for one in stage.config.data.sources]
-    assert len(set(labels)) == len(labels)
+    sources = [one for stage in stages for one in stage.config.data.sources]
+    assert len({one.title for one in sources}) == len({str(one.paths) for one in sources})
     for kind in ("dash", "dense"):
         lengths = [
             stage.config.training.sequence_length

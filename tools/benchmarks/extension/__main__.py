@@ -76,10 +76,10 @@ class _Experiment:
         self._export("dash", folder / "extended")
         self._record["text"] = self._timed("generation", self._generate)
         evaluated = {
+            "base": [size.lengths[0]],
             "dash": list(size.lengths),
             "dense": list(size.lengths),
             "untrained": [size.lengths[-1]],
-            "base": [size.lengths[0]],
         }
         for name, lengths in evaluated.items():
             self._timed(f"retrieval, {name}", functools.partial(self._evaluate, name, lengths))

@@ -6,6 +6,7 @@ Knows settings; does not know files of text or results.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,12 @@ class Size:
 
     Attributes:
         lengths: tokens of a sequence in training from scratch and in the two stages of the extension.
-        steps: of each of the three.
+        steps: of each of the three; those from scratch are on as much code as questions.
         tokens: of a global batch of each of the three.
         first_steps: on copies, and then on questions of the shortest length, before the first of the three. Without
             copies, models did not begin to learn such questions in 400 steps of 65,536 tokens.
         first_tokens: of a global batch in both.
-        question_steps: on questions of all lengths up to the first, after them.
+        question_steps: from scratch, with little code, after the others.
         copies: documents of copies.
         copied: tokens of such a document.
         heldout: tokens of the held-out text, the same at all lengths.
@@ -56,11 +57,11 @@ SIZES = {
         model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
         chunk_size=64,
         lengths=(8192, 32768, 65536),
-        steps=(900, 50, 50),
+        steps=(600, 50, 50),
         tokens=(65536, 131072, 131072),
-        first_steps=1000,
+        first_steps=700,
         first_tokens=12288,
-        question_steps=300,
+        question_steps=400,
         copies=40_000,
         copied=128,
         heldout=2_097_152,
@@ -95,6 +96,8 @@ SIZES = {
 }
 _BASES = (10_000.0, 500_000.0)
 """Base of the rotary positions from scratch and of the extension."""
+_CODE = 0.1
+"""Share of code in the tokens once the language is learned. Of questions, the answers alone count: a few per cent."""
 
 
 def from_scratch(size: Size, folder: Path) -> Settings:
@@ -106,29 +109,25 @@ def from_scratch(size: Size, folder: Path) -> Settings:
     settings["training"] |= _batch(length, size.tokens[0], at_once=True)
     settings["evaluation"]["sequences"] = size.heldout // length
     # Joined documents that are long would mostly be cut where a sequence ends.
-    sources = _code_and_questions(size, folder, 0, length // 2)
-    settings["data"] |= {"sources": sources, "documents": "joined", "cut_documents": length}
-    questions = [questions_of(one) for one in size.questions if one <= length]
-    first, tokens = size.first_steps, size.first_tokens
-    short_questions, packed = [questions_of(shortest)], {"documents": "separate"}
+    settings["data"] |= {"documents": "joined", "cut_documents": length}
+    mixed = functools.partial(_code_and_questions, size, folder, 0, length // 2)
     settings["stages"] = [
-        _answers(folder, "copies", first, [COPIES], _batch(size.copied, tokens, at_once=True)),
-        _answers(folder, "short", first, short_questions, _batch(shortest, tokens, at_once=True)),
-        _answers(folder, "questions", size.question_steps, questions, _batch(size.tokens[0], size.tokens[0]), packed),
-        {"name": f"{length}", "steps": size.steps[0]},
+        _answers(folder, size, "copies", COPIES, size.copied),
+        _answers(folder, size, "short", questions_of(shortest), shortest),
+        {"name": "code", "steps": size.steps[0], "data": {"sources": mixed(code=0.5)}},
+        {"name": "questions", "steps": size.question_steps, "data": {"sources": mixed(code=_CODE)}},
     ]
     return settings
 
 
-def _answers(
-    folder: Path, name: str, steps: int, files: Iterable[str], batch: Settings, data: Settings | None = None
-) -> Settings:
+def _answers(folder: Path, size: Size, name: str, file: str, length: int) -> Settings:
     """Return a stage on documents of which the answers alone count."""
+    batch = _batch(length, size.first_tokens, at_once=True)
     return {
         "name": name,
-        "steps": steps,
+        "steps": size.first_steps,
         "training": batch,
-        "data": {"sources": [_questions(folder, files, f"{name} alone")], **(data or {})},
+        "data": {"sources": [_questions(folder, [file], f"{name} alone")]},
         "evaluation": {"sequences": batch["micro_batch_size"]},
     }
 
@@ -140,13 +139,13 @@ def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
     settings["model"] |= {"weights": str(weights), "rotary_base": _BASES[1]}
     settings["optimizer"] = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": max(1, size.steps[1] // 10)}
     first, *lengths = size.lengths
-    settings["data"]["sources"] = _code_and_questions(size, folder, first, lengths[-1])
+    settings["data"]["sources"] = _code_and_questions(size, folder, first, lengths[-1], code=_CODE)
     settings["stages"] = [
         {
             "name": f"{length}",
             "steps": steps,
             "training": _batch(length, tokens),
-            "data": {"sources": _code_and_questions(size, folder, first, length)},
+            "data": {"sources": _code_and_questions(size, folder, first, length, code=_CODE)},
             "evaluation": {"sequences": size.heldout // length},
         }
         for length, steps, tokens in zip(lengths, size.steps[1:], size.tokens[1:], strict=True)
@@ -184,11 +183,11 @@ def _common(size: Size, folder: Path, name: str) -> Settings:
     )
 
 
-def _code_and_questions(size: Size, folder: Path, shortest: int, longest: int) -> list[Settings]:
-    """Return code, and questions of the lengths from `shortest` to `longest`."""
-    code = {"source": "files", "paths": str(folder / "text" / "train.jsonl"), "weight": 0.5}
+def _code_and_questions(size: Size, folder: Path, shortest: int, longest: int, *, code: float) -> list[Settings]:
+    """Return code as a share of the tokens, and questions of the lengths from `shortest` to `longest`."""
+    source_of_code = {"source": "files", "paths": str(folder / "text" / "train.jsonl"), "weight": code}
     files = [questions_of(length) for length in size.questions if shortest <= length <= longest]
-    return [code, _questions(folder, files, f"questions to {longest}") | {"weight": 0.5}]
+    return [source_of_code, _questions(folder, files, f"questions to {longest}") | {"weight": 1 - code}]
 
 
 def _questions(folder: Path, files: Iterable[str], label: str) -> Settings:
