@@ -236,12 +236,15 @@ def node_sizes(workers: int, gpus: int) -> list[tuple[int, int | None]]:
 def node_environment(hook: Path) -> dict[str, str]:
     """Return the environment of nodes and of their ranks, whose steps follow the settings in the file `hook`.
 
-    It hides all GPUs; a node with a GPU has its own value of that variable.
+    It hides all GPUs; a node with a GPU has its own value of that variable. Packages on this process's PYTHONPATH, which
+    may be all there are of Ray and Megatron-core, stay visible.
     """
-    path = [ROOT, ROOT / "kernels", Path(__file__).parent / "rank_hook"]
+    path = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent / "rank_hook")]
+    if inherited := os.environ.get("PYTHONPATH"):
+        path.append(inherited)
     return {
         "DASH_STORM": str(hook),
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "PYTHONPATH": os.pathsep.join(path),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }

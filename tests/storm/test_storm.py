@@ -1,6 +1,7 @@
 """The quick storm: eight kinds of faults, on a real cluster; and the parts that decide what is a difference."""
 
 import json
+import os
 import random
 import subprocess
 from collections import Counter
@@ -15,7 +16,7 @@ from tests.storm.faults import damage_checkpoint
 from tests.storm.report import table, write_json
 from tests.storm.run import ROOT
 from tests.storm.schedule import FAULT_KINDS, QUICK_KINDS, draw_schedule
-from tests.storm.storm import Result, Storm
+from tests.storm.storm import Result, Storm, node_environment
 from tests.storm.trial import Outcome
 
 
@@ -39,6 +40,13 @@ def test_a_run_comes_through_the_quick_kinds_of_faults(short_folder):
     assert result.losses.compared == result.steps == storm.schedule.steps
     assert result.weights.compared > 0
     assert set(result.events) >= {one.event for one in result.outcomes} | {"restart"}
+
+
+def test_packages_on_the_path_of_the_storm_are_on_that_of_the_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/somewhere/packages")
+    first, *others = node_environment(tmp_path)["PYTHONPATH"].split(os.pathsep)
+    assert first == str(ROOT)
+    assert others[-1] == "/somewhere/packages"
 
 
 def test_make_storm_is_the_long_one():
