@@ -242,7 +242,7 @@ def odd_sizes(stages: list[int], folder: Path) -> dict[str, dict[str, list[float
         else:
             load_checkpoint(previous, model, zero, dims, {})
         previous = folder / f"odd {stage}"
-        start_save(previous, model, zero, dims, run, background=False).finish()
+        start_save(previous, model, zero, dims, run, copies=None).finish()
         of_ranks: list[Any] = [None] * dims.world_size
         torch.distributed.all_gather_object(of_ranks, owned_slices(model, zero))
         contents[f"zero {stage}"] = {
