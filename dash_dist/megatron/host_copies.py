@@ -18,6 +18,8 @@ from dash_dist.megatron.host_memory import LEFT_FREE, available_host_bytes
 
 _GIB = 2**30
 _ALIGNMENT = 512
+_PIECE = 2**30
+"""Bytes that are allocated between two looks at the memory that is left."""
 
 
 class HostCopies:
@@ -29,6 +31,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._unlocking: weakref.finalize[[int], HostCopies] | None = None
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
 
@@ -59,7 +62,6 @@ class HostCopies:
         return copies
 
     def _start(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._memory = self._memory[:0]
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         # CUDA keeps an error for the thread that made it: in this one, it would come up in the next kernel.
         self._thread = threading.Thread(
@@ -74,16 +76,26 @@ class HostCopies:
 
     def _allocate(self, size: int, device: torch.device | None) -> None:
         self._problem = None
+        self._release()
         try:
-            _check(size)
             # Shared with forked processes. Private pages that a GPU writes to would be copied by every fork.
             memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+            for first in range(0, size, _PIECE):
+                _check(size - first)  # the ranks of a host allocate at once: each sees what the others have taken
+                memory[first : first + _PIECE].zero_()  # locking pages that are there holds up CUDA for less time
             if device is not None:
-                memory.zero_()  # the pages are there then, and locking them holds up other calls of CUDA for less time
-                weakref.finalize(self, _unlock, _lock(memory, device)).atexit = False
+                self._unlocking = weakref.finalize(self, _unlock, _lock(memory, device))
+                self._unlocking.atexit = False
             self._memory = memory
         except Exception as error:  # of any kind: `copy` tries again, and raises it
-            self._problem = error
+            self._problem = error.with_traceback(None)  # which would keep the memory
+
+    def _release(self) -> None:
+        """Unlock the memory, then give it back: CUDA would take for locked whatever is mapped there next."""
+        if self._unlocking is not None:
+            self._unlocking()
+            self._unlocking = None
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
 
 def is_written_by_gpu(tensor: torch.Tensor) -> bool:
@@ -114,7 +126,7 @@ def _check(size: int) -> None:
     available = available_host_bytes()
     if size + LEFT_FREE > available:
         raise RankError(
-            f"a checkpoint in the background needs {size / _GIB:.1f} GiB of host memory at this rank, and "
+            f"a checkpoint in the background needs {size / _GIB:.1f} GiB of host memory more at this rank, and "
             f"{available / _GIB:.1f} GiB are available, of which {LEFT_FREE / _GIB:.0f} GiB stay free: set "
             "checkpoint.asynchronous to false, shard the state over more ranks (parallel.distributed_optimizer), or "
             "give the container or machine more memory"

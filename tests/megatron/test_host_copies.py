@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,12 @@ from dash_dist.errors import RankError
 from dash_dist.megatron import host_copies
 from dash_dist.megatron.host_copies import HostCopies, is_written_by_gpu
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+    ),
+]
 
 
 def tensors_on(device: str) -> list[torch.Tensor]:
@@ -81,6 +89,62 @@ def test_too_little_memory_is_refused_when_the_copies_are_made(monkeypatch):
         copies.copy(tensors)
     available = 2**40  # something else has ended
     assert torch.equal(copies.copy(tensors)[0], tensors[0])
+
+
+def test_what_another_rank_takes_meanwhile_is_seen(monkeypatch):
+    available = iter([2**40, 0])
+    monkeypatch.setattr(host_copies, "_PIECE", 512)
+    monkeypatch.setattr(host_copies, "available_host_bytes", lambda: next(available, 0))
+    copies = HostCopies()
+    copies.prepare(tensors_on("cpu"))
+    with pytest.raises(RankError, match="are available"):
+        copies.copy(tensors_on("cpu"))
+
+
+def on_gpu(size: int) -> Any:
+    """A stand-in for a tensor, to allocate for."""
+    return SimpleNamespace(nbytes=size, is_cuda=True, device=torch.device("cuda", 0))
+
+
+def is_mapped(address: int) -> bool:
+    areas = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(first, 16) <= address < int(end, 16) for first, end in areas)
+
+
+def test_memory_is_unlocked_before_it_is_given_back(monkeypatch):
+    """Otherwise CUDA takes for locked whatever is mapped there next, and copies to pages that are no longer there."""
+    locked: list[int] = []
+    unlocked: list[tuple[int, bool]] = []
+
+    def lock(memory: torch.Tensor, device: torch.device) -> int:
+        locked.append(memory.data_ptr())
+        return locked[-1]
+
+    monkeypatch.setattr(host_copies, "_lock", lock)
+    monkeypatch.setattr(host_copies, "_unlock", lambda address: unlocked.append((address, is_mapped(address))))
+    copies = HostCopies()
+    for size in (2**24, 2**25):
+        copies.prepare([on_gpu(size)])
+        copies._wait()
+    assert unlocked == [(locked[0], True)]
+    del copies
+    assert unlocked == [(address, True) for address in locked]
+
+
+def test_memory_that_cannot_be_locked_is_given_back(monkeypatch):
+    tried: list[int] = []
+
+    def lock(memory: torch.Tensor, device: torch.device) -> int:
+        tried.append(memory.data_ptr())
+        raise RankError("CUDA cannot page-lock")
+
+    monkeypatch.setattr(host_copies, "_lock", lock)
+    copies = HostCopies()
+    copies.prepare([on_gpu(2**28)])
+    copies._wait()
+    assert not is_mapped(tried[0])
+    with pytest.raises(RankError, match="cannot page-lock"):
+        copies.copy([on_gpu(2**28)])
 
 
 def test_only_what_a_gpu_writes_to_needs_a_copy():
