@@ -100,6 +100,16 @@ def test_a_clock_that_is_capped():
     assert gpu._clock("GPU 0 clock", "[N/A], [N/A]\n").status is Status.SKIPPED
 
 
+@pytest.mark.parametrize("words", ["CUDA out of memory.", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_full_memory_is_no_fault_of_the_clock(tmp_path, monkeypatch, words):
+    def full(index):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(gpu, "_clocks_under_load", full)
+    (finding,) = gpu.clocks(Site(ranks=2, gpus=1, directory=tmp_path))
+    assert (finding.status, finding.name) == (Status.SKIPPED, "GPU 0 clock")
+
+
 def test_a_triton_cache_that_cannot_be_used(tmp_path, monkeypatch):
     site = Site(ranks=2, gpus=1, directory=tmp_path)
     (tmp_path / "file").write_text("")

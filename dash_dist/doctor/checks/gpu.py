@@ -84,7 +84,7 @@ def _device(index: int) -> Finding:
         free, total = torch.cuda.mem_get_info(index)
         wrong = _wrong_product(index)
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        if not _is_out_of_memory(error):
             raise
         return failure(name, "too little memory is free for a product of two small matrices", _END_IT)
     if wrong:
@@ -97,6 +97,11 @@ def _device(index: int) -> Finding:
     if in_use > _BUSY_SHARE:
         return warning(name, f"{text}; {in_use:.0%} of its memory is in use", _END_IT)
     return ok(name, f"{text}; products right", total / 2**30, "GiB")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether PyTorch, CUDA or cuBLAS found too little memory free."""
+    return any(words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def _wrong_product(index: int) -> str:
@@ -122,7 +127,17 @@ def clocks(site: Site) -> list[Finding]:
     """Check that a GPU with little to do runs near its highest clock: neither capped, nor hot, nor short of power."""
     if site.gpus == 0:
         return [skipped("GPU clocks", "no CUDA device")]
-    return [_clock(f"GPU {index} clock", _clocks_under_load(index)) for index in range(site.gpus)]
+    return [_clock_of(index) for index in range(site.gpus)]
+
+
+def _clock_of(index: int) -> Finding:
+    name = f"GPU {index} clock"
+    try:
+        return _clock(name, _clocks_under_load(index))
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        return skipped(name, "too little memory is free for a load")
 
 
 def _clock(name: str, reading: str) -> Finding:
