@@ -60,7 +60,7 @@ def gradient_of_input(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 
 def _scaled(rows: torch.Tensor, columns: torch.Tensor, *, fast: bool) -> torch.Tensor:
     found = scaled_product(cast_rows(rows.flatten(0, -2)), cast_rows(columns), rows.dtype, fast=fast)
-    return found.view(*rows.shape[:-1], -1)
+    return found.view(*rows.shape[:-1], len(columns))
 
 
 class _Fp8(torch.nn.Module):

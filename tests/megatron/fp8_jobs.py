@@ -94,6 +94,14 @@ def resumed(folder: Path) -> tuple[list[float], list[float]]:
         return before, train(engine, Case(), 2)
 
 
+def sizes_without_tokens() -> tuple[list[int], list[int]]:
+    """Shapes of an output of no tokens and of its input's gradient."""
+    x, weight = torch.zeros(0, 3, 32, requires_grad=True), torch.zeros(16, 32, requires_grad=True)
+    output = fp8._Product.apply(x, weight, None, False, False)
+    (gradient,) = torch.autograd.grad(output, x, torch.zeros_like(output))
+    return list(output.shape), list(gradient.shape)
+
+
 def refusal() -> str:
     """The message for a GPU before Ada."""
     with (

@@ -171,6 +171,10 @@ def test_a_checkpoint_goes_on_without_fp8(tmp_path: Path) -> None:
     assert max(after) < before[0]
 
 
+def test_no_tokens_are_an_empty_product() -> None:
+    assert run_ranks(f"{JOBS}:sizes_without_tokens", 1, cpu_only=True) == [([0, 3, 16], [0, 3, 32])]
+
+
 def test_gpus_without_fp8_are_refused() -> None:
     (message,) = run_ranks(f"{JOBS}:refusal", 1, cpu_only=True)
     assert "A100 has 8.0: set parallel.fp8_linears to false" in message
