@@ -41,7 +41,7 @@ _OF_MEGATRON = "metadata.json"
 
 
 class ZeroSave:
-    """A checkpoint that is being written in the background from copies in host memory: a `PendingSave`."""
+    """A checkpoint that a thread writes, at one rank: a `PendingSave`."""
 
     def __init__(
         self,

@@ -40,6 +40,8 @@ class Saveable(Protocol):
     def start_save(self, directory: Path, *, background: bool) -> PendingSave:
         """Begin to write model, optimizer and step as they are now; later steps do not change the files.
 
+        Saves in the background use the same host memory: each is finished or abandoned before the next begins.
+
         Args:
             directory: new or empty, on storage that all ranks share.
             background: return as soon as training can continue; otherwise when this rank has written. Either way the
@@ -47,6 +49,7 @@ class Saveable(Protocol):
 
         Raises:
             OSError: at every rank: the directory cannot be created, or is not empty.
+            RankError: this rank's host has too little memory for a save in the background.
         """
         ...
 
