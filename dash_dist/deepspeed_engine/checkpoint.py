@@ -54,6 +54,7 @@ class ZeroSave:
         self._directory, self._index, self._dims = directory, index, dims
         self._checksums: dict[str, FileChecksum] = {}
         self._problem: OSError | None = None
+        self._is_abandoned = False
         tensors = _tensors_of(slices)
         if copies is not None:  # the optimizer continues while they are written
             tensors = dict(zip(tensors, copies.copy(list(tensors.values())), strict=True))
@@ -86,8 +87,9 @@ class ZeroSave:
         """Leave the checkpoint incomplete. Local.
 
         What this rank is writing may still be written to its end; without the index, which only `finish` writes, it is
-        no checkpoint.
+        no checkpoint. A file that is not begun stays so.
         """
+        self._is_abandoned = True
 
     def _write_index(self) -> None:
         path = self._directory / INDEX
@@ -97,6 +99,8 @@ class ZeroSave:
             raise OSError(f"cannot write {path}: {error}") from None
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
+        if self._is_abandoned:
+            return
         path = self._directory / _file_of(self._dims.rank)
         try:
             save_file(tensors, path)

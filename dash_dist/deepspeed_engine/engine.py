@@ -85,6 +85,7 @@ class DeepSpeedEngine:
             learning_rates=self._trained.learning_rates,
         )
         self._copies = HostCopies()
+        self._last_save: ZeroSave | None = None
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Train on one global batch, see `Engine.train_step`."""
@@ -114,8 +115,11 @@ class DeepSpeedEngine:
 
     def start_save(self, directory: Path, *, background: bool) -> ZeroSave:
         """Begin to write model, optimizer and step, see `Engine.start_save`."""
+        if self._last_save is not None and not self._last_save.done():
+            self._copies = HostCopies()  # it was abandoned, and reads those that it has to the end
         state, copies = self._trained.state(self.step), self._copies if background else None
-        return start_save(Path(directory), self.model, self._zero, self.dims, state, copies=copies)
+        self._last_save = start_save(Path(directory), self.model, self._zero, self.dims, state, copies=copies)
+        return self._last_save
 
     def load(self, directory: Path) -> list[str]:
         """Load a checkpoint, written at this ZeRO stage and these parallel sizes or others; see `Engine.load`."""

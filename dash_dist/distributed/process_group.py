@@ -23,13 +23,12 @@ if TYPE_CHECKING:
 def choose_device() -> torch.device:
     """Choose and return this rank's device: the only visible GPU, LOCAL_RANK's or the current one, or the CPU.
 
-    Beside a GPU, operators on the CPU use one thread unless OMP_NUM_THREADS is set.
+    Beside a GPU, operators on the CPU use one thread, whatever OMP_NUM_THREADS says.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if "OMP_NUM_THREADS" not in os.environ:
-        # They are few and small. Between two of them, the threads of a pool wait by keeping every core busy.
-        torch.set_num_threads(1)
+    # They are few and small. Between two of them, the threads of a pool wait by keeping every core busy.
+    torch.set_num_threads(1)
     index = 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)

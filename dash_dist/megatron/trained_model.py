@@ -114,6 +114,7 @@ class TrainedModel:
                 for name, value in _not_default(model, ("family", "positions", "layers_without_positions")).items()
             },
             **_kinds(attention),
+            **({"parallel.fp8_linears": True} if parallel.fp8_linears else {}),
         }
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32
         self.config = transformer_config(model, parallel, dtype=dtype, device=dims.device)

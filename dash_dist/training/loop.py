@@ -252,12 +252,13 @@ class TrainingLoop:
             yield
 
     def _step(self, micro_batches: list[Batch]) -> None:
-        step, logged = self._state.step + 1, self._is_logged(self._state.step + 1)
-        with_routing = self._is_at_an_end(step) or step % self._config.logging.routing_interval == 0
+        step, logging = self._state.step + 1, self._config.logging
+        logged, next_logged = (self._telemetry.is_due(logging.interval, one) for one in (step, step + 1))
+        with_routing = self._telemetry.is_due(logging.routing_interval, step)
         self._engine.telemetry.record_routing = with_routing
         self._telemetry.before_step(step, logged=logged)
         result = self._position.train(micro_batches)
-        if logged or self._is_logged(step + 1):
+        if logged or next_logged:
             # The device still updates the weights: in a logged step that counts, and in the one before not in the next.
             wait_for_device(self._dims.device)
         seconds = self._pace.step(self._data.step_tokens)
@@ -271,12 +272,6 @@ class TrainingLoop:
         self._telemetry.log_heat_maps(step)
         self._pace.exclude_since_step()
         self._evaluate_if_due()
-
-    def _is_at_an_end(self, step: int) -> bool:
-        return step in (1, self._config.training.steps)
-
-    def _is_logged(self, step: int) -> bool:
-        return self._is_at_an_end(step) or step % self._config.logging.interval == 0
 
     def _evaluate_if_due(self) -> None:
         """Compute the loss on the held-out sequences after the last step; not counted in the step time."""

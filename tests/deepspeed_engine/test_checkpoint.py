@@ -1,6 +1,7 @@
 """Files of the DeepSpeed engine's checkpoints that cannot be written, or are not what they say."""
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from dash_dist.deepspeed_engine import checkpoint
 from dash_dist.deepspeed_engine.slices import OwnedSlice
+from dash_dist.megatron.host_copies import HostCopies
 
 DIMS = SimpleNamespace(rank=0, world_size=1)
 IDENTITY = {"layers": 2}
@@ -36,7 +38,7 @@ def slice_of(size: int) -> OwnedSlice:
 
 
 def save(folder: Path, size: int = 6) -> checkpoint.ZeroSave:
-    return checkpoint.ZeroSave(folder, [slice_of(size)], INDEX, DIMS, background=True)
+    return checkpoint.ZeroSave(folder, [slice_of(size)], INDEX, DIMS, HostCopies())
 
 
 def test_a_checkpoint_is_complete_only_with_every_file(tmp_path):
@@ -48,6 +50,23 @@ def test_a_checkpoint_is_complete_only_with_every_file(tmp_path):
     assert not (tmp_path / checkpoint.INDEX).exists()
     assert save(tmp_path).finish().keys() == {"rank_00000.safetensors"}
     assert (tmp_path / checkpoint.INDEX).exists()
+
+
+def test_an_abandoned_save_begins_no_file(tmp_path):
+    """The next save may write there."""
+    begin = threading.Event()
+    write = checkpoint.ZeroSave._write
+
+    def write_later(one: checkpoint.ZeroSave, tensors: dict[str, torch.Tensor]) -> None:
+        begin.wait()
+        write(one, tensors)
+
+    with mock.patch.object(checkpoint.ZeroSave, "_write", write_later):
+        one = save(tmp_path)
+        one.abandon()
+        begin.set()
+        one._writer.join()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("missing", ["format", "run", "shapes", "slices", "frozen"])

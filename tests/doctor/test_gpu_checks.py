@@ -67,6 +67,9 @@ def test_gpus_that_are_hidden(smi, monkeypatch):
     assert finding.text == "nvidia-smi lists 2, PyTorch can use 1: CUDA_VISIBLE_DEVICES=0"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     failed(gpu._unused(1), "dmesg | grep Xid")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert gpu._unused(1) == []
+    monkeypatch.delenv("SLURM_JOB_ID")
     smi("printf 'GPU 0: NVIDIA H200 (UUID: GPU-0)\\n  MIG 1g.18gb Device 0: (UUID: MIG-0)\\nGPU 1: NVIDIA H200\\n'")
     assert gpu._unused(1) == []
 

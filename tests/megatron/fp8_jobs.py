@@ -84,14 +84,14 @@ def classes(case: Case) -> dict[str, str]:
         }
 
 
-def resumed(folder: Path) -> tuple[list[float], list[float]]:
-    """Losses of two steps in FP8, and of two that follow without it from the checkpoint between them."""
+def resumed(folder: Path) -> tuple[list[float], list[float], list[str]]:
+    """Losses of two steps in FP8, of two that follow without it from the checkpoint between them, and what changed."""
     with engine_of(Case(fp8_linears=True)) as engine:
         before = train(engine, Case(), 2)
         engine.start_save(folder, background=False).finish()
     with engine_of(Case()) as engine:
-        engine.load(folder)
-        return before, train(engine, Case(), 2)
+        changes = engine.load(folder)
+        return before, train(engine, Case(), 2), changes
 
 
 def sizes_without_tokens() -> tuple[list[int], list[int]]:

@@ -167,8 +167,9 @@ def test_frozen_weights_change_no_gradient_of_the_others() -> None:
 
 
 def test_a_checkpoint_goes_on_without_fp8(tmp_path: Path) -> None:
-    ((before, after),) = run_ranks(f"{JOBS}:resumed", 1, tmp_path, cpu_only=True)
+    ((before, after, changes),) = run_ranks(f"{JOBS}:resumed", 1, tmp_path, cpu_only=True)
     assert max(after) < before[0]
+    assert changes == ["parallel.fp8_linears was True and is the default"]
 
 
 def test_no_tokens_are_an_empty_product() -> None:

@@ -236,8 +236,8 @@ def node_sizes(workers: int, gpus: int) -> list[tuple[int, int | None]]:
 def node_environment(hook: Path) -> dict[str, str]:
     """Return the environment of nodes and of their ranks, whose steps follow the settings in the file `hook`.
 
-    It hides all GPUs; a node with a GPU has its own value of that variable. Packages on this process's PYTHONPATH, which
-    may be all there are of Ray and Megatron-core, stay visible.
+    It hides all GPUs; a node with a GPU has its own value of that variable. Packages on this process's PYTHONPATH stay
+    visible: those may be all there are of Ray and Megatron-core.
     """
     path = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent / "rank_hook")]
     if inherited := os.environ.get("PYTHONPATH"):

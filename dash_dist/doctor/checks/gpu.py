@@ -23,6 +23,8 @@ _BUSY_SHARE = 0.1
 _END_IT = "See with nvidia-smi which process uses it, and end it."
 _LEAST_CLOCK = 0.7
 """Share of the highest clock. Some clouds set A100s to 0.78."""
+_PAUSE_SECONDS = 0.001
+"""Between two products: together with it they are a light load on the smallest GPUs, too."""
 _CLOCK_SECONDS = 0.5
 """A clock rises within this time of load."""
 _CACHE_BYTES = 2**20
@@ -68,6 +70,8 @@ def _unused(visible: int) -> list[Finding]:
         return []
     text = f"nvidia-smi lists {count}, PyTorch can use {visible}"
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "SLURM_JOB_ID" in os.environ:
+        return []  # the others may be those of other jobs
     if chosen is not None:
         advice = "Unset CUDA_VISIBLE_DEVICES, unless the other GPUs belong to somebody else."
         return [warning("GPUs", f"{text}: CUDA_VISIBLE_DEVICES={chosen}", advice)]
@@ -156,7 +160,10 @@ def _clock(name: str, reading: str) -> Finding:
 
 
 def _clocks_under_load(index: int) -> str:
-    """Return nvidia-smi's line of the clocks while a GPU multiplies small matrices, which takes little power."""
+    """Return nvidia-smi's line of the clocks while a GPU multiplies a small matrix now and then.
+
+    Under full load its limit of power would lower them.
+    """
     import torch
 
     device = torch.device("cuda", index)
@@ -167,6 +174,7 @@ def _clocks_under_load(index: int) -> str:
         while asked is None or not asked.done():
             torch.mm(a, a)
             torch.cuda.synchronize(device)
+            time.sleep(_PAUSE_SECONDS)
             if asked is None and time.monotonic() - begun > _CLOCK_SECONDS:
                 asked = pool.submit(_smi, *query, "--format=csv,noheader,nounits")
         return asked.result()

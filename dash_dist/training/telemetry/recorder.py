@@ -38,10 +38,13 @@ class Telemetry:
         yield
         self._host_seconds[part] += time.perf_counter() - start
 
+    def is_due(self, interval: int, step: int) -> bool:
+        """Return whether what has this interval is recorded in a step: every so many, and the first and the last."""
+        return step in (1, self._config.training.steps) or step % interval == 0
+
     def before_step(self, step: int, *, logged: bool) -> None:
         """Switch on the measurements of the engine that are due at this step."""
-        at_an_end = step in (1, self._config.training.steps)
-        with_map = at_an_end or step % self._config.logging.heat_map_interval == 0
+        with_map = self.is_due(self._config.logging.heat_map_interval, step)
         self._engine.record_seconds = logged
         self._engine.record_selections = self._layers if with_map else ()
         self._steps += 1
