@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from dash_dist.run.requests import Command, Request
 from tools.study.__main__ import app
-from tools.study.cells import Deadline, OutOfTime, measure
+from tools.study.cells import measure
+from tools.study.deadline import Deadline, OutOfTime
 from tools.study.parts import Cell
 from tools.study.sizes import SIZES
 
@@ -31,10 +32,23 @@ class DeadlineOfPolls(Deadline):
 
 def main(folder: Path) -> None:
     try:
-        measure(Cell("missing", "missing", "dash-1", 0), SIZES["cpu"], folder / "work", DeadlineOfPolls(2))
+        cell, deadline = Cell("missing", "missing", "dash-1", 0), DeadlineOfPolls(2)
+        measure(cell, size=SIZES["cpu"], folder=folder / "work", deadline=deadline, jobs=1)
     except OutOfTime:
         print("stopped")
-    command = ["run", "--out", str(folder / "out"), "--folder", str(folder / "work"), "--size", "cpu", "--seeds", "1"]
+    command = [
+        "run",
+        "--out",
+        str(folder / "out"),
+        "--folder",
+        str(folder / "work"),
+        "--size",
+        "cpu",
+        "--seeds",
+        "1",
+        "--jobs",
+        "2",
+    ]
     command += ["--part", "missing", "--method", "dash-1", "--method", "nsa-6"]
     for options in (["--seconds", "1"], [], []):
         called = CliRunner().invoke(app, command + options)

@@ -1,8 +1,7 @@
-"""The study of quality: its texts, its results and tables, and one run of it at a tiny size."""
+"""The study of quality: its texts, its results and tables."""
 
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ from dash_dist.data.prepare import prepare_here
 from dash_dist.data.tokenizer import ByteTokenizer
 from dash_kernels import AttentionSpec
 from dash_kernels.selection import InfLLMv2, TopChunks
-from tests.support.runs import run_command
 from tools.benchmarks.common.configurations import write_configuration
 from tools.study.corpora import held_out_text, write_corpus
 from tools.study.methods import methods
 from tools.study.parts import Cell, cells, parts
-from tools.study.plot import plot_parts
 from tools.study.probe import attention_of
 from tools.study.recipes import settings_of
 from tools.study.results import OtherSettings, Results
@@ -199,6 +196,7 @@ def record(method: str, seed: int, correct: int) -> dict[str, Any]:
         "seed": seed,
         "size": "cpu",
         "texts": "digest",
+        "jobs": 1,
         "environment": environment,
         "training": {"density": {}, "heldout": {}, "tokens_per_second": 1.0},
         "scores": [{**score, **test} for test in tests] + [dial],
@@ -212,6 +210,12 @@ def test_tables_have_mean_and_spread_of_the_seeds() -> None:
     assert rows[1] == ["topk-6", "0.300 ± 0.141", "0.000 ± 0.000", "2"]
     assert rows[2][1] == "0.60 ± 0.28 / 1.00 ± 0.00 / 0.50 ± 0.00"
     assert rows[4] == ["topk-6", "top_chunks 4", "0.300 ± 0.141", "0.250 ± 0.000", "1.0 ± 0.0", "2"]
+    shared = as_markdown([record("dense", 0, 10), record("topk-6", 0, 4), {**record("topk-6", 1, 8), "jobs": 6}])
+    assert "Methods without a time" in shared
+    assert "Methods without a time" not in "\n".join(lines)
+    assert "1.0 ± 0.0" not in shared
+    assert re.search(r"\| dense +\| as trained +\| 0.500 +\| 0.500 +\| 1.0 ", shared)
+    assert re.search(r"\| topk-6 +\| as trained +\| 0.300 ± 0.141 +\| 0.500 ± 0.000 +\| - ", shared)
     with pytest.raises(ValueError, match="results of the sizes cpu and gpu"):
         as_markdown([record("dense", 0, 1), {**record("dense", 1, 1), "size": "gpu"}])
 
@@ -226,25 +230,3 @@ def test_a_result_is_kept_and_one_of_other_settings_is_refused(tmp_path: Path) -
     with pytest.raises(OtherSettings, match=r"recall/dense.seed0.json is a result of another tests: move it away"):
         results.has(cell, {**identity, "tests": []})
     assert [one["method"] for one in results] == ["dense"]
-
-
-@pytest.mark.slow
-def test_a_stopped_study_goes_on_and_measures_each_model_once(tmp_path: Path) -> None:
-    done = run_command(
-        [sys.executable, "-m", "tests.tools.study_job", str(tmp_path)], {"OMP_NUM_THREADS": "1"}, seconds=400
-    )
-    assert done.returncode == 0, done.stdout
-    shown = [line for line in done.stdout.splitlines() if "results are there" in line or line == "stopped"]
-    assert shown == ["stopped", *(f"{count} of 2 results are there" for count in (0, 2, 2))]
-    assert "resumed from" in done.stdout
-    assert done.stdout.count("missing dash-1 seed 0: 768 tokens accuracy") == 1
-    records = list(Results(tmp_path / "out"))
-    assert [found["method"] for found in records] == ["dash-1", "nsa-6"]
-    for found in records:
-        assert list(found["training"]["loss"]) == [str(step) for step in range(1, SIZE.task_steps + 1)]
-        assert [score["length"] for score in found["scores"]][: len(SIZE.lengths)] == list(SIZE.lengths)
-        for score in found["scores"]:
-            assert sum(score["asked"].values()) > 20
-            assert len(score["layers"]) == (0 if score["attention"] else 2)
-    assert 0 < records[1]["scores"][0]["density"] < 1
-    assert plot_parts(tmp_path / "out", records)[0].read_bytes().startswith(b"\x89PNG")

@@ -10,6 +10,8 @@ Knows options; does not know how a model is measured.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,9 @@ import typer
 from dash_dist.errors import RunError
 from dash_dist.extras import require_extra
 from tools.benchmarks.common.environment import ROOT, describe_environment
-from tools.study.cells import Deadline, OutOfTime, identity_of, measure
+from tools.study.cells import identity_of, measure
+from tools.study.deadline import Deadline
+from tools.study.jobs import Outcome, run_jobs, visible_gpus
 from tools.study.parts import Part, cells, parts
 from tools.study.results import OtherSettings, Results
 from tools.study.sizes import SIZES, Size
@@ -43,6 +47,7 @@ def run(
     part: Annotated[list[str], typer.Option(help="Part of the study; may be repeated. Default: all.")] = [],  # noqa: B006
     method: Annotated[list[str], typer.Option(help="Method; may be repeated. Default: those of the part.")] = [],  # noqa: B006
     seeds: Annotated[int, typer.Option(min=1, help="Models of each method, from seed 0 on.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Models at a time on each GPU; times are then not compared.")] = 1,
     seconds: Annotated[float | None, typer.Option(help="Limit; the same command goes on from there.")] = None,
     commit: Annotated[str | None, typer.Option(help="Name of this tree; default: git's HEAD.")] = None,
 ) -> None:
@@ -61,19 +66,23 @@ def run(
         missing = [cell for cell in asked if not results.has(cell, identities[cell])]
     except OtherSettings as error:
         raise typer.BadParameter(str(error)) from None
-    done, failed = len(asked) - len(missing), list[str]()
-    for cell in missing:
-        try:
-            measured = measure(cell, sizes, folder, deadline)
-        except OutOfTime:
-            break
-        except RunError as error:
-            failed.append(f"{cell.title}: {error}")
+    done, failed, logs, gpus = len(asked) - len(missing), list[str](), folder / "logs", visible_gpus()
+
+    def ended(outcome: Outcome) -> None:
+        nonlocal done
+        cell, after = outcome.cell, f"after {outcome.seconds:.0f} s"
+        if outcome.record is not None:
+            path = results.write(cell, {**identities[cell], "environment": environment, **outcome.record})
+            done += 1
+            print(f"-- {path}: {done} of {len(asked)}, {after}", flush=True)
+        elif outcome.error is not None:
+            failed.append(f"{cell.title}: {outcome.error} ({after}, log {outcome.log})")
             print(failed[-1], flush=True)
-            continue
-        path = results.write(cell, {**identities[cell], "environment": environment, **measured})
-        done += 1
-        print(f"-- {path}: {done} of {len(asked)}", flush=True)
+
+    sharing = min(jobs, math.ceil(len(missing) / len(gpus)))
+    work = functools.partial(measure, size=sizes, folder=folder, deadline=deadline, jobs=sharing)
+    print(f"{len(missing)} models to train, {jobs} at a time on each GPU; {logs} has their output", flush=True)
+    run_jobs(missing, work, ended, gpus=gpus, per_gpu=jobs, logs=logs, deadline=deadline)
     print("\n".join([f"{done} of {len(asked)} results are there", *failed]))
     if failed:
         raise typer.Exit(1)

@@ -6,8 +6,6 @@ call goes on; a test that it stops is made anew.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,11 +18,12 @@ from dash_dist.config.file import load_config
 from dash_dist.config.run import RunConfig
 from dash_dist.data.command import prepare
 from dash_dist.run.curves import read_curves
+from dash_dist.run.files import replace_text
 from dash_dist.run.messages import RunSummary
-from dash_dist.run.requests import Command, Request
 from dash_dist.training.run import train
 from tools.benchmarks.common.configurations import write_configuration
-from tools.study.corpora import held_out_text, write_corpus
+from tools.study.corpora import held_out_text, locked, write_corpus
+from tools.study.deadline import Deadline, OutOfTime
 from tools.study.methods import methods
 from tools.study.parts import Cell
 from tools.study.recipes import settings_of
@@ -35,32 +34,6 @@ from tools.study.tasks import TASKS
 
 _PROBED = 4
 """Texts of each length on which the attention is probed."""
-_TO_SAVE = 5.0
-"""Seconds before the limit at which a training stops, for its checkpoint."""
-
-
-class OutOfTime(Exception):
-    """The limit of this call has come before the end of a cell."""
-
-
-class Deadline:
-    """The moment at which this call has to end.
-
-    Args:
-        seconds: from now; None for no limit.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        self._end = math.inf if seconds is None else time.monotonic() + seconds - _TO_SAVE
-
-    def check(self) -> None:
-        """Raise OutOfTime once the moment has come."""
-        if time.monotonic() >= self._end:
-            raise OutOfTime
-
-    def command(self) -> Command:
-        """Return the command to a training: to stop, once the moment has come."""
-        return Command(Request.STOP if time.monotonic() >= self._end else Request.GO_ON)
 
 
 def identity_of(cell: Cell, size_name: str, size: Size) -> Record:
@@ -76,27 +49,43 @@ def identity_of(cell: Cell, size_name: str, size: Size) -> Record:
     }
 
 
-def measure(cell: Cell, size: Size, folder: Path, deadline: Deadline) -> Record:
+def measure(cell: Cell, *, size: Size, folder: Path, deadline: Deadline, jobs: int) -> Record:
     """Train and test the model of a cell; returns the entries of its record that come of it.
+
+    Other processes may measure cells of other runs in the same folder.
+
+    Args:
+        jobs: processes that share the GPU, this one counted.
 
     Raises:
         OutOfTime: it has to be called again.
         RunError: it cannot be trained or tested.
     """
     deadline.check()
-    digest = write_corpus(folder, cell.corpus, size)
     config = _config(cell, size, folder)
-    if size.processes > 1:
-        for data in config.all_data:
-            prepare(data, processes=size.processes, console=Console())
+    with locked(folder, cell.corpus, waiting=deadline.check):
+        digest = write_corpus(folder, cell.corpus, size)
+        if size.processes > 1:
+            for data in config.all_data:
+                prepare(data, processes=size.processes, console=Console())
     deadline.check()
+    most_jobs = _most_jobs(config.run.path, jobs)
     summary = train(config, requests=deadline.command)
     if not summary.completed:
         raise OutOfTime
-    record: Record = {"texts": digest, "training": _training(summary, config)}
+    record: Record = {"texts": digest, "jobs": most_jobs, "training": _training(summary, config)}
     if cell.corpus in TASKS:
         record["scores"] = _scores(cell, size, config, deadline)
     return record
+
+
+def _most_jobs(run: Path, jobs: int) -> int:
+    """Return the most jobs of all calls that came to train or test a run, which its folder keeps."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = run / "jobs"
+    most = max(jobs, int(file.read_text()) if file.is_file() else 1)
+    replace_text(file, f"{most}\n")
+    return most
 
 
 def _config(cell: Cell, size: Size, folder: Path) -> RunConfig:

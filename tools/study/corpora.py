@@ -6,10 +6,14 @@ the loss by its chat template.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import random
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from tools.benchmarks.common.conversations import as_messages, as_row, copies, source, write_template
 from tools.benchmarks.extension.corpus import write_code
@@ -23,6 +27,7 @@ _CODE = "code"
 _COPIES, _FIRST = "copies.jsonl", "first.jsonl"
 _CELLS = 8
 """A text has at least so many cells."""
+_POLL = 0.2
 
 
 def held_out_text(task: str, size: Size, length: int, index: int) -> Text:
@@ -30,8 +35,31 @@ def held_out_text(task: str, size: Size, length: int, index: int) -> Text:
     return _text(task, size, _HELD_OUT, length, index)
 
 
+@contextlib.contextmanager
+def locked(folder: Path, corpus: str, *, waiting: Callable[[], None]) -> Iterator[None]:
+    """Keep other processes from the texts of a corpus: they are written and tokenised by one process, once.
+
+    Args:
+        waiting: called again and again while another process has them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{corpus if corpus in TASKS else _CODE}.lock").open("w") as file:
+        while not _try_lock(file):
+            waiting()
+            time.sleep(_POLL)
+        yield  # the lock goes with the file
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def write_corpus(folder: Path, corpus: str, size: Size) -> str:
-    """Write the texts of a corpus that are not there yet; returns a digest of all.
+    """Write the texts of a corpus that are not there yet; returns a digest of all. See `locked`.
 
     Args:
         corpus: see `Part`.
@@ -74,7 +102,10 @@ def code_data(folder: Path) -> tuple[Settings, Settings]:
 
 def _write_task(folder: Path, task: str, size: Size) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_template(folder / _TEMPLATE)
+    if not (template := folder / _TEMPLATE).is_file():
+        unfinished = template.with_suffix(".unfinished")
+        write_template(unfinished)
+        unfinished.rename(template)
     turns = copies(random.Random(task), size.copies, size.copied)
     _write_texts(folder / _COPIES, map(as_messages, ([turn] for turn in turns)))
     first = (TASKS[task].first_text(f"{_FIRST}/{task}/{index}") for index in range(size.first_texts))

@@ -40,6 +40,11 @@ class MethodResults:
     method: str
     records: tuple[Record, ...]
 
+    @property
+    def alone(self) -> bool:
+        """No model shared its GPU with another one: its times count."""
+        return all(record.get("jobs") == 1 for record in self.records)
+
     def of_training(self, value: Callable[[Record], float | None]) -> Estimate | None:
         """Estimate a value of the training; None where a seed lacks it."""
         values = [value(record["training"]) for record in self.records]

@@ -5,6 +5,7 @@ Knows what is compared; does not know how it was measured.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from tools.benchmarks.common.markdown import provenance, table
@@ -42,6 +43,8 @@ def _sources(part: PartResults) -> list[str]:
     texts = {record["texts"] for record in records}
     if len(texts) > 1:
         lines.append(f"Not all models have read the same texts: {', '.join(sorted(texts))}.")
+    if not all(method.alone for method in part.methods):
+        lines.append("Methods without a time have models that shared their GPU with others (`--jobs`).")
     return ["  \n".join(lines)]
 
 
@@ -83,11 +86,9 @@ def _dials(part: PartResults) -> str:
     for method in part.methods:
         for dial in [{}, *method.dials]:
             changed = ", ".join(f"{name} {value:g}" for name, value in dial.items()) or "as trained"
-            values = [
-                method.of_test(part.trained_length, dial, value)
-                for value in (accuracy(), _density, lambda score: 1e3 * float(score["seconds"]))
-            ]
-            cells = [_text(one, digits) for one, digits in zip(values, (3, 3, 1), strict=True)]
+            tested = functools.partial(method.of_test, part.trained_length, dial)
+            time = tested(lambda score: 1e3 * float(score["seconds"])) if method.alone else None
+            cells = [_text(tested(accuracy()), 3), _text(tested(_density), 3), _text(time, 1)]
             rows.append([method.method, changed, *cells, str(len(method.records))])
     header = ["method", "tested with", "accuracy", "density", "ms of a text", "seeds"]
     return table(f"Settings of one trained model at {part.trained_length:,} tokens", header, rows)
@@ -102,7 +103,7 @@ def _of_code(part: PartResults) -> str:
         lambda method: [
             *(_text(method.of_training(held_out_loss(tag)), 4) for tag in tags),
             _text(method.of_training(last_density), 3),
-            _text(method.of_training(lambda training: training["tokens_per_second"]), 0),
+            _text(method.of_training(lambda training: training["tokens_per_second"]) if method.alone else None, 0),
         ],
     )
 
