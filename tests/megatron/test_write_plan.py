@@ -9,6 +9,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from dash_dist.megatron import write_plan
+from dash_dist.megatron.host_copies import HostCopies
 
 
 def sharded(name: str, *shape: int, replica: tuple[int, int, int] = (0, 0, 0)) -> ShardedTensor:
@@ -34,14 +35,21 @@ def test_one_copy_of_a_tensor_is_written_whatever_its_data_parallel_rank() -> No
     assert [one.replica_id for one in write_plan.first_copies(tensors)] == copies[:2]
 
 
-def test_memory_that_a_forked_process_shares_is_not_copied_unless_a_gpu_writes_to_it() -> None:
-    tensor = torch.arange(6.0)
-    (kept,) = write_plan._on_host([tensor])
-    assert kept.data_ptr() == tensor.data_ptr()
-    with mock.patch.object(torch.Tensor, "is_pinned", return_value=True):
-        (copied,) = write_plan._on_host([tensor])
-    assert copied.data_ptr() != tensor.data_ptr()
-    assert torch.equal(copied, tensor)
+@pytest.mark.parametrize("background", [True, False])
+def test_memory_that_a_forked_process_shares_is_not_copied_unless_a_gpu_writes_to_it(
+    tmp_path: Path, background: bool
+) -> None:
+    kept, changing = torch.arange(6.0), torch.arange(4.0)
+    tensors = [ShardedTensor.from_rank_offsets(name, one) for name, one in (("kept", kept), ("changing", changing))]
+    with (
+        mock.patch.object(write_plan.dist, "get_rank", return_value=0),
+        mock.patch.object(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() == changing.data_ptr()),
+    ):
+        plan = write_plan.WritePlan(tmp_path, tensors, None, HostCopies() if background else None)
+    of_kept, of_changing = plan._tensors
+    assert of_kept.data_ptr() == kept.data_ptr()
+    assert (of_changing.data_ptr() == changing.data_ptr()) == (not background)
+    assert torch.equal(of_changing, changing)
 
 
 @pytest.mark.parametrize(("rows", "found"), [(3, 6), (5, 10)])
