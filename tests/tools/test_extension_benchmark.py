@@ -27,6 +27,7 @@ def test_every_run_is_a_configuration(name: str, tmp_path: Path) -> None:
     # A run that continues in its next stage takes a source of the same label for the same documents.
     sources = [one for stage in stages for one in stage.config.data.sources]
     assert len({one.title for one in sources}) == len({str(one.paths) for one in sources})
+    assert set(size.evaluated) >= set(size.lengths)
     for kind in ("dash", "dense"):
         lengths = [
             stage.config.training.sequence_length
@@ -59,7 +60,7 @@ def test_questions_fill_their_length_and_have_their_answers_in_the_text(tmp_path
             for text, found in zip(texts[1::2], asked, strict=True)
             for name, number in found
         )
-        assert {len(found) for found in asked} == {max(1, (length - 1) // 160 // 2)}
+        assert {len(found) for found in asked} == {(length - 1) // 64 // 2}
 
 
 def test_copies_fill_their_length_with_one_text(tmp_path: Path) -> None:

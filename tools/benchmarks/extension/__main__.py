@@ -76,10 +76,10 @@ class _Experiment:
         self._export("dash", folder / "extended")
         self._record["text"] = self._timed("generation", self._generate)
         evaluated = {
-            "base": [size.lengths[0]],
-            "dash": list(size.lengths),
-            "dense": list(size.lengths),
-            "untrained": [size.lengths[-1]],
+            "base": [length for length in size.evaluated if length <= size.lengths[0]],
+            "dash": list(size.evaluated),
+            "dense": list(size.evaluated),
+            "untrained": [size.evaluated[-1]],
         }
         for name, lengths in evaluated.items():
             self._timed(f"retrieval, {name}", functools.partial(self._evaluate, name, lengths))

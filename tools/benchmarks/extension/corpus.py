@@ -26,7 +26,7 @@ COPIES = "copies.jsonl"
 TEMPLATE = "template.jinja"
 """Name of the chat template of copies and questions."""
 _LONGEST_FILE = 400_000
-_LETTERS_OF_A_NAME = 160  # of a text, for each name with a number in it
+_LETTERS_OF_A_NAME = 64  # of a text, for each name with a number in it; half of them are asked for
 _SEED_OF_TRAINING = 1_000_000  # the evaluation's samples are of other seeds
 
 

@@ -6,7 +6,6 @@ Knows settings; does not know files of text or results.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,12 @@ class Size:
         first_steps: on copies, and then on questions of the shortest length, before the first of the three. Without
             copies, models did not begin to learn such questions in 400 steps of 65,536 tokens.
         first_tokens: of a global batch in both.
-        question_steps: from scratch, with little code, after the others.
+        question_steps: from scratch, on questions of all lengths up to the first and little code, after the others.
         copies: documents of copies.
         copied: tokens of such a document.
         heldout: tokens of the held-out text, the same at all lengths.
         questions: documents with a question, by length in tokens, ascending.
+        evaluated: tokens at which retrieval is tested, at most the last of `lengths`.
     """
 
     model: Settings
@@ -50,6 +50,7 @@ class Size:
     heldout: int
     megabytes: float
     questions: dict[int, int]
+    evaluated: tuple[int, ...]
 
 
 SIZES = {
@@ -59,9 +60,9 @@ SIZES = {
         lengths=(8192, 32768, 65536),
         steps=(500, 50, 50),
         tokens=(65536, 131072, 131072),
-        first_steps=600,
+        first_steps=700,
         first_tokens=12288,
-        question_steps=350,
+        question_steps=200,
         copies=40_000,
         copied=128,
         heldout=1_048_576,
@@ -77,6 +78,7 @@ SIZES = {
             32768: 60,
             65536: 30,
         },
+        evaluated=(1024, 4096, 8192, 32768, 65536),
     ),
     "cpu": Size(
         model=Shape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16).section(),
@@ -92,11 +94,14 @@ SIZES = {
         heldout=4 * 4096,
         megabytes=0.3,
         questions={384: 8, 512: 8, 1024: 4, 2048: 4, 4096: 2},
+        evaluated=(1024, 2048, 4096),
     ),
 }
 _BASES = (10_000.0, 500_000.0)
 """Base of the rotary positions from scratch and of the extension."""
-_CODE = 0.1
+_WARMUP = 50
+"""Steps of a stage from scratch in which its learning rate rises. With half as many, copying was learned late."""
+_CODE = 0.3
 """Share of code in the tokens once the language is learned. Of questions, the answers alone count: a few per cent."""
 
 
@@ -105,17 +110,25 @@ def from_scratch(size: Size, folder: Path) -> Settings:
     length, shortest = size.lengths[0], min(size.questions)
     settings = _common(size, folder, "base")
     settings["attention"]["kind"] = "dense"
-    settings["optimizer"] = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": max(1, size.steps[0] // 20)}
+    settings["optimizer"] = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": min(_WARMUP, size.first_steps // 2)}
     settings["training"] |= _batch(length, size.tokens[0], at_once=True)
     settings["evaluation"]["sequences"] = size.heldout // length
-    # Joined documents that are long would mostly be cut where a sequence ends.
     settings["data"] |= {"documents": "joined", "cut_documents": length}
-    mixed = functools.partial(_code_and_questions, size, folder, 0, length // 2)
     settings["stages"] = [
         _answers(folder, size, "copies", COPIES, size.copied),
         _answers(folder, size, "short", questions_of(shortest), shortest),
-        {"name": "code", "steps": size.steps[0], "data": {"sources": mixed(code=0.5)}},
-        {"name": "questions", "steps": size.question_steps, "data": {"sources": mixed(code=_CODE)}},
+        # Joined questions of the whole length would mostly be cut where a sequence ends.
+        {
+            "name": "code",
+            "steps": size.steps[0],
+            "data": {"sources": _code_and_questions(size, folder, length // 2, code=0.5)},
+        },
+        {
+            "name": "questions",
+            "steps": size.question_steps,
+            "training": _batch(length, size.tokens[0]),
+            "data": {"sources": _code_and_questions(size, folder, length), "documents": "separate"},
+        },
     ]
     return settings
 
@@ -138,14 +151,14 @@ def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
     settings["attention"]["kind"] = kind
     settings["model"] |= {"weights": str(weights), "rotary_base": _BASES[1]}
     settings["optimizer"] = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": max(1, size.steps[1] // 10)}
-    first, *lengths = size.lengths
-    settings["data"]["sources"] = _code_and_questions(size, folder, first, lengths[-1], code=_CODE)
+    _, *lengths = size.lengths
+    settings["data"]["sources"] = _code_and_questions(size, folder, lengths[-1])
     settings["stages"] = [
         {
             "name": f"{length}",
             "steps": steps,
             "training": _batch(length, tokens),
-            "data": {"sources": _code_and_questions(size, folder, first, length, code=_CODE)},
+            "data": {"sources": _code_and_questions(size, folder, length)},
             "evaluation": {"sequences": size.heldout // length},
         }
         for length, steps, tokens in zip(lengths, size.steps[1:], size.tokens[1:], strict=True)
@@ -183,10 +196,10 @@ def _common(size: Size, folder: Path, name: str) -> Settings:
     )
 
 
-def _code_and_questions(size: Size, folder: Path, shortest: int, longest: int, *, code: float) -> list[Settings]:
-    """Return code as a share of the tokens, and questions of the lengths from `shortest` to `longest`."""
+def _code_and_questions(size: Size, folder: Path, longest: int, *, code: float = _CODE) -> list[Settings]:
+    """Return code as a share of the tokens, and questions of all lengths up to `longest`."""
     source_of_code = {"source": "files", "paths": str(folder / "text" / "train.jsonl"), "weight": code}
-    files = [questions_of(length) for length in size.questions if shortest <= length <= longest]
+    files = [questions_of(length) for length in size.questions if length <= longest]
     return [source_of_code, _questions(folder, files, f"questions to {longest}") | {"weight": 1 - code}]
 
 
