@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from dash_dist.errors import RankError
-from dash_dist.megatron.host_memory import LEFT_FREE, available_host_bytes
+from dash_dist.megatron.host_memory import require_host_bytes
 
 _GIB = 2**30
 _ALIGNMENT = 512
 _PIECE = 2**30
 """Bytes that are allocated between two looks at the memory that is left."""
+
+_REMEDY = "set checkpoint.asynchronous to false, shard the state over more ranks (parallel.distributed_optimizer)"
 
 
 class HostCopies:
@@ -81,7 +83,8 @@ class HostCopies:
             # Shared with forked processes. Private pages that a GPU writes to would be copied by every fork.
             memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
             for first in range(0, size, _PIECE):
-                _check(size - first)  # the ranks of a host allocate at once: each sees what the others have taken
+                # The ranks of a host allocate at once: each sees what the others have taken.
+                require_host_bytes(size - first, "a checkpoint in the background", " more at this rank", _REMEDY)
                 memory[first : first + _PIECE].zero_()  # locking pages that are there holds up CUDA for less time
             if device is not None:
                 self._unlocking = weakref.finalize(self, _unlock, _lock(memory, device))
@@ -120,17 +123,6 @@ def _lock(memory: torch.Tensor, device: torch.device) -> int:
 def _unlock(address: int) -> None:
     cudart: Any = torch.cuda.cudart()
     cudart.cudaHostUnregister(address)
-
-
-def _check(size: int) -> None:
-    available = available_host_bytes()
-    if size + LEFT_FREE > available:
-        raise RankError(
-            f"a checkpoint in the background needs {size / _GIB:.1f} GiB of host memory more at this rank, and "
-            f"{available / _GIB:.1f} GiB are available, of which {LEFT_FREE / _GIB:.0f} GiB stay free: set "
-            "checkpoint.asynchronous to false, shard the state over more ranks (parallel.distributed_optimizer), or "
-            "give the container or machine more memory"
-        )
 
 
 def _size(tensors: Sequence[torch.Tensor]) -> int:

@@ -47,7 +47,13 @@ class HostPool:
         count = -(-size // BLOCK_BYTES)
         missing = count - len(self._free)
         if missing > 0:
-            self._check(missing * BLOCK_BYTES)
+            held = f" more at this rank, beside {self.allocated * BLOCK_BYTES / _GIB:.1f} GiB that it has"
+            require_host_bytes(
+                missing * BLOCK_BYTES,
+                "parallel.offload_activations",
+                held,
+                "lower parallel.offload_activations, raise parallel.context",
+            )
             for _ in range(missing):
                 self._free.append(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=self._pinned))
                 self.allocated += 1
@@ -57,15 +63,25 @@ class HostPool:
         """Take blocks back that hold nothing any more."""
         self._free.extend(blocks)
 
-    def _check(self, more: int) -> None:
-        available = available_host_bytes()
-        if more + LEFT_FREE > available:
-            raise RankError(
-                f"parallel.offload_activations needs {more / _GIB:.1f} GiB of host memory more at this rank, beside "
-                f"{self.allocated * BLOCK_BYTES / _GIB:.1f} GiB that it has, and {available / _GIB:.1f} GiB are "
-                f"available, of which {LEFT_FREE / _GIB:.0f} GiB stay free: lower parallel.offload_activations, raise "
-                "parallel.context, or give the container or machine more memory"
-            )
+
+def require_host_bytes(size: int, what: str, held: str, remedy: str) -> None:
+    """Refuse an allocation that would leave the host less than `LEFT_FREE`.
+
+    Args:
+        size: bytes.
+        what: needs them, as the message begins.
+        held: where they are needed, and what is there already.
+        remedy: what to change, beside giving the machine more memory.
+
+    Raises:
+        RankError: the host has too little memory left.
+    """
+    available = available_host_bytes()
+    if size + LEFT_FREE > available:
+        raise RankError(
+            f"{what} needs {size / _GIB:.1f} GiB of host memory{held}, and {available / _GIB:.1f} GiB are available, "
+            f"of which {LEFT_FREE / _GIB:.0f} GiB stay free: {remedy}, or give the container or machine more memory"
+        )
 
 
 def available_host_bytes() -> int:

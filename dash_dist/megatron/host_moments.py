@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from dash_dist.errors import RankError
-from dash_dist.megatron.host_memory import LEFT_FREE, available_host_bytes
+from dash_dist.megatron.host_memory import require_host_bytes
 from dash_dist.megatron.torch_adam import no_updates
 
 PIECE = 2**26
 """Numbers that are updated at a time: half a gigabyte of moments on the device."""
-_GIB = 2**30
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -43,7 +41,12 @@ def offload_moments(adam: torch.optim.AdamW, share: float) -> None:
         numbers += parameter.numel()
         size += len(_MOMENTS) * pinned_bytes(parameter.numel() * torch.float32.itemsize)
         away[parameter] = group
-    _check(size)
+    require_host_bytes(
+        size,
+        "optimizer.offload_moments",
+        " at this rank",
+        "lower optimizer.offload_moments, shard the state over more ranks",
+    )
     for parameter, group in away.items():
         adam.state[parameter] = {"step": no_updates(parameter, group)} | {
             name: torch.zeros(parameter.shape, dtype=torch.float32, pin_memory=parameter.is_cuda) for name in _MOMENTS
@@ -103,13 +106,3 @@ def _update(parameter: torch.Tensor, state: dict[str, torch.Tensor], group: dict
 def pinned_bytes(size: int) -> int:
     """Return what torch's allocator of pinned memory takes for a tensor of so many bytes: a power of two."""
     return 1 << (size - 1).bit_length()
-
-
-def _check(size: int) -> None:
-    available = available_host_bytes()
-    if size + LEFT_FREE > available:
-        raise RankError(
-            f"optimizer.offload_moments needs {size / _GIB:.1f} GiB of host memory at this rank, and "
-            f"{available / _GIB:.1f} GiB are available, of which {LEFT_FREE / _GIB:.0f} GiB stay free: lower "
-            "optimizer.offload_moments, shard the state over more ranks, or give the container or machine more memory"
-        )

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from dash_dist.errors import RankError
-from dash_dist.megatron import host_moments, torch_adam
+from dash_dist.megatron import host_memory, host_moments, torch_adam
 from tests.megatron.megatron_jobs import engine_of, train
 from tests.support.models import Case
 
@@ -52,7 +52,7 @@ def _weights(engine: Any) -> list[torch.Tensor]:
 
 
 def too_little_memory(case: Case) -> str:
-    with mock.patch.object(host_moments, "available_host_bytes", return_value=1000):
+    with mock.patch.object(host_memory, "available_host_bytes", return_value=1000):
         try:
             with engine_of(case):
                 return ""

@@ -12,7 +12,7 @@ import torch
 
 from dash_dist.checkpoints.background import ForkedCall
 from dash_dist.errors import RankError
-from dash_dist.megatron import host_copies
+from dash_dist.megatron import host_copies, host_memory
 from dash_dist.megatron.host_copies import HostCopies, is_written_by_gpu
 
 DEVICES = [
@@ -82,7 +82,7 @@ def test_a_forked_process_reads_the_copies(device):
 
 def test_too_little_memory_is_refused_when_the_copies_are_made(monkeypatch):
     available = 0
-    monkeypatch.setattr(host_copies, "available_host_bytes", lambda: available)
+    monkeypatch.setattr(host_memory, "available_host_bytes", lambda: available)
     copies, tensors = HostCopies(), tensors_on("cpu")
     copies.prepare(tensors)  # training goes on
     with pytest.raises(RankError, match=r"in the background needs .* set checkpoint\.asynchronous to false"):
@@ -94,7 +94,7 @@ def test_too_little_memory_is_refused_when_the_copies_are_made(monkeypatch):
 def test_what_another_rank_takes_meanwhile_is_seen(monkeypatch):
     available = iter([2**40, 0])
     monkeypatch.setattr(host_copies, "_PIECE", 512)
-    monkeypatch.setattr(host_copies, "available_host_bytes", lambda: next(available, 0))
+    monkeypatch.setattr(host_memory, "available_host_bytes", lambda: next(available, 0))
     copies = HostCopies()
     copies.prepare(tensors_on("cpu"))
     with pytest.raises(RankError, match="are available"):

@@ -68,10 +68,10 @@ def _unused(visible: int) -> list[Finding]:
     count = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))
     if count <= visible or "MIG" in listed:
         return []
-    text = f"nvidia-smi lists {count}, PyTorch can use {visible}"
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if "SLURM_JOB_ID" in os.environ:
         return []  # the others may be those of other jobs
+    text = f"nvidia-smi lists {count}, PyTorch can use {visible}"
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         advice = "Unset CUDA_VISIBLE_DEVICES, unless the other GPUs belong to somebody else."
         return [warning("GPUs", f"{text}: CUDA_VISIBLE_DEVICES={chosen}", advice)]
