@@ -113,6 +113,8 @@ def test_interpreted_kernels_under_gloo() -> None:
         for layout, differences in found.items():
             assert differences.pop("density") < 0.95, "too dense to test a selection"
             assert differences.pop("bits") == 0, layout
+            # The terms of this sum over tokens cancel: PyTorch's float32 alone is off by 1.3e-4 in one of 500 draws.
+            assert differences.pop("summary_query") < 1e-3, layout
             assert max(differences.values()) < 1e-4, (layout, differences)
 
 
