@@ -282,7 +282,7 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="LENGTH...", help="Tokens, such as 16K 64K. Default: as in training."),
     ] = None,
-    suite: Annotated[str, typer.Option(help="retrieval, tracking, aggregation or all.")] = "retrieval",
+    suite: Annotated[str, typer.Option(help="retrieval, tracking, aggregation, all, or one task.")] = "retrieval",
     routing_scale: Annotated[
         list[float] | None,
         typer.Option(metavar="SCALE...", help="Scales to evaluate with, larger is sparser. Default: as in training."),

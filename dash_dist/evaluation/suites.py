@@ -31,4 +31,6 @@ SUITES: dict[str, tuple[str, ...]] = {
     "tracking": ("variable_tracking",),
     "aggregation": ("common_words", "frequent_words"),
     "all": tuple(TASKS),
+    **{task: (task,) for task in TASKS},
 }
+"""Tasks by the name of a suite; a task's name is a suite of that task."""

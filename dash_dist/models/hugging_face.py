@@ -33,8 +33,8 @@ TOKENIZER_FILES = (
 
 IRRELEVANT = frozenset(
     """
-    _name_or_path architectures bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
-    unk_token_id use_cache torch_dtype dtype transformers_version transformers.js_config auto_map is_llama_config
+    _name_or_path _model_name_or_path architectures bos_token_id eos_token_id pad_token_id sep_token_id
+    decoder_start_token_id unk_token_id use_cache torch_dtype dtype transformers_version transformers.js_config auto_map is_llama_config
     pretraining_tp return_dict output_attentions output_hidden_states return_dict_in_generate output_scores torchscript
     id2label label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class prefix
     bad_words_ids chunk_size_feed_forward max_length min_length do_sample early_stopping num_beams temperature top_k

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 JOBS = "tests.evaluation.evaluation_jobs"
 LENGTH = 512
 ONE = {"lengths": ("512",), "samples": 1}
-TRACKING = ONE | {"suite": "tracking"}
+TRACKING = ONE | {"suite": "variable_tracking"}  # one task of a suite
 CHECKPOINT = "step_00000004"
 
 
