@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tools.benchmarks.conversion import main
+from tools.benchmarks.conversion.__main__ import main
 
 
 def measure(out: Path) -> None:
@@ -19,4 +19,5 @@ def measure(out: Path) -> None:
         warmup_steps=2,
         warmup_start=0.01,
         routing_scale=500.0,
+        mebibytes=0.1,
     )

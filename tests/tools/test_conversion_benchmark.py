@@ -10,6 +10,8 @@ from tests.support.ranks import run_ranks
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "conversion_cpu.json"
 WAYS = {"dense, continued", "straight", "warmup", "phase, then straight", "phase, then warmup"}
 
+PRIORS = {f"prior_sigma {sigma}{ending}" for sigma in ("4", "1e+06") for ending in ("", ", warmup")}
+
 
 @pytest.mark.slow
 def test_every_way_is_measured_on_the_same_batches(tmp_path: Path) -> None:
@@ -17,12 +19,12 @@ def test_every_way_is_measured_on_the_same_batches(tmp_path: Path) -> None:
     job = "tests.tools.conversion_jobs:measure"
     run_ranks(job, 1, out, cpu_only=True)
     ways = json.loads(out.read_text())["ways"]
-    assert ways.keys() == WAYS | {"dense training", "phase"}
+    assert ways.keys() == WAYS | {"dense training", "phase"} | PRIORS
     assert len(ways["phase"]["local_loss"]) == 3
     first = {name: ways[name]["loss"][0] for name in WAYS}
     assert first["dense, continued"] == pytest.approx(first["straight"], rel=0.05)
-    assert ways["dense, continued"]["heldout_before"] == ways["dense training"]["heldout_after"]
-    assert ways["phase"]["heldout_after"] == ways["phase"]["heldout_before"]  # the dense model, whose weights stay
+    assert ways["dense, continued"]["before"] == ways["dense training"]["after"]
+    assert ways["phase"]["after"]["heldout"] == ways["phase"]["before"]["heldout"]  # the dense model stays
     assert ways["warmup"]["density"][0] > ways["straight"]["density"][0]
 
 
