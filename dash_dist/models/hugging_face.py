@@ -34,15 +34,15 @@ TOKENIZER_FILES = (
 IRRELEVANT = frozenset(
     """
     _name_or_path _model_name_or_path architectures bos_token_id eos_token_id pad_token_id sep_token_id
-    decoder_start_token_id unk_token_id use_cache torch_dtype dtype transformers_version transformers.js_config auto_map is_llama_config
-    pretraining_tp return_dict output_attentions output_hidden_states return_dict_in_generate output_scores torchscript
-    id2label label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class prefix
-    bad_words_ids chunk_size_feed_forward max_length min_length do_sample early_stopping num_beams temperature top_k
-    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    num_return_sequences num_beam_groups diversity_penalty forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    tf_legacy_loss use_bfloat16 pruned_heads keys_to_ignore_at_inference attn_implementation _attn_implementation
-    _attn_implementation_autoset language tokenizer_name
+    decoder_start_token_id unk_token_id use_cache torch_dtype dtype transformers_version transformers.js_config
+    auto_map is_llama_config pretraining_tp return_dict output_attentions output_hidden_states
+    return_dict_in_generate output_scores torchscript id2label label2id num_labels problem_type finetuning_task
+    task_specific_params tokenizer_class prefix bad_words_ids chunk_size_feed_forward max_length min_length
+    do_sample early_stopping num_beams temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences num_beam_groups diversity_penalty
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens tf_legacy_loss use_bfloat16 pruned_heads keys_to_ignore_at_inference attn_implementation
+    _attn_implementation _attn_implementation_autoset language tokenizer_name
     """.split()  # noqa: SIM905
 )
 """Keys that change nothing of the function in training: names, generation, files."""

@@ -5,6 +5,7 @@ Knows which settings must be those of the folder, and which a run may change. Do
 
 from __future__ import annotations
 
+from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.models.hugging_face import model_from, read_config
 from dash_dist.models.safetensors_folder import SafetensorsFolder
@@ -41,3 +42,20 @@ def open_start(model: ModelConfig, *, vocab_size: int) -> SafetensorsFolder:
             f"set model.vocab_size to {described.vocab_size}, and data.tokenizer to the tokenizer of the model"
         )
     return SafetensorsFolder(folder, parameter_table(model, vocab_size))
+
+
+def advise_conversion(model: ModelConfig, attention: AttentionConfig) -> str | None:
+    """Return what to set for weights of a dense model that get routing with the bias log P; None if nothing.
+
+    Raises:
+        ValueError: config.json of `model.weights` cannot be read.
+    """
+    if model.weights is None or "dash" not in attention.pattern or attention.prior_sigma is not None:
+        return None
+    if attention.conversion is not None or "dash_attention" in read_config(model.weights.expanduser()):
+        return None
+    return (
+        f"{model.weights} was trained without routing, and attention.prior_sigma is null: its bias log P weakens every "
+        "chunk but a token's own, at any routing scale. Set attention.prior_sigma and attention.routing_warmup, see "
+        "docs/extending.md"
+    )

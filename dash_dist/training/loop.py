@@ -16,6 +16,7 @@ from dash_dist.data.stream import Batch
 from dash_dist.engine.protocol import StepResult
 from dash_dist.errors import ConfigError, RankError, RunError
 from dash_dist.megatron.parallel import ParallelDims
+from dash_dist.models.start import advise_conversion
 from dash_dist.run.curve_names import pages
 from dash_dist.run.messages import RunStart, RunSummary, StepReport
 from dash_dist.run.requests import Request
@@ -69,6 +70,8 @@ class TrainingLoop:
             self._memory = plan_memory(config, dims, vocab_size)
             if self._memory is not None and (warning := self._memory.warning()) is not None:
                 session.note(warning)  # now, before moments take their part of the host's memory
+            if origin is None and (advice := advise_conversion(config.model, config.attention)) is not None:
+                session.note(advice)
             self._engine = build_engine(config, dims, vocab_size, resumed=origin is not None)
         session.watchdog.beat()
         self._position = RunPosition(self._engine, self._data, self._control, stage)

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from dash_dist.config.attention import AttentionConfig
 from dash_dist.config.model import ModelConfig
 from dash_dist.models.hugging_face import model_from, read_config, windows_of
 from dash_dist.models.safetensors_folder import SafetensorsFolder
+from dash_dist.models.start import advise_conversion
 from dash_dist.models.table import parameter_table
 from tests.models.tiny_models import SHAPE, WINDOW, save_tiny_model
 from tests.support.ranks import run_ranks
@@ -134,6 +136,25 @@ def test_runs_that_contradict_their_weights_are_refused(tiny: Path) -> None:
         assert "config.json cannot be read" in rank["folder"]
     with pytest.raises(ValueError, match="tokenizer has 60 tokens and model"):
         model.embedded_tokens(60)
+
+
+def test_weights_without_routing_get_advice_on_the_prior(tiny: Path, tmp_path: Path) -> None:
+    dense = model_from(read_config(tiny)).model_copy(update={"weights": tiny})
+    advice = advise_conversion(dense, AttentionConfig())
+    assert advice is not None
+    assert advice.startswith(f"{tiny} was trained without routing, and attention.prior_sigma is null")
+    fine: list[dict[str, Any]] = [
+        {"prior_sigma": 4.0},
+        {"conversion": "output"},
+        {"kind": "dense"},
+        {"kind": "topk", "top_chunks": 4},
+    ]
+    assert [advise_conversion(dense, AttentionConfig(**settings)) for settings in fine] == [None] * len(fine)
+    assert advise_conversion(dense.model_copy(update={"weights": None}), AttentionConfig()) is None
+    shutil.copytree(tiny, tmp_path / "routed")
+    config = read_config(tiny) | {"dash_attention": {"chunk_size": 16}}
+    (tmp_path / "routed" / "config.json").write_text(json.dumps(config))
+    assert advise_conversion(dense.model_copy(update={"weights": tmp_path / "routed"}), AttentionConfig()) is None
 
 
 def test_olmo3_in_the_spelling_of_transformers_4() -> None:

@@ -27,6 +27,7 @@ from dash_dist.config.trainable import TrainablePattern, TrainableSection
 from dash_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from dash_dist.megatron.parallel import ParallelDims
 from tools.benchmarks.common.environment import describe_environment
+from tools.benchmarks.conversion.table import as_markdown
 from tools.benchmarks.conversion.texts import code, questions
 from tools.benchmarks.conversion.training import Curve, Setup, measure, train
 from tools.benchmarks.conversion.ways import chosen, unchanged, ways
@@ -55,7 +56,10 @@ def main(
     unchanged_scale: Annotated[
         list[float] | None, typer.Option(help="Measure --weights with this routing scale, without a step.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Questions of each task; with --weights.")] = 0,
+    question_length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of questions, at most those of a sequence; with --weights.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Questions of each task and length.")] = 8,
     heldout: Annotated[int, typer.Option(help="Batches of held-out text.")] = 8,
     mebibytes: Annotated[float, typer.Option(help="Source code.")] = 32.0,
     rotary_base: Annotated[float | None, typer.Option(help="Rotary base of --weights; default: its own.")] = None,
@@ -66,6 +70,10 @@ def main(
     asked = ways(dash, RoutingWarmup(start=warmup_start, steps=warmup_steps), prior_sigma)
     try:
         asked = chosen(asked, way or [])
+        if max(question_length or [0]) > sequence_length:
+            raise ValueError(
+                f"--question-length {max(question_length or [0])} is above {sequence_length} of a sequence"
+            )
         model, tokenizer, vocab_size = _model(weights, layers, hidden, sequence_length, rotary_base)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -82,7 +90,7 @@ def main(
         model,
         vocab_size,
         code(tokenizer, mebibytes),
-        questions(tokenizer, length=sequence_length, samples=samples) if samples else {},
+        questions(tokenizer, question_length or [], samples),
         sequence_length,
         batch_size,
         heldout,
@@ -144,6 +152,7 @@ def _keep(record: dict[str, Any], out: Path, name: str, curve: Curve) -> None:
 
 def _write(record: dict[str, Any], out: Path) -> None:
     out.write_text(json.dumps(record, indent=1) + "\n")
+    out.with_suffix(".md").write_text(as_markdown(record))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Knows files and tokens; does not know models.
 from __future__ import annotations
 
 import site
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,12 @@ def windows(text: np.ndarray[Any, Any], *, seed: int, batch_size: int, length: i
         yield torch.from_numpy(np.stack([text[start : start + length + 1] for start in starts]).astype(np.int64))
 
 
-def questions(tokenizer: Tokenizer, *, length: int, samples: int) -> dict[str, list[Sample]]:
-    """Return samples of `length` tokens for each of `TASKS`."""
+def questions(tokenizer: Tokenizer, lengths: Iterable[int], samples: int) -> dict[str, list[Sample]]:
+    """Return samples for each of `TASKS` and lengths, by names such as "single at 2048"."""
     return {
-        task: [make_sample(task, tokenizer, length=length, index=index, seed=0) for index in range(samples)]
+        f"{task} at {length}": [
+            make_sample(task, tokenizer, length=length, index=index, seed=0) for index in range(samples)
+        ]
+        for length in lengths
         for task in TASKS
     }

@@ -45,7 +45,7 @@ class Setup:
 
     Attributes:
         text: tokens of code.
-        questions: samples by task; may be empty.
+        questions: samples by task and length, at most `sequence_length`; may be empty.
         heldout: batches of held-out text.
     """
 
@@ -68,7 +68,7 @@ class Measured:
         heldout: loss on held-out text, nats per token.
         by_position: likewise, for the equal parts of a sequence.
         density: on a held-out sequence, mean over layers that route; 1 without one.
-        right: share of the questions whose greedy answer is the right one, by task.
+        right: share of the questions whose greedy answer is the right one, by task and length.
     """
 
     heldout: float
@@ -163,7 +163,7 @@ def _measure(engine: MegatronEngine, setup: Setup, *, routes: bool) -> Measured:
         engine.next_tokens(kept[0].tokens[:1], torch.tensor([[length - 1]]))
         density = _density(engine)
         engine.telemetry.record_routing = False
-    right = {task: fmean(_is_right(engine, one) for one in found) for task, found in setup.questions.items()}
+    right = {name: fmean(_is_right(engine, length, one) for one in of) for name, of in setup.questions.items()}
     return Measured(total, parts, density, right)
 
 
@@ -176,11 +176,12 @@ def _density(engine: MegatronEngine) -> float:
     return round(fmean(routed), 5)
 
 
-def _is_right(engine: MegatronEngine, sample: Sample) -> bool:
+def _is_right(engine: MegatronEngine, length: int, sample: Sample) -> bool:
     """Return whether each token of the answer is the likeliest one after those before it: greedy decoding gives it."""
-    text = torch.from_numpy(np.concatenate([sample.prompt, sample.answer]))[None]
-    positions = torch.arange(len(sample.prompt) - 1, text.shape[1] - 1)[None]
-    found = engine.next_tokens(text, positions)
+    row = torch.zeros(1, length, dtype=torch.int64)  # what follows the answer changes nothing before it
+    row[0, : sample.length] = torch.from_numpy(np.concatenate([sample.prompt, sample.answer]))
+    positions = torch.arange(len(sample.prompt) - 1, sample.length - 1)[None]
+    found = engine.next_tokens(row, positions)
     return bool((found[0] == torch.from_numpy(sample.answer)).all())
 
 
