@@ -11,6 +11,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results" / "conversion_cpu.json"
 WAYS = {"dense, continued", "straight", "warmup", "phase, then straight", "phase, then warmup"}
 
 PRIORS = {f"prior_sigma {sigma}{ending}" for sigma in ("4", "1e+06") for ending in ("", ", warmup")}
+PRIORS |= {"faster summary_query"}
 
 
 @pytest.mark.slow

@@ -114,7 +114,8 @@ def main(
             _keep(record, out, "phase", trained)
         for name, one in asked.items():
             begin = phase if one.after_phase else start
-            _keep(record, out, name, train(setup, one.attention, steps, lr=lr, load=begin, save=None, seed=1))
+            trained = train(setup, one.attention, steps, lr=lr, load=begin, save=None, trainable=one.trainable, seed=1)
+            _keep(record, out, name, trained)
     dims.close()
 
 

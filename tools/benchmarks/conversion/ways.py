@@ -6,20 +6,32 @@ Knows attention's settings; does not know how they are measured.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dash_dist.config.attention import AttentionConfig, RoutingWarmup
+from dash_dist.config.trainable import TrainablePattern, TrainableSection
 
 SELECTION_ALONE = 1e6
 """A `prior_sigma` with which the prior selects and adds no bias, and routing gets no gradient."""
 
+_FASTER_ROUTING = TrainableSection(
+    parameters=(TrainablePattern(match="*.summary_query", lr=1e-2), TrainablePattern(match="*"))
+)
+
 
 @dataclass(frozen=True)
 class Way:
-    """Attention of the steps after the change; `after_phase`: they follow a conversion phase."""
+    """One way to convert.
+
+    Attributes:
+        attention: of the steps after the change.
+        after_phase: these steps follow a conversion phase.
+        trainable: learning rates of these steps; None for one of all weights.
+    """
 
     attention: AttentionConfig
     after_phase: bool = False
+    trainable: TrainableSection | None = None
 
 
 def ways(dash: AttentionConfig, warmup: RoutingWarmup, prior_sigma: float) -> dict[str, Way]:
@@ -42,6 +54,8 @@ def ways(dash: AttentionConfig, warmup: RoutingWarmup, prior_sigma: float) -> di
         prior = dash.model_copy(update={"prior_sigma": sigma})
         found[f"prior_sigma {sigma:g}"] = Way(prior)
         found[f"prior_sigma {sigma:g}, warmup"] = Way(prior.model_copy(update=warm))
+    slow = found[f"prior_sigma {prior_sigma:g}, warmup"]
+    found["faster summary_query"] = replace(slow, trainable=_FASTER_ROUTING)
     return found
 
 
