@@ -1,0 +1,12 @@
+"""The pretrained model of a package: what is missing is named."""
+
+import pytest
+import typer
+
+from tools.benchmarks import published
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "_PACKAGE", "no_such_package")
+    with pytest.raises(typer.BadParameter, match=r"no \.gguf file of the package no_such_package: install it"):
+        published._of_package()
