@@ -52,10 +52,14 @@ def advise_conversion(model: ModelConfig, attention: AttentionConfig) -> str | N
     """
     if model.weights is None or "dash" not in attention.pattern or attention.prior_sigma is not None:
         return None
-    if attention.conversion is not None or "dash_attention" in read_config(model.weights.expanduser()):
+    if attention.conversion is not None:
+        return None
+    trained = read_config(model.weights.expanduser()).get("dash_attention")
+    kinds = "dense" if trained is None else trained.get("kind", "dash")
+    if "dash" in ([kinds] if isinstance(kinds, str) else kinds):
         return None
     return (
-        f"{model.weights} was trained without routing, and attention.prior_sigma is null: its bias log P weakens every "
-        "chunk but a token's own, at any routing scale. Set attention.prior_sigma and attention.routing_warmup, see "
-        "docs/extending.md"
+        f"{model.weights} was trained without routing, and attention.prior_sigma is null: its bias log P weakens "
+        "earlier chunks wherever more than one is selected. Set attention.prior_sigma and attention.routing_warmup, "
+        "see docs/extending.md"
     )

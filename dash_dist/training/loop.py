@@ -70,9 +70,9 @@ class TrainingLoop:
             self._memory = plan_memory(config, dims, vocab_size)
             if self._memory is not None and (warning := self._memory.warning()) is not None:
                 session.note(warning)  # now, before moments take their part of the host's memory
+            self._engine = build_engine(config, dims, vocab_size, resumed=origin is not None)
             if origin is None and (advice := advise_conversion(config.model, config.attention)) is not None:
                 session.note(advice)
-            self._engine = build_engine(config, dims, vocab_size, resumed=origin is not None)
         session.watchdog.beat()
         self._position = RunPosition(self._engine, self._data, self._control, stage)
         changes = Changes() if origin is None else self._position.load(self._checkpoints, origin)

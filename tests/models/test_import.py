@@ -151,10 +151,12 @@ def test_weights_without_routing_get_advice_on_the_prior(tiny: Path, tmp_path: P
     ]
     assert [advise_conversion(dense, AttentionConfig(**settings)) for settings in fine] == [None] * len(fine)
     assert advise_conversion(dense.model_copy(update={"weights": None}), AttentionConfig()) is None
-    shutil.copytree(tiny, tmp_path / "routed")
-    config = read_config(tiny) | {"dash_attention": {"chunk_size": 16}}
-    (tmp_path / "routed" / "config.json").write_text(json.dumps(config))
-    assert advise_conversion(dense.model_copy(update={"weights": tmp_path / "routed"}), AttentionConfig()) is None
+    routed, windows = tmp_path / "routed", tmp_path / "windows"
+    for folder, settings in ((routed, {"chunk_size": 16}), (windows, {"kind": ["window", "dense"], "window": 8})):
+        shutil.copytree(tiny, folder)
+        (folder / "config.json").write_text(json.dumps(read_config(tiny) | {"dash_attention": settings}))
+    assert advise_conversion(dense.model_copy(update={"weights": routed}), AttentionConfig()) is None
+    assert advise_conversion(dense.model_copy(update={"weights": windows}), AttentionConfig()) is not None
 
 
 def test_olmo3_in_the_spelling_of_transformers_4() -> None:

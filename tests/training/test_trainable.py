@@ -48,6 +48,16 @@ def test_both_exports_of_the_run_with_adapters(folder: Path, outcomes: dict[str,
 
 
 @pytest.mark.slow
+def test_weights_without_routing_get_advice_at_their_first_step(folder: Path, outcomes: dict[str, Outcome]) -> None:
+    advice = f"{folder / 'dense'} was trained without routing"
+    assert outcomes["from dense weights"].output.count(advice) == 1, outcomes["from dense weights"]
+    for name, steps in {"from routed weights": 3, "resumed": 4}.items():
+        assert outcomes[name].summary.steps == steps, outcomes[name]
+        assert "without routing" not in outcomes[name].output
+    assert f"model.weights: {folder / 'nothing'}" in outcomes["from missing weights"].error
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

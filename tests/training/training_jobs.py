@@ -3,6 +3,7 @@
 The test process itself does not import this: it would load Megatron-core.
 """
 
+import json
 import math
 import shutil
 import sys
@@ -63,7 +64,7 @@ def runs_of_one_rank(config: Path, folder: Path) -> dict[str, Outcome]:
 
 
 def conversion_runs(config: Path, folder: Path) -> dict[str, Outcome]:
-    """A conversion phase, a run with adapters from it, an export of that, and runs that are refused."""
+    """A conversion phase, a run with adapters from it, an export of that, runs from it, and runs that are refused."""
 
     def alone(name: str, *overrides: str) -> Outcome:
         return attempt(config, f"run.name={name}", "parallel.context=1", "training.steps=3", *overrides)
@@ -84,6 +85,14 @@ def conversion_runs(config: Path, folder: Path) -> dict[str, Outcome]:
     }
     export(adapted, folder / "merged", progress=lambda _: None)
     export(adapted, folder / "adapter", progress=lambda _: None, adapter=True)
+    dense = folder / "dense"
+    shutil.copytree(folder / "merged", dense)
+    settings = json.loads((dense / "config.json").read_text())
+    del settings["dash_attention"]
+    (dense / "config.json").write_text(json.dumps(settings))
+    for name, weights in {"dense": dense, "routed": folder / "merged", "missing": folder / "nothing"}.items():
+        outcomes[f"from {name} weights"] = alone(f"from_{name}", f"model.weights={weights}")
+    outcomes["resumed"] = alone("from_dense", f"model.weights={dense}", "training.steps=4")
     return outcomes
 
 
