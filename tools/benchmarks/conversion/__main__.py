@@ -21,6 +21,7 @@ import typer
 import yaml
 
 from dash_dist.config.attention import AttentionConfig, RoutingWarmup
+from dash_dist.config.combination import check_combination
 from dash_dist.config.model import ModelConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.trainable import TrainablePattern, TrainableSection
@@ -28,7 +29,7 @@ from dash_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from dash_dist.megatron.parallel import ParallelDims
 from tools.benchmarks.common.environment import describe_environment
 from tools.benchmarks.conversion.table import as_markdown
-from tools.benchmarks.conversion.texts import code, questions
+from tools.benchmarks.conversion.texts import check_windows, code, questions
 from tools.benchmarks.conversion.training import Curve, Setup, measure, train
 from tools.benchmarks.conversion.ways import chosen, unchanged, ways
 
@@ -38,7 +39,9 @@ _ROUTING = TrainableSection(parameters=(TrainablePattern(match="*.summary_query"
 
 def main(
     out: Annotated[Path, typer.Argument(help="File for the figures as JSON.")],
-    weights: Annotated[Path | None, typer.Option(help="Folder that `dash-dist import` wrote: that model.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder that `dash-dist import` wrote, in place of the small model.")
+    ] = None,
     layers: Annotated[int, typer.Option(help="Layers of the small model.")] = 4,
     hidden: Annotated[int, typer.Option(help="Its channels; a head has 32 of them.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence: bytes for the small model.")] = 512,
@@ -54,55 +57,58 @@ def main(
     lr: Annotated[float, typer.Option(help="Learning rate after the change.")] = 5e-4,
     way: Annotated[list[str] | None, typer.Option(help="Ways to measure, each with a --way. Default: all.")] = None,
     unchanged_scale: Annotated[
-        list[float] | None, typer.Option(help="Measure --weights with this routing scale, without a step.")
+        list[float] | None, typer.Option(help="Measure the dense weights with this routing scale, without a step.")
     ] = None,
     question_length: Annotated[
-        list[int] | None, typer.Option(help="Tokens of questions, at most those of a sequence; with --weights.")
+        list[int] | None, typer.Option(help="Tokens of questions, at most those of a sequence.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Questions of each task and length.")] = 8,
-    heldout: Annotated[int, typer.Option(help="Batches of held-out text.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Questions of each task and length.")] = 8,
+    heldout: Annotated[int, typer.Option(min=1, help="Batches of held-out text.")] = 8,
     mebibytes: Annotated[float, typer.Option(help="Source code.")] = 32.0,
     rotary_base: Annotated[float | None, typer.Option(help="Rotary base of --weights; default: its own.")] = None,
     commit: Annotated[str | None, typer.Option(help="Name of this tree; default: git's HEAD.")] = None,
 ) -> None:
-    """Convert a dense model in several ways on the same batches, and write what was measured after each."""
-    dash = AttentionConfig(chunk_size=chunk_size, routing_scale=routing_scale)
-    asked = ways(dash, RoutingWarmup(start=warmup_start, steps=warmup_steps), prior_sigma)
+    """Convert a dense model in several ways on the same batches, and write what was measured before and after each."""
     try:
-        asked = chosen(asked, way or [])
-        if max(question_length or [0]) > sequence_length:
-            raise ValueError(
-                f"--question-length {max(question_length or [0])} is above {sequence_length} of a sequence"
-            )
-        model, tokenizer, vocab_size = _model(weights, layers, hidden, sequence_length, rotary_base)
+        if out.suffix != ".json":
+            raise ValueError(f"{out}: give a file that ends in .json; the tables are written beside it as .md")
+        if weights is None and rotary_base is not None:
+            raise ValueError("--rotary-base is that of --weights: give both")
+        if warmup_steps >= steps:
+            raise ValueError(f"--warmup-steps {warmup_steps} is not below --steps {steps}: the last scale would differ")
+        if weights is None:
+            model, tokenizer = _small(layers, hidden)
+        else:
+            model, tokenizer = _imported(weights, sequence_length, rotary_base)
+        dash = AttentionConfig(chunk_size=chunk_size, routing_scale=routing_scale)
+        check_combination(model, dash, ParallelConfig(), world_size=1, sequence_length=sequence_length)
+        asked = chosen(ways(dash, RoutingWarmup(start=warmup_start, steps=warmup_steps), prior_sigma), way or [])
+        plain = list(unchanged(dash, unchanged_scale, prior_sigma)) if unchanged_scale else []
+        text = code(tokenizer, mebibytes)
+        check_windows(text, sequence_length)
+        longest = max(question_length or [0])
+        if longest > sequence_length:
+            raise ValueError(f"--question-length {longest} is above {sequence_length} of a sequence")
+        samples_by_name = questions(tokenizer, question_length or [], samples)
+        out.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    parallel = ParallelConfig()
-    dims = ParallelDims.initialise(parallel, timeout=timedelta(seconds=600))
+    dims = ParallelDims.initialise(ParallelConfig(), timeout=timedelta(seconds=600))
     record: dict[str, Any] = {
         "machine": describe_environment(_PROGRAM, sys.argv[1:], commit=commit, device=dims.device.type),
         "unchanged": [],
         "ways": {},
     }
-    setup = Setup(
-        dims,
-        parallel,
-        model,
-        vocab_size,
-        code(tokenizer, mebibytes),
-        questions(tokenizer, question_length or [], samples),
-        sequence_length,
-        batch_size,
-        heldout,
-    )
+    vocab_size = model.embedded_tokens(tokenizer.vocab_size)
+    setup = Setup(dims, model, vocab_size, text, samples_by_name, sequence_length, batch_size, heldout)
     with tempfile.TemporaryDirectory() as folder:
         start = None
         if weights is None:
             start = Path(folder) / "dense"
             dense = AttentionConfig(chunk_size=chunk_size, kind="dense")
             _keep(record, out, "dense training", train(setup, dense, dense_steps, lr=2e-3, load=None, save=start))
-        for attention in unchanged(dash, unchanged_scale, prior_sigma) if unchanged_scale else ():
-            found = measure(setup, attention)
+        for attention in plain:
+            found = measure(setup, attention, load=start)
             settings = attention.model_dump(mode="json", include={"kind", "routing_scale", "prior_sigma"})
             record["unchanged"].append(settings | asdict(found))
             print(settings, found, flush=True)
@@ -119,25 +125,35 @@ def main(
     dims.close()
 
 
-def _model(
-    weights: Path | None, layers: int, hidden: int, length: int, rotary_base: float | None
-) -> tuple[ModelConfig, Tokenizer, int]:
-    """Return the model's settings, its tokenizer and the tokens of its vocabulary."""
-    if weights is None:
-        model = ModelConfig(
-            num_layers=layers,
-            hidden_size=hidden,
-            ffn_hidden_size=3 * hidden,
-            num_attention_heads=hidden // 32,
-            num_kv_heads=hidden // 64,
-        )
-        return model, ByteTokenizer(), ByteTokenizer.vocab_size
-    described = yaml.safe_load((weights / "model.yaml").read_text())
+def _small(layers: int, hidden: int) -> tuple[ModelConfig, Tokenizer]:
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=3 * hidden,
+        num_attention_heads=hidden // 32,
+        num_kv_heads=hidden // 64,
+    )
+    return model, ByteTokenizer()
+
+
+def _imported(weights: Path, length: int, rotary_base: float | None) -> tuple[ModelConfig, Tokenizer]:
+    """Return the settings and the tokenizer of a folder that `dash-dist import` wrote.
+
+    Args:
+        rotary_base: of sequences up to `length` tokens; None: the folder's own, with its own limit.
+    """
+    path = weights / "model.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: give a folder that `dash-dist import` wrote")
+    described = yaml.safe_load(path.read_text())
+    if "data" not in described:
+        raise ValueError(f"{path} names no tokenizer: import a model with one")
     section = described["model"]
     if rotary_base is not None:
-        section["rotary_base"] = rotary_base
-        section["positions"] = section.get("positions", {}) | {"max_positions": length}
-    return ModelConfig(**section), load_tokenizer(described["data"]["tokenizer"]), section["vocab_size"]
+        positions = section.get("positions", {})
+        longest = max(length, positions.get("max_positions", 0))
+        section |= {"rotary_base": rotary_base, "positions": positions | {"max_positions": longest}}
+    return ModelConfig(**section), load_tokenizer(described["data"]["tokenizer"])
 
 
 def _keep(record: dict[str, Any], out: Path, name: str, curve: Curve) -> None:

@@ -24,7 +24,10 @@ _SHARE_FOR_TRAINING = 0.9
 
 
 def code(tokenizer: Tokenizer, mebibytes: float) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Return tokens of the source code of the installed packages, file by file in the order of a fixed shuffle."""
+    """Return tokens of the source code of the installed packages, file by file in the order of a fixed shuffle.
+
+    Parts of one package are in training and held out: losses are compared with each other, not with those elsewhere.
+    """
     files = sorted(path for folder in site.getsitepackages() for path in Path(folder).rglob("*.py"))
     np.random.default_rng(0).shuffle(files)
     texts, size = [], 0
@@ -37,12 +40,17 @@ def code(tokenizer: Tokenizer, mebibytes: float) -> np.ndarray[Any, np.dtype[np.
     return np.concatenate(encoded).astype(np.int32)
 
 
+def check_windows(text: np.ndarray[Any, Any], length: int) -> None:
+    """Refuse, with ValueError, a text whose held-out part is too short for `windows`."""
+    heldout = len(text) - int(len(text) * _SHARE_FOR_TRAINING)
+    if heldout <= length + 1:
+        raise ValueError(f"{heldout} held-out tokens are too few for sequences of {length}: raise --mebibytes")
+
+
 def windows(text: np.ndarray[Any, Any], *, seed: int, batch_size: int, length: int) -> Iterator[torch.Tensor]:
     """Yield [batch_size, length + 1] tokens from random places of the first nine tenths, or of the rest."""
     border = int(len(text) * _SHARE_FOR_TRAINING)
     low, high = (border, len(text)) if seed == HELD_OUT else (0, border)
-    if high - low <= length + 1:
-        raise ValueError(f"{high - low} tokens of text are too few for sequences of {length}: raise --mebibytes")
     generator = np.random.default_rng(abs(seed))
     while True:
         starts = generator.integers(low, high - length - 1, batch_size)

@@ -5,9 +5,9 @@ Knows the engine and its batches; does not know which ways there are. It takes o
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -21,22 +21,13 @@ from dash_dist.config.model import ModelConfig
 from dash_dist.config.optimizer import OptimizerConfig
 from dash_dist.config.parallel import ParallelConfig
 from dash_dist.config.trainable import TrainableSection
+from dash_dist.data.stream import Batch
 from dash_dist.evaluation.samples import Sample
 from dash_dist.megatron.engine import MegatronEngine
 from dash_dist.megatron.parallel import ParallelDims
 from tools.benchmarks.conversion.texts import HELD_OUT, windows
 
 _BUCKETS = 4  # equal parts of a sequence whose losses are given
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences with their next tokens, all of which count."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
-    cu_seqlens: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,6 @@ class Setup:
     """
 
     dims: ParallelDims
-    parallel: ParallelConfig
     model: ModelConfig
     vocab_size: int
     text: np.ndarray[Any, np.dtype[np.int32]]
@@ -101,45 +91,46 @@ def train(
     seed: int = 0,
 ) -> Curve:
     """Train from a checkpoint, or from the model's own start, counting steps from 0, on the batches of `seed`."""
-    with _engine(setup, attention, steps, lr, trainable) as engine:
-        if load is not None:
-            engine.load(load)
-            engine.step = 0
-        routes = attention.conversion is None
-        before = _measure(engine, setup, routes=routes)
-        curve = Curve(before, before)
-        began = time.perf_counter()
-        batches = _batches(setup, seed)
-        for step in range(1, steps + 1):
-            engine.telemetry.record_routing = True
-            result = engine.train_step([next(batches)])
-            curve.loss.append(round(result.loss, 5))
-            curve.density.append(_density(engine))
-            if "routing/conversion_loss" in result.curves:
-                curve.local_loss.append(round(result.curves["routing/conversion_loss"], 5))
-            print(f"  step {step}: loss {result.loss:.4f}, density {curve.density[-1]:.3f}", flush=True)
-        curve.seconds = round(time.perf_counter() - began, 1)
-        engine.telemetry.record_routing = False
-        curve.after = _measure(engine, setup, routes=routes)
-        if save is not None:
-            engine.start_save(save, background=False).finish()
+    engine = _engine(setup, attention, steps, lr, trainable, load)
+    routes = attention.conversion is None
+    before = _measure(engine, setup, routes=routes)
+    curve = Curve(before, before)
+    began = time.perf_counter()
+    batches = _batches(setup, seed)
+    for step in range(1, steps + 1):
+        engine.telemetry.record_routing = True
+        result = engine.train_step([next(batches)])
+        curve.loss.append(round(result.loss, 5))
+        curve.density.append(_density(engine))
+        if "routing/conversion_loss" in result.curves:
+            curve.local_loss.append(round(result.curves["routing/conversion_loss"], 5))
+        print(f"  step {step}: loss {result.loss:.4f}, density {curve.density[-1]:.3f}", flush=True)
+    curve.seconds = round(time.perf_counter() - began, 1)
+    engine.telemetry.record_routing = False
+    curve.after = _measure(engine, setup, routes=routes)
+    if save is not None:
+        engine.start_save(save, background=False).finish()
     return curve
 
 
-def measure(setup: Setup, attention: AttentionConfig) -> Measured:
-    """Measure the model's own start with some attention, without a step."""
-    with _engine(setup, attention, 1, 1.0, None) as engine:
-        return _measure(engine, setup, routes=True)
+def measure(setup: Setup, attention: AttentionConfig, *, load: Path | None) -> Measured:
+    """Measure a checkpoint, or the model's own start, with some attention, without a step."""
+    return _measure(_engine(setup, attention, 1, 1.0, None, load), setup, routes=True)
 
 
-@contextmanager
 def _engine(
-    setup: Setup, attention: AttentionConfig, steps: int, lr: float, trainable: TrainableSection | None
-) -> Iterator[MegatronEngine]:
-    yield MegatronEngine(
+    setup: Setup,
+    attention: AttentionConfig,
+    steps: int,
+    lr: float,
+    trainable: TrainableSection | None,
+    load: Path | None,
+) -> MegatronEngine:
+    gc.collect()  # the engine before it holds itself in cycles
+    engine = MegatronEngine(
         setup.model,
         attention,
-        setup.parallel,
+        ParallelConfig(),
         OptimizerConfig(lr=lr, min_lr=lr / 10, warmup_steps=min(10, steps - 1)),
         dims=setup.dims,
         vocab_size=setup.vocab_size,
@@ -147,6 +138,10 @@ def _engine(
         total_steps=steps,
         trainable=trainable,
     )
+    if load is not None:
+        engine.load(load)
+        engine.step = 0
+    return engine
 
 
 def _measure(engine: MegatronEngine, setup: Setup, *, routes: bool) -> Measured:
@@ -188,4 +183,5 @@ def _is_right(engine: MegatronEngine, length: int, sample: Sample) -> bool:
 def _batches(setup: Setup, seed: int) -> Iterator[Batch]:
     for rows in windows(setup.text, seed=seed, batch_size=setup.batch_size, length=setup.sequence_length):
         labels = rows[:, 1:].contiguous()
-        yield Batch(rows[:, :-1].contiguous(), labels, torch.ones(labels.shape, dtype=torch.bool))
+        everything = torch.ones(labels.shape, dtype=torch.bool)
+        yield Batch(rows[:, :-1].contiguous(), labels, everything, cu_seqlens=None)

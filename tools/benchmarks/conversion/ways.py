@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dash_dist.config.attention import AttentionConfig, RoutingWarmup
 from dash_dist.config.trainable import TrainablePattern, TrainableSection
 
 SELECTION_ALONE = 1e6
-"""A `prior_sigma` with which the prior selects and adds no bias, and routing gets no gradient."""
+"""A `prior_sigma` so large that the prior selects, and its bias and the gradient of routing nearly vanish."""
 
-_FASTER_ROUTING = TrainableSection(
+_OWN_RATE = TrainableSection(
     parameters=(TrainablePattern(match="*.summary_query", lr=1e-2), TrainablePattern(match="*"))
 )
 
@@ -41,21 +42,25 @@ def ways(dash: AttentionConfig, warmup: RoutingWarmup, prior_sigma: float) -> di
         dash: attention after the change, without warmup or prior_sigma.
         warmup: of the ways with one.
         prior_sigma: of the ways with one, beside `SELECTION_ALONE`.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
-    warm = {"routing_warmup": warmup}
+    if prior_sigma >= SELECTION_ALONE:
+        raise ValueError(f"prior_sigma {prior_sigma:g} is measured anyway: give one below {SELECTION_ALONE:g}")
     found = {
         "dense, continued": Way(AttentionConfig(chunk_size=dash.chunk_size, kind="dense")),
         "straight": Way(dash),
-        "warmup": Way(dash.model_copy(update=warm)),
+        "warmup": Way(_changed(dash, routing_warmup=warmup)),
         "phase, then straight": Way(dash, after_phase=True),
-        "phase, then warmup": Way(dash.model_copy(update=warm), after_phase=True),
+        "phase, then warmup": Way(_changed(dash, routing_warmup=warmup), after_phase=True),
     }
     for sigma in (prior_sigma, SELECTION_ALONE):
-        prior = dash.model_copy(update={"prior_sigma": sigma})
+        prior = _changed(dash, prior_sigma=sigma)
         found[f"prior_sigma {sigma:g}"] = Way(prior)
-        found[f"prior_sigma {sigma:g}, warmup"] = Way(prior.model_copy(update=warm))
-    slow = found[f"prior_sigma {prior_sigma:g}, warmup"]
-    found["faster summary_query"] = replace(slow, trainable=_FASTER_ROUTING)
+        found[f"prior_sigma {sigma:g}, warmup"] = Way(_changed(prior, routing_warmup=warmup))
+    name = f"prior_sigma {prior_sigma:g}, warmup"
+    found[f"{name}, own rate of summary_query"] = replace(found[name], trainable=_OWN_RATE)
     return found
 
 
@@ -72,4 +77,8 @@ def unchanged(dash: AttentionConfig, scales: Iterable[float], prior_sigma: float
     yield AttentionConfig(chunk_size=dash.chunk_size, kind="dense")
     for scale in scales:
         for sigma in (None, prior_sigma, SELECTION_ALONE):
-            yield dash.model_copy(update={"routing_scale": scale, "prior_sigma": sigma})
+            yield _changed(dash, routing_scale=scale, prior_sigma=sigma)
+
+
+def _changed(attention: AttentionConfig, **settings: Any) -> AttentionConfig:
+    return AttentionConfig(**attention.model_dump(exclude_defaults=True) | settings)
