@@ -8,5 +8,5 @@ from tools.benchmarks import published
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published, "_PACKAGE", "no_such_package")
-    with pytest.raises(typer.BadParameter, match=r"no \.gguf file of the package no_such_package: install it"):
+    with pytest.raises(typer.BadParameter, match=r"no_such_package has 0 \.gguf files, and not one: install it"):
         published._of_package()
