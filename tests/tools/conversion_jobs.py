@@ -22,6 +22,7 @@ SMALLEST: dict[str, Any] = {
     "routing_scale": 500.0,
     "prior_sigma": 4.0,
     "unchanged_scale": [0.01],
+    "unchanged_chunks": [8],
     "question_length": [320],
     "samples": 1,
     "heldout": 2,

@@ -8,7 +8,8 @@ import pytest
 
 from tests.support.ranks import run_ranks
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "conversion_cpu.json"
+DOCS = Path(__file__).parents[2] / "docs"
+RESULTS = DOCS / "results" / "conversion_cpu.json"
 WAYS = {"dense, continued", "straight", "warmup", "phase, then straight", "phase, then warmup"}
 
 PRIORS = {f"prior_sigma {sigma}{ending}" for sigma in ("4", "1e+06") for ending in ("", ", warmup")}
@@ -36,8 +37,10 @@ def test_every_way_is_measured_on_the_same_batches(tmp_path: Path) -> None:
     # Every chunk is selected. With a prior_sigma that is dense attention, and without one it is not.
     assert plain["dash", 1e6]["density"] == 1
     assert plain["dash", 1e6]["heldout"] == pytest.approx(trained["heldout"], abs=1e-3)
+    assert plain["topk", None]["density"] < plain["dense", None]["density"]
     assert trained["right"].keys() == {"single at 320", "multi_key at 320"}
     table = " ".join(out.with_suffix(".md").read_text().split())
+    assert "| infllmv2, 8 chunks |" in table, table
     assert f"| straight | {ways['straight']['before']['heldout']:.3f}" in table, table
     assert f"routing_scale 0.01, prior_sigma none | {plain['dash', None]['heldout']:.3f}" in table, table
 
@@ -64,3 +67,16 @@ def test_the_figures_of_the_docs_are_complete() -> None:
     results = json.loads(RESULTS.read_text())
     assert results["machine"]["command"].startswith("python -m tools.benchmarks.conversion")
     assert results["ways"].keys() >= WAYS
+
+
+def test_the_tables_of_the_pretrained_model_are_those_of_its_results() -> None:
+    text = (DOCS / "extending.md").read_text()
+    files = sorted((DOCS / "results").glob("conversion_smollm2_cpu*.json"))
+    results = [json.loads(file.read_text()) for file in files]
+    measured = [one for result in results for one in result["unchanged"]]
+    measured += [curve["after"] for result in results for curve in result["ways"].values()]
+    assert len(measured) >= 13
+    for one in measured:
+        density = "1" if one["density"] == 1 else f"{one['density']:.3f}"
+        right = " | ".join(f"{share:.2f}" for share in one["right"].values())
+        assert f"| {one['heldout']:.3f} | {density} | {right} |" in text

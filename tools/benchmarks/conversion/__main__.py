@@ -59,6 +59,9 @@ def main(
     unchanged_scale: Annotated[
         list[float] | None, typer.Option(help="Measure the dense weights with this routing scale, without a step.")
     ] = None,
+    unchanged_chunks: Annotated[
+        list[int] | None, typer.Option(help="Likewise topk and infllmv2, with this number of chunks.")
+    ] = None,
     question_length: Annotated[
         list[int] | None, typer.Option(help="Tokens of questions, at most those of a sequence.")
     ] = None,
@@ -83,7 +86,9 @@ def main(
         dash = AttentionConfig(chunk_size=chunk_size, routing_scale=routing_scale)
         check_combination(model, dash, ParallelConfig(), world_size=1, sequence_length=sequence_length)
         asked = chosen(ways(dash, RoutingWarmup(start=warmup_start, steps=warmup_steps), prior_sigma), way or [])
-        plain = list(unchanged(dash, unchanged_scale, prior_sigma)) if unchanged_scale else []
+        plain = []
+        if unchanged_scale or unchanged_chunks:
+            plain = list(unchanged(dash, unchanged_scale or [], unchanged_chunks or [], prior_sigma))
         text = code(tokenizer, mebibytes)
         check_windows(text, sequence_length)
         longest = max(question_length or [0])
@@ -109,7 +114,7 @@ def main(
             _keep(record, out, "dense training", train(setup, dense, dense_steps, lr=2e-3, load=None, save=start))
         for attention in plain:
             found = measure(setup, attention, load=start)
-            settings = attention.model_dump(mode="json", include={"kind", "routing_scale", "prior_sigma"})
+            settings = attention.model_dump(mode="json", include={"kind", "routing_scale", "prior_sigma", "top_chunks"})
             record["unchanged"].append(settings | asdict(found))
             print(settings, found, flush=True)
             _write(record, out)

@@ -25,8 +25,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
 
 
 def _settings(one: Mapping[str, Any]) -> str:
-    if one["kind"] == "dense":
-        return "dense"
+    if one["kind"] != "dash":
+        return "dense" if one["kind"] == "dense" else f"{one['kind']}, {one['top_chunks']} chunks"
     sigma = "none" if one["prior_sigma"] is None else f"{one['prior_sigma']:g}"
     return f"routing_scale {one['routing_scale']:g}, prior_sigma {sigma}"
 

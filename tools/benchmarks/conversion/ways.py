@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dash_dist.config.attention import AttentionConfig, RoutingWarmup
+from dash_dist.config.attention import AttentionConfig, InfLLMv2Config, RoutingWarmup
 from dash_dist.config.trainable import TrainablePattern, TrainableSection
 
 SELECTION_ALONE = 1e6
@@ -72,12 +72,26 @@ def chosen(found: dict[str, Way], names: Sequence[str]) -> dict[str, Way]:
     return {name: found[name] for name in names} if names else found
 
 
-def unchanged(dash: AttentionConfig, scales: Iterable[float], prior_sigma: float) -> Iterator[AttentionConfig]:
-    """Yield attention for weights that are not trained further: dense, and each scale with each prior."""
+def unchanged(
+    dash: AttentionConfig, scales: Iterable[float], budgets: Iterable[int], prior_sigma: float
+) -> Iterator[AttentionConfig]:
+    """Yield attention for weights that are not trained further, dense first.
+
+    Args:
+        dash: as in `ways`.
+        scales: each with each prior.
+        budgets: chunks of the baselines with a fixed number of them; infllmv2 always has the first one, and the one
+            before a token's own.
+        prior_sigma: as in `ways`.
+    """
     yield AttentionConfig(chunk_size=dash.chunk_size, kind="dense")
     for scale in scales:
         for sigma in (None, prior_sigma, SELECTION_ALONE):
             yield _changed(dash, routing_scale=scale, prior_sigma=sigma)
+    always = InfLLMv2Config(first_chunks=1, local_chunks=1, dense_length=0)
+    for chunks in budgets:
+        yield AttentionConfig(chunk_size=dash.chunk_size, kind="topk", top_chunks=chunks)
+        yield AttentionConfig(chunk_size=dash.chunk_size, kind="infllmv2", top_chunks=chunks, infllmv2=always)
 
 
 def _changed(attention: AttentionConfig, **settings: Any) -> AttentionConfig:
