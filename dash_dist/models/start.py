@@ -45,7 +45,7 @@ def open_start(model: ModelConfig, *, vocab_size: int) -> SafetensorsFolder:
 
 
 def advise_conversion(model: ModelConfig, attention: AttentionConfig) -> str | None:
-    """Return what to set for weights of a dense model that get routing with the bias log P; None if nothing.
+    """Return what happens to weights of a dense model that get routing with the bias log P; None for others.
 
     Raises:
         ValueError: config.json of `model.weights` cannot be read.
@@ -60,6 +60,6 @@ def advise_conversion(model: ModelConfig, attention: AttentionConfig) -> str | N
         return None
     return (
         f"{model.weights} was trained without routing, and attention.prior_sigma is null: its bias log P weakens "
-        "earlier chunks wherever more than one is selected. Set attention.prior_sigma and attention.routing_warmup, "
-        "see docs/extending.md"
+        "earlier chunks wherever more than one is selected, so the loss jumps and comes down with training. A start "
+        "without a jump is attention.prior_sigma with attention.routing_warmup, see docs/extending.md"
     )
