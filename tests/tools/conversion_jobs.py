@@ -36,7 +36,6 @@ def measure(out: Path) -> None:
 
 def refused(out: Path, change: dict[str, Any]) -> str:
     """The error of settings with a change."""
-    weights = {name: Path(value) for name, value in change.items() if name == "weights"}
     with pytest.raises(typer.BadParameter) as raised:
-        main(out, **SMALLEST | change | weights)
+        main(out, **SMALLEST | change)
     return str(raised.value)

@@ -54,7 +54,7 @@ def test_every_way_is_measured_on_the_same_batches(tmp_path: Path) -> None:
         ({"warmup_steps": 3}, "--warmup-steps 3 is not below --steps 3"),
         ({"sequence_length": 20_000}, "raise --mebibytes"),
         ({"question_length": [500]}, "--question-length 500 is above 384"),
-        ({"weights": "nowhere"}, "nowhere/model.yaml is not there"),
+        ({"weights": Path("nowhere")}, "nowhere/model.yaml is not there"),
         ({"rotary_base": 1e6}, "give both"),
     ],
 )

@@ -31,7 +31,7 @@ from tools.benchmarks.common.environment import describe_environment
 from tools.benchmarks.conversion.table import as_markdown
 from tools.benchmarks.conversion.texts import check_windows, code, questions
 from tools.benchmarks.conversion.training import Curve, Setup, measure, train
-from tools.benchmarks.conversion.ways import chosen, unchanged, ways
+from tools.benchmarks.conversion.ways import chosen, dense, unchanged, ways
 
 _PROGRAM = "tools.benchmarks.conversion"
 _ROUTING = TrainableSection(parameters=(TrainablePattern(match="*.summary_query"),))
@@ -110,8 +110,7 @@ def main(
         start = None
         if weights is None:
             start = Path(folder) / "dense"
-            dense = AttentionConfig(chunk_size=chunk_size, kind="dense")
-            _keep(record, out, "dense training", train(setup, dense, dense_steps, lr=2e-3, load=None, save=start))
+            _keep(record, out, "dense training", train(setup, dense(dash), dense_steps, lr=2e-3, load=None, save=start))
         for attention in plain:
             found = measure(setup, attention, load=start)
             settings = attention.model_dump(mode="json", include={"kind", "routing_scale", "prior_sigma", "top_chunks"})

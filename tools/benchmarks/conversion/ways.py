@@ -49,7 +49,7 @@ def ways(dash: AttentionConfig, warmup: RoutingWarmup, prior_sigma: float) -> di
     if prior_sigma >= SELECTION_ALONE:
         raise ValueError(f"prior_sigma {prior_sigma:g} is measured anyway: give one below {SELECTION_ALONE:g}")
     found = {
-        "dense, continued": Way(AttentionConfig(chunk_size=dash.chunk_size, kind="dense")),
+        "dense, continued": Way(dense(dash)),
         "straight": Way(dash),
         "warmup": Way(_changed(dash, routing_warmup=warmup)),
         "phase, then straight": Way(dash, after_phase=True),
@@ -62,6 +62,11 @@ def ways(dash: AttentionConfig, warmup: RoutingWarmup, prior_sigma: float) -> di
     name = f"prior_sigma {prior_sigma:g}, warmup"
     found[f"{name}, own rate of summary_query"] = replace(found[name], trainable=_OWN_RATE)
     return found
+
+
+def dense(dash: AttentionConfig) -> AttentionConfig:
+    """Return the attention before the change."""
+    return AttentionConfig(chunk_size=dash.chunk_size, kind="dense")
 
 
 def chosen(found: dict[str, Way], names: Sequence[str]) -> dict[str, Way]:
@@ -84,7 +89,7 @@ def unchanged(
             before a token's own.
         prior_sigma: as in `ways`.
     """
-    yield AttentionConfig(chunk_size=dash.chunk_size, kind="dense")
+    yield dense(dash)
     for scale in scales:
         for sigma in (None, prior_sigma, SELECTION_ALONE):
             yield _changed(dash, routing_scale=scale, prior_sigma=sigma)
