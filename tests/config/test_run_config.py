@@ -1,7 +1,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -160,8 +159,6 @@ def test_help_answers_without_importing_torch():
         "import sys; from dash_dist.cli import app; app(['--help'], standalone_mode=False); "
         "sys.exit('torch' in sys.modules)"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "train" in done.stdout
-    assert time.perf_counter() - started < 10  # a fraction of a second on a machine that does nothing else

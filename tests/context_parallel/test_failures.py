@@ -62,7 +62,7 @@ def test_one_micro_batch_more_at_one_rank_is_an_error_at_both() -> None:
     for rank, (message, seconds) in said.items():
         first = rank - rank % 2
         assert f"in the context-parallel group of ranks [{first}, {first + 1}]" in message
-        assert seconds < timeout + 5
+        assert seconds < timeout + 40
     assert said[0][0].startswith("rank 0: the comparison of the ranks' calls did not get through")
 
 
@@ -80,8 +80,8 @@ def test_the_others_learn_of_a_rank_that_died_before_it_landed(moment: str) -> N
         "tests.context_parallel.failure_jobs:a_rank_dies_before_it_lands",
         9,
         moment,
-        20.0,
-        time_limit=90,
+        60.0,
+        time_limit=150,
         cpu_only=True,
         dying={2, 5, 8},
     )
@@ -93,4 +93,4 @@ def test_the_others_learn_of_a_rank_that_died_before_it_landed(moment: str) -> N
         message, seconds = said
         assert any(message.startswith(f"rank {rank}: {name} did not get through") for name in names[first]), message
         assert f"in the context-parallel group of ranks [{first}, {first + 1}, {first + 2}]" in message
-        assert seconds < 20
+        assert seconds < 60  # before the group's time is over

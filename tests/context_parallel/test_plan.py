@@ -98,13 +98,13 @@ def test_counters_that_nobody_asks_for_do_not_pile_up() -> None:
 )
 def test_the_others_say_which_exchange_a_dead_rank_was_part_of(moment: str, what: str) -> None:
     *survivors, dead = run_ranks(
-        "tests.context_parallel.plan_jobs:survivors", 4, moment, True, 10.0, cpu_only=True, dying={3}
+        "tests.context_parallel.plan_jobs:survivors", 4, moment, True, 60.0, cpu_only=True, dying={3}
     )
     assert dead is None
     for rank, (message, seconds) in enumerate(survivors):
         assert message.startswith(f"rank {rank}: {what} did not get through")
         assert "group of ranks [0, 1, 2, 3]" in message
-        assert seconds < 15
+        assert seconds < 60  # before the group's time is over
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_a_rank_that_does_not_come_is_an_error_after_the_groups_timeout() -> Non
     *waiting, _ = run_ranks("tests.context_parallel.plan_jobs:survivors", 4, "fetch", False, 4.0, cpu_only=True)
     for rank, (message, seconds) in enumerate(waiting):
         assert message.startswith(f"rank {rank}: K and V of the selected chunks did not get through")
-        assert seconds < 8
+        assert seconds < 60  # that of the process group around it is 120
 
 
 def test_nodes_are_found_by_host_name() -> None:

@@ -191,7 +191,7 @@ time.sleep(60)
     try:
         wait_for(launchers.run_directory / "ready")
         process.send_signal(notice)
-        assert process.wait(timeout=30) == 1
+        assert process.wait(timeout=120) == 1
     finally:
         process.kill()
         process.wait()
@@ -219,7 +219,7 @@ time.sleep(60)
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.05)

@@ -43,7 +43,7 @@ def outputs_of(folder, rank, phase, kind):
 def test_a_rank_without_memory_ends_the_run_for_good(tmp_path, phase, rank):
     statuses, texts, seconds = outputs_of(tmp_path, rank, phase, "memory")
     assert 0 not in statuses
-    assert seconds < 30
+    assert seconds < 100  # a third of the ranks' time limit
     told = f"rank {rank} is out of memory in step {4 if phase == 'save' else 3}: CUDA out of memory. Tried to allocate"
     assert texts[rank].count(f"error: {told}") == 1
     # Within a save the ranks agree first, and the others hear of the error before it is put in words.
@@ -58,7 +58,7 @@ def test_a_rank_without_memory_ends_the_run_for_good(tmp_path, phase, rank):
 def test_a_defect_at_one_rank_is_printed_with_its_traceback(tmp_path, phase, rank):
     statuses, texts, seconds = outputs_of(tmp_path, rank, phase, "defect")
     assert 0 not in statuses
-    assert seconds < 30
+    assert seconds < 100  # a third of the ranks' time limit
     assert f"rank {rank} failed:" in texts[rank]
     assert "KeyError: 'a defect'" in texts[rank]
     assert f"rank {rank}: KeyError: 'a defect'" in texts[1 - rank]
@@ -71,7 +71,7 @@ def test_ranks_that_wait_for_a_failed_one_are_ended(tmp_path, rank):
     begun = time.monotonic()
     statuses, texts, _ = outputs_of(tmp_path, rank, "forward", "stuck")
     assert statuses[1 - rank] == 1
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 120  # far below the ranks' time limit
     assert f"error: rank {1 - rank} is ended, because another one failed: rank {rank}: KeyError" in texts[1 - rank]
 
 
