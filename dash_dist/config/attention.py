@@ -61,6 +61,13 @@ class AttentionConfig(Section):
         description="output: layers stay dense, and summary_query learns to give each one's output by routing",
     )
     prior_sigma: float | None = Field(default=None, gt=0.0)
+    attend_first_chunk: bool = Field(
+        default=False,
+        description=(
+            "dash layers: every token attends to the first chunk of its document as to its own, and routing takes "
+            "place among the others; for pretrained models, whose first tokens are an attention sink"
+        ),
+    )
     backend: Literal["auto", "triton", "eager"] = "auto"
     layout: Literal["zigzag", "double_zigzag", "contiguous"] = Field(
         default="zigzag",
@@ -186,8 +193,8 @@ class AttentionConfig(Section):
 
     @model_validator(mode="after")
     def _dense_has_no_routing(self) -> Self:
-        for name in ("routing_warmup", "conversion"):
-            if getattr(self, name) is not None and "dash" not in self.pattern:
+        for name in ("routing_warmup", "conversion", "attend_first_chunk"):
+            if getattr(self, name) and "dash" not in self.pattern:
                 raise ValueError(
                     f"attention.{name} is given, and attention.kind {self.kind} has no routing: drop it or set "
                     "attention.kind to dash"

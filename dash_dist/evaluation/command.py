@@ -240,6 +240,7 @@ class _Evaluation:
                 "kind": list(attention.pattern),
                 **{name: getattr(attention, name) for name in ("window", "chunk_size", "alpha", "prior_sigma")},
                 **attention.model_dump(mode="json", include={"top_chunks", "infllmv2", "nsa"}, exclude_none=True),
+                **({"attend_first_chunk": True} if attention.attend_first_chunk else {}),
             },
         }
 

@@ -51,6 +51,10 @@ def decode(
         ids, bias = own[:, None, None].expand(-1, kv_heads, -1), queries.new_zeros(batch, kv_heads, 1)
     else:
         ids, bias = _select(queries, summaries[:, :chunks], own, spec)
+    if spec.attend_first_chunk:
+        # A row in its first chunk has it as its own.
+        first = torch.where(own > 0, 0.0, -math.inf).to(bias)[:, None, None].expand(-1, kv_heads, 1)
+        ids, bias = torch.cat((torch.zeros_like(ids[..., :1]), ids), -1), torch.cat((first, bias), -1)
     tokens = starts[:, None, None, None] + ids.unsqueeze(-1) * size + torch.arange(size, device=device)
     bias = torch.where(tokens <= last, bias.unsqueeze(-1), -math.inf).flatten(2)  # [B, Hkv, selected tokens]
     places = tokens.clamp(max=last).flatten(2).unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
@@ -69,7 +73,10 @@ def _select(
     the bias is -inf where a head selected fewer.
     """
     x = torch.einsum("bhgd,bjhd->bhgj", queries, summaries) * ((spec.alpha - 1) * spec.routing_logit_scale)
-    earlier = (torch.arange(summaries.shape[1], device=own.device) < own[:, None])[:, None, None]  # [B, 1, 1, n]
+    candidates = torch.arange(summaries.shape[1], device=own.device)
+    earlier = (candidates < own[:, None])[:, None, None]  # [B, 1, 1, n]
+    if spec.attend_first_chunk:
+        earlier = earlier & (candidates > 0)
     # The threshold is at least the row's maximum - 1, so what lies 2 below has no probability.
     floor = torch.where(earlier, x, -math.inf).amax(-1, keepdim=True) - 2
     x = torch.where(earlier, x, torch.where(floor.isfinite(), floor, 0.0))

@@ -69,6 +69,8 @@ def to_released(tensors: StateDict, config: Config) -> tuple[StateDict, Config]:
         raise ValueError(f"alpha is {spec.alpha}: the released package computes {_ALPHA} only")
     if spec.softmax_scale is not None and not math.isclose(spec.softmax_scale, 1 / math.sqrt(shape[1])):
         raise ValueError(f"softmax_scale is {spec.softmax_scale}: the released package computes 1 / sqrt(D) only")
+    if spec.attend_first_chunk:
+        raise ValueError("attend_first_chunk is true: the released package routes to the first chunk like any other")
     converted = {}
     for name, tensor in tensors.items():
         if name.endswith(_OURS):

@@ -50,6 +50,7 @@ def attention_spec(
         routing_scale=config.routing_scale,
         prior_sigma=config.prior_sigma,
         softmax_scale=softmax_scale,
+        attend_first_chunk=config.attend_first_chunk and kind == "dash",
         selection=selection_of(config, kind),
     )
 

@@ -114,6 +114,7 @@ class TrainedModel:
                 for name, value in _not_default(model, ("family", "positions", "layers_without_positions")).items()
             },
             **_kinds(attention),
+            **({"attention.attend_first_chunk": True} if attention.attend_first_chunk else {}),
             **({"parallel.fp8_linears": True} if parallel.fp8_linears else {}),
         }
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32

@@ -75,7 +75,7 @@ def dash_attention(
         memory: of a layer whose activations are recomputed. A call without gradients leaves its routing there, and the
             call that repeats it with gradients takes it.
         summaries: of the whole sequence, by which `selection.NSA` selects chunks; see `selection_scores.by_chunk`.
-        settings: fields of `spec` by keyword: chunk_size, alpha, routing_scale, prior_sigma, softmax_scale.
+        settings: fields of `spec` by keyword, all but `selection`.
 
     Returns:
         [B, T, Hq, D] in q's dtype; with return_routing the pair (output, RoutingStatistics).

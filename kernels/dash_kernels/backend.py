@@ -16,6 +16,7 @@ import torch
 from dash_kernels import eager
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.device import Device
+from dash_kernels.first_chunk import FirstChunkStages
 from dash_kernels.limits import MAX_TRITON_SHARPNESS
 from dash_kernels.ranges import with_ranges
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries, QueryGradient, Routing
@@ -36,6 +37,15 @@ class Backend(Protocol):
     def route(
         self, q: torch.Tensor, query_chunks: ChunkGrid, summaries: torch.Tensor, spec: AttentionSpec
     ) -> Routing: ...
+
+    def mark_one(
+        self,
+        q: torch.Tensor,
+        query_chunks: ChunkGrid,
+        chosen: torch.Tensor,
+        summaries: torch.Tensor,
+        spec: AttentionSpec,
+    ) -> torch.Tensor: ...
 
     def reached(self, routing: Routing, query_chunks: ChunkGrid, n: int, spec: AttentionSpec) -> torch.Tensor: ...
 
@@ -85,6 +95,11 @@ def select_backend(name: str, q: torch.Tensor, kv_heads: int, spec: AttentionSpe
 
     Raises ValueError for an unknown name, and for "triton" where Triton cannot compute the call.
     """
+    stages = _select(name, q, kv_heads, spec)
+    return FirstChunkStages(stages) if spec.attend_first_chunk else stages
+
+
+def _select(name: str, q: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}: give one of {', '.join(BACKENDS)}")
     if name == "eager" or (name == "auto" and not q.is_cuda):

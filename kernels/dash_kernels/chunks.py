@@ -114,9 +114,12 @@ class ChunkGrid:
 
     def without(self, begin: int, end: int) -> ChunkGrid:
         """Grid of the same tensor of keys without the chunks at slots begin to end - 1."""
-        kept = torch.cat((torch.arange(begin), torch.arange(end, len(self))))
-        grid = ChunkGrid(self.ids[kept], self.lengths[kept], self.firsts[kept])
-        grid.starts, grid.tokens = self.starts[kept], self.tokens
+        return self.keep(torch.cat((torch.arange(begin), torch.arange(end, len(self)))))
+
+    def keep(self, slots: torch.Tensor) -> ChunkGrid:
+        """Grid of the same tensor of keys with only the chunks at these slots, ascending."""
+        grid = ChunkGrid(self.ids[slots], self.lengths[slots], self.firsts[slots])
+        grid.starts, grid.tokens = self.starts[slots], self.tokens
         return grid
 
     @classmethod

@@ -105,6 +105,16 @@ def _mark(masks: torch.Tensor, block: QueryBlock, hits: torch.Tensor) -> None:
     masks[..., : block.end] |= hits.any(2)
 
 
+def mark_one(
+    q: torch.Tensor, chunks: ChunkGrid, chosen: torch.Tensor, summaries: torch.Tensor, spec: AttentionSpec
+) -> torch.Tensor:
+    """`Routing.masks` where the queries of a slot select one earlier chunk, `chosen`, int32 [slots]; n for none."""
+    batch, n, kv_heads, _ = summaries.shape
+    masks = torch.zeros(batch, kv_heads, n, dtype=torch.bool, device=q.device)
+    masks[..., chosen[chosen < n].long()] = True
+    return masks
+
+
 def reached(routing: Routing, chunks: ChunkGrid, n: int, spec: AttentionSpec) -> torch.Tensor:
     """Earlier chunks that any of the routed queries selected, bool [B, Hkv, n]."""
     return routing.masks

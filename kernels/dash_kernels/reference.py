@@ -30,6 +30,7 @@ def reference_dash_attention(
     routing_scale: float = 1.0,
     prior_sigma: float | None = None,
     softmax_scale: float | None = None,
+    attend_first_chunk: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RoutingStatistics]:
     """DashAttention of q [B, T, Hq, D], k and v [B, T, Hkv, D], summary_query [Hkv, D] -> [B, T, Hq, D].
@@ -41,7 +42,7 @@ def reference_dash_attention(
     Matrix products run in the inputs' dtype, reductions in float32 (float64 for float64 inputs). With float64 inputs
     this is the reference. With bfloat16 inputs it is the usual eager implementation, whose rounding tests compare to.
     """
-    settings = chunk_size, alpha, routing_scale, prior_sigma, softmax_scale
+    settings = chunk_size, alpha, routing_scale, prior_sigma, softmax_scale, attend_first_chunk
     if cu_seqlens is None:
         return _one_document(q, k, v, summary_query, *settings)
     documents = [
@@ -82,6 +83,7 @@ def _one_document(
     routing_scale: float,
     prior_sigma: float | None,
     softmax_scale: float | None,
+    attend_first_chunk: bool,
 ) -> tuple[torch.Tensor, RoutingStatistics]:
     batch, seq_len, query_heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -102,7 +104,10 @@ def _one_document(
 
     # Stage 2: routing over the earlier chunks
     z = torch.einsum("bhgtd,bhnd->bhgtn", queries, summaries).to(accumulate) * (routing_scale * scale)
-    earlier = torch.arange(complete, device=q.device) < chunk_of[:, None]  # [T, n]
+    candidates = torch.arange(complete, device=q.device)
+    earlier = candidates < chunk_of[:, None]  # [T, n]
+    if attend_first_chunk:
+        earlier &= candidates > 0
     p = entmax(z, earlier, alpha)  # [B, Hkv, G, T, n]
     prior = p.mean(dim=2)  # [B, Hkv, T, n]
     routed = prior > 0
@@ -114,6 +119,8 @@ def _one_document(
         log_prior = (log_prior - mean.detach()) / prior_sigma
     bias = torch.full((batch, kv_heads, seq_len, math.ceil(seq_len / chunk_size)), -math.inf).to(z)
     bias[..., :complete] = torch.where(routed, log_prior, -math.inf)
+    if attend_first_chunk:
+        bias[..., 0] = 0.0
     bias = bias.scatter(-1, chunk_of[:, None].expand(batch, kv_heads, seq_len, 1), 0.0)
     token_bias = bias[..., chunk_of]  # [B, Hkv, T, T]
     causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=q.device).tril()
@@ -123,7 +130,8 @@ def _one_document(
     out = torch.einsum("bhgts,bhsd->bhgtd", weights.to(q.dtype), values)
     out = out.permute(0, 3, 1, 2, 4).reshape(q.shape)
 
-    selected = (routed.sum(-1) + 1).transpose(1, 2).to(torch.int32)
+    always = 1 + (chunk_of > 0) if attend_first_chunk else 1
+    selected = (routed.sum(-1) + always).transpose(1, 2).to(torch.int32)
     return out, RoutingStatistics(selected, (chunk_of + 1).to(torch.int32))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from dash_kernels.eager_selection import probabilities, query_chunks, routing_scores
+from dash_kernels.first_chunk import after_first_chunks
 from dash_kernels.spec import AttentionSpec, Queries
 
 
@@ -36,7 +37,8 @@ def selection_counts(queries: Queries, spec: AttentionSpec, bins: int) -> torch.
     if not 1 <= bins <= n:
         raise ValueError(f"bins is {bins}: give 1 to {n}, the chunks of the sequence")
     selected = torch.zeros(bins, n, dtype=torch.int64, device=q.device)
-    for chunk in query_chunks(q, queries.chunks, kv_heads):
+    routed_chunks = after_first_chunks(queries.chunks) if spec.attend_first_chunk else queries.chunks
+    for chunk in query_chunks(q, routed_chunks, kv_heads):
         if chunk.id == chunk.first:
             continue
         if queries.routing.lists is not None:
@@ -47,12 +49,15 @@ def selection_counts(queries: Queries, spec: AttentionSpec, bins: int) -> torch.
         selected[chunk.id * bins // n, chunk.earlier] += routed.sum((0, 1, 2))
     ids, lengths, firsts = (x.long() for x in (queries.chunks.ids, queries.chunks.lengths, queries.chunks.firsts))
     stretch, pairs = ids * bins // n, lengths * batch * kv_heads
-    own = torch.zeros(bins, n, dtype=torch.int64).index_put_((stretch, ids), pairs, accumulate=True)
+    always = torch.zeros(bins, n, dtype=torch.int64).index_put_((stretch, ids), pairs, accumulate=True)
+    if spec.attend_first_chunk:
+        later = ids > firsts
+        always.index_put_((stretch[later], firsts[later]), pairs[later], accumulate=True)
     # Chunks first to id are available: +1 at first, -1 after id.
     changes = torch.zeros(bins, n + 1, dtype=torch.int64)
     changes.index_put_((stretch, firsts), pairs, accumulate=True)
     changes.index_put_((stretch, ids + 1), -pairs, accumulate=True)
     available = changes.cumsum(1)[:, :n]
-    by_chunk = torch.stack((selected + own.to(q.device), available.to(q.device)))
+    by_chunk = torch.stack((selected + always.to(q.device), available.to(q.device)))
     counts = torch.zeros(2, bins, bins, dtype=torch.int64, device=q.device)
     return counts.index_add_(2, torch.arange(n, device=q.device) * bins // n, by_chunk)

@@ -32,6 +32,7 @@ class AttentionSettings(TypedDict, total=False):
     routing_scale: float
     prior_sigma: float | None
     softmax_scale: float | None
+    attend_first_chunk: bool
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class AttentionSpec:
             prior_sigma, whose bias is then 0, this is dense attention.
         prior_sigma: None for the bias log P; a positive number for (log P - mean log P) / prior_sigma.
         softmax_scale: positive factor of q . k in all three stages; None for 1 / sqrt(head_dim).
+        attend_first_chunk: every query attends to the first chunk of its document as to its own, without a bias, and
+            routing takes place among the chunks between them. An option beside the published function.
         selection: None for DashAttention's routing; else the rule that selects the chunks in its place. The scores then
             have no bias, no gradient passes through the selection, and alpha and prior_sigma are not read.
     """
@@ -54,6 +57,7 @@ class AttentionSpec:
     routing_scale: float = 1.0
     prior_sigma: float | None = None
     softmax_scale: float | None = None
+    attend_first_chunk: bool = False
     selection: SelectionRule | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +82,14 @@ class AttentionSpec:
         require(
             self.softmax_scale is None or _is_positive(self.softmax_scale),
             f"softmax_scale is {self.softmax_scale!r}: give None for 1 / sqrt(head_dim), or a positive number",
+        )
+        require(
+            isinstance(self.attend_first_chunk, bool),
+            f"attend_first_chunk is {self.attend_first_chunk!r}: give True or False",
+        )
+        require(
+            not (self.attend_first_chunk and self.selection),
+            f"attend_first_chunk is True, and {self.selection} selects chunks by a rule of its own: leave it False",
         )
 
     def replaced(self, **settings: Unpack[AttentionSettings]) -> AttentionSpec:

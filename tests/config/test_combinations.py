@@ -212,6 +212,7 @@ KINDS: list[dict[str, object]] = [{"kind": "window", "window": 512}, {"kind": "d
         ({"kind": "nsa", "top_chunks": 4, "nsa": {"window": 0}}, "greater than 0"),
         ({"kind": "topk", "top_chunks": 1}, "greater than or equal to 2"),
         ({"kind": "topk", "top_chunks": 4, "conversion": "output"}, "attention.kind topk has no routing"),
+        ({"kind": "dense", "attend_first_chunk": True}, "attend_first_chunk is given, and attention.kind dense has no"),
     ],
 )
 def test_kinds_that_contradict_are_refused(settings: dict[str, object], message: str) -> None:

@@ -268,6 +268,7 @@ def random_config(seed: int, folder: Path) -> dict:
             "alpha": pick.choice([1.01, 1.3, 1.5, 2.0]),
             "routing_scale": pick.choice([1e-3, 1.0, 16.0, 1e4]),
             "prior_sigma": pick.choice([None, 1e-2, 1.0]),
+            "attend_first_chunk": pick.random() < 0.3,
             "layout": pick.choice(["zigzag", "double_zigzag", "contiguous"]),
             "exchange": pick.choice(["auto", "selective", "allgather", "ring"]),
         },

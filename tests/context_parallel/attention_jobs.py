@@ -46,6 +46,9 @@ def parity() -> dict[str, dict[str, float]]:
         cases.append(("one document", same_inputs(chunks), setting, LAYOUTS))
         packed = same_inputs(chunks, batch=1, bounds=crossing_documents(chunks))
         cases.append(("packed", packed, setting, LAYOUTS))
+    first = {"attend_first_chunk": True}
+    cases.append(("first chunk attended", same_inputs(chunks), first, LAYOUTS))
+    cases.append(("packed, first chunks attended", packed, first | {"prior_sigma": 1.5}, LAYOUTS))
     cases.append(("alpha 1.8", same_inputs(chunks), {"alpha": 1.8}, ("zigzag",)))
     cases.append(("packed, finer", packed, {}, ("double_zigzag",)))
     for layout in LAYOUTS:

@@ -62,6 +62,18 @@ def test_decoding_equals_prefill_at_every_position(alpha, routing_scale, group, 
         torch.testing.assert_close(mixed, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("sizes", [[1] * 67, [20, 1, 11, 1, 1, 33]])
+def test_the_first_chunk_is_attended_with_cached_tokens_and_padding(sizes):
+    layer = Layer(2, routing_scale=10.0, prior_sigma=2.0, attend_first_chunk=True)
+    qkv = inputs(3, 67, 4, 2, torch.float64)
+    starts = [0, 5, 50]
+    found = in_pieces(layer, qkv, sizes, torch.arange(67) >= torch.tensor(starts)[:, None])
+    for row, start in enumerate(starts):
+        alone = whole(layer, [x[row : row + 1, :, start:] for x in qkv])
+        torch.testing.assert_close(found[row, start:], alone[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(in_pieces(layer, qkv, sizes), whole(layer, qkv), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("sizes", [[67], [32, 35], [5, 20, 40, 2], [16, 16, 16, 16, 3]])
 def test_chunked_prefill_equals_one_call(sizes):
     layer = Layer(2, routing_scale=10.0)

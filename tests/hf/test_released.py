@@ -71,6 +71,8 @@ def test_models_that_do_not_fit_are_refused():
     ours = from_released(tensors, config)
     with pytest.raises(ValueError, match=r"alpha is 2.0: the released package computes 1.5 only"):
         to_released(ours[0], ours[1] | {"dash_attention": {"alpha": 2.0}})
+    with pytest.raises(ValueError, match="attend_first_chunk is true: the released package routes to the first chunk"):
+        to_released(ours[0], ours[1] | {"dash_attention": {"attend_first_chunk": True}})
     with pytest.raises(ValueError, match="the layers are of kind dense: the released package computes dash in all"):
         to_released(ours[0], ours[1] | {"dash_attention": {"kind": "dense"}})
     with pytest.raises(ValueError, match=r"no tensor is named \*.self_attn.summary_query"):

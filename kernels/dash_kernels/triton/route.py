@@ -50,8 +50,8 @@ def route(q: torch.Tensor, query_chunks: ChunkGrid, summaries: torch.Tensor, spe
     batch, seq_len = q.shape[:2]
     n, kv_heads = summaries.shape[1:3]
     tile = TileShape.of(q, kv_heads, spec)
-    tiles, words = len(query_chunks) * tile.per_chunk, -(-n // 32)
-    masks = torch.zeros(batch, kv_heads, tiles, words, dtype=torch.int32, device=q.device)
+    masks = empty_masks(q, query_chunks, summaries, tile)
+    tiles, words = masks.shape[2:]
     if spec.selection is not None:
         mark = functools.partial(tile_masks, tile_tokens=tile.tokens, per_chunk=tile.per_chunk)
         return listed_routing(q, query_chunks, summaries, spec, masks, mark)
@@ -77,6 +77,28 @@ def route(q: torch.Tensor, query_chunks: ChunkGrid, summaries: torch.Tensor, spe
         SUB=together, BN=options.block, HAS_SIGMA=spec.prior_sigma is not None, **tile.constants, **options.launch,
     )  # fmt: skip
     return Routing(tau, log_mean, selected, masks)
+
+
+def mark_one(
+    q: torch.Tensor, query_chunks: ChunkGrid, chosen: torch.Tensor, summaries: torch.Tensor, spec: AttentionSpec
+) -> torch.Tensor:
+    batch, n, kv_heads, _ = summaries.shape
+    tile = TileShape.of(q, kv_heads, spec)
+    masks = empty_masks(q, query_chunks, summaries, tile)
+    held = chosen < n
+    bits = torch.where(held, torch.ones_like(chosen) << (chosen % 32), 0)
+    words = torch.where(held, chosen // 32, 0).long()
+    shape = batch, kv_heads, len(query_chunks), tile.per_chunk, 1
+    of_slots = masks.unflatten(2, shape[2:4])
+    of_slots.scatter_(-1, words[:, None, None].expand(shape), bits[:, None, None].expand(shape))
+    return masks
+
+
+def empty_masks(q: torch.Tensor, query_chunks: ChunkGrid, summaries: torch.Tensor, tile: TileShape) -> torch.Tensor:
+    """Zeros for a bit per tile of queries and chunk of the sequence, int32 [B, Hkv, tiles, words]."""
+    batch, n, kv_heads, _ = summaries.shape
+    tiles, words = len(query_chunks) * tile.per_chunk, -(-n // 32)
+    return torch.zeros(batch, kv_heads, tiles, words, dtype=torch.int32, device=q.device)
 
 
 def rounding_errors(summaries: torch.Tensor, low: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,8 @@ from tools.benchmarks.conversion.training import Curve, Setup, measure, train
 from tools.benchmarks.conversion.ways import chosen, dense, unchanged, ways
 
 _PROGRAM = "tools.benchmarks.conversion"
+_SETTINGS = {"kind", "routing_scale", "prior_sigma", "attend_first_chunk", "top_chunks"}
+"""Of attention, in the results of weights as they are."""
 _ROUTING = TrainableSection(parameters=(TrainablePattern(match="*.summary_query"),))
 
 
@@ -54,6 +56,7 @@ def main(
     warmup_start: Annotated[float, typer.Option(help="Routing scale of its first step.")] = 1.0,
     routing_scale: Annotated[float, typer.Option(help="Routing scale of the converted model.")] = 8.0,
     prior_sigma: Annotated[float, typer.Option(help="Of the ways with one, beside a very large one.")] = 4.0,
+    attend_first_chunk: Annotated[bool, typer.Option(help="Set attention.attend_first_chunk.")] = False,
     lr: Annotated[float, typer.Option(help="Learning rate after the change.")] = 5e-4,
     way: Annotated[list[str] | None, typer.Option(help="Ways to measure, each with a --way. Default: all.")] = None,
     unchanged_scale: Annotated[
@@ -83,7 +86,9 @@ def main(
             model, tokenizer = _small(layers, hidden)
         else:
             model, tokenizer = _imported(weights, sequence_length, rotary_base)
-        dash = AttentionConfig(chunk_size=chunk_size, routing_scale=routing_scale)
+        dash = AttentionConfig(
+            chunk_size=chunk_size, routing_scale=routing_scale, attend_first_chunk=attend_first_chunk
+        )
         check_combination(model, dash, ParallelConfig(), world_size=1, sequence_length=sequence_length)
         asked = chosen(ways(dash, RoutingWarmup(start=warmup_start, steps=warmup_steps), prior_sigma), way or [])
         plain = []
@@ -113,7 +118,7 @@ def main(
             _keep(record, out, "dense training", train(setup, dense(dash), dense_steps, lr=2e-3, load=None, save=start))
         for attention in plain:
             found = measure(setup, attention, load=start)
-            settings = attention.model_dump(mode="json", include={"kind", "routing_scale", "prior_sigma", "top_chunks"})
+            settings = attention.model_dump(mode="json", include=_SETTINGS)
             record["unchanged"].append(settings | asdict(found))
             print(settings, found, flush=True)
             _write(record, out)

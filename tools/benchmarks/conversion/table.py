@@ -28,7 +28,8 @@ def _settings(one: Mapping[str, Any]) -> str:
     if one["kind"] != "dash":
         return "dense" if one["kind"] == "dense" else f"{one['kind']}, {one['top_chunks']} chunks"
     sigma = "none" if one["prior_sigma"] is None else f"{one['prior_sigma']:g}"
-    return f"routing_scale {one['routing_scale']:g}, prior_sigma {sigma}"
+    first = ", first chunk attended" if one.get("attend_first_chunk") else ""  # not in results of before the option
+    return f"routing_scale {one['routing_scale']:g}, prior_sigma {sigma}{first}"
 
 
 def _table(title: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
