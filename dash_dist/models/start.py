@@ -61,5 +61,6 @@ def advise_conversion(model: ModelConfig, attention: AttentionConfig) -> str | N
     return (
         f"{model.weights} was trained without routing, and attention.prior_sigma is null: its bias log P weakens "
         "earlier chunks wherever more than one is selected, so the loss jumps and comes down with training. A start "
-        "without a jump is attention.prior_sigma with attention.routing_warmup, see docs/extending.md"
+        "without a jump is attention.prior_sigma with attention.routing_warmup, and attention.attend_first_chunk keeps "
+        "what the first tokens draw, see docs/extending.md"
     )

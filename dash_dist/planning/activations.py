@@ -186,8 +186,14 @@ def attention_moment(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> Moment
     # At the end the scratch is gone and the gradients are rounded to bfloat16.
     work = own + max(scratch + copies, 2 * tokens * kv * BF16)
     travelling = 0
-    if exchange.name != "none":
+    in_parts = sizes.attend_first_chunk and kind == "dash"
+    if (
+        in_parts
+    ):  # the list of a chunk for each token; its bits grow with the sequence where blocks have their addresses
+        work += tokens * sizes.kv_heads * INT32 + (tile_bits(sizes) if exchange.name == "selective" else 0)
+    if in_parts or exchange.name != "none":
         work += tokens * q * FP32  # the first parts' gradient of the queries
+    if exchange.name != "none":
         block = 2 * sizes.chunk_size * sizes.head_dim
         # As received, their gradients, and those that others send home; the ring has the next part on its way, too.
         held = {"selective": BF16 + 2 * FP32, "allgather": BF16 + FP32 + FP32 / exchange_ranks(sizes)}

@@ -78,6 +78,19 @@ def attention_time(sizes: Sizes, assumptions: Assumptions, *, sequence_length: i
     )
 
 
+def with_first_chunks(time: AttentionTime, sizes: Sizes) -> AttentionTime:
+    """Add a second pass over the rows, that of the first chunks of documents; density counts these chunks.
+
+    Assumed to cost per row what the first pass does; not measured on a GPU.
+    """
+    rows = sizes.tokens * sizes.query_heads
+    return AttentionTime(
+        route=time.route,
+        attend=time.attend + ATTEND_ROW * rows,
+        backward=time.backward + QUERIES_ROW * rows * (1 + BACKWARD_OTHERS),
+    )
+
+
 def window_time(sizes: Sizes, attended: float) -> AttentionTime:
     """Predict the seconds of one rank's queries that attend to `attended` tokens each, on average."""
     pairs = sizes.tokens * sizes.query_heads * attended * _head_factor(sizes)

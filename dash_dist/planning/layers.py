@@ -14,7 +14,7 @@ from dash_dist.config.run import RunConfig
 from dash_dist.config.selection import ROUTED_KINDS
 from dash_dist.planning.activations import summary_vectors
 from dash_dist.planning.assumptions import Assumptions
-from dash_dist.planning.attention_time import AttentionTime, attention_time, window_time
+from dash_dist.planning.attention_time import AttentionTime, attention_time, window_time, with_first_chunks
 from dash_dist.planning.hardware import Machine
 from dash_dist.planning.layouts import Layout, Sizes
 from dash_dist.planning.recompute import Recompute
@@ -68,7 +68,10 @@ def plan_layers(
     def of(kind: Kind) -> LayerPlan:
         match kind:
             case "dash":
-                return routed(kind, assumptions)
+                plan = routed(kind, assumptions)
+                if not sizes.attend_first_chunk:
+                    return plan
+                return replace(plan, time=with_first_chunks(plan.time, sizes))
             case "nsa":
                 assumed = replace(assumptions, density=attention.fixed_density(kind, sizes.document))
                 return _with_branches(routed(kind, assumed), attention, sizes, layout, machine)

@@ -92,6 +92,7 @@ class Sizes:
         document: tokens of the document of a token.
         listed: entries of a token's list of chunks in the layers that have lists, at most.
         nsa_layers: of the whole model.
+        attend_first_chunk: dash layers attend to the first chunk of a document in a pass of its own.
         tied: one matrix is the embedding and the output layer.
         sequence_shards: ranks that the residual stream of those tokens is split over.
         norms_after: norms read what attention and MLP return, before it is added to the residual stream.
@@ -114,6 +115,7 @@ class Sizes:
     document: float
     listed: int
     nsa_layers: frozenset[int]
+    attend_first_chunk: bool
     tied: bool
     sequence_shards: int
     norms_after: bool
@@ -145,6 +147,7 @@ class Sizes:
             document=min(document_length or training.sequence_length, training.sequence_length),
             listed=_listed(config.attention),
             nsa_layers=frozenset(nsa_layers(model, config.attention)),
+            attend_first_chunk=config.attention.attend_first_chunk,
             tied=model.tie_embeddings,
             sequence_shards=layout.sequence_shards,
             norms_after=model.norms_after,

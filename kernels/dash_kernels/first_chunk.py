@@ -58,11 +58,10 @@ class FirstChunkStages:
         before: tuple[torch.Tensor, torch.Tensor] | None,
         last: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        split = _SplitPart.of(part)
-        if split.first is not None:
-            to_first = self._to_first_chunks(queries, spec)
-            before = self._stages.attend(to_first, split.first, spec, before=before, last=False)
-        return self._stages.attend(_routed(queries), split.rest, spec, before=before, last=last)
+        first, rest = self._passes(queries, part, spec)
+        if first is not None:
+            before = self._stages.attend(first.queries, first.part, spec, before=before, last=False)
+        return self._stages.attend(_routed(queries), rest, spec, before=before, last=last)
 
     def query_gradient(
         self,
@@ -72,9 +71,10 @@ class FirstChunkStages:
         spec: AttentionSpec,
         before: QueryGradient | None,
     ) -> QueryGradient:
-        split = _SplitPart.of(part)
-        before = self._gradient_of_first_chunks(queries, upstream, split, spec, before)
-        return self._stages.query_gradient(_routed(queries), upstream, split.rest, spec, before)
+        first, rest = self._passes(queries, part, spec)
+        if first is not None:
+            before = self._stages.query_gradient(first.queries, upstream, first.part, spec, before)
+        return self._stages.query_gradient(_routed(queries), upstream, rest, spec, before)
 
     def finish_query_gradient(
         self,
@@ -84,9 +84,10 @@ class FirstChunkStages:
         spec: AttentionSpec,
         before: QueryGradient | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        split = _SplitPart.of(part)
-        before = self._gradient_of_first_chunks(queries, upstream, split, spec, before)
-        return self._stages.finish_query_gradient(_routed(queries), upstream, split.rest, spec, before)
+        first, rest = self._passes(queries, part, spec)
+        if first is not None:
+            before = self._stages.query_gradient(first.queries, upstream, first.part, spec, before)
+        return self._stages.finish_query_gradient(_routed(queries), upstream, rest, spec, before)
 
     def key_gradient(
         self,
@@ -97,38 +98,41 @@ class FirstChunkStages:
         summary_query: torch.Tensor,
         spec: AttentionSpec,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        split = _SplitPart.of(part)
-        dkv, dsummary_query = self._stages.key_gradient(
-            _routed(queries), upstream, ratio, split.rest, summary_query, spec
-        )
-        if split.first is not None:
-            to_first = self._to_first_chunks(queries, spec)
-            of_first, _ = self._stages.key_gradient(to_first, upstream, ratio, split.first, summary_query, spec)
-            if split.tokens is None:
+        first, rest = self._passes(queries, part, spec)
+        dkv, dsummary_query = self._stages.key_gradient(_routed(queries), upstream, ratio, rest, summary_query, spec)
+        if first is not None:
+            of_first, _ = self._stages.key_gradient(first.queries, upstream, ratio, first.part, summary_query, spec)
+            if first.tokens is None:
                 dkv += of_first
             else:
-                dkv[:, :, split.tokens] = of_first
+                dkv[:, :, first.tokens] = of_first
         return dkv, dsummary_query
 
-    def _gradient_of_first_chunks(
-        self,
-        queries: Queries,
-        upstream: OutputGradient,
-        split: _SplitPart,
-        spec: AttentionSpec,
-        before: QueryGradient | None,
-    ) -> QueryGradient | None:
-        if split.first is None:
-            return before
-        return self._stages.query_gradient(self._to_first_chunks(queries, spec), upstream, split.first, spec, before)
+    def _passes(
+        self, queries: Queries, part: Part | Blocks, spec: AttentionSpec
+    ) -> tuple[_FirstPass | None, Part | Blocks]:
+        """Return the pass over the first chunks in a part, if there are any, and the part for the other pass.
 
-    def _to_first_chunks(self, queries: Queries, spec: AttentionSpec) -> Queries:
-        """Queries that select the first chunk of their document, without a bias."""
-        chunks, summaries = queries.chunks, queries.summaries
-        batch, n, heads, _ = summaries.shape
+        Of `Blocks` both passes take all: lists and routing choose, and no block is a query's own chunk.
+        """
+        if isinstance(part, Blocks):
+            n = queries.summaries.shape[1]
+            return _FirstPass(self._to_first_chunks(queries, queries.chunks, n, spec), part, None), part
+        split = _split(queries.chunks, part.chunks)
+        rest = Part(part.k, part.v, split.rest)
+        if len(split.keys) == 0:
+            return None, rest
+        tokens = split.on(part.k.device)
+        first = Part(part.k[:, tokens], part.v[:, tokens], split.keys)
+        return _FirstPass(self._to_first_chunks(queries, split.queries, split.n, spec), first, tokens), rest
+
+    def _to_first_chunks(self, queries: Queries, chunks: ChunkGrid, n: int, spec: AttentionSpec) -> Queries:
+        """Queries that select the first chunk of their document, without a bias; chunks: theirs, numbered up to n."""
+        batch, _, heads, width = queries.summaries.shape
         ids, _, _, firsts = chunks.on(queries.q.device)
         chosen = torch.where(ids > firsts, firsts, n)
         lists = _per_token(chunks, chosen)[None, :, None, None].repeat(batch, 1, heads, 1)
+        summaries = queries.summaries.new_zeros(batch, n, heads, width)  # not read
         masks = self._stages.mark_one(queries.q, chunks, chosen, summaries, spec)
         empty = summaries.new_empty(0)
         return Queries(queries.q, chunks, summaries, Routing(empty, empty, lists.new_empty(0), masks, lists))
@@ -145,50 +149,49 @@ def _per_token(chunks: ChunkGrid, of_slots: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _SplitPart:
-    """A part's first chunks of documents, and the rest of it.
+class _FirstPass:
+    """Queries and the first chunks of their documents; tokens: where these are in the part, None for `Blocks`."""
 
-    first:  None where the part has none. Of `Blocks` both are all of them: lists choose, and none is a query's own.
-    tokens: int64 on the device of the part, where the first chunks are in it; None for `Blocks`.
-    """
-
-    first: Part | Blocks | None
-    rest: Part | Blocks
+    queries: Queries
+    part: Part | Blocks
     tokens: torch.Tensor | None
 
-    @classmethod
-    def of(cls, part: Part | Blocks) -> _SplitPart:
-        if isinstance(part, Blocks):
-            return cls(part, part, None)
-        split = _split(part.chunks)
-        if len(split.first) == 0:
-            return cls(None, part, None)
-        tokens = split.on(part.k.device)
-        first = Part(part.k[:, tokens], part.v[:, tokens], split.first)
-        return cls(first, Part(part.k, part.v, split.rest), tokens)
 
+class _Split:
+    """Grids for the first chunks of documents in a part, and for the rest of it.
 
-class _SplitGrid:
-    """Grids of the first chunks of documents in a tensor of their own, and of the other chunks where they are."""
+    Of the queries' documents, the first chunk has an even number and the others share the next one, so that lists and
+    bits do not grow with the sequence.
 
-    def __init__(self, chunks: ChunkGrid) -> None:
-        is_first = chunks.ids == chunks.firsts
-        slots = is_first.nonzero().flatten()
-        self.first = chunks.take(slots.tolist())
-        self.rest = chunks.keep((~is_first).nonzero().flatten())
-        lengths = self.first.lengths.long()
+    Attributes:
+        queries: of the queries, so numbered.
+        keys: of the first chunks of these documents, so numbered, in a tensor of their own.
+        n: numbers.
+        rest: of the other chunks, in their places and with their ids.
+    """
+
+    def __init__(self, queries: ChunkGrid, keys: ChunkGrid) -> None:
+        documents = queries.firsts.unique()
+        self.n = 2 * len(documents)
+        numbers = 2 * torch.searchsorted(documents, queries.firsts)
+        self.queries = ChunkGrid(numbers + (queries.ids > queries.firsts), queries.lengths, numbers)
+        is_first = keys.ids == keys.firsts
+        slots = (is_first & torch.isin(keys.firsts, documents)).nonzero().flatten()
+        numbers = 2 * torch.searchsorted(documents, keys.firsts[slots])
+        self.keys = ChunkGrid(numbers, keys.lengths[slots], numbers)
+        self.rest = keys.keep((~is_first).nonzero().flatten())
         # Distance from a token's place among the first chunks to that in the part.
-        moved = (chunks.starts[slots] - self.first.starts).long()
-        self._tokens = torch.arange(self.first.tokens) + moved.repeat_interleave(lengths)
+        moved = keys.starts[slots].long() - self.keys.starts
+        self._tokens = torch.arange(self.keys.tokens) + moved.repeat_interleave(self.keys.lengths)
         self._on_device: dict[torch.device, torch.Tensor] = {}
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """Return where the tokens of the first chunks are in the part, uploaded once."""
+        """Return where the tokens of the first chunks are in the part, int64, uploaded once."""
         if device not in self._on_device:
             self._on_device[device] = self._tokens.to(device)
         return self._on_device[device]
 
 
-@functools.lru_cache(maxsize=64)
-def _split(chunks: ChunkGrid) -> _SplitGrid:
-    return _SplitGrid(chunks)
+@functools.lru_cache(maxsize=256)
+def _split(queries: ChunkGrid, keys: ChunkGrid) -> _Split:
+    return _Split(queries, keys)

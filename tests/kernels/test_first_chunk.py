@@ -18,6 +18,7 @@ from tests.kernels.attention_inputs import (
     assert_near,
     output_and_gradients,
     random_inputs,
+    relative_errors,
     routing_gaps,
 )
 from tests.kernels.test_parts import BACKENDS, by_parts, shards_of
@@ -105,6 +106,21 @@ def test_triton_of_several_words_of_chunks() -> None:
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), cu_seqlens=bounds, **call)
     actual = output_and_gradients(dash_attention, inputs, backend="triton", cu_seqlens=bounds, **call)
     assert_near(actual, expected, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: bfloat16 is wrong in Triton's interpreter")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_bfloat16_is_as_exact_as_an_eager_implementation(head_dim: int) -> None:
+    """On Hopper, with the kernels of specialised warps."""
+    bounds, call = bounds_of([1024, 64, 1984]), settings(chunk_size=64, routing_scale=2.0)
+    inputs = random_inputs(3072, kv_heads=2, group=4, head_dim=head_dim, dtype=torch.bfloat16)
+    expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), cu_seqlens=bounds, **call)
+    ours = output_and_gradients(dash_attention, inputs, cu_seqlens=bounds, backend="triton", **call)
+    eager = output_and_gradients(reference_dash_attention, inputs, cu_seqlens=bounds, **call)
+    wanted = relative_errors(eager, expected)
+    for name, error in relative_errors(ours, expected).items():
+        assert error <= 2 * wanted[name], (name, error, wanted)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from dash_dist.config.run import RunConfig
 from dash_dist.config.selection import top_density
 from dash_dist.context_parallel.halo import plan_halo
 from dash_dist.planning import Assumptions, Prediction, predict
-from dash_dist.planning.activations import saved_by_routing
+from dash_dist.planning.activations import attention_moment, saved_by_routing
 from dash_dist.planning.layers import plan_layers
 from dash_dist.planning.layouts import Sizes
+from dash_dist.planning.traffic import FP32, NO_EXCHANGE
 from dash_kernels import ChunkGrid
 from tests.planning.planning_cases import CHUNK_SIZE, SEQUENCE_LENGTH, large_config, layout, machine, small_config
 
@@ -123,3 +124,22 @@ def test_nsa_sends_its_halos_and_gathers_keys_and_values(sequence_layout: str) -
     assert nsa.summaries.nvlink == 3 * vectors * 2
     assert nsa.summary_gradients.nvlink == 3 * vectors * 4
     assert plans["topk"].attended < plans["nsa"].attended
+
+
+def test_a_pass_over_the_first_chunks_takes_time_and_memory_of_dash_layers() -> None:
+    def of(name: str, **attention: Any) -> Prediction:
+        chosen = layout()
+        return predict(config(name, **attention), chosen, machine(chosen.gpus), Assumptions(), vocab_size=128_000)
+
+    plain, first = of("dash"), of("dash", attend_first_chunk=True)
+    mixed, mixed_first = (of("three in four", **more) for more in ({}, {"attend_first_chunk": True}))
+    added = first.time.attention - plain.time.attention
+    assert 0 < added < plain.time.attention
+    assert mixed_first.time.attention - mixed.time.attention == pytest.approx(added / 4)
+    sizes, with_pass = (
+        Sizes.of(config("dash", **more), layout(), vocab_size=128_000) for more in ({}, {"attend_first_chunk": True})
+    )
+    moments = [attention_moment(one, "dash", NO_EXCHANGE).attention for one in (sizes, with_pass)]
+    assert moments[1] - moments[0] > sizes.tokens * sizes.q * FP32
+    assert attention_moment(with_pass, "dense", NO_EXCHANGE) == attention_moment(sizes, "dense", NO_EXCHANGE)
+    assert first.model_flops == plain.model_flops

@@ -40,6 +40,7 @@ def methods(size: Size) -> dict[str, Method]:
     found += [_dash(f"chunk-{chunk}", size, chunk_size=chunk) for chunk in other_chunks(size)]
     warmup = {"steps": size.steps_before_texts + max(1, len(size.texts) * size.tasks.steps // 4)}
     found += [_dash(f"warmup-from-{start:g}", size, routing_warmup={"start": start, **warmup}) for start in (0.1, 8.0)]
+    found.append(_dash("first-chunk", size, attend_first_chunk=True))
     return {one.name: one for one in found}
 
 
@@ -60,7 +61,7 @@ def budget_methods(size: Size) -> tuple[str, ...]:
 def ablations(size: Size) -> tuple[str, ...]:
     """Return the names of DashAttention and its variations."""
     named = methods(size)
-    beginnings = ("sigma-", "alpha-", "chunk-", "warmup-")
+    beginnings = ("sigma-", "alpha-", "chunk-", "warmup-", "first-chunk")
     return (f"dash-{size.scales[0]:g}", *(name for name in named if name.startswith(beginnings)))
 
 

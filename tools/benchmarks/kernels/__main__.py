@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> None:
         run_row,
     )
 
-    extent = Extent(0 if options.no_dense else options.dense_max_seq_len, options.forward_only, options.peer)
+    dense_limit = 0 if options.no_dense else options.dense_max_seq_len
+    extent = Extent(dense_limit, options.forward_only, options.attend_first_chunk, options.peer)
     environment = describe_environment("tools.benchmarks.kernels", arguments, commit=options.commit, device="cuda")
     environment["peer_commit"] = commit_of(options.peer) if options.peer else None
     print(", ".join(f"{name} {value}" for name, value in environment.items()), flush=True)
@@ -78,6 +79,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add_shape_options(parser)
     parser.add_argument("--prior-sigma", type=float, help="of our columns; default None, the bias log P")
+    parser.add_argument("--attend-first-chunk", action="store_true", help="our columns once more, with that setting")
     parser.add_argument("--forward-only", action="store_true", help="no backward passes")
     parser.add_argument("--no-dense", action="store_true", help="no cuDNN and FlashAttention-2 columns")
     parser.add_argument("--dense-max-seq-len", type=int, default=131072, help="longest sequence with dense columns")

@@ -24,7 +24,7 @@ DENSE = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def dash(case: Case, routing_scale: float, prior_sigma: float | None) -> Attention:
+def dash(case: Case, routing_scale: float, prior_sigma: float | None, *, attend_first_chunk: bool = False) -> Attention:
     """This project's attention of (q, k, v, summary_query)."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, summary_query: torch.Tensor) -> torch.Tensor:
@@ -36,6 +36,7 @@ def dash(case: Case, routing_scale: float, prior_sigma: float | None) -> Attenti
             chunk_size=case.chunk_size,
             routing_scale=routing_scale,
             prior_sigma=prior_sigma,
+            attend_first_chunk=attend_first_chunk,
             backend=BACKEND,
         )
 

@@ -15,10 +15,12 @@ from tools.benchmarks.kernels.measure import Cell
 GIB = 2**30
 # Columns, as they are called in the JSON file and in the tables.
 FORWARD, STEP, FORWARD_PEER_SIGMA = "ours fwd", "ours fwd+bwd", "ours fwd sigma 1e6"
+FORWARD_FIRST, STEP_FIRST = "first chunk too, fwd", "first chunk too, fwd+bwd"
 CUDNN_FORWARD, CUDNN_STEP = "cuDNN fwd", "cuDNN fwd+bwd"
 FLASH_FORWARD, FLASH_STEP = "FA2 fwd", "FA2 fwd+bwd"
 PEER = "released fwd"
-COLUMNS = (FORWARD, STEP, CUDNN_FORWARD, CUDNN_STEP, FLASH_FORWARD, FLASH_STEP, FORWARD_PEER_SIGMA, PEER)
+OURS, DENSE = (FORWARD, STEP, FORWARD_FIRST, STEP_FIRST), (CUDNN_FORWARD, CUDNN_STEP, FLASH_FORWARD, FLASH_STEP)
+COLUMNS = (*OURS, *DENSE, FORWARD_PEER_SIGMA, PEER)
 SMALLEST_KERNEL = 0.01  # share of a call's time above which a kernel is printed
 
 

@@ -14,17 +14,28 @@ from tools.benchmarks.kernels.columns import DENSE, PEER_SIGMA, Stages, dash, de
 from tools.benchmarks.kernels.density import find_routing_scale
 from tools.benchmarks.kernels.measure import Function, describe, kernel_times, measure
 from tools.benchmarks.kernels.peer import measure_peer, sampled_tokens
-from tools.benchmarks.kernels.results import FORWARD, FORWARD_PEER_SIGMA, PEER, STEP, Row
+from tools.benchmarks.kernels.results import (
+    FORWARD,
+    FORWARD_FIRST,
+    FORWARD_PEER_SIGMA,
+    PEER,
+    STEP,
+    STEP_FIRST,
+    Row,
+)
 
 DEVICE = torch.device("cuda")
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Which columns a run has: dense ones up to dense_limit tokens (0: none), the peer's from a checkout of it."""
+    """Which columns a run has: dense ones up to dense_limit tokens (0: none), ours with attend_first_chunk as well, the
+    peer's from a checkout of it.
+    """
 
     dense_limit: int
     forward_only: bool
+    first_chunk: bool
     peer: Path | None
 
 
@@ -59,6 +70,11 @@ def _functions(case: Case, inputs: Inputs, routing_scale: float, extent: Extent)
     functions = {FORWARD: forward(ours, inputs)}
     if not extent.forward_only:
         functions[STEP] = forward_backward(ours, inputs)
+    if extent.first_chunk:
+        with_first = dash(case, routing_scale, case.prior_sigma, attend_first_chunk=True)
+        functions[FORWARD_FIRST] = forward(with_first, inputs)
+        if not extent.forward_only:
+            functions[STEP_FIRST] = forward_backward(with_first, inputs)
     if case.seq_len <= extent.dense_limit:
         for name, kernel in DENSE.items():
             functions[f"{name} fwd"] = forward(dense(kernel), inputs)
