@@ -64,8 +64,8 @@ class AttentionConfig(Section):
     attend_first_chunk: bool = Field(
         default=False,
         description=(
-            "dash layers: every token attends to the first chunk of its document as to its own, and routing takes "
-            "place among the others; for pretrained models, whose first tokens are an attention sink"
+            "of dash layers: every token attends to the first chunk of its document as to its own. Routing selects "
+            "among the others. For pretrained models, whose first tokens are an attention sink"
         ),
     )
     backend: Literal["auto", "triton", "eager"] = "auto"

@@ -6,6 +6,7 @@ attention). Does not know layers' number, pipelines nor weights.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dash_dist.config.attention import Kind
@@ -187,10 +188,8 @@ def attention_moment(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> Moment
     work = own + max(scratch + copies, 2 * tokens * kv * BF16)
     travelling = 0
     in_parts = sizes.attend_first_chunk and kind == "dash"
-    if (
-        in_parts
-    ):  # the list of a chunk for each token; its bits grow with the sequence where blocks have their addresses
-        work += tokens * sizes.kv_heads * INT32 + (tile_bits(sizes) if exchange.name == "selective" else 0)
+    if in_parts:
+        work += _lists_of_first_chunks(sizes)
     if in_parts or exchange.name != "none":
         work += tokens * q * FP32  # the first parts' gradient of the queries
     if exchange.name != "none":
@@ -201,6 +200,13 @@ def attention_moment(sizes: Sizes, kind: Kind, exchange: ExchangePlan) -> Moment
         travelling = round(exchange.received * block * held.get(exchange.name, ring))
     freed = tokens * BF16 * 3 * sizes.ffn + 2 * input_of_layer(sizes)
     return Moment("backward of an attention", gradients, work, travelling, freed)
+
+
+def _lists_of_first_chunks(sizes: Sizes) -> int:
+    """A list of one chunk for each token, and the bits of tiles, which have three numbers for each document."""
+    documents = math.ceil(sizes.chunks * sizes.chunk_size / sizes.document)
+    words = -(-3 * documents // 32)
+    return sizes.kv_heads * (sizes.tokens + sizes.tokens // sizes.tile_tokens * words) * INT32
 
 
 def _window_moment(sizes: Sizes, exchange: ExchangePlan) -> Moment:

@@ -19,8 +19,11 @@ pytestmark = pytest.mark.slow
 
 SAVED = {
     "tp 2": Case(tensor=2),
+    "cp 2, first chunk": Case(context=2, attend_first_chunk=True),
     "pp 2, tied": Case(pipeline=2, tie_embeddings=True, distributed_optimizer=True),
 }
+
+ALONE = {name: dataclasses.replace(case, tensor=1, context=1, pipeline=1) for name, case in SAVED.items()}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(logits of the first chunk of a sequence, summary queries), of each checkpoint loaded on one rank."""
-    alone = {name: dataclasses.replace(case, tensor=1, pipeline=1) for name, case in SAVED.items()}
-    (loaded,) = run_ranks("tests.megatron.megatron_jobs:load_and_read", 1, alone, folder, cpu_only=True)
+    (loaded,) = run_ranks("tests.megatron.megatron_jobs:load_and_read", 1, ALONE, folder, cpu_only=True)
     return loaded
 
 
@@ -70,8 +72,7 @@ def test_transformers_computes_the_same(
 
 
 def test_trainer_evaluation_and_exported_model_agree_on_the_loss(folder: Path, tmp_path: Path) -> None:
-    alone = {name: dataclasses.replace(case, tensor=1, pipeline=1) for name, case in SAVED.items()}
-    (judged,) = run_ranks("tests.megatron.megatron_jobs:load_and_judge", 1, alone, folder, cpu_only=True)
+    (judged,) = run_ranks("tests.megatron.megatron_jobs:load_and_judge", 1, ALONE, folder, cpu_only=True)
     batch = global_batch(0)
     for name, (trained, evaluated) in judged.items():
         export_weights(folder / name, tmp_path / name)
@@ -85,6 +86,10 @@ def test_the_configuration_says_what_a_llama_does_not(folder: Path, tmp_path: Pa
     export_weights(folder / "tp 2", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dash_attention"]["chunk_size"] == CHUNK_SIZE
+    assert "attend_first_chunk" not in config["dash_attention"]
     assert config["max_position_embeddings"] == SEQUENCE_LENGTH
+    export_weights(folder / "cp 2, first chunk", tmp_path / "first")
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    assert config["dash_attention"]["attend_first_chunk"] is True
     with pytest.raises(ValueError, match="out is not empty: export to a new folder"):
         export_weights(folder / "tp 2", tmp_path / "out")

@@ -86,7 +86,8 @@ def recomputed_layers() -> dict[str, dict[str, Any]]:
     chunks = 2 * dist.get_world_size()
     micro_batches = [same_inputs(chunks, batch=1), same_inputs(chunks, batch=1, bounds=crossing_documents(chunks))]
     found = {}
-    for way in ways()[1:]:  # "auto" is one of the others
+    # "auto" is one of the others.
+    for way in [*ways()[1:], {"exchange": "selective", "attend_first_chunk": True}]:
         plain = train(micro_batches, way, recompute="none", use_reentrant=None)
         reentrant = train(micro_batches, way, recompute="full", use_reentrant=True)
         kept = train(micro_batches, way, recompute="selective", use_reentrant=True)

@@ -85,7 +85,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_no_tensor_operation_is_repeated_for_each_chunk_or_document() -> None:
-    """A million tokens in ten thousand documents take milliseconds, before every step."""
+    """Grids of a million tokens in ten thousand documents, which are made before every step."""
     bounds = sorted([0, 2**20, *torch.randint(0, 2**20, (9999,)).tolist()])
     for build in (lambda: ChunkGrid.packed(bounds, 64), lambda: ChunkGrid.complete(range(16384), 64)):
         with Operations() as operations:

@@ -99,6 +99,14 @@ def test_triton_equals_the_reference(
 
 
 @pytest.mark.slow
+def test_triton_of_a_batch() -> None:
+    bounds, call = bounds_of([4 * C + 3]), settings(prior_sigma=1.5)
+    inputs = drawn(bounds, call, batch=2, kv_heads=2, group=2, dtype=torch.float32)
+    expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
+    assert_near(output_and_gradients(dash_attention, inputs, backend="triton", **call), expected, 2e-5)
+
+
+@pytest.mark.slow
 def test_triton_of_several_words_of_chunks() -> None:
     """Documents that begin at chunks 31, 32 and 33: the ends of the words that hold a bit per chunk."""
     bounds, call = bounds_of([31 * C, C, C, 2 * C]), settings(routing_scale=40.0)
@@ -162,14 +170,18 @@ def test_shards_together_are_the_whole(backend: str, sizes: list[int], prior_sig
     assert_near(actual, expected, tolerance)
 
 
+@pytest.mark.parametrize(("sizes", "batch"), [([4 * C, C, 3 * C], 1), ([6 * C], 2)], ids=str)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton float32", marks=pytest.mark.slow)])
-def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(backend: str) -> None:
+def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(
+    backend: str, sizes: list[int], batch: int
+) -> None:
+    """Also where a block of a document's first chunk is the rank's own, or no query asks for it."""
     module, dtype, tolerance, group = BACKENDS[backend]
     stages: Any = FirstChunkStages(module)
-    sizes = [4 * C, C, 3 * C]
     bounds, call = bounds_of(sizes), settings(routing_scale=20.0)
-    inputs = drawn(bounds, call, margin=1e-3, kv_heads=2, group=group, dtype=dtype)
-    expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), cu_seqlens=bounds, **call)
+    inputs = drawn(bounds, call, margin=1e-3, batch=batch, kv_heads=2, group=group, dtype=dtype)
+    packed = {} if len(sizes) == 1 else {"cu_seqlens": bounds}
+    expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call, **packed)
     c = inputs.summary_query
     spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
     grid = ChunkGrid.packed(bounds.tolist(), C)
@@ -194,7 +206,7 @@ def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(backend: st
         actual["v"][:, tokens] += down[1]
         dkv[addresses] += dblocks
         actual["summary_query"] += dc
-    dk, dv = dkv.unflatten(0, (1, 2, n)).permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
+    dk, dv = dkv.unflatten(0, (batch, 2, n)).permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
     actual["k"] += dk
     actual["v"] += dv
     assert_near(actual, expected, tolerance)

@@ -111,6 +111,7 @@ def engine_of(
                 nsa=case.nsa,
                 chunk_size=CHUNK_SIZE,
                 routing_scale=case.routing_scale,
+                attend_first_chunk=case.attend_first_chunk,
                 layout=case.layout,
                 exchange=case.exchange,
                 ranks_per_node=case.ranks_per_node,

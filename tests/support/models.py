@@ -57,6 +57,7 @@ class Case:
     exchange: Literal["auto", "selective", "allgather", "ring"] = "auto"
     ranks_per_node: int | None = None
     routing_scale: float = ROUTING_SCALE
+    attend_first_chunk: bool = False
     logits_per_piece: int | None = None
     fused_kernels: bool = True  # on a GPU
     family: Literal["llama", "qwen3", "olmo2"] = "llama"

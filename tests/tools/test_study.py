@@ -163,6 +163,7 @@ def test_every_method_has_a_configuration(tmp_path: Path) -> None:
         {"dense": True},
         {"spec": AttentionSpec(routing_scale=4.0)},
         {"spec": AttentionSpec(routing_scale=8.0, prior_sigma=3.0)},
+        {"spec": AttentionSpec(routing_scale=8.0, prior_sigma=3.0, attend_first_chunk=True)},
         {"spec": AttentionSpec(selection=TopChunks(3))},
         {"spec": AttentionSpec(selection=InfLLMv2(4, first_chunks=1, local_chunks=1, dense_length=0))},
     ],

@@ -24,7 +24,7 @@ def outputs_of(folder, rank, phase, kind):
     with rank_processes([RANK, str(rank), phase, kind, config, *OPTIONS], 2) as processes:
 
         def end_of(number):
-            output, _ = processes[number].communicate(timeout=120)
+            output, _ = processes[number].communicate(timeout=240)
             ended = time.monotonic()
             if kind == "stuck" and number != rank:
                 processes[rank].kill()
@@ -71,7 +71,7 @@ def test_ranks_that_wait_for_a_failed_one_are_ended(tmp_path, rank):
     begun = time.monotonic()
     statuses, texts, _ = outputs_of(tmp_path, rank, "forward", "stuck")
     assert statuses[1 - rank] == 1
-    assert time.monotonic() - begun < 120  # far below the ranks' time limit
+    assert time.monotonic() - begun < 200  # the ranks' own time limit is 300
     assert f"error: rank {1 - rank} is ended, because another one failed: rank {rank}: KeyError" in texts[1 - rank]
 
 

@@ -19,6 +19,7 @@ from dash_dist.context_parallel import DashAttention, NSAAttention
 from dash_kernels import ChunkGrid
 from dash_kernels import eager as stages
 from dash_kernels.eager_selection import probabilities, routing_scores
+from dash_kernels.first_chunk import after_first_chunks
 from dash_kernels.spec import AttentionSpec, Routing
 
 
@@ -126,9 +127,13 @@ def _bias(
             summaries = stages.summarize(k, chunks, module.summary_query.float(), spec)
         # The asked tokens are at the end of long texts: only their chunks and later ones are routed.
         first = int(own.min())
-        last = q[:, first * spec.chunk_size :]
-        routing = stages.route(last, chunks.take(range(first, len(chunks))), summaries, spec)
+        last, last_chunks = q[:, first * spec.chunk_size :], chunks.take(range(first, len(chunks)))
+        if spec.attend_first_chunk:
+            last_chunks = after_first_chunks(last_chunks)
+        routing = stages.route(last, last_chunks, summaries, spec)
         routed = _routed(last, summaries, routing, spec, tokens - first * spec.chunk_size)
+        if spec.attend_first_chunk:
+            routed[..., 0] = 0.0
         bias = torch.where(earlier, routed, bias)
     return bias.scatter_(-1, own.expand(len(bias), -1).unsqueeze(-1), 0.0)
 

@@ -79,7 +79,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add_shape_options(parser)
     parser.add_argument("--prior-sigma", type=float, help="of our columns; default None, the bias log P")
-    parser.add_argument("--attend-first-chunk", action="store_true", help="our columns once more, with that setting")
+    parser.add_argument(
+        "--attend-first-chunk",
+        action="store_true",
+        help="our columns once more, with that setting and the same routing_scale",
+    )
     parser.add_argument("--forward-only", action="store_true", help="no backward passes")
     parser.add_argument("--no-dense", action="store_true", help="no cuDNN and FlashAttention-2 columns")
     parser.add_argument("--dense-max-seq-len", type=int, default=131072, help="longest sequence with dense columns")
