@@ -58,9 +58,9 @@ def advise_conversion(model: ModelConfig, attention: AttentionConfig) -> str | N
     kinds = "dense" if trained is None else trained.get("kind", "dash")
     if "dash" in ([kinds] if isinstance(kinds, str) else kinds):
         return None
+    first = "" if attention.attend_first_chunk else ", and attention.attend_first_chunk"
     return (
         f"{model.weights} was trained without routing, and attention.prior_sigma is null: its bias log P weakens "
-        "earlier chunks wherever more than one is selected, so the loss jumps and comes down with training. A start "
-        "without a jump is attention.prior_sigma with attention.routing_warmup, and attention.attend_first_chunk keeps "
-        "what the first tokens draw, see docs/extending.md"
+        "earlier chunks wherever more than one is selected, so the loss jumps and comes down with training. For a "
+        f"start without a jump set attention.prior_sigma with attention.routing_warmup{first}, see docs/extending.md"
     )

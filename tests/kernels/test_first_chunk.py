@@ -110,7 +110,8 @@ def test_triton_of_a_batch() -> None:
 def test_triton_of_several_words_of_chunks() -> None:
     """Documents that begin at chunks 31, 32 and 33: the ends of the words that hold a bit per chunk."""
     bounds, call = bounds_of([31 * C, C, C, 2 * C]), settings(routing_scale=40.0)
-    inputs = drawn(bounds, call, kv_heads=1, group=1, head_dim=16, dtype=torch.float32)
+    # Gradients of log P go with 1 / margin, and at this routing_scale scores have errors of 1e-6 in float32.
+    inputs = drawn(bounds, call, margin=1e-3, kv_heads=1, group=1, head_dim=16, dtype=torch.float32)
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), cu_seqlens=bounds, **call)
     actual = output_and_gradients(dash_attention, inputs, backend="triton", cu_seqlens=bounds, **call)
     assert_near(actual, expected, 1e-4)

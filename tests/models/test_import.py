@@ -143,6 +143,10 @@ def test_weights_without_routing_get_advice_on_the_prior(tiny: Path, tmp_path: P
     advice = advise_conversion(dense, AttentionConfig())
     assert advice is not None
     assert advice.startswith(f"{tiny} was trained without routing, and attention.prior_sigma is null")
+    assert "attend_first_chunk" in advice
+    with_first = advise_conversion(dense, AttentionConfig(attend_first_chunk=True))
+    assert with_first is not None
+    assert "attend_first_chunk" not in with_first
     fine: list[dict[str, Any]] = [
         {"prior_sigma": 4.0},
         {"conversion": "output"},
