@@ -51,10 +51,6 @@ def decode(
         ids, bias = own[:, None, None].expand(-1, kv_heads, -1), queries.new_zeros(batch, kv_heads, 1)
     else:
         ids, bias = _select(queries, summaries[:, :chunks], own, spec)
-    if spec.attend_first_chunk:
-        # A row in its first chunk has it as its own.
-        first = torch.where(own > 0, 0.0, -math.inf).to(bias)[:, None, None].expand(-1, kv_heads, 1)
-        ids, bias = torch.cat((torch.zeros_like(ids[..., :1]), ids), -1), torch.cat((first, bias), -1)
     tokens = starts[:, None, None, None] + ids.unsqueeze(-1) * size + torch.arange(size, device=device)
     bias = torch.where(tokens <= last, bias.unsqueeze(-1), -math.inf).flatten(2)  # [B, Hkv, selected tokens]
     places = tokens.clamp(max=last).flatten(2).unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
@@ -91,4 +87,8 @@ def _select(
         log_prior = (log_prior - log_prior.sum(-1, keepdim=True) / count.clamp(min=1)) * spec.prior_exponent
     bias = torch.where(routed, log_prior, -math.inf)
     own = own[:, None, None].expand(-1, queries.shape[1], -1)
+    if spec.attend_first_chunk:
+        # A row in its first chunk has it as its own.
+        ids = torch.cat((ids, torch.zeros_like(own)), dim=-1)
+        bias = torch.cat((bias, torch.where(own > 0, 0.0, -math.inf).to(bias)), dim=-1)
     return torch.cat((ids, own), dim=-1), torch.nn.functional.pad(bias, (0, 1))

@@ -114,7 +114,7 @@ class TrainedModel:
                 for name, value in _not_default(model, ("family", "positions", "layers_without_positions")).items()
             },
             **_kinds(attention),
-            **({"attention.attend_first_chunk": True} if attention.attend_first_chunk else {}),
+            **{f"attention.{name}": value for name, value in _not_default(attention, ("attend_first_chunk",)).items()},
             **({"parallel.fp8_linears": True} if parallel.fp8_linears else {}),
         }
         dtype = torch.bfloat16 if dims.device.type == "cuda" else torch.float32

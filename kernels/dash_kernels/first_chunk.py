@@ -63,9 +63,7 @@ class FirstChunkStages:
         spec: AttentionSpec,
         before: QueryGradient | None,
     ) -> QueryGradient:
-        first, rest = self._passes(queries, part, spec)
-        if first is not None:
-            before = self._stages.query_gradient(first.queries, upstream, first.part, spec, before)
+        before, rest = self._begin_query_gradient(queries, upstream, part, spec, before)
         return self._stages.query_gradient(_routed(queries), upstream, rest, spec, before)
 
     def finish_query_gradient(
@@ -76,10 +74,22 @@ class FirstChunkStages:
         spec: AttentionSpec,
         before: QueryGradient | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        before, rest = self._begin_query_gradient(queries, upstream, part, spec, before)
+        return self._stages.finish_query_gradient(_routed(queries), upstream, rest, spec, before)
+
+    def _begin_query_gradient(
+        self,
+        queries: Queries,
+        upstream: OutputGradient,
+        part: Part | Blocks,
+        spec: AttentionSpec,
+        before: QueryGradient | None,
+    ) -> tuple[QueryGradient | None, Part | Blocks]:
+        """Add the first chunks in a part; return the sum, and what the other pass takes."""
         first, rest = self._passes(queries, part, spec)
         if first is not None:
             before = self._stages.query_gradient(first.queries, upstream, first.part, spec, before)
-        return self._stages.finish_query_gradient(_routed(queries), upstream, rest, spec, before)
+        return before, rest
 
     def key_gradient(
         self,
@@ -125,7 +135,7 @@ class FirstChunkStages:
         ids, _, _, firsts = chunks.on(queries.q.device)
         chosen = torch.where(ids > firsts, firsts, n)
         lists = _per_token(chunks, chosen)[None, :, None, None].repeat(batch, 1, heads, 1)
-        selected = (_later(chunks, lists.device)[:, None] + 1).expand(batch, -1, heads)
+        selected = (lists.squeeze(-1) < n).to(torch.int32) + 1
         summaries = queries.summaries.new_zeros(batch, n, heads, width)  # not read
         masks = self._stages.mark_one(queries.q, chunks, chosen, summaries, spec)
         empty = summaries.new_empty(0)

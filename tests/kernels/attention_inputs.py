@@ -8,6 +8,7 @@ import torch
 
 from dash_kernels import eager
 from dash_kernels.chunks import ChunkGrid
+from dash_kernels.first_chunk import after_first_chunks
 from dash_kernels.reference import entmax
 from dash_kernels.spec import AttentionSpec
 
@@ -110,9 +111,12 @@ def selection_margin(inputs: Inputs, call: dict[str, Any], cu_seqlens: torch.Ten
     """Least distance of a score from its threshold; call: the settings of `dash_attention`."""
     bounds = [0, inputs.q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     grid = ChunkGrid.packed(bounds, call["chunk_size"])
-    return routing_gaps(inputs, grid, grid, spec_of(inputs, call)).abs().amin().item()
+    spec = spec_of(inputs, call)
+    query_chunks = after_first_chunks(grid) if spec.attend_first_chunk else grid
+    return routing_gaps(inputs, query_chunks, grid, spec).abs().amin().item()
 
 
 def spec_of(inputs: Inputs, call: dict[str, Any]) -> AttentionSpec:
     scale = inputs.q.shape[-1] ** -0.5
-    return AttentionSpec(call["chunk_size"], 1.5, call.get("routing_scale", 1.0), call.get("prior_sigma"), scale)
+    first = call.get("attend_first_chunk", False)
+    return AttentionSpec(call["chunk_size"], 1.5, call.get("routing_scale", 1.0), call.get("prior_sigma"), scale, first)

@@ -8,20 +8,19 @@ import torch
 from dash_kernels import dash_attention, eager, reference_dash_attention
 from dash_kernels import triton as triton_backend
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.first_chunk import FirstChunkStages, after_first_chunks
+from dash_kernels.first_chunk import FirstChunkStages
 from dash_kernels.selection import TopChunks
 from dash_kernels.selection_counts import selection_counts
-from dash_kernels.spec import AttentionSpec, Blocks, Part, Queries
+from dash_kernels.spec import AttentionSpec, Queries
 from tests.kernels.attention_inputs import (
     DEVICE,
-    Inputs,
     assert_near,
+    clear_inputs,
     output_and_gradients,
     random_inputs,
     relative_errors,
-    routing_gaps,
 )
-from tests.kernels.test_parts import BACKENDS, by_parts, shards_of
+from tests.kernels.test_parts import BACKENDS, of_blocks, of_shards
 
 C = 16
 PACKED = [70, 1, 5 * C, 0, C, 90]
@@ -41,17 +40,6 @@ def settings(**changes: Any) -> dict[str, Any]:
         "attend_first_chunk": True,
         **changes,
     }
-
-
-def drawn(bounds: torch.Tensor, call: dict[str, Any], margin: float = 1e-4, **shape: Any) -> Inputs:
-    """Random inputs whose scores are not so close to a threshold that float32 cannot tell what is selected."""
-    grid = ChunkGrid.packed(bounds.tolist(), C)
-    for _ in range(100):
-        inputs = random_inputs(int(bounds[-1]), **shape)
-        spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
-        if routing_gaps(inputs, after_first_chunks(grid), grid, spec).abs().amin() > margin:
-            return inputs
-    raise AssertionError(f"no inputs with a margin of {margin} in 100 draws")
 
 
 @pytest.mark.parametrize("sizes", [[1], [C], [C + 1], [2 * C], [7 * C + 5], PACKED], ids=str)
@@ -92,7 +80,7 @@ def test_triton_equals_the_reference(
     sizes: list[int], dtype: torch.dtype, tolerance: float, prior_sigma: float | None
 ) -> None:
     bounds, call = bounds_of(sizes), settings(prior_sigma=prior_sigma)
-    inputs = drawn(bounds, call, kv_heads=2, group=2, dtype=dtype)
+    inputs = clear_inputs(int(bounds[-1]), call, cu_seqlens=bounds, kv_heads=2, group=2, dtype=dtype)
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), cu_seqlens=bounds, **call)
     actual = output_and_gradients(dash_attention, inputs, backend="triton", cu_seqlens=bounds, **call)
     assert_near(actual, expected, tolerance)
@@ -100,18 +88,23 @@ def test_triton_equals_the_reference(
 
 @pytest.mark.slow
 def test_triton_of_a_batch() -> None:
-    bounds, call = bounds_of([4 * C + 3]), settings(prior_sigma=1.5)
-    inputs = drawn(bounds, call, batch=2, kv_heads=2, group=2, dtype=torch.float32)
+    call = settings(prior_sigma=1.5)
+    inputs = clear_inputs(4 * C + 3, call, batch=2, kv_heads=2, group=2, dtype=torch.float32)
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call)
     assert_near(output_and_gradients(dash_attention, inputs, backend="triton", **call), expected, 2e-5)
 
 
 @pytest.mark.slow
-def test_triton_of_several_words_of_chunks() -> None:
-    """Documents that begin at chunks 31, 32 and 33: the ends of the words that hold a bit per chunk."""
-    bounds, call = bounds_of([31 * C, C, C, 2 * C]), settings(routing_scale=40.0)
+@pytest.mark.parametrize("sizes", [[31 * C, C, C, 2 * C], [2 * C] * 18], ids=["chunks", "documents"])
+def test_triton_of_several_words(sizes: list[int]) -> None:
+    """Documents that begin at chunks 31, 32 and 33, the ends of a word with a bit per chunk; and more documents than
+    their numbers have bits in a word.
+    """
+    bounds, call = bounds_of(sizes), settings(routing_scale=40.0)
     # Gradients of log P go with 1 / margin, and at this routing_scale scores have errors of 1e-6 in float32.
-    inputs = drawn(bounds, call, margin=1e-3, kv_heads=1, group=1, head_dim=16, dtype=torch.float32)
+    inputs = clear_inputs(
+        int(bounds[-1]), call, cu_seqlens=bounds, margin=1e-3, kv_heads=1, group=1, head_dim=16, dtype=torch.float32
+    )
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), cu_seqlens=bounds, **call)
     actual = output_and_gradients(dash_attention, inputs, backend="triton", cu_seqlens=bounds, **call)
     assert_near(actual, expected, 1e-4)
@@ -147,28 +140,10 @@ def test_shards_together_are_the_whole(backend: str, sizes: list[int], prior_sig
     module, dtype, tolerance, group = BACKENDS[backend]
     stages: Any = FirstChunkStages(module)
     bounds, call = bounds_of(sizes), settings(prior_sigma=prior_sigma)
-    inputs = drawn(bounds, call, kv_heads=1, group=group, dtype=dtype)
+    inputs = clear_inputs(int(bounds[-1]), call, cu_seqlens=bounds, kv_heads=1, group=group, dtype=dtype)
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), cu_seqlens=bounds, **call)
-    c = inputs.summary_query
-    spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
-    grid = ChunkGrid.packed(bounds.tolist(), C)
-    places = shards_of(grid, 3)
-    parts = [Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks) for chunks, tokens in places]
-    summaries = stages.summarize(inputs.k, grid, c, spec)
-    actual = {name: torch.zeros_like(wanted, dtype=summaries.dtype) for name, wanted in expected.items()}
-    for index, (chunks, tokens) in enumerate(places):
-        q = inputs.q[:, tokens]
-        queries = Queries(q, chunks, summaries, stages.route(q, chunks, summaries, spec))
-        order = [index, *(other for other in range(3) if other != index)]
-        out, dq, dparts, dc = by_parts(
-            stages, queries, inputs.grad[:, tokens], [parts[place] for place in order], c, spec
-        )
-        actual["output"][:, tokens], actual["q"][:, tokens] = out.to(summaries.dtype), dq.to(summaries.dtype)
-        for place, (dk, dv) in zip(order, dparts, strict=True):
-            actual["k"][:, places[place][1]] += dk
-            actual["v"][:, places[place][1]] += dv
-        actual["summary_query"] += dc
-    assert_near(actual, expected, tolerance)
+    grid, spec = ChunkGrid.packed(bounds.tolist(), C), AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
+    assert_near(of_shards(stages, inputs, grid, spec), expected, tolerance)
 
 
 @pytest.mark.parametrize(("sizes", "batch"), [([4 * C, C, 3 * C], 1), ([6 * C], 2)], ids=str)
@@ -180,43 +155,19 @@ def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(
     module, dtype, tolerance, group = BACKENDS[backend]
     stages: Any = FirstChunkStages(module)
     bounds, call = bounds_of(sizes), settings(routing_scale=20.0)
-    inputs = drawn(bounds, call, margin=1e-3, batch=batch, kv_heads=2, group=group, dtype=dtype)
+    inputs = clear_inputs(
+        int(bounds[-1]), call, cu_seqlens=bounds, margin=1e-3, batch=batch, kv_heads=2, group=group, dtype=dtype
+    )
     packed = {} if len(sizes) == 1 else {"cu_seqlens": bounds}
     expected = output_and_gradients(reference_dash_attention, inputs.to(torch.float64), **call, **packed)
-    c = inputs.summary_query
-    spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
-    grid = ChunkGrid.packed(bounds.tolist(), C)
-    n = len(grid)
-    kv = torch.stack((inputs.k, inputs.v), 1).unflatten(2, (n, C)).permute(0, 4, 2, 1, 3, 5).flatten(0, 2)
-    summaries = stages.summarize(inputs.k, grid, c, spec)
-    actual = {name: torch.zeros_like(wanted, dtype=summaries.dtype) for name, wanted in expected.items()}
-    dkv = torch.zeros_like(kv, dtype=summaries.dtype)  # by address
-    for chunks, tokens in shards_of(grid, 2):
-        q = inputs.q[:, tokens]
-        queries = Queries(q, chunks, summaries, stages.route(q, chunks, summaries, spec))
-        reached = stages.reached(queries.routing, chunks, n, spec)
-        later = chunks.ids > chunks.firsts
-        assert reached[:, :, chunks.firsts[later].long()].all()
-        reached[:, :, chunks.ids.long()] = False
-        addresses = reached.flatten().nonzero().flatten()
-        blocks = Blocks(kv[addresses].clone(), addresses)
-        own = Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks)
-        out, dq, (down, dblocks), dc = by_parts(stages, queries, inputs.grad[:, tokens], [own, blocks], c, spec)
-        actual["output"][:, tokens], actual["q"][:, tokens] = out.to(summaries.dtype), dq.to(summaries.dtype)
-        actual["k"][:, tokens] += down[0]
-        actual["v"][:, tokens] += down[1]
-        dkv[addresses] += dblocks
-        actual["summary_query"] += dc
-    dk, dv = dkv.unflatten(0, (batch, 2, n)).permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
-    actual["k"] += dk
-    actual["v"] += dv
-    assert_near(actual, expected, tolerance)
+    grid, spec = ChunkGrid.packed(bounds.tolist(), C), AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
+    assert_near(of_blocks(stages, inputs, grid, spec)[0], expected, tolerance)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_statistics_count_the_first_chunk(backend: str) -> None:
     bounds, call = bounds_of([5 * C, C, 40]), settings(routing_scale=20.0)
-    inputs = drawn(bounds, call, kv_heads=2, group=2, dtype=torch.float32)
+    inputs = clear_inputs(int(bounds[-1]), call, cu_seqlens=bounds, kv_heads=2, group=2, dtype=torch.float32)
     tensors = inputs.q, inputs.k, inputs.v, inputs.summary_query
     _, wanted = reference_dash_attention(*(x.double() for x in tensors), cu_seqlens=bounds, **call)
     _, routing = dash_attention(*tensors, cu_seqlens=bounds, backend=backend, return_routing=True, **call)

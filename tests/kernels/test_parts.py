@@ -10,7 +10,15 @@ from dash_kernels import dash_attention, eager
 from dash_kernels import triton as triton_backend
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
-from tests.kernels.attention_inputs import DEVICE, assert_near, clear_inputs, output_and_gradients, random_inputs
+from tests.kernels.attention_inputs import (
+    DEVICE,
+    NAMES,
+    Inputs,
+    assert_near,
+    clear_inputs,
+    output_and_gradients,
+    random_inputs,
+)
 
 C = 16
 # The stages, what they run in, how close they must come, and the query heads of a KV head.
@@ -59,6 +67,73 @@ def by_parts(
     return out, dq, list(dparts), sum(dsummary_queries)
 
 
+def of_shards(stages: Any, inputs: Inputs, grid: ChunkGrid, spec: AttentionSpec) -> dict[str, torch.Tensor]:
+    """Output and gradients of three shards, each with its own part and those of the others."""
+    c, places = inputs.summary_query, shards_of(grid, 3)
+    parts: list[Part | Blocks] = [Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks) for chunks, tokens in places]
+    summaries = stages.summarize(inputs.k, grid, c, spec)
+    for part, (chunks, _) in zip(parts, places, strict=True):
+        torch.testing.assert_close(stages.summarize(part.k, chunks, c, spec), summaries[:, chunks.ids])
+
+    actual = zeros(inputs, summaries.dtype)
+    for index, (chunks, tokens) in enumerate(places):
+        q = inputs.q[:, tokens]
+        queries = Queries(q, chunks, summaries, stages.route(q, chunks, summaries, spec))
+        order = [index, *(other for other in range(3) if other != index)]
+        out, dq, dparts, dc = by_parts(
+            stages, queries, inputs.grad[:, tokens], [parts[place] for place in order], c, spec
+        )
+        actual["output"][:, tokens], actual["q"][:, tokens] = out.to(summaries.dtype), dq.to(summaries.dtype)
+        for place, (dk, dv) in zip(order, dparts, strict=True):
+            actual["k"][:, places[place][1]] += dk
+            actual["v"][:, places[place][1]] += dv
+        actual["summary_query"] += dc
+    return actual
+
+
+def of_blocks(stages: Any, inputs: Inputs, grid: ChunkGrid, spec: AttentionSpec) -> tuple[dict[str, torch.Tensor], int]:
+    """Output and gradients of two shards, each with its own part and the blocks that it reached elsewhere; and the
+    number of blocks that were left out.
+    """
+    c, n, (batch, _, heads, _) = inputs.summary_query, len(grid), inputs.k.shape
+    kv = torch.stack((inputs.k, inputs.v), 1).unflatten(2, (n, C)).permute(0, 4, 2, 1, 3, 5).flatten(0, 2)
+    summaries = stages.summarize(inputs.k, grid, c, spec)
+    actual = zeros(inputs, summaries.dtype)
+    dkv = torch.zeros_like(kv, dtype=summaries.dtype)  # by address
+    left_out = 0
+    for chunks, tokens in shards_of(grid, 2):
+        q = inputs.q[:, tokens]
+        queries = Queries(q, chunks, summaries, stages.route(q, chunks, summaries, spec))
+        own = Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks)
+        reached = stages.reached(queries.routing, chunks, n, spec)
+        assert reached.shape == (batch, heads, n)
+        assert reached.dtype == torch.bool
+        if spec.attend_first_chunk:
+            assert reached[:, :, chunks.firsts[chunks.ids > chunks.firsts]].all()
+        reached[:, :, chunks.ids] = False
+        addresses = reached.flatten().nonzero().flatten()
+        left_out += (n - len(chunks)) * heads * batch - len(addresses)
+        addresses = addresses[torch.randperm(len(addresses), device=DEVICE)]
+        blocks = Blocks(kv[addresses].clone(), addresses)
+        out, dq, (down, dblocks), dc = by_parts(stages, queries, inputs.grad[:, tokens], [own, blocks], c, spec)
+        assert dblocks.shape == blocks.kv.shape
+        actual["output"][:, tokens], actual["q"][:, tokens] = out.to(summaries.dtype), dq.to(summaries.dtype)
+        actual["k"][:, tokens] += down[0]
+        actual["v"][:, tokens] += down[1]
+        dkv[addresses] += dblocks
+        actual["summary_query"] += dc
+    dk, dv = dkv.unflatten(0, (batch, heads, n)).permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
+    actual["k"] += dk
+    actual["v"] += dv
+    return actual, left_out
+
+
+def zeros(inputs: Inputs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Sums of an output and of all gradients, of which nothing has been added yet."""
+    tensors = inputs.q, inputs.q, inputs.k, inputs.v, inputs.summary_query
+    return {name: torch.zeros_like(x, dtype=dtype) for name, x in zip(NAMES, tensors, strict=True)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "sizes", "prior_sigma"),
@@ -81,29 +156,8 @@ def test_shards_together_are_the_whole(backend: str, sizes: list[int], prior_sig
         dash_attention, inputs.to(torch.float64), backend="eager", cu_seqlens=bounds, **call
     )
 
-    c = inputs.summary_query
-    spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
-    grid = ChunkGrid.packed(bounds.tolist(), C)
-    places = shards_of(grid, 3)
-    parts = [Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks) for chunks, tokens in places]
-    summaries = stages.summarize(inputs.k, grid, c, spec)
-    for part in parts:
-        torch.testing.assert_close(stages.summarize(part.k, part.chunks, c, spec), summaries[:, part.chunks.ids])
-
-    actual = {name: torch.zeros_like(wanted, dtype=summaries.dtype) for name, wanted in expected.items()}
-    for index, (chunks, tokens) in enumerate(places):
-        q = inputs.q[:, tokens]
-        queries = Queries(q, chunks, summaries, stages.route(q, chunks, summaries, spec))
-        order = [index, *(other for other in range(3) if other != index)]
-        out, dq, dparts, dc = by_parts(
-            stages, queries, inputs.grad[:, tokens], [parts[place] for place in order], c, spec
-        )
-        actual["output"][:, tokens], actual["q"][:, tokens] = out.to(summaries.dtype), dq.to(summaries.dtype)
-        for place, (dk, dv) in zip(order, dparts, strict=True):
-            actual["k"][:, places[place][1]] += dk
-            actual["v"][:, places[place][1]] += dv
-        actual["summary_query"] += dc
-    assert_near(actual, expected, tolerance)
+    grid, spec = ChunkGrid.packed(bounds.tolist(), C), AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
+    assert_near(of_shards(stages, inputs, grid, spec), expected, tolerance)
 
 
 @pytest.mark.slow
@@ -119,38 +173,9 @@ def test_blocks_that_were_reached_stand_for_the_rest_of_the_sequence(
     # Gradients of log P go with 1 / margin, and at this routing_scale scores have errors of 1e-6 in float32.
     inputs = clear_inputs(chunks_in_all * C, call, margin=1e-3, kv_heads=2, group=group, batch=batch, dtype=dtype)
     expected = output_and_gradients(dash_attention, inputs.to(torch.float64), backend="eager", **call)
-    c = inputs.summary_query
-    spec = AttentionSpec(**call).for_head_dim(inputs.q.shape[-1])
     grid = ChunkGrid.whole_sequence(chunks_in_all * C, C)
-    n = len(grid)
-    kv = torch.stack((inputs.k, inputs.v), 1).unflatten(2, (n, C)).permute(0, 4, 2, 1, 3, 5).flatten(0, 2)
-    summaries = stages.summarize(inputs.k, grid, c, spec)
-    actual = {name: torch.zeros_like(wanted, dtype=summaries.dtype) for name, wanted in expected.items()}
-    dkv = torch.zeros_like(kv, dtype=summaries.dtype)  # by address
-    left_out = 0
-    for chunks, tokens in shards_of(grid, 2):
-        q = inputs.q[:, tokens]
-        queries = Queries(q, chunks, summaries, stages.route(q, chunks, summaries, spec))
-        own = Part(inputs.k[:, tokens], inputs.v[:, tokens], chunks)
-        reached = stages.reached(queries.routing, chunks, n, spec)
-        assert reached.shape == (batch, 2, n)
-        assert reached.dtype == torch.bool
-        reached[:, :, chunks.ids] = False
-        addresses = reached.flatten().nonzero().flatten()
-        left_out += (n - len(chunks)) * 2 * batch - len(addresses)
-        addresses = addresses[torch.randperm(len(addresses), device=DEVICE)]
-        blocks = Blocks(kv[addresses].clone(), addresses)
-        out, dq, (down, dblocks), dc = by_parts(stages, queries, inputs.grad[:, tokens], [own, blocks], c, spec)
-        assert dblocks.shape == blocks.kv.shape
-        actual["output"][:, tokens], actual["q"][:, tokens] = out.to(summaries.dtype), dq.to(summaries.dtype)
-        actual["k"][:, tokens] += down[0]
-        actual["v"][:, tokens] += down[1]
-        dkv[addresses] += dblocks
-        actual["summary_query"] += dc
+    actual, left_out = of_blocks(stages, inputs, grid, AttentionSpec(**call).for_head_dim(inputs.q.shape[-1]))
     assert left_out > 0, "every block was reached: nothing is tested"
-    dk, dv = dkv.unflatten(0, (batch, 2, n)).permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
-    actual["k"] += dk
-    actual["v"] += dv
     assert_near(actual, expected, tolerance)
 
 

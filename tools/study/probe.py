@@ -17,9 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from dash_dist.context_parallel import DashAttention, NSAAttention
 from dash_kernels import ChunkGrid
-from dash_kernels import eager as stages
+from dash_kernels.backend import select_backend
 from dash_kernels.eager_selection import probabilities, routing_scores
-from dash_kernels.first_chunk import after_first_chunks
 from dash_kernels.spec import AttentionSpec, Routing
 
 
@@ -121,16 +120,15 @@ def _bias(
     if module.dense:
         bias.masked_fill_(earlier, 0.0)
     else:
+        stages = select_backend("eager", q, k.shape[2], spec)
         if isinstance(module, NSAAttention):
             summaries = module.summaries(branches, chunks, None, spec).float()
         else:
             summaries = stages.summarize(k, chunks, module.summary_query.float(), spec)
         # The asked tokens are at the end of long texts: only their chunks and later ones are routed.
         first = int(own.min())
-        last, last_chunks = q[:, first * spec.chunk_size :], chunks.take(range(first, len(chunks)))
-        if spec.attend_first_chunk:
-            last_chunks = after_first_chunks(last_chunks)
-        routing = stages.route(last, last_chunks, summaries, spec)
+        last = q[:, first * spec.chunk_size :]
+        routing = stages.route(last, chunks.take(range(first, len(chunks))), summaries, spec)
         routed = _routed(last, summaries, routing, spec, tokens - first * spec.chunk_size)
         if spec.attend_first_chunk:
             routed[..., 0] = 0.0
