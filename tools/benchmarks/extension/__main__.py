@@ -1,142 +1,187 @@
-"""Trains a small model from scratch and extends its context eightfold; writes losses by position, retrieval, density.
+"""Extends the context of a dense model eightfold: with dense attention, DashAttention, and its first chunk attended.
 
     python -m tools.benchmarks.extension FOLDER --out docs/results/extension.json
+    python -m tools.benchmarks.extension FOLDER --weights IMPORTED --out docs/results/extension_smollm2.json
 
-Knows the order of the runs; does not know their settings.
+The model is trained here on bytes, or is one that `dash-dist import` wrote, without scaled positions. Measured are
+losses by position, retrieval and density. Knows the order of the runs; does not know their settings.
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 import typer
-from rich.console import Console
+import yaml
 
-from dash_dist.checkpoints.commands import export
-from dash_dist.checkpoints.folders import visible_checkpoints
-from dash_dist.config.file import load_config
-from dash_dist.evaluation.command import Options, evaluate
+from dash_dist.config.model import ModelConfig
+from dash_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 from dash_dist.hf.command import generate
 from dash_dist.importing.command import import_model
-from dash_dist.run.curves import read_curves
-from dash_dist.training.run import train
 from tools.benchmarks.common.configurations import write_configuration
 from tools.benchmarks.common.conversations import write_template
-from tools.benchmarks.common.environment import describe_environment
+from tools.benchmarks.common.environment import ROOT, describe_environment
 from tools.benchmarks.extension.corpus import TEMPLATE, write_code, write_copies, write_questions
-from tools.benchmarks.extension.recipes import SIZES, Settings, Size, extension, from_scratch, untrained
+from tools.benchmarks.extension.recipes import (
+    ATTENTION,
+    SIZES,
+    Base,
+    Settings,
+    Size,
+    extension,
+    from_scratch,
+    unchanged,
+)
 from tools.benchmarks.extension.table import as_markdown
 
 T = TypeVar("T")
 
 _PROGRAM = "tools.benchmarks.extension"
+_PART = "tools.benchmarks.extension.part"
+_NAMES = ("base", "unchanged", *ATTENTION)
+_POLL = 2.0
+_LETTERS_PER_TOKEN = 4  # of code, about, where a tokenizer is given
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder for text, tokens, runs and models.")],
     out: Annotated[Path, typer.Option(help="Results as JSON, with a table beside it as .md.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder that `dash-dist import` wrote, in place of training from scratch.")
+    ] = None,
     size: Annotated[str, typer.Option(help="gpu, or cpu to try the program out.")] = "gpu",
+    attention: Annotated[list[str] | None, typer.Option(help="Of the extended models. Default: all.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once. Speeds are of one if this is 1.")] = 1,
     samples: Annotated[int, typer.Option(help="Samples of each retrieval task and length.")] = 8,
     commit: Annotated[str | None, typer.Option(help="Name of this tree; default: git's HEAD.")] = None,
 ) -> None:
-    """Run all parts in one process. The results are written after each part."""
+    """Run all parts, each in a process of its own. The results are written after each."""
     if size not in SIZES:
         raise typer.BadParameter(f"{size}: give one of {', '.join(SIZES)}")
+    names = attention or list(ATTENTION)
+    if not set(names) <= set(ATTENTION):
+        raise typer.BadParameter(f"--attention {' '.join(names)}: give some of {', '.join(ATTENTION)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record = describe_environment(_PROGRAM, sys.argv[1:], commit=commit, device=device) | {"size": size}
-    _Experiment(SIZES[size], folder.absolute(), out, samples, record).run()
+    experiment = _Experiment(SIZES[size], folder.absolute(), out, samples, jobs, record)
+    try:
+        base = None if weights is None else base_of(weights.absolute())
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    experiment.run(base, names)
+
+
+def base_of(weights: Path) -> Base:
+    """Describe a folder that `dash-dist import` wrote. Raises ValueError if its positions are scaled already."""
+    path = weights / "model.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: give a folder that `dash-dist import` wrote")
+    described = yaml.safe_load(path.read_text())
+    model = ModelConfig(**described["model"])
+    if model.positions.type != "default":
+        raise ValueError(f"{path} scales its positions, by {model.positions.type}: give a model without")
+    return Base(weights, described["model"], model, described.get("data", {}).get("tokenizer"))
+
+
+class _Part(NamedTuple):
+    """A run, the tokens at which its retrieval is tested, and whether its model is exported."""
+
+    settings: Settings
+    lengths: Sequence[int]
+    export: bool
 
 
 class _Experiment:
     """One experiment. `record` is what is written."""
 
-    def __init__(self, size: Size, folder: Path, out: Path, samples: int, record: dict[str, Any]) -> None:
-        self._size, self._folder, self._out, self._samples = size, folder, out, samples
+    def __init__(self, size: Size, folder: Path, out: Path, samples: int, jobs: int, record: dict[str, Any]) -> None:
+        self._size, self._folder, self._out, self._samples, self._jobs = size, folder, out, samples, jobs
         self._record = record | {"seconds": {}, "runs": {}}
 
-    def run(self) -> None:
+    def run(self, base: Base | None, names: Sequence[str]) -> None:
         size, folder = self._size, self._folder
-        self._timed("text", self._write_text)
-        self._timed("training from scratch", lambda: self._train(from_scratch(size, folder)))
-        exported, imported = folder / "exported", folder / "imported"
-        self._export("base", exported)
-        self._record["parity"] = self._timed("import", lambda: import_model(str(exported), imported))
-        self._timed("untrained", lambda: self._train(untrained(size, folder, imported)))
-        for kind in ("dash", "dense"):
-            settings = extension(size, folder, imported, kind)
-            self._timed(f"{kind} extension", functools.partial(self._train, settings))
-        self._export("dash", folder / "extended")
-        self._record["text"] = self._timed("generation", self._generate)
-        evaluated = {
-            "base": [length for length in size.evaluated if length <= size.lengths[0]],
-            "dash": list(size.evaluated),
-            "dense": list(size.evaluated),
-            "untrained": [size.evaluated[-1]],
-        }
-        for name, lengths in evaluated.items():
-            self._timed(f"retrieval, {name}", functools.partial(self._evaluate, name, lengths))
+        first, last = size.lengths[0], size.lengths[-1]
+        short = [length for length in size.evaluated if length <= first]
+        self._timed("text", lambda: self._write_text(base))
+        for name in _NAMES:
+            self._results(name).unlink(missing_ok=True)
+        parts: dict[str, _Part] = {}
+        if base is None:
+            self._side_by_side({"base": _Part(from_scratch(size, folder), short, export=True)})
+            base = self._imported()
+        else:
+            self._record["parity"] = json.loads((base.weights / "import.json").read_text())["logits_difference"]
+            parts["base"] = _Part(unchanged(size, folder, base, "base", first), short, export=False)
+        parts["unchanged"] = _Part(unchanged(size, folder, base, "unchanged", last), [last], export=False)
+        parts |= {name: _Part(extension(size, folder, base, name), size.evaluated, export=True) for name in names}
+        self._side_by_side(parts)
+        self._record["text"] = self._timed("generation", lambda: self._generate(folder / "exported" / names[-1]))
         self._write()
 
-    def _write_text(self) -> None:
+    def _write_text(self, base: Base | None) -> None:
         size, folder = self._size, self._folder
-        write_code(folder / "text", document=size.lengths[-1], megabytes=size.megabytes)
+        letters = 1 if base is None or base.tokenizer is None else _LETTERS_PER_TOKEN
+        write_code(folder / "text", document=size.lengths[-1] * letters, megabytes=size.megabytes)
         write_template(folder / TEMPLATE)
-        write_copies(folder, size.copies, size.copied)
-        write_questions(folder, size.questions)
+        if base is None:
+            write_copies(folder, size.scratch.copies, size.scratch.copied)
+        tokenizer = ByteTokenizer() if base is None or base.tokenizer is None else load_tokenizer(base.tokenizer)
+        write_questions(folder, tokenizer, size.questions)
 
-    def _train(self, settings: Settings) -> None:
-        name = settings["run"]["name"]
-        summary = train(load_config(write_configuration(settings, self._folder)))
-        curves = read_curves(self._folder / "runs" / name)
-        self._record["runs"][name] = {
-            "tokens": summary.tokens,
-            "last_loss": summary.last_loss,
-            "tokens_per_second": {
-                step: value for step, value in curves["perf/tokens_per_second_per_gpu"].items() if step > 1
-            },
-            "heldout": {
-                tag: list(curve.items())[-1] for tag, curve in curves.items() if tag.startswith("heldout/loss")
-            },
-            "density": {tag: curve for tag, curve in curves.items() if tag.startswith("routing/")},
-        }
+    def _imported(self) -> Base:
+        imported = self._folder / "imported"
+        exported = str(self._folder / "exported" / "base")
+        self._record["parity"] = self._timed("import", lambda: import_model(exported, imported))
+        return base_of(imported)
 
-    def _evaluate(self, name: str, lengths: list[int]) -> None:
-        options = Options(lengths=tuple(str(length) for length in lengths), samples=self._samples)
-        groups = evaluate(self._folder / "runs" / name, [], options, Console())
-        self._record["runs"][name]["retrieval"] = [
-            {
-                "task": group.task,
-                "length": group.length,
-                "accuracy": group.accuracy,
-                "density": group.density,
-                "seconds": group.seconds,
-            }
-            for group in groups
-        ]
+    def _side_by_side(self, parts: Mapping[str, _Part]) -> None:
+        """Run the parts, `jobs` at once. A part that fails ends the others."""
+        waiting = list(parts)
+        with ExitStack() as cleanup:
+            running: dict[str, subprocess.Popen[bytes]] = {}
+            while waiting or running:
+                while waiting and len(running) < self._jobs:
+                    name = waiting.pop(0)
+                    running[name] = process = self._start(name, parts[name])
+                    cleanup.callback(process.kill)
+                time.sleep(_POLL)
+                ended = {name: code for name, process in running.items() if (code := process.poll()) is not None}
+                for name, code in ended.items():
+                    del running[name]
+                    print(f"-- {name} ended", flush=True)
+                    if code:
+                        raise RuntimeError(f"{name} failed with {code}: see {self._log(name)}")
+                self._write()
 
-    def _export(self, name: str, out: Path) -> None:
-        *_, checkpoint = visible_checkpoints(self._folder / "runs" / name / "checkpoints")
-        export(checkpoint, out, print)
+    def _start(self, name: str, part: _Part) -> subprocess.Popen[bytes]:
+        config = write_configuration(part.settings, self._folder)
+        command = [sys.executable, "-m", _PART, str(config), str(self._results(name)), "--samples", str(self._samples)]
+        for length in part.lengths:
+            command += ["--length", str(length)]
+        if part.export:
+            command += ["--exported", str(self._folder / "exported" / name)]
+        with self._log(name).open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
 
-    def _generate(self) -> str:
+    def _results(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+    def _log(self, name: str) -> Path:
+        return self._folder / f"{name}.log"
+
+    def _generate(self, model: Path) -> str:
         written = io.StringIO()
         prompt = "def read_lines(path):\n    with open("
-        generate(
-            self._folder / "extended",
-            prompt,
-            max_new_tokens=64,
-            temperature=0.0,
-            routing_scale=None,
-            write=written.write,
-        )
+        generate(model, prompt, max_new_tokens=64, temperature=0.0, routing_scale=None, write=written.write)
         return prompt + written.getvalue()
 
     def _timed(self, name: str, part: Callable[[], T]) -> T:
@@ -148,6 +193,9 @@ class _Experiment:
         return result
 
     def _write(self) -> None:
+        for name in _NAMES:
+            if self._results(name).exists():
+                self._record["runs"][name] = json.loads(self._results(name).read_text())
         self._out.parent.mkdir(parents=True, exist_ok=True)
         self._out.write_text(json.dumps(self._record, indent=1) + "\n")
         self._out.with_suffix(".md").write_text(as_markdown(self._record))

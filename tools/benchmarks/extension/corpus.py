@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dash_dist.data.tokenizer import ByteTokenizer
+from dash_dist.data.tokenizer import Tokenizer
 from dash_dist.evaluation.samples import make_sample
 from dash_dist.evaluation.suites import SUITES
 from dash_dist.evaluation.words import Filler, invented_words
@@ -26,7 +26,7 @@ COPIES = "copies.jsonl"
 TEMPLATE = "template.jinja"
 """Name of the chat template of copies and questions."""
 _LONGEST_FILE = 400_000
-_LETTERS_OF_A_NAME = 64  # of a text, for each name with a number in it; half of them are asked for
+_TOKENS_OF_A_NAME = 64  # of a text, for each name with a number in it; half of them are asked for
 _SEED_OF_TRAINING = 1_000_000  # the evaluation's samples are of other seeds
 
 
@@ -62,7 +62,7 @@ def write_copies(folder: Path, count: int, length: int) -> None:
             file.write(as_row(as_messages([turn])))
 
 
-def write_questions(folder: Path, documents: Mapping[int, int]) -> None:
+def write_questions(folder: Path, tokenizer: Tokenizer, documents: Mapping[int, int]) -> None:
     """Write texts with questions and answers: in turn one of the suite `retrieval`, and one with many questions.
 
     A text of the suite has one question. Of the tokens of a long one so few are an answer that little is learned.
@@ -70,41 +70,46 @@ def write_questions(folder: Path, documents: Mapping[int, int]) -> None:
     Args:
         documents: their number by length in tokens, the end of a document included.
     """
-    tokenizer = ByteTokenizer()
     for length, count in documents.items():
         tasks = itertools.cycle(SUITES["retrieval"])
         with (folder / questions_of(length)).open("w") as file:
             for index in range(count):
                 if index % 2:
-                    turns = list(_many_questions(random.Random(f"{length}/{index}"), length - 1))
+                    turns = list(_many_questions(random.Random(f"{length}/{index}"), tokenizer, length - 1))
                 else:
                     sample = make_sample(next(tasks), tokenizer, length=length - 1, index=index, seed=_SEED_OF_TRAINING)
                     turns = [Turn(tokenizer.decode(sample.prompt), tokenizer.decode(sample.answer))]
                 file.write(as_row(as_messages(turns)))
 
 
-def _many_questions(rng: random.Random, length: int) -> Iterator[Turn]:
-    """Yield the turns of a text of `length` letters, with the numbers of many names: half of them are asked for."""
-    names = invented_words(rng, max(2, length // _LETTERS_OF_A_NAME))
+def _many_questions(rng: random.Random, tokenizer: Tokenizer, length: int) -> Iterator[Turn]:
+    """Yield the turns of a text of `length` tokens, with the numbers of many names: half of them are asked for."""
+    names = invented_words(rng, max(2, length // _TOKENS_OF_A_NAME))
     numbers = [str(rng.randint(1_000_000, 9_999_999)) for _ in names]
     facts = [f"The number of {name} is {number}." for name, number in zip(names, numbers, strict=True)]
     asked = rng.sample(range(len(names)), max(1, len(names) // 2))
     questions = [Turn(f"\nThe number of {names[one]} is", f" {numbers[one]}") for one in asked]
     introduction = "\nSome names have a number in this text.\n"
-    room = length - len(introduction) - sum(len(turn.question) + len(turn.answer) for turn in questions)
-    sentences, size = facts, sum(len(fact) + 1 for fact in facts) - 1
-    filler = Filler(rng)
+    filler, sentences = Filler(rng), facts
+    room = length - _tokens(tokenizer, introduction + " ".join(facts) + "".join(map("".join, questions)))
     for number in itertools.count(1):
-        sentence = filler.first(number)[-1]
-        if size + len(sentence) + 1 > room:
+        sentence = f" {filler.first(number)[-1]}"
+        size = _tokens(tokenizer, sentence)
+        if size > room:
             break
-        sentences, size = [*sentences, sentence], size + len(sentence) + 1
+        sentences, room = [*sentences, sentence.strip()], room - size
     rng.shuffle(sentences)
     text = introduction + " ".join(sentences)
-    lead_in = sentence[len(sentence) - (room - size) :] if room > size else ""
+    (encoded,) = tokenizer.encode_batch([sentence])
+    lead_in = tokenizer.decode(encoded[len(encoded) - room :]) if room else ""
     first, *others = questions
     yield Turn(lead_in + text + first.question, first.answer)
     yield from others
+
+
+def _tokens(tokenizer: Tokenizer, text: str) -> int:
+    (encoded,) = tokenizer.encode_batch([text])
+    return len(encoded)
 
 
 def questions_of(length: int) -> str:

@@ -1,4 +1,4 @@
-"""The runs of the extension: training from scratch, the two stages of its extension, and no training at all.
+"""The runs of the extension: training from scratch, the two stages with each attention, and no training at all.
 
 Knows settings; does not know files of text or results.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dash_dist.config.model import ModelConfig
 from tools.benchmarks.common.conversations import source
 from tools.benchmarks.common.shapes import Shape
 from tools.benchmarks.extension.corpus import COPIES, TEMPLATE, questions_of
@@ -19,52 +20,94 @@ Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Size:
-    """Sizes of one experiment.
+class Scratch:
+    """Training of a small model on bytes, with dense attention.
 
     Attributes:
-        lengths: tokens of a sequence in training from scratch and in the two stages of the extension.
-        steps: of each of the three; those from scratch are on as much code as questions.
-        tokens: of a global batch of each of the three.
-        first_steps: on copies, and then on questions of the shortest length, before the first of the three. Without
-            copies, models did not begin to learn such questions in 400 steps of 65,536 tokens.
+        steps: on code and questions in equal parts.
+        tokens: of a global batch.
+        first_steps: on copies, and then on questions of the shortest length, before that. Without copies, models did
+            not begin to learn such questions in 400 steps of 65,536 tokens.
         first_tokens: of a global batch in both.
-        question_steps: from scratch, on questions of all lengths up to the first and little code, after the others.
+        question_steps: on questions of all lengths up to the model's and little code, after the others.
         copies: documents of copies.
         copied: tokens of such a document.
-        heldout: tokens of the held-out text, the same at all lengths.
-        questions: documents with a question, by length in tokens, ascending.
-        evaluated: tokens at which retrieval is tested, at most the last of `lengths`.
     """
 
     model: Settings
-    chunk_size: int
-    lengths: tuple[int, int, int]
-    steps: tuple[int, int, int]
-    tokens: tuple[int, int, int]
+    steps: int
+    tokens: int
     first_steps: int
     first_tokens: int
     question_steps: int
     copies: int
     copied: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of one experiment.
+
+    Attributes:
+        scratch: of the model where none is given.
+        lengths: tokens of a sequence: of the model, and in the two stages of the extension.
+        steps: of each stage.
+        tokens: of a global batch of each stage.
+        heldout: tokens of the held-out text, the same at all lengths.
+        questions: documents with a question, by length in tokens, ascending.
+        evaluated: tokens at which retrieval is tested, at most the last of `lengths`.
+    """
+
+    scratch: Scratch
+    chunk_size: int
+    lengths: tuple[int, int, int]
+    steps: tuple[int, int]
+    tokens: tuple[int, int]
     heldout: int
     megabytes: float
     questions: dict[int, int]
     evaluated: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Base:
+    """The dense model that is extended.
+
+    Attributes:
+        weights: folder that `dash-dist import` wrote.
+        section: `model` of its configuration.
+        model: the same as it is understood.
+        tokenizer: None for bytes.
+    """
+
+    weights: Path
+    section: Settings
+    model: ModelConfig
+    tokenizer: str | None = None
+
+
+ATTENTION: dict[str, Settings] = {
+    "dense": {"kind": "dense"},
+    "dash": {"kind": "dash"},
+    "dash_first_chunk": {"kind": "dash", "attend_first_chunk": True},
+}
+"""Of the extended models, by the name of their run."""
 SIZES = {
     "gpu": Size(
-        model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
+        scratch=Scratch(
+            model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
+            steps=500,
+            tokens=65536,
+            first_steps=700,
+            first_tokens=12288,
+            question_steps=200,
+            copies=40_000,
+            copied=128,
+        ),
         chunk_size=64,
         lengths=(8192, 32768, 65536),
-        steps=(500, 50, 50),
-        tokens=(65536, 131072, 131072),
-        first_steps=700,
-        first_tokens=12288,
-        question_steps=200,
-        copies=40_000,
-        copied=128,
+        steps=(50, 50),
+        tokens=(131072, 131072),
         heldout=1_048_576,
         megabytes=60,
         questions={
@@ -81,24 +124,28 @@ SIZES = {
         evaluated=(1024, 4096, 8192, 32768, 65536),
     ),
     "cpu": Size(
-        model=Shape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16).section(),
+        scratch=Scratch(
+            model=Shape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16).section(),
+            steps=6,
+            tokens=4096,
+            first_steps=2,
+            first_tokens=768,
+            question_steps=2,
+            copies=16,
+            copied=64,
+        ),
         chunk_size=16,
         lengths=(1024, 2048, 4096),
-        steps=(6, 3, 3),
-        tokens=(4096, 4096, 4096),
-        first_steps=2,
-        first_tokens=768,
-        question_steps=2,
-        copies=16,
-        copied=64,
+        steps=(3, 3),
+        tokens=(4096, 4096),
         heldout=4 * 4096,
         megabytes=0.3,
         questions={384: 8, 512: 8, 1024: 4, 2048: 4, 4096: 2},
         evaluated=(1024, 2048, 4096),
     ),
 }
-_BASES = (10_000.0, 500_000.0)
-"""Base of the rotary positions from scratch and of the extension."""
+_FIRST_BASE = 10_000.0
+"""Base of the rotary positions of training from scratch."""
 _WARMUP = 50
 """Steps of a stage from scratch in which its learning rate rises. With half as many, copying was learned late."""
 _CODE = 0.3
@@ -107,80 +154,100 @@ _CODE = 0.3
 
 def from_scratch(size: Size, folder: Path) -> Settings:
     """Dense attention at the first length, random weights."""
-    length, shortest = size.lengths[0], min(size.questions)
+    scratch, length, shortest = size.scratch, size.lengths[0], min(size.questions)
     settings = _common(size, folder, "base")
+    settings["model"] = {**scratch.model, "tie_embeddings": False, "rotary_base": _FIRST_BASE}
     settings["attention"]["kind"] = "dense"
-    settings["optimizer"] = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": min(_WARMUP, size.first_steps // 2)}
-    settings["training"] |= _batch(length, size.tokens[0], at_once=True)
+    settings["optimizer"] = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": min(_WARMUP, scratch.first_steps // 2)}
+    settings["training"] |= _batch(length, scratch.tokens, at_once=True)
     settings["evaluation"]["sequences"] = size.heldout // length
     settings["data"] |= {"documents": "joined", "cut_documents": length}
     settings["stages"] = [
-        _answers(folder, size, "copies", COPIES, size.copied),
-        _answers(folder, size, "short", questions_of(shortest), shortest),
+        _answers(folder, scratch, "copies", COPIES, scratch.copied),
+        _answers(folder, scratch, "short", questions_of(shortest), shortest),
         # Joined questions of the whole length would mostly be cut where a sequence ends.
         {
             "name": "code",
-            "steps": size.steps[0],
+            "steps": scratch.steps,
             "data": {"sources": _code_and_questions(size, folder, length // 2, code=0.5)},
         },
         {
             "name": "questions",
-            "steps": size.question_steps,
-            "training": _batch(length, size.tokens[0]),
+            "steps": scratch.question_steps,
+            "training": _batch(length, scratch.tokens),
             "data": {"sources": _code_and_questions(size, folder, length), "documents": "separate"},
         },
     ]
     return settings
 
 
-def _answers(folder: Path, size: Size, name: str, file: str, length: int) -> Settings:
+def _answers(folder: Path, scratch: Scratch, name: str, file: str, length: int) -> Settings:
     """Return a stage on documents of which the answers alone count."""
-    batch = _batch(length, size.first_tokens, at_once=True)
+    batch = _batch(length, scratch.first_tokens, at_once=True)
     return {
         "name": name,
-        "steps": size.first_steps,
+        "steps": scratch.first_steps,
         "training": batch,
         "data": {"sources": [_questions(folder, [file], f"{name} alone")]},
         "evaluation": {"sequences": batch["micro_batch_size"]},
     }
 
 
-def extension(size: Size, folder: Path, weights: Path, kind: str) -> Settings:
-    """The two stages of an extension with attention of a kind, from exported weights."""
-    settings = _common(size, folder, kind)
-    settings["attention"]["kind"] = kind
-    settings["model"] |= {"weights": str(weights), "rotary_base": _BASES[1]}
-    settings["optimizer"] = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": max(1, size.steps[1] // 10)}
-    _, *lengths = size.lengths
-    settings["data"]["sources"] = _code_and_questions(size, folder, lengths[-1])
+def extension(size: Size, folder: Path, base: Base, name: str) -> Settings:
+    """The two stages of an extension with the attention of a name, from the weights of `base`."""
+    settings = _of_base(size, folder, base, name, ATTENTION[name])
+    settings["optimizer"] = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": max(1, size.steps[0] // 10)}
+    first, *lengths = size.lengths
     settings["stages"] = [
         {
             "name": f"{length}",
             "steps": steps,
+            "model": _positions(base, first, length),
             "training": _batch(length, tokens),
             "data": {"sources": _code_and_questions(size, folder, length)},
             "evaluation": {"sequences": size.heldout // length},
         }
-        for length, steps, tokens in zip(lengths, size.steps[1:], size.tokens[1:], strict=True)
+        for length, steps, tokens in zip(lengths, size.steps, size.tokens, strict=True)
     ]
     return settings
 
 
-def untrained(size: Size, folder: Path, weights: Path) -> Settings:
-    """The exported weights as they are at the last length: one step of a learning rate that changes nothing."""
-    settings = extension(size, folder, weights, "dense")
-    del settings["stages"]
-    settings["run"]["name"] = "untrained"
+def unchanged(size: Size, folder: Path, base: Base, name: str, length: int) -> Settings:
+    """The weights of `base` as they are, at a length: one step of a learning rate that changes nothing."""
+    settings = _of_base(size, folder, base, name, ATTENTION["dense"])
+    settings["model"] |= _positions(base, size.lengths[0], length)
     settings["optimizer"] = {"lr": 1e-30}
-    settings["training"] |= _batch(size.lengths[2], size.tokens[2]) | {"steps": 1}
+    settings["training"] |= _batch(length, length) | {"steps": 1}
+    settings["evaluation"]["sequences"] = size.heldout // length
     return settings
+
+
+def _of_base(size: Size, folder: Path, base: Base, name: str, attention: Settings) -> Settings:
+    settings = _common(size, folder, name)
+    settings["model"] = {**base.section, "weights": str(base.weights)}
+    settings["attention"] |= attention
+    settings["parallel"] = {"recompute": "selective"}
+    if base.tokenizer is not None:
+        settings["data"]["tokenizer"] = base.tokenizer
+    settings["data"]["sources"] = _code_and_questions(size, folder, size.lengths[-1])
+    return settings
+
+
+def _positions(base: Base, first: int, length: int) -> Settings:
+    """Return the settings of positions for sequences of `length` tokens, of a model for `first` tokens.
+
+    The rotary base grows as in the NTK-aware scaling: the longest wave by the factor, the shortest not at all. Of
+    SmolLM2-135M, without training, it kept a lower loss than YaRN did up to 16,384 tokens.
+    """
+    head_dim = base.model.resolved_head_dim
+    growth = (length / first) ** (head_dim / (head_dim - 2))
+    return {"rotary_base": float(round(base.model.rotary_base * growth)), "positions": {"max_positions": length}}
 
 
 def _common(size: Size, folder: Path, name: str) -> Settings:
     return copy.deepcopy(
         {
             "run": {"name": name, "directory": str(folder / "runs")},
-            "model": {**size.model, "tie_embeddings": False, "rotary_base": _BASES[0]},
             "attention": {"chunk_size": size.chunk_size},
             "data": {"cache": str(folder / "tokens"), "documents": "separate"},
             "training": {},
@@ -188,7 +255,6 @@ def _common(size: Size, folder: Path, name: str) -> Settings:
             "logging": {"interval": 10, "routing_interval": 20, "heat_map_layers": []},
             "evaluation": {
                 "interval": 100_000,
-                "sequences": size.heldout // size.lengths[-1],
                 "buckets": [],
                 "data": {"source": "files", "paths": str(folder / "text" / "heldout.jsonl"), "documents": "joined"},
             },

@@ -12,10 +12,11 @@ from typing import Any
 from tools.benchmarks.common.markdown import number, table
 
 _TITLES = {
-    "base": "dense, from scratch",
-    "untrained": "its weights at the last length, not trained further",
+    "base": "dense, before the extension",
+    "unchanged": "its weights at the last length, not trained further",
     "dense": "dense, extended",
     "dash": "DashAttention, extended",
+    "dash_first_chunk": "DashAttention with the first chunk, extended",
 }
 
 
@@ -36,7 +37,7 @@ def _losses(runs: Mapping[str, Any]) -> str:
         for name, run in runs.items()
     ]
     header = ["attention", *(tag.removeprefix("heldout/loss").strip("/") or "all positions" for tag in tags)]
-    return table("Loss on held-out packages, nats per byte, by position", header, rows)
+    return table("Loss on held-out packages, nats per token, by position", header, rows)
 
 
 def _end_of_bucket(tag: str) -> int:
