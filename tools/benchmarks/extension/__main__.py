@@ -58,10 +58,13 @@ def main(
     weights: Annotated[
         Path | None, typer.Option(help="Folder that `dash-dist import` wrote, in place of training from scratch.")
     ] = None,
-    size: Annotated[str, typer.Option(help="gpu, or cpu to try the program out.")] = "gpu",
+    size: Annotated[str, typer.Option(help="gpu; short, for a given model; or cpu to try the program out.")] = "gpu",
     attention: Annotated[list[str] | None, typer.Option(help="Of the extended models. Default: all.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once. Speeds are of one if this is 1.")] = 1,
-    samples: Annotated[int, typer.Option(help="Samples of each retrieval task and length.")] = 8,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Of `dash-dist evaluate`; may be repeated. Default: retrieval.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples of each task and length.")] = 8,
     commit: Annotated[str | None, typer.Option(help="Name of this tree; default: git's HEAD.")] = None,
 ) -> None:
     """Run all parts, each in a process of its own. The results are written after each."""
@@ -72,12 +75,15 @@ def main(
         raise typer.BadParameter(f"--attention {' '.join(names)}: give some of {', '.join(ATTENTION)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record = describe_environment(_PROGRAM, sys.argv[1:], commit=commit, device=device) | {"size": size}
-    experiment = _Experiment(SIZES[size], folder.absolute(), out, samples, jobs, record)
+    experiment = _Experiment(SIZES[size], folder.absolute(), out, jobs, record)
+    asked = ["--samples", str(samples)]
+    for one in suite or ["retrieval"]:
+        asked += ["--suite", one]
     try:
         base = None if weights is None else base_of(weights.absolute())
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    experiment.run(base, names)
+    experiment.run(base, names, asked)
 
 
 def base_of(weights: Path) -> Base:
@@ -103,27 +109,34 @@ class _Part(NamedTuple):
 class _Experiment:
     """One experiment. `record` is what is written."""
 
-    def __init__(self, size: Size, folder: Path, out: Path, samples: int, jobs: int, record: dict[str, Any]) -> None:
-        self._size, self._folder, self._out, self._samples, self._jobs = size, folder, out, samples, jobs
+    def __init__(self, size: Size, folder: Path, out: Path, jobs: int, record: dict[str, Any]) -> None:
+        self._size, self._folder, self._out, self._jobs = size, folder, out, jobs
         self._record = record | {"seconds": {}, "runs": {}}
 
-    def run(self, base: Base | None, names: Sequence[str]) -> None:
+    def run(self, base: Base | None, names: Sequence[str], asked: Sequence[str]) -> None:
+        """Run all parts.
+
+        Args:
+            base: None to train one.
+            asked: options of the retrieval tests.
+        """
         size, folder = self._size, self._folder
         first, last = size.lengths[0], size.lengths[-1]
         short = [length for length in size.evaluated if length <= first]
-        self._timed("text", lambda: self._write_text(base))
+        if not (folder / TEMPLATE).exists():  # the last file: the text of an earlier call is used again
+            self._timed("text", lambda: self._write_text(base))
         for name in _NAMES:
             self._results(name).unlink(missing_ok=True)
         parts: dict[str, _Part] = {}
         if base is None:
-            self._side_by_side({"base": _Part(from_scratch(size, folder), short, export=True)})
+            self._side_by_side({"base": _Part(from_scratch(size, folder), short, export=True)}, asked)
             base = self._imported()
         else:
             self._record["parity"] = json.loads((base.weights / "import.json").read_text())["logits_difference"]
             parts["base"] = _Part(unchanged(size, folder, base, "base", first), short, export=False)
         parts["unchanged"] = _Part(unchanged(size, folder, base, "unchanged", last), [last], export=False)
         parts |= {name: _Part(extension(size, folder, base, name), size.evaluated, export=True) for name in names}
-        self._side_by_side(parts)
+        self._side_by_side(parts, asked)
         self._record["text"] = self._timed("generation", lambda: self._generate(folder / "exported" / names[-1]))
         self._write()
 
@@ -131,11 +144,11 @@ class _Experiment:
         size, folder = self._size, self._folder
         letters = 1 if base is None or base.tokenizer is None else _LETTERS_PER_TOKEN
         write_code(folder / "text", document=size.lengths[-1] * letters, megabytes=size.megabytes)
-        write_template(folder / TEMPLATE)
         if base is None:
             write_copies(folder, size.scratch.copies, size.scratch.copied)
         tokenizer = ByteTokenizer() if base is None or base.tokenizer is None else load_tokenizer(base.tokenizer)
         write_questions(folder, tokenizer, size.questions)
+        write_template(folder / TEMPLATE)
 
     def _imported(self) -> Base:
         imported = self._folder / "imported"
@@ -143,7 +156,7 @@ class _Experiment:
         self._record["parity"] = self._timed("import", lambda: import_model(exported, imported))
         return base_of(imported)
 
-    def _side_by_side(self, parts: Mapping[str, _Part]) -> None:
+    def _side_by_side(self, parts: Mapping[str, _Part], asked: Sequence[str]) -> None:
         """Run the parts, `jobs` at once. A part that fails ends the others."""
         waiting = list(parts)
         with ExitStack() as cleanup:
@@ -151,7 +164,7 @@ class _Experiment:
             while waiting or running:
                 while waiting and len(running) < self._jobs:
                     name = waiting.pop(0)
-                    running[name] = process = self._start(name, parts[name])
+                    running[name] = process = self._start(name, parts[name], asked)
                     cleanup.callback(process.kill)
                 time.sleep(_POLL)
                 ended = {name: code for name, process in running.items() if (code := process.poll()) is not None}
@@ -162,9 +175,9 @@ class _Experiment:
                         raise RuntimeError(f"{name} failed with {code}: see {self._log(name)}")
                 self._write()
 
-    def _start(self, name: str, part: _Part) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, part: _Part, asked: Sequence[str]) -> subprocess.Popen[bytes]:
         config = write_configuration(part.settings, self._folder)
-        command = [sys.executable, "-m", _PART, str(config), str(self._results(name)), "--samples", str(self._samples)]
+        command = [sys.executable, "-m", _PART, str(config), str(self._results(name)), *asked]
         for length in part.lengths:
             command += ["--length", str(length)]
         if part.export:

@@ -28,11 +28,12 @@ def main(
     config: Annotated[Path, typer.Argument(help="Configuration of the run.")],
     results: Annotated[Path, typer.Argument(help="New file for the results as JSON.")],
     length: Annotated[list[int] | None, typer.Option(help="Tokens at which retrieval is tested.")] = None,
-    samples: Annotated[int, typer.Option(help="Samples of each retrieval task and length.")] = 8,
+    suite: Annotated[list[str] | None, typer.Option(help="Of `dash-dist evaluate`. Default: retrieval.")] = None,
+    samples: Annotated[int, typer.Option(help="Samples of each task and length.")] = 8,
     exported: Annotated[Path | None, typer.Option(help="Folder for the model in transformers' format.")] = None,
 ) -> None:
     """Train a run, export it, and test its retrieval. The results are written after each of the three."""
-    _Part(config, results).run(length or [], samples, exported)
+    _Part(config, results).run(length or [], suite or ["retrieval"], samples, exported)
 
 
 class _Part:
@@ -42,12 +43,12 @@ class _Part:
         self._run = Path(run.directory) / run.name
         self._record: dict[str, Any] = {"seconds": {}}
 
-    def run(self, lengths: list[int], samples: int, exported: Path | None) -> None:
+    def run(self, lengths: list[int], suites: list[str], samples: int, exported: Path | None) -> None:
         self._timed("training", self._train)
         if exported is not None:
             self._timed("export", lambda: self._export(exported))
         if lengths:
-            self._timed("retrieval", lambda: self._evaluate(lengths, samples))
+            self._timed("retrieval", lambda: self._evaluate(lengths, suites, samples))
 
     def _train(self) -> dict[str, Any]:
         summary = train(load_config(self._config))
@@ -69,19 +70,23 @@ class _Part:
         export(checkpoint, out, print)
         return {"exported": str(out)}
 
-    def _evaluate(self, lengths: list[int], samples: int) -> dict[str, Any]:
-        options = Options(lengths=tuple(str(length) for length in lengths), samples=samples)
-        groups = [
-            {
-                "task": group.task,
-                "length": group.length,
-                "accuracy": group.accuracy,
-                "density": group.density,
-                "seconds": group.seconds,
-            }
-            for group in evaluate(self._run, [], options, Console())
-        ]
-        return {"retrieval": groups}
+    def _evaluate(self, lengths: list[int], suites: list[str], samples: int) -> dict[str, Any]:
+        groups = []
+        for suite in suites:
+            options = Options(lengths=tuple(str(length) for length in lengths), suite=suite, samples=samples)
+            groups += evaluate(self._run, [], options, Console())
+        return {
+            "retrieval": [
+                {
+                    "task": group.task,
+                    "length": group.length,
+                    "accuracy": group.accuracy,
+                    "density": group.density,
+                    "seconds": group.seconds,
+                }
+                for group in groups
+            ]
+        }
 
     def _timed(self, name: str, part: Callable[[], dict[str, Any]]) -> None:
         begin = time.perf_counter()

@@ -92,18 +92,19 @@ ATTENTION: dict[str, Settings] = {
     "dash_first_chunk": {"kind": "dash", "attend_first_chunk": True},
 }
 """Of the extended models, by the name of their run."""
+_SCRATCH = Scratch(
+    model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
+    steps=500,
+    tokens=65536,
+    first_steps=700,
+    first_tokens=12288,
+    question_steps=200,
+    copies=40_000,
+    copied=128,
+)
 SIZES = {
     "gpu": Size(
-        scratch=Scratch(
-            model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
-            steps=500,
-            tokens=65536,
-            first_steps=700,
-            first_tokens=12288,
-            question_steps=200,
-            copies=40_000,
-            copied=128,
-        ),
+        scratch=_SCRATCH,
         chunk_size=64,
         lengths=(8192, 32768, 65536),
         steps=(50, 50),
@@ -122,6 +123,17 @@ SIZES = {
             65536: 30,
         },
         evaluated=(1024, 4096, 8192, 32768, 65536),
+    ),
+    "short": Size(
+        scratch=_SCRATCH,
+        chunk_size=64,
+        lengths=(8192, 32768, 65536),
+        steps=(30, 30),
+        tokens=(131072, 65536),
+        heldout=262_144,
+        megabytes=16,
+        questions={1024: 400, 4096: 150, 8192: 80, 16384: 60, 32768: 40, 65536: 24},
+        evaluated=(8192, 32768, 65536),
     ),
     "cpu": Size(
         scratch=Scratch(
