@@ -12,6 +12,8 @@ import numpy as np
 
 _PIECE = 1 << 18
 _CONTEXT = 1 << 11
+_NEAR = 1 << 8
+"""Characters before a cut whose tokens must be those of the text that ends there. A difference begins at the cut."""
 _TRIES = 16
 _AT_ONCE = 16
 
@@ -87,17 +89,21 @@ def tokens_before(text: str, encoded: EncodedText, cuts: Sequence[int], encode: 
         encoded: the whole text.
         cuts: ascending, in characters.
     """
+    starts = [max(0, cut - 2 * _NEAR) for cut in cuts]
+    firsts, lasts = encoded.offsets[:, 0], np.maximum.accumulate(encoded.offsets[:, 1])
+    # Where spaces are trimmed, a token may begin behind the next one: `behind` is the first character of all that follow.
+    behind = np.minimum.accumulate(firsts[::-1])[::-1]
     counts: list[int | None] = []
-    starts = [max(0, cut - 2 * _CONTEXT) for cut in cuts]
     for cut, start, alone in zip(
         cuts, starts, encode([text[start:cut] for start, cut in zip(starts, cuts, strict=True)]), strict=True
     ):
-        first = cut - _CONTEXT if start else 0
-        before = encoded.offsets[:, 0] < cut
-        across = before & (encoded.offsets[:, 1] > cut)  # unknown characters can have one token on both sides
-        near = before & (encoded.offsets[:, 0] >= first)
-        same = encoded.ids[near].tolist() == alone.ids[alone.offsets[:, 0] >= first - start].tolist()
-        counts.append(int(before.sum()) if same and not across.any() else None)
+        begin = cut - _NEAR if start else 0
+        low, high = (int(place) for place in np.searchsorted(behind, (begin, cut)))
+        near = low + np.flatnonzero(firsts[low:high] < cut)
+        count = low + len(near)
+        across = count > 0 and lasts[count - 1] > cut  # unknown characters can have one token on both sides
+        same = encoded.ids[near].tolist() == alone.ids[alone.offsets[:, 0] >= begin - start].tolist()
+        counts.append(count if same and not across else None)
     return counts
 
 
