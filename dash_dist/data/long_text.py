@@ -91,7 +91,7 @@ def tokens_before(text: str, encoded: EncodedText, cuts: Sequence[int], encode: 
     """
     starts = [max(0, cut - 2 * _NEAR) for cut in cuts]
     firsts, lasts = encoded.offsets[:, 0], np.maximum.accumulate(encoded.offsets[:, 1])
-    # Where spaces are trimmed, a token may begin behind the next one: `behind` is the first character of all that follow.
+    # Where spaces are trimmed, a token may begin behind the next one: `behind` is the first character from it on.
     behind = np.minimum.accumulate(firsts[::-1])[::-1]
     counts: list[int | None] = []
     for cut, start, alone in zip(

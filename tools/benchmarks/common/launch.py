@@ -10,6 +10,9 @@ import sys
 
 from tools.benchmarks.common.environment import ROOT
 
+_TRACEBACK = "Traceback (most recent call last)"
+_LAUNCHER_FAILED = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
+
 
 def run_command(arguments: list[str], *, gpus: int, seconds: float) -> str:
     """Return the output of `dash-dist ARGUMENTS` with a process for each of `gpus`. Raises as `run_python`."""
@@ -37,5 +40,12 @@ def run_python(arguments: list[str], *, seconds: float) -> str:
                 process.kill()
             raise
     if process.returncode:
-        raise RuntimeError(f"exit status {process.returncode}: {errors[-1500:] or out[-1500:]}")
+        reason = _without_launcher(errors).strip() or out
+        raise RuntimeError(f"exit status {process.returncode}: {reason[-1500:]}")
     return out
+
+
+def _without_launcher(errors: str) -> str:
+    """Leave out the launcher's own traceback at the end, which names no reason."""
+    before, _, _ = errors.partition(_LAUNCHER_FAILED)
+    return before.rpartition(_TRACEBACK)[0] if before != errors else errors

@@ -48,8 +48,8 @@ CASES = (
     Case("fused, six layers again", changes={"parallel": {"recompute": "selective", "recompute_layers": 6}}),
     Case("fused, FP8", changes={"parallel": {"recompute": "selective", "fp8_linears": True}}),
     Case(
-        "fused, six layers again, FP8",
-        changes={"parallel": {"recompute": "selective", "recompute_layers": 6, "fp8_linears": True}},
+        "fused, eight layers again, FP8",
+        changes={"parallel": {"recompute": "selective", "recompute_layers": 8, "fp8_linears": True}},
     ),
     Case("fused, all again"),
     Case("pytorch, all again", changes={"parallel": {"fused_kernels": False}}),
