@@ -20,7 +20,7 @@ class Assumptions:
             None: from density and independence.
         document_length: tokens of the document that a token is in, on average over tokens; None: the whole sequence.
         matmul_efficiency: share of the GPU's bf16 peak that matrix products reach: 740 TFLOP/s in step_1xh200.json.
-        fp8_efficiency: share of twice that peak that products in FP8 reach; assumed, not measured.
+        fp8_efficiency: share of twice that peak that products in FP8 reach: 1,480 TFLOP/s in step_1xh200_fp8.json.
         memory_efficiency: share of the memory bandwidth that element-wise kernels reach: likewise, within 3 %.
         host_seconds: that the host takes to launch one layer's forward pass; the backward pass takes twice as long.
         dense_factor: times the computation that is not attention, see `dash_dist.planning.calibration`.
@@ -36,7 +36,7 @@ class Assumptions:
     coverage: float | None = None
     document_length: float | None = None
     matmul_efficiency: float = 0.75
-    fp8_efficiency: float = 0.6
+    fp8_efficiency: float = 0.75
     memory_efficiency: float = 0.75
     host_seconds: float = 1e-3
     dense_factor: float = 1.0

@@ -10,6 +10,7 @@ one of its tokens selected them, R = rows (token and query head), all of one ran
     queries    QUERIES_ROW x R + QUERIES x W
     keys       KEYS x S + KEYS_PAIR x P / (query heads of a KV head)
     window     WINDOW_FORWARD, WINDOW_BACKWARD x R x the tokens that a token attends to
+    first      FIRST_CHUNK_FORWARD, FIRST_CHUNK_BACKWARD x R
 
 at head_dim 128 and chunks of 64; products of the others take `_head_factor`, routing is bound by its scores. Long
 sequences are slower per pair: K and V no longer stay in the cache, see `_length_factor`.
@@ -42,6 +43,10 @@ KEYS_PAIR = 0.0188e-9
 # `torch.nn.attention.varlen` of PyTorch 2.11 on one H200, T = 65536, (32, 8) heads, window 4096: 14.9 and 36.6 ms.
 WINDOW_FORWARD = 1.8e-12
 WINDOW_BACKWARD = 4.4e-12
+# `--attend-first-chunk` of the kernel benchmark on one H200, T = 131072, (32, 8) heads of 128, densities 0.05 and 0.01:
+# 2.7 and 2.8 ms forward, 7.7 and 6.5 ms backward more. A row of (9, 3) heads of 64 at T = 65536 takes 0.4 and 4.5 ns.
+FIRST_CHUNK_FORWARD = 0.65e-9
+FIRST_CHUNK_BACKWARD = 1.7e-9
 BACKWARD_OTHERS = 0.02
 """Row sums and conversions, of the backward pass."""
 
@@ -79,15 +84,12 @@ def attention_time(sizes: Sizes, assumptions: Assumptions, *, sequence_length: i
 
 
 def with_first_chunks(time: AttentionTime, sizes: Sizes) -> AttentionTime:
-    """Add a second pass over the rows, that of the first chunks of documents; density counts these chunks.
-
-    Assumed to cost per row what the first pass does; not measured on a GPU.
-    """
+    """Add the pass over the first chunks of documents; density counts these chunks."""
     rows = sizes.tokens * sizes.query_heads
     return AttentionTime(
         route=time.route,
-        attend=time.attend + ATTEND_ROW * rows,
-        backward=time.backward + QUERIES_ROW * rows * (1 + BACKWARD_OTHERS),
+        attend=time.attend + FIRST_CHUNK_FORWARD * rows,
+        backward=time.backward + FIRST_CHUNK_BACKWARD * rows,
     )
 
 
