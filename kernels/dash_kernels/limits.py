@@ -16,8 +16,6 @@ MAX_SMALL_CHUNK = 64 * 128
 16 bits on GPUs with less shared memory than Hopper."""
 MAX_SLAB_BYTES = 256 * 2**20
 """Selection bits, one per token and chunk, that the key gradients hold at a time."""
-MAX_LINK_BYTES = 1024 * 2**20
-"""Partial results, one per token, earlier chunk that it selected and query head, that are held at a time."""
 FP8_MULTIPLE = 16
 """Rows and columns of the second matrix of an FP8 product are multiples of this."""
 FP8_LARGEST = 448.0

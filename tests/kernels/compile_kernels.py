@@ -35,9 +35,7 @@ from dash_kernels.chunks import ChunkGrid
 from dash_kernels.device import Device
 from dash_kernels.selection import SelectionRule, TopChunks
 from dash_kernels.spec import AttentionSpec, Blocks, OutputGradient, Part, Queries
-from dash_kernels.triton import links
 from dash_kernels.triton.fp8 import cast
-from dash_kernels.triton.links import Slab
 from dash_kernels.triton.rotary import turn
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -57,7 +55,7 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 @dataclass(frozen=True)
 class Shape:
     """by_parts: also the kernels of K and V that come in parts, with prior_sigma; else those of a whole part only.
-    selection: in the place of routing. linked: the stages go by links, as where tokens select scattered chunks.
+    selection: in the place of routing.
     """
 
     dtype: torch.dtype
@@ -66,7 +64,6 @@ class Shape:
     chunk_size: int
     by_parts: bool
     selection: SelectionRule | None = None
-    linked: bool = False
 
 
 SHAPES = {
@@ -76,8 +73,7 @@ SHAPES = {
     "padded": Shape(torch.bfloat16, group=3, head_dim=96, chunk_size=48, by_parts=True),
     "largest": Shape(torch.bfloat16, group=1, head_dim=256, chunk_size=128, by_parts=False),
     "largest float32": Shape(torch.float32, group=4, head_dim=128, chunk_size=64, by_parts=False),
-    "linked": Shape(torch.bfloat16, group=4, head_dim=64, chunk_size=64, by_parts=True, linked=True),
-    "linked, padded": Shape(torch.bfloat16, group=3, head_dim=96, chunk_size=48, by_parts=False, linked=True),
+    "narrow": Shape(torch.bfloat16, group=4, head_dim=64, chunk_size=64, by_parts=False),
     "listed": Shape(torch.bfloat16, 4, head_dim=128, chunk_size=64, by_parts=True, selection=TopChunks(2)),
 }
 
@@ -198,9 +194,7 @@ def cast_the_rows(shape: Shape) -> None:
 def launches_of(shape: Shape) -> list[Launch]:
     """Every kernel and variant once; those that take longest to compile, which come late in a call, first."""
     launches: list[Launch] = []
-    slab = Slab(first_slot=0, last_slot=3, first_token=0, tokens=3 * shape.chunk_size, links=8)
-    linked = mock.patch.object(links, "linked_slabs", return_value=[slab] if shape.linked else None)
-    with noted(launches), mock.patch.object(Device, "of", return_value=HOPPER), linked:
+    with noted(launches), mock.patch.object(Device, "of", return_value=HOPPER):
         call_the_stages(shape, prior_sigma=None, whole=True)
         if shape.by_parts:
             call_the_stages(shape, prior_sigma=None if shape.selection else 1.0, whole=False)

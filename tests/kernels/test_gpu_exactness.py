@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_kernels import dash_attention, reference_dash_attention
-from dash_kernels.triton import links
 from tests.kernels.attention_inputs import (
     DEVICE,
     Inputs,
@@ -55,14 +54,6 @@ def dense_gradients(function: Callable[..., torch.Tensor], inputs: Inputs) -> di
     return dict(zip(("output", "q", "k", "v"), (out.detach(), *gradients), strict=True))
 
 
-@pytest.fixture(params=["tiles", "links"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The selected chunks of a tile, or the tokens that selected a chunk, whichever would be faster."""
-    monkeypatch.setattr(links, "LEAST_TOKENS", 0)
-    monkeypatch.setattr(links, "LEAST_EFFICIENCY", float("inf") if request.param == "links" else 0.0)
-
-
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("case", range(8))
 def test_errors_are_at_most_twice_those_of_flash_attention(case: int) -> None:
     """Every group and head dim occurs, the rest is drawn; summary_query is held to flash's largest error."""
@@ -93,7 +84,6 @@ def test_errors_are_at_most_twice_those_of_flash_attention(case: int) -> None:
         assert error <= 2 * allowed[name], (name, ours, flash)  # NaN fails as well
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("group", "head_dim", "prior_sigma"), [(16, 128, None), (4, 128, 1.0), (1, 64, None)])
 def test_a_second_run_gives_the_same_bits(group: int, head_dim: int, prior_sigma: float | None) -> None:
     inputs = random_inputs(5000, group=group, head_dim=head_dim, dtype=torch.bfloat16)

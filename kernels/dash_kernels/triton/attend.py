@@ -10,10 +10,8 @@ import triton.language as tl
 
 from dash_kernels.gluon_sm90.launch import pair_options
 from dash_kernels.spec import AttentionSpec, Blocks, Part, Queries
-from dash_kernels.triton import links
 from dash_kernels.triton.key_rows import KeyRows, load_keys, load_own_keys, starts_of
 from dash_kernels.triton.launch import launch_options
-from dash_kernels.triton.linked_attend import attend_linked
 from dash_kernels.triton.lists import chunk_lists, list_chunks, work_counter
 from dash_kernels.triton.steps import NOTHING, softmax_step
 from dash_kernels.triton.tiles import (
@@ -52,9 +50,6 @@ def attend(
     out = torch.empty(q.shape, dtype=q.dtype if last else torch.float32, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     keys = KeyRows.of(part, summaries.shape, tile)
-    if (slabs := links.linked_slabs(queries, tile)) is not None:
-        attend_linked(queries, slabs, keys, spec, tile, before, out, lse)
-        return out, lse
     in_pairs = pair_options("attend", q, tile, chunks)
     if in_pairs is not None and keys.aligned and routing.lists is None:
         from dash_kernels.gluon_sm90.attend import attend_pairs  # Gluon is not in every Triton

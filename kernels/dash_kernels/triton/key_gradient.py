@@ -24,11 +24,9 @@ import triton.language as tl
 from dash_kernels.chunks import ChunkGrid
 from dash_kernels.gluon_sm90.launch import gather_options
 from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Blocks, OutputGradient, Part, Queries
-from dash_kernels.triton import links
 from dash_kernels.triton.key_rows import KeyRows, load_own_keys
 from dash_kernels.triton.key_steps import add_rows, add_to_chunk, own_gradient, wait_for_turn
 from dash_kernels.triton.launch import launch_options
-from dash_kernels.triton.linked_key_gradient import key_gradient_linked
 from dash_kernels.triton.lists import list_queries, query_bits, slab_slots
 from dash_kernels.triton.summarize import summary_weights
 from dash_kernels.triton.tiles import (
@@ -65,12 +63,6 @@ def key_gradient(
     if tile.padded_dim > 128:
         padded_chunk = max(padded_chunk, 64)  # Triton 3.6 multiplies wide heads by narrower chunks wrongly on Hopper
     dkv = work_of_part.dkv
-    if (slabs := links.linked_slabs(queries, tile)) is not None:
-        dk, dv = work_of_part.dk_and_dv(spec.chunk_size)
-        key_gradient_linked(
-            queries, upstream, ratio, slabs, keys, summary_query, spec, tile, padded_chunk, dk, dv, shares
-        )
-        return dkv, shares.sum((0, 1))
     # No tile of a chunk's own here: a step takes the next queries of the list, as many as fill its rows.
     constants = tile.constants | {"BT": max(options.rows // tile.padded_group, 1)}
     in_pieces = keys.aligned and _aligned(q, grad) and routing.lists is None

@@ -8,11 +8,9 @@ import triton.language as tl
 
 from dash_kernels.gluon_sm90.launch import pair_options
 from dash_kernels.spec import PRIOR_FLOOR, AttentionSpec, Blocks, OutputGradient, Part, Queries, QueryGradient
-from dash_kernels.triton import links
 from dash_kernels.triton.attend import listed_bias, load_log2_mean, routing_block
 from dash_kernels.triton.key_rows import KeyRows, load_keys, load_own_keys, starts_of
 from dash_kernels.triton.launch import launch_options
-from dash_kernels.triton.linked_query_gradient import query_gradient_linked
 from dash_kernels.triton.lists import chunk_lists, list_chunks, work_counter
 from dash_kernels.triton.steps import add_routing_gradient, score_gradient
 from dash_kernels.triton.tiles import (
@@ -70,9 +68,6 @@ def _walk(
     n, kv_heads = summaries.shape[1:3]
     tile = TileShape.of(q, kv_heads, spec)
     keys = KeyRows.of(part, summaries.shape, tile)
-    if (slabs := links.linked_slabs(queries, tile)) is not None:
-        query_gradient_linked(queries, upstream, slabs, keys, spec, tile, before, result, first=first, last=last)
-        return
     in_pairs = pair_options("query_gradient", q, tile, chunks)
     if in_pairs is not None and keys.aligned and routing.lists is None:
         from dash_kernels.gluon_sm90.query_gradient import walk_pairs  # Gluon is not in every Triton

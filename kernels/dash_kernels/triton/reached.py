@@ -10,7 +10,6 @@ from dash_kernels.chunks import ChunkGrid
 from dash_kernels.spec import AttentionSpec, Routing
 
 WORDS, TILES, PROGRAMS = 64, 32, 64  # of a program's step, and how many programs share the tiles
-COUNTED = 4096  # words of a program that counts bits
 
 
 def reached(routing: Routing, query_chunks: ChunkGrid, n: int, spec: AttentionSpec) -> torch.Tensor:
@@ -39,25 +38,6 @@ def reached_kernel(mask_ptr, share_ptr, tiles, words, WORDS: tl.constexpr, TILES
     tl.store(share_ptr + share + word, seen, mask=word < words)
 
 
-def walked(routing: Routing) -> torch.Tensor:
-    """Number of pairs of a tile and a chunk that any of its tokens selected, int64 [1]."""
-    words = routing.masks.numel()
-    counts = torch.empty(triton.cdiv(words, COUNTED), dtype=torch.int64, device=routing.masks.device)
-    bits_kernel[(len(counts),)](routing.masks, counts, words, WORDS=COUNTED)
-    return counts.sum(0, keepdim=True)
-
-
-@triton.jit(do_not_specialize=["words"])
-def bits_kernel(word_ptr, count_ptr, words, WORDS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    word = tl.load(word_ptr + at, mask=at < words, other=0).to(tl.uint32, bitcast=True)
-    word -= (word >> 1) & 0x55555555
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    count = (word & 0xFF) + ((word >> 8) & 0xFF) + ((word >> 16) & 0xFF) + (word >> 24)
-    tl.store(count_ptr + tl.program_id(0), tl.sum(count.to(tl.int64), axis=0))
-
-
 def tile_efficiency(routing: Routing, query_chunks: ChunkGrid, spec: AttentionSpec) -> float:
     """Selected / walked pairs of a token and an earlier chunk: a tile walks what any of its tokens selected."""
     lengths = query_chunks.on(routing.masks.device)[2].long()
@@ -65,6 +45,6 @@ def tile_efficiency(routing: Routing, query_chunks: ChunkGrid, spec: AttentionSp
     tokens = spec.chunk_size // per_chunk
     first_token = torch.arange(per_chunk, device=lengths.device) * tokens
     held = (lengths[:, None] - first_token).clamp(0, tokens).flatten()  # tokens of a tile
-    rows = sum(int(((routing.masks >> bit) & 1).sum(-1).mul(held).sum()) for bit in range(32))
+    walked = sum(int(((routing.masks >> bit) & 1).sum(-1).mul(held).sum()) for bit in range(32))
     earlier = int(routing.selected.sum(dtype=torch.int64)) - routing.selected.numel()
-    return earlier / rows if rows else 1.0
+    return earlier / walked if walked else 1.0

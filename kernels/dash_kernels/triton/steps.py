@@ -1,4 +1,4 @@
-"""Device code of one step with a chunk's keys, for kernels that walk chunks by tiles and by links."""
+"""Device code of one step with a chunk's keys, for the kernels that walk lists of chunks."""
 
 from __future__ import annotations
 

@@ -5,24 +5,17 @@ Knows the columns of the kernel benchmark; does not know how the inputs came abo
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 
 from dash_kernels.backend import select_backend
 from dash_kernels.chunks import ChunkGrid
-from dash_kernels.triton import links
 from tools.benchmarks.common.inputs import DTYPES, Case
 from tools.benchmarks.kernels.columns import DENSE, Stages, dash, dense, forward, forward_backward
 from tools.benchmarks.kernels.measure import kernel_times, measure
 from tools.benchmarks.trained.capture import Layer
 
-WAYS = {"tiles": 0.0, "links": math.inf}
-"""Tile efficiency up to which the stages go by links."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 _SLOWEST = 12
 
@@ -64,45 +57,21 @@ def selection(layer: Layer) -> dict[str, Any]:
 def times(layer: Layer) -> dict[str, Any]:
     """Return milliseconds on a GPU: forward, forward and backward, by stage and by kernel, and dense attention's.
 
-    Each is measured with the stages by tiles and by links, whose results are compared.
+    `host` is the time until a call of forward and backward returns to Python.
     """
-    case, inputs = case_of(layer), layer.inputs
-    cudnn = dense(DENSE["cuDNN"])
-    of_cudnn = {
-        "forward": measure(forward(cudnn, inputs)).median_ms,
-        "forward_backward": measure(forward_backward(cudnn, inputs)).median_ms,
-    }
-    results = {name: _results(layer, name) for name in WAYS}
-    differences = [
-        float((found.float() - wanted.float()).norm() / wanted.float().norm())
-        for found, wanted in zip(results["links"], results["tiles"], strict=True)
-    ]
-    return {
-        "cudnn": of_cudnn,
-        "ways": {name: _times_of_way(layer, name) for name in WAYS},
-        "difference": max(differences),
-        "tile_efficiency": Stages(case, inputs).tile_efficiency(layer.spec.routing_scale),
-    }
-
-
-def _results(layer: Layer, name: str) -> Sequence[torch.Tensor]:
-    case = case_of(layer)
-    with _way(name):
-        return forward_backward(dash(case, layer.spec.routing_scale, case.prior_sigma), layer.inputs)()
-
-
-def _times_of_way(layer: Layer, name: str) -> dict[str, Any]:
     case, scale, inputs = case_of(layer), layer.spec.routing_scale, layer.inputs
-    ours = dash(case, scale, case.prior_sigma)
-    with _way(name):
-        split = Stages(case, inputs).split(scale, forward_only=False)
-        return {
-            "forward": measure(forward(ours, inputs)).median_ms,
-            "forward_backward": measure(forward_backward(ours, inputs)).median_ms,
-            "stages": {stage: cell.median_ms for stage, cell in split.items()},
-            "kernels": dict(list(kernel_times(forward_backward(ours, inputs)).items())[:_SLOWEST]),
-        }
-
-
-def _way(name: str) -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.multiple(links, LEAST_EFFICIENCY=WAYS[name], LEAST_TOKENS=0)
+    ours, cudnn = dash(case, scale, case.prior_sigma), dense(DENSE["cuDNN"])
+    stages = Stages(case, inputs)
+    both = measure(forward_backward(ours, inputs))
+    return {
+        "cudnn": {
+            "forward": measure(forward(cudnn, inputs)).median_ms,
+            "forward_backward": measure(forward_backward(cudnn, inputs)).median_ms,
+        },
+        "forward": measure(forward(ours, inputs)).median_ms,
+        "forward_backward": both.median_ms,
+        "host": both.host_ms,
+        "stages": {stage: cell.median_ms for stage, cell in stages.split(scale, forward_only=False).items()},
+        "kernels": dict(list(kernel_times(forward_backward(ours, inputs)).items())[:_SLOWEST]),
+        "tile_efficiency": stages.tile_efficiency(scale),
+    }
