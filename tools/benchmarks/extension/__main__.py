@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -22,8 +23,11 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import torch
 import typer
 import yaml
+from rich.console import Console
 
+from dash_dist.config.file import load_config
 from dash_dist.config.model import ModelConfig
+from dash_dist.data.command import prepare
 from dash_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 from dash_dist.hf.command import generate
 from dash_dist.importing.command import import_model
@@ -158,13 +162,15 @@ class _Experiment:
 
     def _side_by_side(self, parts: Mapping[str, _Part], asked: Sequence[str]) -> None:
         """Run the parts, `jobs` at once. A part that fails ends the others."""
+        configs = {name: write_configuration(part.settings, self._folder) for name, part in parts.items()}
+        self._timed(f"tokens of {len(parts)} runs", lambda: _tokenise(configs.values()))
         waiting = list(parts)
         with ExitStack() as cleanup:
             running: dict[str, subprocess.Popen[bytes]] = {}
             while waiting or running:
                 while waiting and len(running) < self._jobs:
                     name = waiting.pop(0)
-                    running[name] = process = self._start(name, parts[name], asked)
+                    running[name] = process = self._start(name, configs[name], parts[name], asked)
                     cleanup.callback(process.kill)
                 time.sleep(_POLL)
                 ended = {name: code for name, process in running.items() if (code := process.poll()) is not None}
@@ -175,8 +181,7 @@ class _Experiment:
                         raise RuntimeError(f"{name} failed with {code}: see {self._log(name)}")
                 self._write()
 
-    def _start(self, name: str, part: _Part, asked: Sequence[str]) -> subprocess.Popen[bytes]:
-        config = write_configuration(part.settings, self._folder)
+    def _start(self, name: str, config: Path, part: _Part, asked: Sequence[str]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", _PART, str(config), str(self._results(name)), *asked]
         for length in part.lengths:
             command += ["--length", str(length)]
@@ -212,6 +217,13 @@ class _Experiment:
         self._out.parent.mkdir(parents=True, exist_ok=True)
         self._out.write_text(json.dumps(self._record, indent=1) + "\n")
         self._out.with_suffix(".md").write_text(as_markdown(self._record))
+
+
+def _tokenise(configs: Iterable[Path]) -> None:
+    """Prepare the data of all runs, which would do so side by side, each for itself."""
+    for config in configs:
+        for data in load_config(config).all_data:
+            prepare(data, processes=len(os.sched_getaffinity(0)), console=Console())
 
 
 if __name__ == "__main__":
