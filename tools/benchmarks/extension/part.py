@@ -7,6 +7,7 @@ Runs of one experiment are independent, and each is a process. Knows one run; do
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Samples of each task and length.")] = 8,
     exported: Annotated[Path | None, typer.Option(help="Folder for the model in transformers' format.")] = None,
 ) -> None:
-    """Train a run, export it, and test its retrieval. The results are written after each of the three."""
+    """Train a run, export it, and test its retrieval. The results are written after each of these and each suite."""
     _Part(config, results).run(length or [], suite or ["retrieval"], samples, exported)
 
 
@@ -47,8 +48,8 @@ class _Part:
         self._timed("training", self._train)
         if exported is not None:
             self._timed("export", lambda: self._export(exported))
-        if lengths:
-            self._timed("retrieval", lambda: self._evaluate(lengths, suites, samples))
+        for suite in suites if lengths else ():
+            self._timed(suite, functools.partial(self._evaluate, lengths, suite, samples))
 
     def _train(self) -> dict[str, Any]:
         summary = train(load_config(self._config))
@@ -70,23 +71,19 @@ class _Part:
         export(checkpoint, out, print)
         return {"exported": str(out)}
 
-    def _evaluate(self, lengths: list[int], suites: list[str], samples: int) -> dict[str, Any]:
-        groups = []
-        for suite in suites:
-            options = Options(lengths=tuple(str(length) for length in lengths), suite=suite, samples=samples)
-            groups += evaluate(self._run, [], options, Console())
-        return {
-            "retrieval": [
-                {
-                    "task": group.task,
-                    "length": group.length,
-                    "accuracy": group.accuracy,
-                    "density": group.density,
-                    "seconds": group.seconds,
-                }
-                for group in groups
-            ]
-        }
+    def _evaluate(self, lengths: list[int], suite: str, samples: int) -> dict[str, Any]:
+        options = Options(lengths=tuple(str(length) for length in lengths), suite=suite, samples=samples)
+        found = [
+            {
+                "task": group.task,
+                "length": group.length,
+                "accuracy": group.accuracy,
+                "density": group.density,
+                "seconds": group.seconds,
+            }
+            for group in evaluate(self._run, [], options, Console())
+        ]
+        return {"retrieval": self._record.get("retrieval", []) + found}
 
     def _timed(self, name: str, part: Callable[[], dict[str, Any]]) -> None:
         begin = time.perf_counter()
