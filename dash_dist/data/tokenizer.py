@@ -5,6 +5,7 @@ end-of-document token is named here and put after each document by the packer.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ class ByteTokenizer:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
     def encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, list[int | None]]:
-        return self.encode_batch([text])[0], [len(text[:cut].encode("utf-8")) for cut in cuts]
+        between = (len(text[first:last].encode("utf-8")) for first, last in itertools.pairwise((0, *cuts)))
+        return self.encode_batch([text])[0], list(itertools.accumulate(between))
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         for piece in pieces:
