@@ -24,6 +24,7 @@ def test_every_layer_of_a_trained_model_is_described(tmp_path: Path) -> None:
         for layer in model["layers"]:
             assert layer["density"] > 0.9  # two steps teach no router to leave chunks out
             assert layer["chunks"]["0.99"] == 16
+            assert 0 < max(layer["errors"].values()) < 0.05  # of bfloat16, against float64
             assert layer["summary_query_norm"] > 0  # it was zero before the first step
     assert "(2, 2) heads, T = 1024" in out.with_suffix(".md").read_text()
 
@@ -31,6 +32,7 @@ def test_every_layer_of_a_trained_model_is_described(tmp_path: Path) -> None:
 def test_speedups_are_those_over_cudnn() -> None:
     stages = {"route": 1.25, "attend": 0.5, "query gradient": 0.75, "key gradient": 1.5}
     layer = {"density": 0.0213, "chunks": {"0.5": 8.0, "0.99": 41.0}, "tile_efficiency": 0.5, "host": 0.75}
+    layer |= {"errors": {"output": 2e-3, "summary_query": 3e-2}}
     layer |= {"forward": 2.0, "forward_backward": 5.0, "stages": stages}
     layer |= {"cudnn": {"forward": 8.0, "forward_backward": 30.0}}
     model = {"heads": [8, 2], "tokens": 32768, "loss": 1.5, "layers": [layer]}
@@ -38,4 +40,15 @@ def test_speedups_are_those_over_cudnn() -> None:
     row = as_markdown(record).strip().splitlines()[-1]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[:4] == ["0", "0.0213", "8 / 41", "0.50"]
-    assert cells[4:] == ["2.00", "4.00", "5.00", "6.00", "0.75", "1.25", "0.50", "0.75", "1.50"]
+    assert cells[4:] == [
+        "2.00",
+        "4.00",
+        "5.00",
+        "6.00",
+        "0.75",
+        "1.25",
+        "0.50",
+        "0.75",
+        "1.50",
+        "3e-02 (summary_query)",
+    ]

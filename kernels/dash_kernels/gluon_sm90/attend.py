@@ -204,7 +204,7 @@ def product(a, b, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexp
 
 @gluon.jit
 def softmax_step(scores, v, top, total, out, shape: gl.constexpr):
-    """`forward.softmax_step`, v in shared memory."""
+    """`steps.softmax_step`, v in shared memory."""
     by_out: gl.constexpr = shape.product(shape.tile.head_dim)
     new_top = gl.maximum(top, gl.max(scores, 1))
     weights = gl.exp2(scores - gl.expand_dims(new_top, 1))

@@ -20,7 +20,7 @@ from tools.benchmarks.common.environment import describe_environment
 from tools.benchmarks.common.options import heads as parse_heads
 from tools.benchmarks.extension.corpus import write_code
 from tools.benchmarks.trained.capture import SIZES, settings, train_and_capture
-from tools.benchmarks.trained.measure import selection, times
+from tools.benchmarks.trained.measure import errors, selection, times
 from tools.benchmarks.trained.table import as_markdown
 
 _PROGRAM = "tools.benchmarks.trained"
@@ -59,7 +59,8 @@ def main(
             record["models"].append(model)
             while layers:
                 layer = layers.pop(0)  # its tensors go when it is measured
-                model["layers"].append(selection(layer) | (times(layer) if device == "cuda" else {}))
+                row = selection(layer) | {"errors": errors(layer)}
+                model["layers"].append(row | (times(layer) if device == "cuda" else {}))
                 print(json.dumps(model["layers"][-1]), flush=True)
                 _write(record, out)
 

@@ -5,19 +5,23 @@ Knows the columns of the kernel benchmark; does not know how the inputs came abo
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import torch
 
+from dash_kernels.attention import dash_attention
 from dash_kernels.backend import select_backend
 from dash_kernels.chunks import ChunkGrid
-from tools.benchmarks.common.inputs import DTYPES, Case
+from tools.benchmarks.common.inputs import DTYPES, Case, Inputs
 from tools.benchmarks.kernels.columns import DENSE, Stages, dash, dense, forward, forward_backward
 from tools.benchmarks.kernels.measure import kernel_times, measure
 from tools.benchmarks.trained.capture import Layer
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 _SLOWEST = 12
+_CHECKED = 4096  # tokens; float64 needs all their scores at a time
 
 
 def case_of(layer: Layer) -> Case:
@@ -51,6 +55,23 @@ def selection(layer: Layer) -> dict[str, Any]:
         "density": int(selected.sum(dtype=torch.int64)) / case.available,
         "chunks": {str(q): float(sample.quantile(q)) for q in QUANTILES},
         "summary_query_norm": float(inputs.summary_query.float().norm(dim=-1).mean()),
+    }
+
+
+def errors(layer: Layer, tokens: int = _CHECKED) -> dict[str, float]:
+    """Return how far output and gradients are from those in float64, of the sequence's first tokens, by their norms.
+
+    The first tokens of a causal sequence are a sequence.
+    """
+    inputs = layer.inputs
+    of_tokens = {name: getattr(inputs, name)[:, :tokens] for name in ("q", "k", "v", "grad")}
+    first = dataclasses.replace(inputs, **of_tokens)
+    wide = Inputs(**{name: tensor.double() for name, tensor in vars(first).items()})
+    found = forward_backward(functools.partial(dash_attention, spec=layer.spec), first)()
+    wanted = forward_backward(functools.partial(dash_attention, spec=layer.spec, backend="eager"), wide)()
+    return {
+        name: float((one.double() - exact).norm() / exact.norm())
+        for name, one, exact in zip(("output", "q", "k", "v", "summary_query"), found, wanted, strict=True)
     }
 
 

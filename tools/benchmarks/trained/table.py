@@ -22,7 +22,11 @@ def as_markdown(record: dict[str, Any]) -> str:
         title = f"({query_heads}, {kv_heads}) heads, T = {model['tokens']}, loss {model['loss']:.3f} after training"
         lines += [
             "",
-            table(title, (*_HEADER, *_STAGES), [_cells(index, row) for index, row in enumerate(model["layers"])]),
+            table(
+                title,
+                (*_HEADER, *_STAGES, "largest error"),
+                [_cells(index, row) for index, row in enumerate(model["layers"])],
+            ),
         ]
     return "\n".join(lines) + "\n"
 
@@ -39,4 +43,6 @@ def _cells(index: int, row: dict[str, Any]) -> list[str]:
         ours, dense = row.get(part), cudnn.get(part)
         cells += [number(ours, 2), number(dense / ours if ours and dense else None, 2)]
     stages: dict[str, Any] = row.get("stages", {})
-    return [*cells, number(row.get("host"), 2), *(number(stages.get(stage), 2) for stage in _STAGES)]
+    cells += [number(row.get("host"), 2), *(number(stages.get(stage), 2) for stage in _STAGES)]
+    worst = max(row["errors"], key=row["errors"].__getitem__)
+    return [*cells, f"{row['errors'][worst]:.0e} ({worst})"]
