@@ -62,7 +62,6 @@ def key_gradient(
     padded_chunk = triton.next_power_of_2(spec.chunk_size)
     if tile.padded_dim > 128:
         padded_chunk = max(padded_chunk, 64)  # Triton 3.6 multiplies wide heads by narrower chunks wrongly on Hopper
-    dkv = work_of_part.dkv
     # No tile of a chunk's own here: a step takes the next queries of the list, as many as fill its rows.
     constants = tile.constants | {"BT": max(options.rows // tile.padded_group, 1)}
     in_pieces = keys.aligned and _aligned(q, grad) and routing.lists is None
@@ -105,7 +104,7 @@ def key_gradient(
             HAS_SIGMA=spec.prior_sigma is not None, BLOCKS=keys.blocks, LISTED=routing.lists is not None, **constants,
             **options.launch,
         )  # fmt: skip
-    return dkv, shares.sum((0, 1))
+    return work_of_part.dkv, shares.sum((0, 1))
 
 
 def _aligned(*tensors: torch.Tensor) -> bool:
