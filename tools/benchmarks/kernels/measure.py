@@ -14,7 +14,6 @@ import torch
 MIN_REPEATS, MAX_REPEATS = 3, 20
 SECONDS_PER_COLUMN = 1.5
 ERROR_LENGTH = 300
-_HOST_REPEATS = 5
 
 Function = Callable[[], Sequence[torch.Tensor]]
 
@@ -25,8 +24,7 @@ class Cell:
 
     peak_bytes is the most memory allocated during a call beyond what was allocated before it (the inputs and the
     output's gradient) and what the call returned (the output, the inputs' gradients).
-    host_ms is the time until a call returns, whose work the idle device does meanwhile and after: below median_ms the
-    device never waits for Python.
+    host_ms is the time until one call on an idle device returns: below median_ms the device never waits for Python.
     """
 
     median_ms: float | None = None
@@ -66,11 +64,11 @@ def _measure(function: Function) -> Cell:
     held = torch.cuda.memory_allocated()
     started = time.perf_counter()
     results = function()
+    host = time.perf_counter() - started
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() - held - storage_bytes(results)
     del results
-    host = statistics.median(_host_milliseconds(function) for _ in range(_HOST_REPEATS))
 
     repeats = min(MAX_REPEATS, max(MIN_REPEATS, int(SECONDS_PER_COLUMN / seconds)))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
@@ -80,14 +78,7 @@ def _measure(function: Function) -> Cell:
         end.record()
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in events]
-    return Cell.of(times, peak, host)
-
-
-def _host_milliseconds(function: Function) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    return 1000 * (time.perf_counter() - started)
+    return Cell.of(times, peak, 1000 * host)
 
 
 def storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
