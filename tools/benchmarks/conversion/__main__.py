@@ -18,7 +18,6 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from dash_dist.config.attention import AttentionConfig, RoutingWarmup
 from dash_dist.config.combination import check_combination
@@ -28,6 +27,7 @@ from dash_dist.config.trainable import TrainablePattern, TrainableSection
 from dash_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from dash_dist.megatron.parallel import ParallelDims
 from tools.benchmarks.common.environment import describe_environment
+from tools.benchmarks.common.imported import read_imported
 from tools.benchmarks.conversion.table import as_markdown
 from tools.benchmarks.conversion.texts import check_windows, code, questions
 from tools.benchmarks.conversion.training import Curve, Setup, measure, train
@@ -151,18 +151,14 @@ def _imported(weights: Path, length: int, rotary_base: float | None) -> tuple[Mo
     Args:
         rotary_base: of sequences up to `length` tokens; None: the folder's own, with its own limit.
     """
-    path = weights / "model.yaml"
-    if not path.is_file():
-        raise ValueError(f"{path} is not there: give a folder that `dash-dist import` wrote")
-    described = yaml.safe_load(path.read_text())
-    if "data" not in described:
-        raise ValueError(f"{path} names no tokenizer: import a model with one")
-    section = described["model"]
+    section, tokenizer = read_imported(weights)
+    if tokenizer is None:
+        raise ValueError(f"{weights / 'model.yaml'} names no tokenizer: import a model with one")
     if rotary_base is not None:
         positions = section.get("positions", {})
         longest = max(length, positions.get("max_positions", 0))
         section |= {"rotary_base": rotary_base, "positions": positions | {"max_positions": longest}}
-    return ModelConfig(**section), load_tokenizer(described["data"]["tokenizer"])
+    return ModelConfig(**section), load_tokenizer(tokenizer)
 
 
 def _keep(record: dict[str, Any], out: Path, name: str, curve: Curve) -> None:

@@ -10,6 +10,7 @@ losses by position, retrieval and density. Knows the order of the runs; does not
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -22,21 +23,23 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 
+from dash_dist.config.data import DataConfig
 from dash_dist.config.file import load_config
-from dash_dist.config.model import ModelConfig
 from dash_dist.data.command import prepare
-from dash_dist.data.tokenizer import ByteTokenizer, load_tokenizer
+from dash_dist.data.tokenizer import load_tokenizer
 from dash_dist.hf.command import generate
 from dash_dist.importing.command import import_model
+from dash_dist.run.files import read_json
 from tools.benchmarks.common.configurations import write_configuration
 from tools.benchmarks.common.conversations import write_template
 from tools.benchmarks.common.environment import ROOT, describe_environment
+from tools.benchmarks.common.imported import read_imported
 from tools.benchmarks.extension.corpus import TEMPLATE, write_code, write_copies, write_questions
 from tools.benchmarks.extension.recipes import (
     ATTENTION,
+    BYTES,
     SIZES,
     Base,
     Settings,
@@ -92,14 +95,11 @@ def main(
 
 def base_of(weights: Path) -> Base:
     """Describe a folder that `dash-dist import` wrote. Raises ValueError if its positions are scaled already."""
-    path = weights / "model.yaml"
-    if not path.is_file():
-        raise ValueError(f"{path} is not there: give a folder that `dash-dist import` wrote")
-    described = yaml.safe_load(path.read_text())
-    model = ModelConfig(**described["model"])
-    if model.positions.type != "default":
-        raise ValueError(f"{path} scales its positions, by {model.positions.type}: give a model without")
-    return Base(weights, described["model"], model, described.get("data", {}).get("tokenizer"))
+    section, tokenizer = read_imported(weights)
+    base = Base(weights, section, tokenizer or BYTES)
+    if (scaling := base.model.positions.type) != "default":
+        raise ValueError(f"{weights / 'model.yaml'} scales its positions, by {scaling}: give a model without")
+    return base
 
 
 class _Part(NamedTuple):
@@ -146,12 +146,12 @@ class _Experiment:
 
     def _write_text(self, base: Base | None) -> None:
         size, folder = self._size, self._folder
-        letters = 1 if base is None or base.tokenizer is None else _LETTERS_PER_TOKEN
+        spec = BYTES if base is None else base.tokenizer
+        letters = 1 if spec == BYTES else _LETTERS_PER_TOKEN
         write_code(folder / "text", document=size.lengths[-1] * letters, megabytes=size.megabytes)
         if base is None:
             write_copies(folder, size.scratch.copies, size.scratch.copied)
-        tokenizer = ByteTokenizer() if base is None or base.tokenizer is None else load_tokenizer(base.tokenizer)
-        write_questions(folder, tokenizer, size.questions)
+        write_questions(folder, load_tokenizer(spec), size.questions)
         write_template(folder / TEMPLATE)
 
     def _imported(self) -> Base:
@@ -212,8 +212,8 @@ class _Experiment:
 
     def _write(self) -> None:
         for name in _NAMES:
-            if self._results(name).exists():
-                self._record["runs"][name] = json.loads(self._results(name).read_text())
+            if (found := read_json(self._results(name))) is not None:
+                self._record["runs"][name] = found
         self._out.parent.mkdir(parents=True, exist_ok=True)
         self._out.write_text(json.dumps(self._record, indent=1) + "\n")
         self._out.with_suffix(".md").write_text(as_markdown(self._record))
@@ -221,9 +221,11 @@ class _Experiment:
 
 def _tokenise(configs: Iterable[Path]) -> None:
     """Prepare the data of all runs, which would do so side by side, each for itself."""
-    for config in configs:
-        for data in load_config(config).all_data:
+    prepared: list[DataConfig] = []
+    for data in itertools.chain.from_iterable(load_config(config).all_data for config in configs):
+        if data not in prepared:
             prepare(data, processes=len(os.sched_getaffinity(0)), console=Console())
+            prepared.append(data)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Runs of one experiment are independent, and each is a process. Knows one run; do
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from dash_dist.checkpoints.folders import visible_checkpoints
 from dash_dist.config.file import load_config
 from dash_dist.evaluation.command import Options, evaluate
 from dash_dist.run.curves import read_curves
+from dash_dist.run.files import replace_json
 from dash_dist.training.run import train
 
 
@@ -91,12 +91,7 @@ class _Part:
         self._record["seconds"][name] = time.perf_counter() - begin
         self._record |= found
         print(f"-- {name}: {self._record['seconds'][name]:.1f} s", flush=True)
-        self._write()
-
-    def _write(self) -> None:
-        whole = self._results.with_suffix(".partial")
-        whole.write_text(json.dumps(self._record) + "\n")
-        whole.replace(self._results)
+        replace_json(self._results, self._record)
 
 
 if __name__ == "__main__":

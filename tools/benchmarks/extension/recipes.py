@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,58 +76,61 @@ class Base:
     Attributes:
         weights: folder that `dash-dist import` wrote.
         section: `model` of its configuration.
-        model: the same as it is understood.
-        tokenizer: None for bytes.
+        tokenizer: as `data.tokenizer`.
     """
 
     weights: Path
     section: Settings
-    model: ModelConfig
-    tokenizer: str | None = None
+    tokenizer: str
+
+    @property
+    def model(self) -> ModelConfig:
+        """The section with what it leaves out."""
+        return ModelConfig(**self.section)
 
 
+BYTES = "bytes"
+"""Tokenizer of the model that is trained here."""
 ATTENTION: dict[str, Settings] = {
     "dense": {"kind": "dense"},
     "dash": {"kind": "dash"},
     "dash_first_chunk": {"kind": "dash", "attend_first_chunk": True},
 }
 """Of the extended models, by the name of their run."""
-_SCRATCH = Scratch(
-    model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
-    steps=500,
-    tokens=65536,
-    first_steps=700,
-    first_tokens=12288,
-    question_steps=200,
-    copies=40_000,
-    copied=128,
+_GPU = Size(
+    scratch=Scratch(
+        model=Shape(layers=8, hidden=512, ffn=1536, heads=4, kv_heads=2, head_dim=128).section(),
+        steps=500,
+        tokens=65536,
+        first_steps=700,
+        first_tokens=12288,
+        question_steps=200,
+        copies=40_000,
+        copied=128,
+    ),
+    chunk_size=64,
+    lengths=(8192, 32768, 65536),
+    steps=(50, 50),
+    tokens=(131072, 131072),
+    heldout=1_048_576,
+    megabytes=60,
+    questions={
+        384: 16_000,
+        512: 8_000,
+        1024: 4_000,
+        2048: 2_000,
+        4096: 1_000,
+        8192: 400,
+        16384: 120,
+        32768: 60,
+        65536: 30,
+    },
+    evaluated=(1024, 4096, 8192, 32768, 65536),
 )
 SIZES = {
-    "gpu": Size(
-        scratch=_SCRATCH,
-        chunk_size=64,
-        lengths=(8192, 32768, 65536),
-        steps=(50, 50),
-        tokens=(131072, 131072),
-        heldout=1_048_576,
-        megabytes=60,
-        questions={
-            384: 16_000,
-            512: 8_000,
-            1024: 4_000,
-            2048: 2_000,
-            4096: 1_000,
-            8192: 400,
-            16384: 120,
-            32768: 60,
-            65536: 30,
-        },
-        evaluated=(1024, 4096, 8192, 32768, 65536),
-    ),
-    "short": Size(
-        scratch=_SCRATCH,
-        chunk_size=64,
-        lengths=(8192, 32768, 65536),
+    "gpu": _GPU,
+    "short": replace(
+        _GPU,
         steps=(30, 30),
         tokens=(131072, 65536),
         heldout=262_144,
@@ -239,21 +242,22 @@ def _of_base(size: Size, folder: Path, base: Base, name: str, attention: Setting
     settings["model"] = {**base.section, "weights": str(base.weights)}
     settings["attention"] |= attention
     settings["parallel"] = {"recompute": "selective"}
-    if base.tokenizer is not None:
-        settings["data"]["tokenizer"] = base.tokenizer
-    settings["data"]["sources"] = _code_and_questions(size, folder, size.lengths[-1])
+    settings["data"] |= {
+        "tokenizer": base.tokenizer,
+        "sources": _code_and_questions(size, folder, size.lengths[-1]),
+    }
     return settings
 
 
 def _positions(base: Base, first: int, length: int) -> Settings:
     """Return the settings of positions for sequences of `length` tokens, of a model for `first` tokens.
 
-    The rotary base grows as in the NTK-aware scaling: the longest wave by the factor, the shortest not at all. Of
-    SmolLM2-135M, without training, it kept a lower loss than YaRN did up to 16,384 tokens.
+    The rotary base grows as in the NTK-aware scaling: the longest wave by the factor, the shortest not at all.
     """
-    head_dim = base.model.resolved_head_dim
+    model = base.model
+    head_dim = model.resolved_head_dim
     growth = (length / first) ** (head_dim / (head_dim - 2))
-    return {"rotary_base": float(round(base.model.rotary_base * growth)), "positions": {"max_positions": length}}
+    return {"rotary_base": float(round(model.rotary_base * growth)), "positions": {"max_positions": length}}
 
 
 def _common(size: Size, folder: Path, name: str) -> Settings:
